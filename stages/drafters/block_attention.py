@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from draftsmith.stages.drafters.compiled import compiled
 from draftsmith.stages.runtime.memory import to_device
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
@@ -322,17 +323,11 @@ class _Flex:
     mask: Any
 
 
-_MOST_GRAPHS = 64
-
-
 @cache
-def _flex(compiled: bool = True) -> _Flex:
+def _flex(eager: bool = False) -> _Flex:
     # imported here: it loads torch's compiler, which only CUDA needs
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    if not compiled:
+    if eager:
         return _Flex(flex_attention, create_block_mask)
-    # One graph for each of: gradients or none, one row or several, one block of queries or of keys or several, sizes
-    # that are equal by chance. Over the default limit of 8, attention runs unfused, with all its scores in memory.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_GRAPHS)
-    return _Flex(torch.compile(flex_attention, dynamic=True), torch.compile(create_block_mask, dynamic=True))
+    return _Flex(compiled(flex_attention), compiled(create_block_mask))

@@ -87,7 +87,7 @@ def test_forwards_of_a_drafter_do_not_wait(
     blocks: int, drafter: Drafter, target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Blocks after a context that was read in one forward, as in replay, and training, and after one that grew."""
-    plain = block_attention._flex(compiled=False)
+    plain = block_attention._flex(eager=True)
 
     def attention(q: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:  # flex attention refuses the device
         return torch.empty_like(q)

@@ -25,6 +25,7 @@ from draftsmith.stages.drafters.base import (
     as_input,
 )
 from draftsmith.stages.drafters.block_attention import ContextMask, KeysValues, block_attention
+from draftsmith.stages.drafters.compiled import fused
 from draftsmith.stages.drafters.dflash.config import TRAITS
 from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.drafters.spec import StepShape
@@ -92,17 +93,14 @@ class DFlashAttention(nn.Module):
         values = self._heads(self.v_proj(x)).transpose(1, 2)
         return keys.to(values.dtype), values  # under autocast the norm returns float32
 
-    def forward(
-        self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], context: KeysValues, context_mask: ContextMask
-    ) -> torch.Tensor:
-        """Attend. x: [B, Q, H] positions of A blocks, as many of each; context_mask: of these blocks."""
+    def of_blocks(
+        self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], blocks: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return rotated queries, keys and values, each [B, heads, A, S, head_dim]. x: [B, Q, H] of A blocks."""
         queries = self.q_norm(self._heads(self.q_proj(x))).transpose(1, 2)
         queries, _ = apply_rotary_pos_emb(queries, queries, *rope)
-        blocks = (context_mask.seen.shape[1], -1)
-        keys, values = (each.unflatten(2, blocks) for each in self.keys_values(x, rope))
-        return self.o_proj(
-            block_attention(queries.unflatten(2, blocks), context, (keys, values), context_mask).flatten(1, 2)
-        )
+        keys, values = self.keys_values(x, rope)
+        return queries.unflatten(2, (blocks, -1)), keys.unflatten(2, (blocks, -1)), values.unflatten(2, (blocks, -1))
 
 
 class DFlashLayer(nn.Module):
@@ -115,15 +113,29 @@ class DFlashLayer(nn.Module):
         self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
+    @fused
     def keys_values(
         self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys and values of the context, read as it is: `input_layernorm` is for the block only."""
         return self.self_attn.keys_values(x, rope)
 
-    def forward(self, x: torch.Tensor, *attention_arguments: Any) -> torch.Tensor:
-        """Run the layer. x: [B, Q, H]; the other arguments are those of `DFlashAttention.forward`."""
-        x = x + self.self_attn(self.input_layernorm(x), *attention_arguments)
+    def forward(
+        self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], context: KeysValues, context_mask: ContextMask
+    ) -> torch.Tensor:
+        """Run the layer. x: [B, Q, H] positions of A blocks, as many of each; context_mask: of these blocks."""
+        queries, keys, values, *rest = self.before(x, rope, context_mask.seen.shape[1])
+        return self.after(x, block_attention(queries, context, (keys, values), context_mask), *rest)
+
+    @fused
+    def before(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], blocks: int) -> tuple[torch.Tensor, ...]:
+        """Return the queries, keys and values of x [B, Q, H], and what `after` needs besides."""
+        return self.self_attn.of_blocks(self.input_layernorm(x), rope, blocks)
+
+    @fused
+    def after(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """Return the layer's output. attended: [B, A, S, q]."""
+        x = x + self.self_attn.o_proj(attended.flatten(1, 2))
         return x + self.mlp(self.post_attention_layernorm(x))
 
 

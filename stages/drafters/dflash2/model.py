@@ -6,14 +6,13 @@ hidden states of a block, which do not depend on its proposals; the selector the
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 
 from draftsmith.stages.drafters.base import LOGITS_PER_CHUNK, BlockSampler, Context, propose_in_chunks
+from draftsmith.stages.drafters.compiled import fused
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter, DFlashLayer
 from draftsmith.stages.drafters.dflash2.config import TRAITS
 from draftsmith.stages.drafters.lm_head import Head
@@ -170,23 +169,23 @@ class BlockConvolution(nn.Module):
 
 
 class DFlash2Layer(DFlashLayer):
-    """A DFlash layer with `attention_conv` and `mlp_conv` around its sublayers, if the config has convolutions."""
+    """A DFlash layer with `attention_conv` and `mlp_conv` around its sublayers."""
 
     def __init__(self, config: Qwen3Config):
         super().__init__(config)
-        taps, group_size = (config.dflash_config.get(name) for name in ("conv_kernel_size", "conv_group_size"))
-        self.attention_conv = BlockConvolution(config.hidden_size, taps, group_size) if taps else None
-        self.mlp_conv = BlockConvolution(config.hidden_size, taps, group_size) if taps else None
+        taps, group_size = (config.dflash_config[name] for name in ("conv_kernel_size", "conv_group_size"))
+        self.attention_conv = BlockConvolution(config.hidden_size, taps, group_size)
+        self.mlp_conv = BlockConvolution(config.hidden_size, taps, group_size)
 
-    def forward(self, x: torch.Tensor, *attention_arguments: Any) -> torch.Tensor:
-        if self.attention_conv is None or self.mlp_conv is None:
-            return super().forward(x, *attention_arguments)
-        # of the context mask: a convolution must not leave its block
-        blocks = (attention_arguments[-1].seen.shape[1], -1)
-        inner, kernels = self.attention_conv.before(self.input_layernorm(x).unflatten(1, blocks))
-        attended = self.self_attn(inner.flatten(1, 2), *attention_arguments)
-        x = x + self.attention_conv.after(attended.unflatten(1, blocks), kernels).flatten(1, 2)
-        inner, kernels = self.mlp_conv.before(self.post_attention_layernorm(x).unflatten(1, blocks))
+    @fused
+    def before(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], blocks: int) -> tuple[torch.Tensor, ...]:
+        inner, kernels = self.attention_conv.before(self.input_layernorm(x).unflatten(1, (blocks, -1)))
+        return *self.self_attn.of_blocks(inner.flatten(1, 2), rope, blocks), kernels
+
+    @fused
+    def after(self, x: torch.Tensor, attended: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        x = x + self.attention_conv.after(self.self_attn.o_proj(attended), kernels).flatten(1, 2)
+        inner, kernels = self.mlp_conv.before(self.post_attention_layernorm(x).unflatten(1, attended.shape[1:3]))
         return x + self.mlp_conv.after(self.mlp(inner), kernels).flatten(1, 2)
 
 
@@ -213,7 +212,7 @@ class DFlash2Drafter(DFlashDrafter):
         )
 
     def _layer(self, config: Qwen3Config) -> DFlashLayer:
-        return DFlash2Layer(config)
+        return DFlash2Layer(config) if config.dflash_config.get("conv_kernel_size") else DFlashLayer(config)
 
     def initialise(self, generator: torch.Generator, head_weight: torch.Tensor) -> None:
         super().initialise(generator, head_weight)

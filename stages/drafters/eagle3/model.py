@@ -29,6 +29,7 @@ from draftsmith.stages.drafters.base import (
     as_input,
 )
 from draftsmith.stages.drafters.block_attention import ContextMask, block_attention
+from draftsmith.stages.drafters.compiled import fused
 from draftsmith.stages.drafters.eagle3.config import TRAITS
 from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.drafters.spec import StepShape
@@ -98,14 +99,30 @@ class EagleLayer(nn.Module):
         self.hidden_norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)  # of features
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def joined(self, embedded: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        """Return the attention's input [..., 2H]. embedded, features: [..., H]."""
+    def _joined(self, embedded: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """Return the attention's input [B, N, 2H]."""
         return torch.cat([self.input_layernorm(embedded), self.hidden_norm(features)], -1)
 
-    def finish(self, features: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        """Return the layer's output [..., H], the next feature, by residual and MLP.
+    @fused
+    def entries(
+        self, embedded: torch.Tensor, features: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values. embedded, features: [B, N, H]."""
+        return self.self_attn.keys_values(self._joined(embedded, features), rope)
 
-        features: [..., H]; attended: [..., q].
+    @fused
+    def before(
+        self, embedded: torch.Tensor, features: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return queries, keys and values. embedded, features: [B, N, H]."""
+        x = self._joined(embedded, features)
+        return self.self_attn.queries(x, rope), *self.self_attn.keys_values(x, rope)
+
+    @fused
+    def after(self, features: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """Return the layer's output [B, N, H], the next feature, by residual and MLP.
+
+        features: [B, N, H]; attended: [B, N, q].
         """
         x = features + self.self_attn.o_proj(attended)
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -129,14 +146,13 @@ class _Chain(BlockSampler):
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return hidden states [B, A, H] that predict the token after each of `tokens` [B, A]."""
         layer = self.drafter.midlayer
-        x = layer.joined(self.drafter.embed(tokens), self.features)
-        rope = self.drafter.rope(self.positions + len(self._keys), x)
-        keys, values = layer.self_attn.keys_values(x, rope)
+        x = self.drafter.embed(tokens)
+        queries, keys, values = layer.before(x, self.features, self.drafter.rope(self.positions + len(self._keys), x))
         self._keys, self._values = [*self._keys, keys], [*self._values, values]
         own = torch.stack(self._keys, 3), torch.stack(self._values, 3)
-        queries = layer.self_attn.queries(x, rope)[..., None, :]  # one query per chain
-        attended = block_attention(queries, (self.context.keys, self.context.values), own, self.context_mask)
-        self.features = layer.finish(self.features, attended[:, :, 0])
+        prefix = self.context.keys, self.context.values
+        attended = block_attention(queries[..., None, :], prefix, own, self.context_mask)  # one query per chain
+        self.features = layer.after(self.features, attended[:, :, 0])
         return self.drafter.norm(self.features)
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -204,8 +220,8 @@ class Eagle3Drafter(Drafter):
     def _entries(
         self, following: torch.Tensor, fused: torch.Tensor, positions: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        x = self.midlayer.joined(self.embed(following), fused)
-        return self.midlayer.self_attn.keys_values(x, self.rope(positions, x))
+        x = self.embed(following)
+        return self.midlayer.entries(x, fused, self.rope(positions, x))
 
     def block_hidden(self, context: Context, tokens: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
         assert isinstance(context, PrefixContext)

@@ -134,7 +134,7 @@ def test_flex_attention_reads_under_the_same_mask(before: int | None, window: in
     """The uncompiled form is tested; its gradient exists on accelerators only."""
     case = make_case(2, (2, 2), 37, 5, 4, S, 16, before=before, window=window, causal=causal)
     with pytest.MonkeyPatch.context() as patch:
-        plain = attention._flex(compiled=False)
+        plain = attention._flex(eager=True)
         patch.setattr(attention, "_flex", lambda: plain)
         found = attention._with_flex(case.queries, case.prefix, case.own, case.reach)
     torch.testing.assert_close(found, case.dense(), atol=FLOAT32, rtol=FLOAT32)
@@ -150,7 +150,7 @@ def test_few_queries_are_computed_by_the_same_kernel_as_many() -> None:
         return graph
 
     with pytest.MonkeyPatch.context() as patch:
-        plain = attention._flex(compiled=False)
+        plain = attention._flex(eager=True)
         compiled = attention._Flex(torch.compile(plain.attention, backend=record, dynamic=True), plain.mask)
         patch.setattr(attention, "_flex", lambda: compiled)
         for blocks in (3, 50):
