@@ -97,6 +97,8 @@ _ARGMAX = 6.0
 _LOSS_LAUNCHES = 60
 _UPDATE = 40  # bytes for each weight: AdamW reads weight, gradient and moments and writes three; clipping: 3 times
 _CASTS = 24  # bytes for each weight in a micro-batch: copies in bfloat16, gradients in float32, their sum
+# B A x beside W x: bytes for each input and output of a map and token of a block, launches for each use of a map
+_ADAPTER, _ADAPTER_LAUNCHES = 10, 14
 
 
 def step_work(
@@ -235,12 +237,15 @@ def _training(config: TrainingConfig, use: StageUse, vocabulary: int, micro_batc
     """Return the work of the drafter's forward, loss and backward."""
     sizes, size, rows, A = use.sizes, use.sizes.drafter, rows_of_process(config), config.anchors_per_sequence
     positions, context = rows * A * (sizes.block_size - 1), rows * use.longest
-    tokens = rows * A * sizes.block_size
+    tokens, rank = rows * A * sizes.block_size, None if config.lora is None else config.lora.rank
     work = Work(
-        rows * _operations(sizes, use.longest, A, vocabulary, training=True),
+        rows * _operations(sizes, use.longest, A, vocabulary, training=True, rank=rank),
         positions * vocabulary * _LOSS + micro_batches * trained_parameters(config, size) * _CASTS,
         math.ceil(positions / config.positions_per_chunk) * _LOSS_LAUNCHES + micro_batches * size.layers * 20,
     )
+    if rank is not None:  # a layer uses 7 maps for blocks and 2 for the context, which `fc` is for
+        uses = micro_batches * (9 * size.layers + 1)
+        work += Work(0.0, _ADAPTER * tokens * size.map_widths, _ADAPTER_LAUNCHES * uses)
     forward, backward = (_CONTEXT, _BLOCKS, _ONCE), (_CONTEXT_BACKWARD, _BLOCKS_BACKWARD, _ONCE_BACKWARD)
     for of_context, of_blocks, once in (forward, backward):
         work += of_context.work(size, context, layers=size.layers, forwards=micro_batches)
@@ -250,12 +255,19 @@ def _training(config: TrainingConfig, use: StageUse, vocabulary: int, micro_batc
 
 
 def _operations(
-    sizes: Sizes, T: float, blocks: float, vocabulary: int, *, training: bool, context: float | None = None
+    sizes: Sizes,
+    T: float,
+    blocks: float,
+    vocabulary: int,
+    *,
+    training: bool,
+    context: float | None = None,
+    rank: int | None = None,
 ) -> float:
-    """Return the drafter's operations for one answer. context: as of `drafting`."""
+    """Return the drafter's operations for one answer. context: as of `drafting`. rank: of a trained adapter."""
     first, last = (min(sizes.longest_prompt, T / 2), T - 2) if context is None else (context, context)
     anchors = np.linspace(first, max(first, last), max(1, round(blocks)))
-    shape = StepShape(1, round(T), anchors, round(blocks * (sizes.block_size - 1)), vocabulary)
+    shape = StepShape(1, round(T), anchors, round(blocks * (sizes.block_size - 1)), vocabulary, rank=rank)
     return sizes.operations(shape, training=training)
 
 

@@ -78,6 +78,7 @@ class Drafter(nn.Module, ABC):
     target_layer_ids: Sequence[int]  # layer k = hidden state AFTER target layer k
     frequent_tokens: torch.Tensor | None  # [V] token ids, most frequent first in the training data
     info: DrafterInfo
+    adapter_rank: int | None = None  # of the adapter that is trained in place of the weights
     logit_map: LogitMap = IDENTITY  # the target's, for heads that are made from the target's head
     embedding_scale: float = 1.0  # the target's: a factor on the embeddings that its first layer reads
     kind: ClassVar[str]  # this and `recipe` come from its `Traits`

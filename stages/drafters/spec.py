@@ -29,6 +29,7 @@ class StepShape:
     head_positions: int  # block positions with a loss
     head_rows: int  # tokens in the softmax
     prefixes: int = 1  # how often the trajectories are encoded; 0 if chains are drafted again on the same context
+    rank: int | None = None  # of the adapter that is trained in place of the weights
 
     @property
     def blocks(self) -> int:
@@ -37,6 +38,18 @@ class StepShape:
     def seen_within(self, window: int | None) -> int:
         """Return how many positions before all anchors together a layer with this window reads."""
         return int((self.anchors if window is None else np.minimum(self.anchors, window - 1)).sum())
+
+    def linear(self, tokens: float, passes: int, *maps: tuple[int, int]) -> float:
+        """Count the multiply-adds of linear maps (inputs, outputs) of so many tokens.
+
+        passes: 1 forward, 2 with the gradient of the weights, 3 also with that of the input. With an adapter the
+        gradient of the weights is left out, and A and B have these passes, B always that of its input.
+        """
+        products = sum(inputs * outputs for inputs, outputs in maps)
+        if self.rank is None or passes == 1:
+            return tokens * passes * products
+        of_adapter = self.rank * sum(passes * inputs + 3 * outputs for inputs, outputs in maps)
+        return tokens * ((passes - 1) * products + of_adapter)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-PROCESS_BYTES = 600e6  # Python with torch and transformers imported; a GPU's context takes about as much
+# Python with a CPU build of torch and transformers imported. Not measured on a machine with a GPU, where it stands for
+# the context in the GPU's memory too; a CUDA build took 750 MB on a machine without one.
+PROCESS_BYTES = 600e6
 
 
 @dataclass(frozen=True)

@@ -235,7 +235,8 @@ def count_operations(
     """Count the operations of a step that trains `positions` block positions, with softmaxes over `head`."""
     rows, width = batch.tokens.shape
     at = anchors.positions.cpu().numpy()
-    return drafter.operations(StepShape(rows, width, at, positions, head.weight.shape[0], prefixes))
+    shape = StepShape(rows, width, at, positions, head.weight.shape[0], prefixes, drafter.adapter_rank)
+    return drafter.operations(shape)
 
 
 def position_anchors(

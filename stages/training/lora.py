@@ -31,7 +31,7 @@ class Adapter:
 
         A map's own weights are kept in the compute dtype if that loses nothing: autocast would copy them at every use.
         """
-        self.rank = options.rank
+        self.rank = drafter.adapter_rank = options.rank
         self._maps, dtype = drafter.linear_maps(), getattr(torch, compute_dtype)
         self._config = LoraConfig(r=self.rank, lora_alpha=self.rank, target_modules=list(self._maps))
         with torch.random.fork_rng(devices=()):
@@ -58,4 +58,4 @@ class Adapter:
         """Add B A to the weights of the drafter, in float32, and take the adapter away."""
         for each in self._maps.values():
             cast(each, torch.float32)
-        self._lora.merge_and_unload()
+        self._lora.merge_and_unload().adapter_rank = None

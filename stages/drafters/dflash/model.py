@@ -234,20 +234,20 @@ class DFlashDrafter(Drafter):
         forward and 5 backward (scores are computed again): B queries of width q of each block over the positions before
         its anchor, as many as the layer's window holds, and over the block; the frozen head, 2 passes: P · V'·H.
         A pass is one product; each multiply-add counts as two operations. Without training there is one pass, or two
-        products of attention.
+        products of attention. With an adapter: `StepShape.linear`, as if the first layer's input had a gradient.
         """
-        c = self.config
-        H, B = c.hidden_size, self.queries
+        c, passes = self.config, 3 if training else 1
+        H, B, mlp = c.hidden_size, self.queries, c.intermediate_size
         q, k = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
         N, tokens = shape.prefixes * shape.rows * shape.width, shape.blocks * B
-        fc = N * len(self.target_layer_ids) * H * H
-        layer = N * 2 * H * k + tokens * (2 * H * q + 2 * H * k + 3 * H * c.intermediate_size)
+        fc = shape.linear(N, min(passes, 2), (len(self.target_layer_ids) * H, H))
+        layer = shape.linear(N, passes, (H, k), (H, k))
+        layer += shape.linear(tokens, passes, (H, q), (H, k), (H, k), (q, H), (H, mlp), (H, mlp), (mlp, H))
         seen = sum(shape.seen_within(span.window) for span in self.spans)  # of all layers
         attention = B * q * seen + c.num_hidden_layers * tokens * q * B
         head = shape.head_positions * shape.head_rows * H
-        if not training:
-            return 2.0 * (fc + c.num_hidden_layers * layer + 2 * attention + head)
-        return 2.0 * (2 * fc + 3 * c.num_hidden_layers * layer + 7 * attention + 2 * head)
+        of_attention, of_head = (7, 2) if training else (2, 1)
+        return 2.0 * (fc + c.num_hidden_layers * layer + of_attention * attention + of_head * head)
 
     def new_context(self, rows: int, capacity: int) -> FeatureSlots:
         entries = [capacity if s.window is None else min(capacity, s.window + self.block_size) for s in self.spans]

@@ -260,15 +260,17 @@ class DFlash2Drafter(DFlashDrafter):
 
         the projections of the kernels, H · 2·taps·groups twice per layer and token, in 3 passes; for each position with
         a loss the candidates, V'·H once, and their scores, k·H (unary) in 3 passes, k·r (pairs) and H·r (projection) in
-        4: they are computed again in backward.
+        4: they are computed again in backward. With an adapter, which leaves the selector as it is, these have 3.
         """
         c, sizes = self.config, self.config.dflash_config
         H, r, k = c.hidden_size, sizes["selector_rank"], min(sizes["selector_top_k"], shape.head_rows)
         taps = sizes.get("conv_kernel_size") or 0
-        kernels = 2 * H * 2 * taps * (H // sizes["conv_group_size"]) if taps else 0
-        convolutions = shape.blocks * self.block_size * c.num_hidden_layers * kernels
-        passes, of_position = (
-            (3, shape.head_rows * H + 3 * k * H + 4 * (k * r + H * r)) if training else (1, k * r + H * r)
+        kernels = [(H, 2 * taps * (H // sizes["conv_group_size"]))] * 2 if taps else []
+        convolutions = c.num_hidden_layers * shape.linear(
+            shape.blocks * self.block_size, 3 if training else 1, *kernels
         )
+        of_position = k * r + H * r
+        if training:
+            of_position = shape.head_rows * H + 3 * k * H + (4 if shape.rank is None else 3) * of_position
         selector = shape.head_positions * of_position
-        return super().operations(shape, training=training) + 2.0 * (passes * convolutions + selector)
+        return super().operations(shape, training=training) + 2.0 * (convolutions + selector)

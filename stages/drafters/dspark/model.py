@@ -175,10 +175,11 @@ class DSparkDrafter(DFlashDrafter):
         """Count operations as for DFlash, and in addition, in a training:
 
         for each position with a loss, a third pass of V'·H, because logits with a trained bias are computed again in
-        backward, and the bias itself, V'·r, in 4 passes.
+        backward, and the bias itself, V'·r, in 4 passes; with an adapter, which leaves the bias as it is, in 2.
         """
         rank = self.markov_head.rank
-        of_position = self.config.hidden_size + 4 * rank if training else rank
+        of_bias = 4 if shape.rank is None else 2
+        of_position = self.config.hidden_size + of_bias * rank if training else rank
         heads = shape.head_positions * shape.head_rows * of_position
         return super().operations(shape, training=training) + 2.0 * heads
 

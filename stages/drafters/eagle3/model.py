@@ -267,19 +267,19 @@ class Eagle3Drafter(Drafter):
         and over 1 … K entries of its own; the trained head, whose logits are computed again in backward, 4 passes:
         P · V'·H.
         A pass is one product; each multiply-add counts as two operations. Without training there is one pass, or two
-        products of attention.
+        products of attention. With an adapter (`StepShape.linear`) the head has 3 passes.
         """
-        c = self.config
-        H, K = c.hidden_size, self.block_size - 1
+        c, passes = self.config, 3 if training else 1
+        H, K, mlp = c.hidden_size, self.block_size - 1, c.intermediate_size
         q, k = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
         N, entries = shape.prefixes * shape.rows * shape.width, shape.blocks * K
-        fc = N * len(self.target_layer_ids) * H * H
-        layer = N * 4 * H * k + entries * (3 * H * q + 4 * H * k + 3 * H * c.intermediate_size)
+        maps = shape.linear(N, min(passes, 2), (len(self.target_layer_ids) * H, H))
+        maps += shape.linear(N, passes, (2 * H, k), (2 * H, k))
+        maps += shape.linear(entries, passes, (2 * H, q), (2 * H, k), (2 * H, k), (q, H), (H, mlp), (H, mlp), (mlp, H))
         attention = K * q * shape.seen_within(None) + entries * q * (K + 1) / 2
         head = shape.head_positions * shape.head_rows * H
-        if not training:
-            return 2.0 * (fc + layer + 2 * attention + head)
-        return 2.0 * (2 * fc + 3 * layer + 7 * attention + 4 * head)
+        of_attention, of_head = (7, 4 if shape.rank is None else 3) if training else (2, 1)
+        return 2.0 * (maps + of_attention * attention + of_head * head)
 
     def new_context(self, rows: int, capacity: int) -> PrefixSlots:
         return PrefixSlots(rows, capacity)

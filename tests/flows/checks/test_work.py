@@ -22,13 +22,14 @@ from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.estimate import AnswerCounts, StageUse
 from draftsmith.stages.training.config import OpdConfig
 from draftsmith.stages.training.loop import Accumulation
+from draftsmith.stages.training.lora import Adapter
 from draftsmith.stages.training.opd.anchor_sources import TableAnchors
 from draftsmith.stages.training.opd.trainer import MinedData, OpdTraining
 from draftsmith.stages.training.opd.verify_steps import MinedTable
 from draftsmith.stages.training.trainer import loaded_sizes
 from tests.benchmarks.sft_step import invented_steps
 from tests.flows.checks.test_resources import qwen_sizes
-from tests.gpu.trainings import KINDS, Training, make_training
+from tests.gpu.trainings import Training, make_training
 from tests.gpu.world import Scale, make_drafter, make_target, make_trajectories
 from tests.stages.kernel_flops import KERNEL_FLOPS
 
@@ -89,18 +90,21 @@ def mined_steps(training: OpdTraining) -> float:
     return float(sum(len(training.memory.steps(i).anchors) for i in range(SMALL.answers)))
 
 
-@pytest.mark.parametrize("kind", ["SFT", "OPD", "OPD, mined again"])
+@pytest.mark.parametrize("kind", ["SFT", "SFT of an adapter", "OPD", "OPD, mined again"])
 def test_a_step_takes_what_torch_counts(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     target = make_target(SMALL, "cpu", "bfloat16")
     drafter, answers = make_drafter(SMALL.drafter, target), make_trajectories(SMALL)
-    mines = kind not in KINDS
+    mines, adapted = kind == "OPD, mined again", kind == "SFT of an adapter"
     if mines:
         rng, K = np.random.default_rng(0), drafter.block_size - 1
         table = MinedTable([invented_steps(t, K, 1.0, rng) for t in answers], K)  # a step a token, as random weights
         mined = MinedData(trajectories=answers, mined=table)
         training: Training = OpdTraining(drafter, target, mined, OpdConfig.model_validate({**SMALL.step, **PAPER}))
     else:
-        training = make_training(kind, drafter, target, answers, dict(SMALL.step))
+        fields = {**SMALL.step, **({"lora": {"rank": 8}} if adapted else {})}
+        training = make_training("OPD" if kind == "OPD" else "SFT", drafter, target, answers, fields)
+    if training.config.lora is not None:
+        Adapter(drafter, training.config.lora, "bfloat16", 0)
     monkeypatch.setattr(block_attention, "_MASK_ENTRIES", 1)  # no block is read beyond its anchor
     operations = counted(training, target, 1).operations
     monkeypatch.undo()
