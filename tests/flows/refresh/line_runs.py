@@ -96,9 +96,10 @@ def checked(
 ) -> tuple[Node, dict[str, Path]]:
     """Return the node of the drift check and the folders after it; tau on all prompts is unchanged by default."""
     made = {name: home / "store" / name for name in ("drift", "champion")}
+    adopted = {"target": "of today", "target_changed": target_changed, "trained_for": "of its promotion"}
     for name, file, content in (
         ("drift", "drift.json", {"all": {"tau": 2.5, "low": 2.4, "high": 2.6, "prompts": 40}, **sets}),
-        ("champion", "champion.json", {"target_changed": target_changed}),
+        ("champion", "champion.json", adopted),
     ):
         made[name].mkdir(exist_ok=True)
         (made[name] / file).write_text(json.dumps(content))
