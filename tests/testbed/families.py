@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from tests.testbed.random_target import HIDDEN_SIZE, VOCAB_SIZE, fill, save
@@ -288,12 +289,18 @@ RECURRENT = (
     "ZAYA1",
     "Kimi Linear",
 )
+NEWEST = (*RECURRENT, "DeepSeek-V3.2", "GLM-5")  # families that load with transformers 5.24, and not with 5.17
 
 
 def write_family(folder: Path, family: str, seed: int = 0) -> None:
-    """Write a model folder with weights from one seeded generator, as the family's own class saves them."""
+    """Write a model folder with weights from one seeded generator, as the family's own class saves them.
+
+    Skips the test if the family needs a newer transformers.
+    """
     import transformers
 
+    if family in NEWEST:
+        pytest.importorskip("transformers", minversion="5.24")
     config = FAMILIES[family]()
     name = type(config).__name__.removesuffix("Config").removesuffix("Text")
     kind = "ForConditionalGeneration" if "with images" in family else "ForCausalLM"

@@ -73,6 +73,9 @@ def checkpoint(tmp_path: Path) -> Path:
     return folder
 
 
+UNLISTED = "1.x reads a snapshot only with the list of files that it has stored beside it"
+
+
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
     from huggingface_hub import constants
@@ -95,6 +98,7 @@ def test_a_name_means_the_commit_that_the_cache_has(cache: Cache) -> None:
 
 
 def test_a_drafter_of_the_hub_is_keyed_by_its_commit_and_read_from_it(cache: Cache, checkpoint: Path) -> None:
+    pytest.importorskip("huggingface_hub", minversion="2", reason=UNLISTED)
     config = SftConfig(init_from="org/drafter")
     assert external_digests(config) == {"org/drafter": NOT_FETCHED}
     first = cache.add("org/drafter", checkpoint, FIRST)
@@ -128,6 +132,7 @@ def test_a_data_set_of_the_hub_is_keyed_by_its_commit_and_read_from_it(
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
 def test_a_flipped_bit_in_the_hubs_cache_is_found(name: str, cache: Cache, checkpoint: Path) -> None:
+    pytest.importorskip("huggingface_hub", minversion="2", reason=UNLISTED)
     snapshot = cache.add("org/drafter", checkpoint, FIRST)
     check_snapshot(snapshot, sha256_file)
     blob = (snapshot / name).resolve()
