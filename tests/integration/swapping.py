@@ -7,10 +7,12 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 
@@ -23,6 +25,8 @@ from draftsmith.stages.drafters.checkpoint import load_drafter, save_drafter, up
 from draftsmith.stages.drafters.dflash2.config import DFlash2Config
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.dspark.config import DSparkConfig
+from draftsmith.stages.engines import swap
+from draftsmith.stages.engines.servers.client import Json
 from draftsmith.stages.engines.servers.state import NewDrafter
 from draftsmith.stages.engines.sglang.protocol import KEY
 from draftsmith.stages.engines.swap import Served, swap_servers
@@ -69,18 +73,29 @@ def line_of_two(
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         if mlflow is not None:
             patch.setenv("MLFLOW_TRACKING_URI", mlflow)
-        tracking = Tracking(home)
-        run_id = None if mlflow is None else tracking.open_refresh(line, {})
         inputs = {"target": artifact("target", made.target), "trajectories": artifact("rollout", made.rollout)}
         lines = registry()
         for key, folder in (("a", made.drafter), ("b", other)):
             ref = artifact("sft", folder, key, inputs=inputs)
             digest = drafter_digest(folder / DRAFTER_FOLDER)
             tags = {"drafter_digest": digest, "figures": json.dumps({"all": PROMISED})}
+            tracking = Tracking(home)
+            run_id = None if mlflow is None else tracking.open_refresh(line, {})
             lines.register(line, ref, tags, run_id=run_id, upload=run_id is not None)
-        tracking.close_refresh("FINISHED")
+            tracking.close_refresh("FINISHED")
         lines.promote(lines.version(line, 1), expected=None, why="first")
         yield {"1": made.drafter / DRAFTER_FOLDER, "2": other / DRAFTER_FOLDER}
+
+
+def keep_from_servers(engine: str, patch: pytest.MonkeyPatch) -> None:
+    """Name a folder that does not exist to servers of an engine, as if their hosts had uploads alone."""
+    write = getattr(swap, f"write_{engine}")
+
+    async def write_upload(client: httpx.AsyncClient, url: str, new: NewDrafter, *rest: str) -> Json:
+        elsewhere = replace(new, folder=Path("/nonexistent")) if new.upload else new
+        return dict(await write(client, url, elsewhere, *rest))
+
+    patch.setattr(swap, f"write_{engine}", write_upload)
 
 
 def with_noise(drafter: Drafter, scales: dict[str, float]) -> Drafter:

@@ -9,11 +9,10 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
@@ -26,13 +25,11 @@ from draftsmith.flows.refresh.line import artifact_folder, registry
 from draftsmith.flows.refresh.swap import served_by
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.drafters.digest import drafter_digest
-from draftsmith.stages.engines.servers.client import Json
 from draftsmith.stages.engines.servers.state import NewDrafter
-from draftsmith.stages.engines.sglang.served import write_drafter
 from draftsmith.stages.engines.swap import swap_servers
 from tests.faults.servers import mlflow_server
 from tests.flows.refresh.line_runs import config_of, finished, gated
-from tests.integration.swapping import PROMISED, PROMPTS, assert_drafts_with, line_of_two, requests
+from tests.integration.swapping import PROMISED, PROMPTS, assert_drafts_with, keep_from_servers, line_of_two, requests
 from tests.sglang_cpu.server import generate
 from tests.stages.bench import Bench
 from tests.stages.data.logs.test_engine_logs import converted
@@ -159,11 +156,7 @@ def test_a_server_without_the_store_fetches_the_upload(
 ) -> None:
     """From MLflow's server, over HTTP, in the SGLang server's own process."""
     line, url = "uploaded", ["--url", swapping.url]
-
-    async def as_elsewhere(client: httpx.AsyncClient, url: str, new: NewDrafter, proof: str) -> Json:
-        return await write_drafter(client, url, replace(new, folder=tmp_path / "not here"), proof)
-
-    monkeypatch.setattr("draftsmith.stages.engines.swap.write_sglang", as_elsewhere)
+    keep_from_servers("sglang", monkeypatch)
     with (
         mlflow_server(tmp_path) as mlflow,
         # other weights than any that the server has had, whose last ones it keeps in memory

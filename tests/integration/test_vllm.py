@@ -54,7 +54,8 @@ from draftsmith.stages.target.config import TargetConfig
 from draftsmith.stages.target.describe import describe
 from draftsmith.stages.target.info import model_path, write_target_info
 from draftsmith.stages.target.sampling import SamplingParams
-from tests.integration.swapping import dflash2, dspark, line_of_two, write_other_weights
+from tests.faults.servers import mlflow_server
+from tests.integration.swapping import dflash2, dspark, keep_from_servers, line_of_two, write_other_weights
 from tests.stages.bench import GREEDY_TOKENS, Bench
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts
@@ -280,13 +281,18 @@ def test_its_drafter_is_swapped_forth_and_back(served: Served, tmp_path: Path) -
 
 
 def test_a_line_is_swapped_proven_watched_and_rolled_back(
-    served: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """The server fetches the drafters from MLflow's."""
     if served.kind != "dflash":
         pytest.skip("one kind is enough")
     url = ["--url", served.url]
-    with line_of_two("tiny", tmp_path, served.made, served.bench) as folders:
+    with (
+        mlflow_server(tmp_path) as mlflow,
+        line_of_two("tiny", tmp_path, served.made, served.bench, mlflow.url) as folders,
+    ):
         swap(served.url, folders["1"], "DFLASH", 8)
+        keep_from_servers("vllm", monkeypatch)
         assert main(["status", "tiny", *url]) == 0
         assert "version 1 (champion)" in capsys.readouterr().out
         assert main(["promote", "tiny@2"]) == 0
