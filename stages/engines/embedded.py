@@ -100,9 +100,7 @@ class EmbeddedEngine:
         self._allocate()
         rows: list[_Row] = []
         while True:
-            arrivals = list(islice(queue, self.slots - len(rows)))
-            for group in self._prefill_groups([len(r.prompt_ids) for r in arrivals]):
-                rows += self._prefill([arrivals[i] for i in group], first_row=len(rows))
+            self._refill(rows, list(islice(queue, self.slots - len(rows))))
             if not rows:
                 return
             if not any(row.done.finish_reason for row in rows):  # a first token may already be a stop token
@@ -110,6 +108,11 @@ class EmbeddedEngine:
             for index in reversed(range(len(rows))):
                 if rows[index].done.finish_reason:
                     yield self._retire(rows, index)
+
+    def _refill(self, rows: list[_Row], arrivals: Sequence[Request]) -> None:
+        """Read the prompts of new requests, which get the rows after those in flight."""
+        for group in self._prefill_groups([len(r.prompt_ids) for r in arrivals]):
+            rows += self._prefill([arrivals[i] for i in group], first_row=len(rows))
 
     def _prefill_groups(self, lengths: Sequence[int]) -> Iterator[list[int]]:
         """Yield the indices of prompts for each forward: equally long ones if states would advance over padding."""
@@ -162,10 +165,11 @@ class EmbeddedEngine:
         return rows
 
     def step_timer(self, requests: Sequence[Request], width: int, cache: SlotCache) -> Callable[[], float]:
-        """Return a function that times one step for requests in all slots: its wall time in seconds.
+        """Return a function that times one step for requests in flight: its wall time in seconds.
 
         Each request is as far as the end of its prompt. width: tokens that a step without a drafter verifies for each
-        request. cache: without entries of these prompts, since reading empty ones takes as long; engines may share it.
+        request. cache: with a row for each, and no entries of their prompts, since reading empty ones takes as long;
+        engines may share it.
         """
         self._allocate(cache)
         self._prefill([replace(request, prompt_ids=request.prompt_ids[:1]) for request in requests], first_row=0)
@@ -180,20 +184,24 @@ class EmbeddedEngine:
 
         return step_seconds
 
-    def prefill_timer(self, request: Request) -> Callable[[], float]:
-        """Return a function that reads the prompt of one request, and returns its wall time in seconds."""
-        self._allocate()
+    def refill_timer(self, requests: Sequence[Request], cache: SlotCache) -> Callable[[], float]:
+        """Return a function that reads the prompts of requests, and returns its wall time in seconds.
 
-        def prefill_seconds() -> float:
+        cache: as of `step_timer`.
+        """
+        self._allocate(cache)
+
+        def refill_seconds() -> float:
             started = time.perf_counter()
-            self._prefill([request], first_row=0)
+            self._refill([], requests)
             return time.perf_counter() - started
 
-        return prefill_seconds
+        return refill_seconds
 
     def _allocate(self, cache: SlotCache | None = None) -> None:
-        self.cache = cache or self.target.new_cache(self.slots, self.capacity)
-        self.context = self.drafter.new_context(self.slots, self.capacity) if self.drafter else None
+        # a cache of transformers without layers of its own is false
+        self.cache = self.target.new_cache(self.slots, self.capacity) if cache is None else cache
+        self.context = self.drafter.new_context(self.cache.rows, self.cache.capacity) if self.drafter else None
 
     def _decode(self, rows: list[_Row], drafted: Drafted | None = None) -> None:
         """Run one step for all rows in flight: draft (with a drafter), verify, commit.

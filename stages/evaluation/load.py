@@ -1,13 +1,15 @@
 """Speed by the number of requests in flight: measured on servers, predicted for the embedded engine.
 
 A prediction comes from acceptance by replay, and the time of a step at each number. A step takes the same time whatever
-is accepted, so a few steps with empty caches measure it. An answer of L tokens, of which a step commits tau on average,
-takes its share of an engine with N requests in flight:
+is accepted, so a few steps with empty caches measure it. Where several answers end in one step, the prompts that follow
+them share a forward. An engine with N requests in flight takes for an answer of L tokens, of which a step commits tau
+on average:
 
-    prefill + (L - 1) / tau(w) · step(N, w) / N
+    S = (L - 1) / tau(w)                              steps of an answer
+    step(N, w) · S / N + E[refill(K)] · S / N         K ~ Binomial(N, 1 / S): answers that end in a step
 
-w: tokens that a step verifies for each request. Without a drafter w and tau are 1. L is that of the timed runs, and
-prefill the time that a prompt of median length takes alone.
+w: tokens that a step verifies for each request. Without a drafter w and tau are 1. L is that of the timed runs.
+refill(k): the time of reading k prompts, as many as `PREFILL_TOKENS` allow in one forward; of more, in proportion.
 """
 
 from __future__ import annotations
@@ -16,9 +18,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import numpy as np
+from scipy.special import binom
 
 from draftsmith.artifacts.results.evaluation import (
     CHAMPION,
@@ -31,6 +34,7 @@ from draftsmith.artifacts.results.evaluation import (
 from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.engines.base import Request
+from draftsmith.stages.engines.embedded import PREFILL_TOKENS
 from draftsmith.stages.evaluation.speed_embedded import Decoder, EmbeddedSpeedTest
 from draftsmith.stages.evaluation.timed_runs import Row, Setting
 from draftsmith.stages.evaluation.verdicts import estimate_of, estimate_record
@@ -38,42 +42,44 @@ from draftsmith.stages.replay.trace import AcceptanceStats
 from draftsmith.stages.runtime.memory import out_of_memory, release_memory
 from draftsmith.stages.runtime.statistics import Estimate, combine_errors, jackknife, mean_estimate, sum_by_key
 
-IN_FLIGHT = (1, 2, 4, 8, 16, 32, 64, 128)
+IN_FLIGHT: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)
 PASSES = 5  # over all arms and widths, after one that is not counted
 SHARE = 0.15  # of the time of the timed runs, which the steps may take
 Cell: TypeAlias = tuple[str, int]  # arm, and tokens verified for each request
+T = TypeVar("T")
 StepSeconds: TypeAlias = Mapping[int, Mapping[Cell, np.ndarray]]  # requests in flight -> cell -> [passes]
 
 
 @dataclass(frozen=True)
 class AverageAnswer:
-    """The mean answer at one setting."""
+    """The mean answer at one setting, and what its prompt costs."""
 
     tokens: float
-    prefill: Mapping[str, float]  # arm -> seconds
+    together: Sequence[int]  # numbers of prompts that are read together, ascending from 1
+    refill: Mapping[str, np.ndarray]  # arm -> [passes, together] seconds
 
-    @classmethod
-    def measure(
-        cls,
-        test: EmbeddedSpeedTest,
-        drafters: Mapping[str, Drafter],
-        answers: Sequence[Trajectory],
-        setting: Setting,
-        runs: Sequence[Row],
-    ) -> AverageAnswer:
-        """Time the prefill of a prompt of median length with each drafter. runs: timed ones at this setting."""
-        lengths = [each.prompt_length for each in answers]
-        prompt = answers[int(np.argsort(lengths)[len(lengths) // 2])]
-        sampling = test.config.sampling.params(setting.temperature)
-        request = Request("0", prompt.tokens[: prompt.prompt_length], 2, sampling, adapter=prompt.adapter)
-        decoders = {PLAIN: Decoder()} | {arm: Decoder(each, each.block_size) for arm, each in drafters.items()}
-        timers = {
-            arm: test.engine(test.target, decoder, 1, prompt.prompt_length + 2).prefill_timer(request)
-            for arm, decoder in decoders.items()
-        }
-        passes = [{arm: timer() for arm, timer in timers.items()} for _ in range(1 + PASSES)][1:]
-        tokens = sum(run["tokens"] for run in runs) / sum(run["prompts"] for run in runs)
-        return cls(tokens, {arm: float(np.mean([each[arm] for each in passes])) for arm in timers})
+    def refill_seconds(self, arm: str, most: int) -> np.ndarray:
+        """Return [passes, most + 1] the time of reading 0, 1, …, `most` prompts."""
+        ended, largest = np.arange(most + 1), self.together[-1]
+        times = np.array([np.interp(ended, [0, *self.together], [0, *seconds]) for seconds in self.refill[arm]])
+        return times * np.maximum(1, ended / largest)
+
+
+def _spread(items: Sequence[T], count: int) -> list[T]:
+    """Return the items where `count` random ones of a sorted list are on average."""
+    return [items[int((n + 1) / (count + 1) * len(items))] for n in range(count)]
+
+
+def per_answer(refill: np.ndarray, concurrency: int, steps: np.ndarray) -> np.ndarray:
+    """Return [...] the engine's time for the prompt of an answer of so many steps [...].
+
+    refill: [concurrency + 1] the time of reading so many prompts. Every request in flight ends in a step with the same
+    probability.
+    """
+    ended, chance = np.arange(concurrency + 1), 1 / np.maximum(steps, 1)[..., None]
+    probability = binom(concurrency, ended) * chance**ended * (1 - chance) ** (concurrency - ended)
+    mean: np.ndarray = (probability * refill).sum(-1) / (concurrency * chance[..., 0])
+    return mean
 
 
 def widths_of(block_size: int) -> list[int]:
@@ -81,54 +87,81 @@ def widths_of(block_size: int) -> list[int]:
     return [*(size for size in (2, 4, 8, 16, 32) if size < block_size), block_size]
 
 
-def measure_steps(
+def measure_times(
     test: EmbeddedSpeedTest,
     drafters: Mapping[str, Drafter],
     answers: Sequence[Trajectory],
     setting: Setting,
+    runs: Sequence[Row],
     timed_seconds: float,
-) -> StepSeconds:
-    """Return the times of steps with and without each drafter, measured in alternation, at every number in flight.
+) -> tuple[StepSeconds, AverageAnswer]:
+    """Return the times of steps with and without each drafter at every number in flight, and of reading prompts.
 
-    The requests are where N that began at random times are on average. Fewer numbers are measured if memory ends, or
-    after `SHARE` of `timed_seconds`, the time of the timed runs.
+    A pass times all of them once: what slows the machine for seconds is then in the spread of the passes. Fewer numbers
+    are measured if memory ends, or the passes would take more than `SHARE` of `timed_seconds`, the time of the timed
+    runs. runs: those at this setting.
     """
     started = time.monotonic()
     trained = {arm: drafter.block_size for arm, drafter in drafters.items()}
     widest = max(trained.values())
     decoders = {(PLAIN, width): Decoder() for width in [1, *widths_of(widest)]}
     decoders |= {(arm, w): Decoder(drafters[arm], w) for arm, size in trained.items() for w in widths_of(size)}
+    prompts = sorted((each.prompt_length, row) for row, each in enumerate(answers))
     ends = sorted((end, row) for row, each in enumerate(answers) for end in range(each.prompt_length, len(each.tokens)))
-    found: dict[int, dict[Cell, np.ndarray]] = {}
-    for concurrency in IN_FLIGHT:
-        chosen = [ends[int((n + 1) / (concurrency + 1) * len(ends))] for n in range(concurrency)]
-        sampling = test.config.sampling.params(setting.temperature)
-        requests = [
-            Request(str(n), answers[row].tokens[:end], widest + 1, sampling, n, answers[row].adapter)
-            for n, (end, row) in enumerate(chosen)
-        ]
-        longest = max(end for end, _ in chosen) + widest
-        try:
-            cache = test.target.new_cache(concurrency, longest)
-            timers = {
-                cell: test.engine(test.target, decoder, concurrency, longest).step_timer(requests, cell[1], cache)
-                for cell, decoder in decoders.items()
-            }
-            passes = [_one_pass(timers, index) for index in range(1 + PASSES)][1:]
-        except Exception as error:
-            if not out_of_memory(error) or not found:
-                raise
-            break
-        found[concurrency] = {cell: np.array([each[cell] for each in passes]) for cell in decoders}
-        test.ctx.check_interrupted()
-        if time.monotonic() - started > SHARE * timed_seconds:
-            break
+    together = [1 << n for n in range(max(1, PREFILL_TOKENS // prompts[len(prompts) // 2][0]).bit_length())]
+    longest = prompts[-1][0] + widest + 1
+    engines = {cell: test.engine(test.target, each, 1, longest) for cell, each in decoders.items()}
+    sampling = test.config.sampling.params(setting.temperature)
+
+    def request(row: int, end: int) -> Request:
+        tokens, adapter = answers[row].tokens, answers[row].adapter
+        return Request(str(row), tokens[:end], widest + 1, sampling, row, adapter)
+
+    def time_refills(index: int) -> dict[Cell, float]:
+        """Return the seconds of reading prompts with each arm. Here the second part of a cell is their number."""
+        read = {count: [request(row, end) for end, row in _spread(prompts, count)] for count in together}
+        cache = test.target.new_cache(together[-1], longest)
+        timers = {
+            (arm, count): engines[arm, trained.get(arm, 1)].refill_timer(requests, cache)
+            for arm in [PLAIN, *drafters]
+            for count, requests in read.items()
+        }
+        return _one_pass(timers, index)
+
+    def time_steps(index: int, concurrency: int) -> dict[Cell, float]:
+        """Return the seconds of a step of each cell, with requests as far as those that began at random times."""
+        requests = [request(row, end) for end, row in _spread(ends, concurrency)]
+        cache = test.target.new_cache(concurrency, len(requests[-1].prompt_ids) + widest)
+        return _one_pass({cell: each.step_timer(requests, cell[1], cache) for cell, each in engines.items()}, index)
+
+    numbers = list(IN_FLIGHT)
+    refills: list[dict[Cell, float]] = []
+    steps: dict[int, list[dict[Cell, float]]] = {number: [] for number in numbers}
+    for index in range(1 + PASSES):
+        refills.append(time_refills(index))
+        for place, concurrency in enumerate(numbers):
+            try:
+                steps[concurrency].append(time_steps(index, concurrency))
+            except Exception as error:
+                if not out_of_memory(error) or place == 0:
+                    raise
+                numbers = numbers[:place]
+                break
+            test.ctx.check_interrupted()
+            if index == 0 and (1 + PASSES) * (time.monotonic() - started) > SHARE * timed_seconds:
+                numbers = numbers[: place + 1]
+                break
     release_memory()
-    return found
+    found = {n: {cell: np.array([each[cell] for each in steps[n][1:]]) for cell in engines} for n in numbers}
+    tokens = sum(run["tokens"] for run in runs) / sum(run["prompts"] for run in runs)
+    refill = {
+        arm: np.array([[each[arm, count] for count in together] for each in refills[1:]]) for arm in [PLAIN, *drafters]
+    }
+    return found, AverageAnswer(tokens, together, refill)
 
 
 def _one_pass(timers: Mapping[Cell, Callable[[], float]], index: int) -> dict[Cell, float]:
-    """Return the seconds of a step of each cell; the order changes from pass to pass."""
+    """Return the seconds that each cell took; the order changes from pass to pass."""
     cells = list(timers)
     first = index * len(cells) // (1 + PASSES)
     return {cell: timers[cell]() for cell in (cells[first:] + cells[:first])[:: -1 if index % 2 else 1]}
@@ -149,31 +182,39 @@ class _Speed:
 
     arm: str
     width: int
-    seconds: np.ndarray  # [passes] of a step, for one request
+    concurrency: int
+    seconds: np.ndarray  # [passes] of a step
+    refill: np.ndarray  # [passes, concurrency + 1] of reading so many prompts
     committed: np.ndarray  # [units] tokens
     steps: np.ndarray  # [units]
-    answer: AverageAnswer
+    tokens: float  # of an answer
 
-    def answer_seconds(self, step: np.ndarray, committed: np.ndarray, steps: np.ndarray) -> np.ndarray:
-        """Return the engine's time for one answer."""
-        return self.answer.prefill[self.arm] + (self.answer.tokens - 1) * step * steps / committed
+    def answer_seconds(self, step: float, refill: np.ndarray, committed: np.ndarray, steps: np.ndarray) -> np.ndarray:
+        """Return the engine's time for one answer. committed, steps: [...]."""
+        taken = np.asarray((self.tokens - 1) * steps / committed)
+        return step * taken / self.concurrency + per_answer(refill, self.concurrency, taken)
 
     @property
     def per_pass(self) -> np.ndarray:
         """Return the engine's time for one answer, of each pass."""
-        return self.answer_seconds(self.seconds, self.committed.sum(), self.steps.sum())
+        sums = self.committed.sum(), self.steps.sum()
+        passes = zip(self.seconds, self.refill, strict=True)
+        return np.array([self.answer_seconds(step, refill, *sums) for step, refill in passes])
+
+    def by_tau(self, committed: np.ndarray, steps: np.ndarray) -> np.ndarray:
+        """Return the engine's time for one answer of the mean pass."""
+        return self.answer_seconds(float(self.seconds.mean()), self.refill.mean(0), committed, steps)
 
     @property
     def tokens_per_s(self) -> float:
-        return self.answer.tokens / float(self.per_pass.mean())
+        return self.tokens / float(self.per_pass.mean())
 
 
 def _log_ratio(own: _Speed, other: _Speed) -> Estimate:
     """Return the logarithm of how many times as fast the first is as the other: the error of the passes and of tau."""
 
     def ratio(committed: np.ndarray, steps: np.ndarray, others: np.ndarray, other_steps: np.ndarray) -> np.ndarray:
-        slow = other.answer_seconds(other.seconds.mean(), others, other_steps)
-        return np.log(slow / own.answer_seconds(own.seconds.mean(), committed, steps))
+        return np.log(other.by_tau(others, other_steps) / own.by_tau(committed, steps))
 
     timed = mean_estimate(np.log(other.per_pass / own.per_pass))
     return combine_errors(timed, jackknife(ratio, own.committed, own.steps, other.committed, other.steps))
@@ -192,14 +233,16 @@ def predict(
         for width in widths_of(tally.block_size)
     }
     some = next(iter(sums.values()))[0]
+    sums[PLAIN, 1] = [some, some]
     points = []
     for concurrency, cells in steps.items():
-        speeds = {(PLAIN, 1): _Speed(PLAIN, 1, cells[PLAIN, 1] / concurrency, some, some, answer)}
-        for (arm, width), (committed, taken) in sums.items():
-            speeds[arm, width] = _Speed(arm, width, cells[arm, width] / concurrency, committed, taken, answer)
+        refill = {arm: answer.refill_seconds(arm, concurrency) for arm in answer.refill}
+        speeds = [
+            _Speed(arm, width, concurrency, cells[arm, width], refill[arm], committed, taken, answer.tokens)
+            for (arm, width), (committed, taken) in sums.items()
+        ]
         best = {
-            arm: max((s for s in speeds.values() if s.arm == arm), key=attrgetter("tokens_per_s"))
-            for arm in [PLAIN, *tallies]
+            arm: max((s for s in speeds if s.arm == arm), key=attrgetter("tokens_per_s")) for arm in [PLAIN, *tallies]
         }
         for arm in tallies:
             for other in [PLAIN, *([CHAMPION] if CHAMPION in tallies and arm != CHAMPION else [])]:

@@ -55,7 +55,7 @@ from draftsmith.stages.evaluation.acceptance import (
 )
 from draftsmith.stages.evaluation.confidence import calibration
 from draftsmith.stages.evaluation.config import DRAFTERS, PREFIX, EvaluationConfig, prompts_to_decode
-from draftsmith.stages.evaluation.load import AverageAnswer, from_timed_runs, measure_steps, predict, step_table
+from draftsmith.stages.evaluation.load import from_timed_runs, measure_times, predict, step_table
 from draftsmith.stages.evaluation.speed_embedded import EmbeddedSpeedTest, measure_embedded, one_thread
 from draftsmith.stages.evaluation.speed_servers import ServerSpeedTest, measure_servers
 from draftsmith.stages.evaluation.speed_table import alternates, at_setting, log_ratios, speed_by_slice, speed_tables
@@ -254,9 +254,9 @@ def _load(
     first = settings_of(test.config)[0]
     test.ctx.log("timing steps by the number of requests in flight")
     with one_thread(test.target):
-        steps = measure_steps(test, drafters, replayed.answers, first, sum(run["wall_seconds"] for run in speed.runs))
+        seconds = sum(run["wall_seconds"] for run in speed.runs)
         runs = at_setting(speed.runs, first)
-        average = AverageAnswer.measure(test, drafters, replayed.answers, first, runs)
+        steps, average = measure_times(test, drafters, replayed.answers, first, runs, seconds)
     points = predict(steps, replayed.tallies, replayed.units, average)
     return {"step_times": step_table(steps), "load": points}
 

@@ -1,7 +1,7 @@
 """Predicted against measured speed at 1 to 32 requests in flight, on the test bed with three drafters.
 
-The prediction is that of the stage `evaluation`. Measured is an engine whose slots are refilled from a long queue, from
-the time at which as many answers are finished as there are slots until the queue is empty.
+Measured are engines whose slots are refilled from an endless queue. They take turns, and in the middle the stage
+`evaluation` times its steps, so that other work on the machine slows all alike. A turn is an answer for each slot.
 """
 
 from __future__ import annotations
@@ -9,24 +9,32 @@ from __future__ import annotations
 import itertools
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from draftsmith.artifacts.results.evaluation import PLAIN, EvaluationResult, LoadPoint
-from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, Prompt, load_prompts, load_trajectories
+from draftsmith.artifacts.results.evaluation import PLAIN, LoadPoint
+from draftsmith.stages.data.trajectories import (
+    DRAFTER_FOLDER,
+    Prompt,
+    Trajectory,
+    load_prompts,
+    load_trajectories,
+)
+from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import load_drafter
-from draftsmith.stages.engines.base import Request
+from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.evaluation import load
-from draftsmith.stages.evaluation.config import PREFIX, EvaluationConfig
-from draftsmith.stages.evaluation.load import Cell, widths_of
+from draftsmith.stages.evaluation.config import EvaluationConfig
+from draftsmith.stages.evaluation.load import Cell, measure_times, predict, widths_of
 from draftsmith.stages.evaluation.speed_embedded import Decoder, EmbeddedSpeedTest
-from draftsmith.stages.evaluation.stage import STAGE
+from draftsmith.stages.evaluation.timed_runs import Setting
 from draftsmith.stages.evaluation.verdicts import estimate_of
 from draftsmith.stages.replay.replayer import Replayer
+from draftsmith.stages.replay.trace import AcceptanceStats
 from draftsmith.stages.target.causal_lm import Target
 from tests.benchmarks import harness
 from tests.testbed.context import RecordingContext
@@ -35,7 +43,7 @@ from tests.testbed.eagle3 import trained_eagle3
 from tests.testbed.target import prompts_file, target_folder
 
 IN_FLIGHT = (1, 2, 4, 8, 16, 32)
-FEWEST_ANSWERS, ANSWERS_PER_SLOT = 60, 8
+FEWEST_ANSWERS = 8  # of a turn
 
 
 def drafter_folders() -> tuple[dict[str, Path], dict[str, Path]]:
@@ -46,44 +54,95 @@ def drafter_folders() -> tuple[dict[str, Path], dict[str, Path]]:
     return {"target": made.target, "prompts": made.prompts, "trajectories": made.heldout}, drafters
 
 
-def tokens_per_s(
-    test: EmbeddedSpeedTest, decoder: Decoder, prompts: Sequence[Prompt], slots: int
-) -> tuple[float, float]:
-    """Return tokens/s with all slots full, and the tokens that a verify step committed (NaN without a drafter)."""
-    most = test.config.sampling.max_new_tokens
-    engine = test.engine(test.target, decoder, slots, max(len(p.token_ids) for p in prompts) + most)
-    count = max(FEWEST_ANSWERS, ANSWERS_PER_SLOT * slots) + slots
-    requests = (
-        Request(str(n), p.token_ids, most) for n, p in zip(range(count), itertools.cycle(prompts), strict=False)
-    )
-    ends, tokens, steps = [time.perf_counter()], [0], [0]
-    for done in engine.generate(requests):
-        ends.append(time.perf_counter())
-        tokens.append(len(done.response_ids))
-        steps.append(done.verify_steps)
-    first, last = (0, count) if slots == 1 else (slots, count - slots)
-    tau = (sum(tokens) - count) / sum(steps) if decoder.drafter else float("nan")
-    return sum(tokens[first + 1 : last + 1]) / (ends[last] - ends[first]), tau
+@dataclass
+class EndlessRun:
+    """An engine whose queue never ends, and what it did so far."""
+
+    completions: Iterator[Completion]
+    tokens: int = 0
+    steps: int = 0
+    answers: int = 0
+    seconds: float = 0.0
+
+    def turn(self, answers: int) -> None:
+        """Decode until so many more answers are finished."""
+        started = time.perf_counter()
+        for done in itertools.islice(self.completions, answers):
+            self.tokens += len(done.response_ids)
+            self.steps += done.verify_steps
+            self.answers += 1
+        self.seconds += time.perf_counter() - started
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds
+
+    @property
+    def tau(self) -> float:
+        """Return the tokens that a verify step committed."""
+        return (self.tokens - self.answers) / self.steps
 
 
-def measure(
-    test: EmbeddedSpeedTest, decoders: Mapping[Cell, Decoder], prompts: Sequence[Prompt], slots: int, rounds: int
-) -> tuple[dict[Cell, float], dict[Cell, float]]:
-    """Return the speed-up of each cell, over rounds in alternating order, and the tokens that its steps committed."""
-    speeds: dict[Cell, list[float]] = {cell: [] for cell in decoders}
-    taus = {}
-    for index in range(rounds):
-        for cell in list(decoders)[:: -1 if index % 2 else 1]:
-            speed, taus[cell] = tokens_per_s(test, decoders[cell], prompts, slots)
-            speeds[cell].append(speed)
-    logs = {cell: float(np.mean(np.log(found))) for cell, found in speeds.items()}
-    return {cell: float(np.exp(value - logs[PLAIN, 1])) for cell, value in logs.items()}, taus
+@dataclass(frozen=True)
+class Benchmark:
+    """All that decodes, and the answers that acceptance was replayed on."""
+
+    test: EmbeddedSpeedTest
+    drafters: Mapping[str, Drafter]
+    tallies: Mapping[str, AcceptanceStats]
+    answers: Sequence[Trajectory]
+    prompts: Sequence[Prompt]
+
+    @property
+    def decoders(self) -> dict[Cell, Decoder]:
+        """Return every arm at every width."""
+        drafters = self.drafters.items()
+        own = {(arm, width): Decoder(each, width) for arm, each in drafters for width in widths_of(each.block_size)}
+        return {(PLAIN, 1): Decoder(), **own}
+
+    def answer_tokens(self) -> dict[str, int]:
+        """Return what a timed run would say of the answers."""
+        tokens = sum(len(each.tokens) - each.prompt_length for each in self.answers)
+        return {"tokens": tokens, "prompts": len(self.answers)}
+
+    def predict(self) -> list[LoadPoint]:
+        """Return the predicted speed of each drafter, compared with none, as in stage `evaluation`."""
+        load.IN_FLIGHT = IN_FLIGHT
+        setting = Setting(self.test.config.sampling.temperature, 1)
+        times = measure_times(self.test, self.drafters, self.answers, setting, [self.answer_tokens()], float("inf"))
+        return predict(times[0], self.tallies, [str(n) for n in range(len(self.answers))], times[1])
+
+    def endless(self, decoder: Decoder, slots: int) -> EndlessRun:
+        """Return an engine that has all slots full, with requests that did not begin together."""
+        test, prompts, most = self.test, self.prompts, self.test.config.sampling.max_new_tokens
+        engine = test.engine(test.target, decoder, slots, max(len(each.token_ids) for each in prompts) + most)
+        mean = self.answer_tokens()["tokens"] // len(self.answers)
+        first = (1 + (n + 1) * mean // (slots + 1) for n in range(slots))  # tokens
+        limits = itertools.chain(first, itertools.repeat(most))
+        asked = zip(itertools.count(), itertools.cycle(prompts), limits)
+        run = EndlessRun(engine.generate(Request(str(n), each.token_ids, limit) for n, each, limit in asked))
+        run.turn(slots)
+        return replace(run, tokens=0, steps=0, answers=0, seconds=0.0)
+
+    def measure(self, rounds: int) -> tuple[list[LoadPoint], dict[int, dict[Cell, EndlessRun]]]:
+        """Return the predictions, and the runs by number in flight and cell."""
+        decoders = self.decoders.items()
+        runs = {slots: {cell: self.endless(each, slots) for cell, each in decoders} for slots in IN_FLIGHT}
+        points: list[LoadPoint] = []
+        for index in range(rounds):
+            if index == rounds // 2:
+                points = self.predict()
+            for slots, by_cell in runs.items():
+                for run in list(by_cell.values())[:: -1 if index % 2 else 1]:
+                    run.turn(max(FEWEST_ANSWERS, slots))
+        return points, runs
 
 
-def row(point: LoadPoint, speedups: Mapping[Cell, float]) -> dict[str, Any]:
+def row(point: LoadPoint, runs: Mapping[Cell, EndlessRun]) -> dict[str, Any]:
     """Return the prediction of one arm at one number in flight beside what was measured."""
     low, high = np.exp(estimate_of(point).interval() or (np.nan, np.nan))
-    own = {width: speed for (arm, width), speed in speedups.items() if arm == point.arm}
+    plain = runs[PLAIN, 1].tokens_per_s
+    own = {width: run.tokens_per_s / plain for (arm, width), run in runs.items() if arm == point.arm}
     measured, predicted = own[point.block_size], float(np.exp(point.value))
     return {
         "drafter": point.arm,
@@ -101,44 +160,27 @@ def row(point: LoadPoint, speedups: Mapping[Cell, float]) -> dict[str, Any]:
 
 
 def main() -> None:
-    options = harness.parser(__doc__, repetitions=2)
+    options = harness.parser(__doc__, repetitions=8)
     harness.add_clock(options)
     chosen = options.parse_args()
     harness.set_process(chosen)
     harness.set_clock(chosen.cpu_time)
     inputs, folders = drafter_folders()
-    config = EvaluationConfig.model_validate(
-        {"sampling": {"max_new_tokens": TINY.max_new_tokens}, "rounds": 2, "exactness_prompts": 0}
-    )
+    config = EvaluationConfig.model_validate({"sampling": {"max_new_tokens": TINY.max_new_tokens}})
+    target = Target.load(inputs["target"])
+    drafters = {arm: load_drafter(path / DRAFTER_FOLDER, target) for arm, path in folders.items()}
+    answers = load_trajectories(inputs["trajectories"], ["heldout"]).trajectories
+    tallies = Replayer(target).acceptance(drafters, answers)
     with tempfile.TemporaryDirectory() as folder:
-        arms = {f"{PREFIX}{arm}": path for arm, path in folders.items()}
-        ctx = RecordingContext.under(Path(folder), {**inputs, **arms})
-        load.SHARE = float("inf")  # all numbers in flight
-        STAGE.run(ctx, config)
-        predicted = EvaluationResult.read(ctx.out)
-        target = Target.load(inputs["target"])
-        drafters = {arm: load_drafter(path / DRAFTER_FOLDER, target) for arm, path in folders.items()}
-        answers = load_trajectories(inputs["trajectories"], ["heldout"]).trajectories
-        tallies = Replayer(target).acceptance(drafters, answers)
-        decoders: dict[Cell, Decoder] = {(PLAIN, 1): Decoder()}
-        for arm, drafter in drafters.items():
-            decoders |= {(arm, width): Decoder(drafter, width) for width in widths_of(drafter.block_size)}
-        test = EmbeddedSpeedTest(ctx, target, config, 0)
-        prompts = load_prompts(inputs["prompts"], ["heldout"])
-        rows: list[dict[str, Any]] = []
-        taus: dict[Cell, float] = {}
-        for slots in IN_FLIGHT:
-            speedups, taus = measure(test, decoders, prompts, slots, chosen.repetitions)
-            points = [p for p in predicted.load if (p.concurrency, p.other) == (slots, PLAIN)]
-            found = [row(point, speedups) for point in points]
-            if found:  # fewer numbers are predicted where steps take long
-                title = f"speed-up over no drafter, {slots} in flight"
-                harness.print_rows(title, found)
-            rows += found
+        test = EmbeddedSpeedTest(RecordingContext.under(Path(folder), inputs), target, config, 0)
+        bench = Benchmark(test, drafters, tallies, answers, load_prompts(inputs["prompts"], ["heldout"]))
+        points, runs = bench.measure(chosen.repetitions)
+    rows = [row(point, runs[point.concurrency]) for point in points]
+    harness.print_rows("speed-up over no drafter", rows)
     by_width = []
-    for (arm, width), tau in list(taus.items())[1:]:
+    for (arm, width), run in list(runs[IN_FLIGHT[-1]].items())[1:]:
         committed, steps = tallies[arm].at_width(width)
-        by_width.append([arm, width, float(committed.sum() / steps.sum()), tau])
+        by_width.append([arm, width, float(committed.sum() / steps.sum()), run.tau])
     harness.print_table("tokens a step", ["drafter", "block", "predicted", "decoded"], by_width)
     summary = {
         "inside": float(np.mean([each["inside"] for each in rows])),

@@ -1,21 +1,43 @@
-"""Speed by load: the exact formula for drafters of known survival, intervals that cover, timed runs, mixes of loads."""
+"""Speed by load: the exact formula, a simulated engine, intervals that cover, timed runs, mixes of loads."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from draftsmith.artifacts.results.evaluation import CHAMPION, PLAIN, LoadPoint, SpeedMetrics, SpeedTable
-from draftsmith.stages.evaluation.load import AverageAnswer, StepSeconds, from_timed_runs, predict, widths_of
+from draftsmith.stages.evaluation.load import (
+    AverageAnswer,
+    StepSeconds,
+    from_timed_runs,
+    per_answer,
+    predict,
+    widths_of,
+)
 from draftsmith.stages.evaluation.verdicts import at_loads, comparison, estimate_of
 from draftsmith.stages.replay.trace import AcceptanceStats, Trace
 from draftsmith.stages.runtime.statistics import Estimate
 from tests.stages.evaluation.test_error_rates import allowed
 
 BLOCK = 8
-ANSWER = AverageAnswer(tokens=101, prefill={PLAIN: 0.02, "sft": 0.03, CHAMPION: 0.03})
+FIRST, FURTHER = {PLAIN: 0.02, "sft": 0.03, CHAMPION: 0.03}, 0.005  # seconds of a prompt, and of each one read with it
+
+
+def average_answer(rng: np.random.Generator, noise: float = 0.0) -> AverageAnswer:
+    return AverageAnswer(
+        tokens=101,
+        together=(1, 64),
+        refill={
+            arm: np.array([first, first + 63 * FURTHER]) * np.exp(rng.normal(0, noise, (5, 2)))
+            for arm, first in FIRST.items()
+        },
+    )
+
+
+ANSWER = average_answer(np.random.default_rng(0))
 
 
 def tally(rng: np.random.Generator, acceptance: float, answers: int, spread: float = 0.1) -> AcceptanceStats:
@@ -48,11 +70,12 @@ def measured(rng: np.random.Generator, noise: float = 0.0, arms: tuple[str, ...]
     }
 
 
-def exact(acceptance: float, concurrency: int, width: int) -> float:
-    """Return the speed-up of a drafter with this acceptance at all offsets."""
-    tau = (1 - acceptance**width) / (1 - acceptance)
-    plain = 0.02 + 100 * step_seconds(concurrency, 1, drafting=False) / concurrency
-    return plain / (0.03 + 100 / tau * step_seconds(concurrency, width, drafting=True) / concurrency)
+def exact_speed(arm: str, acceptance: float, concurrency: int, width: int) -> float:
+    """Return tokens/s of an arm with this acceptance at all offsets."""
+    steps = 100 * (1 - acceptance) / (1 - acceptance**width)
+    any_ends = 1 - (1 - 1 / steps) ** concurrency
+    refill = (FIRST[arm] - FURTHER) * any_ends + FURTHER * concurrency / steps
+    return 101 * concurrency / steps / (step_seconds(concurrency, width, drafting=arm != PLAIN) + refill)
 
 
 @pytest.mark.parametrize("acceptance", [0.4, 0.8])
@@ -61,19 +84,69 @@ def test_a_drafter_of_known_survival_has_the_exact_speed_and_block_size(acceptan
     stats = tally(rng, acceptance, 2000, spread=0)
     points = predict(measured(rng), {"sft": stats}, [str(n) for n in range(2000)], ANSWER)
     for point in points:
-        speeds = {width: exact(acceptance, point.concurrency, width) for width in widths_of(BLOCK)}
+        speeds = {width: exact_speed("sft", acceptance, point.concurrency, width) for width in widths_of(BLOCK)}
         assert point.block_size == max(speeds, key=speeds.__getitem__)
-        assert math.exp(point.value) == pytest.approx(speeds[point.block_size], rel=0.01)
-        plain = 101 / (0.02 + 100 * step_seconds(point.concurrency, 1, drafting=False) / point.concurrency)
+        assert point.tokens_per_s == pytest.approx(speeds[point.block_size], rel=0.01)
+        plain = exact_speed(PLAIN, 0, point.concurrency, 1)
         assert point.tokens_per_s == pytest.approx(plain * math.exp(point.value))
     assert len({point.block_size for point in points}) > 1, "large blocks pay with few requests in flight alone"
+
+
+def answer_trace(rng: np.random.Generator, acceptance: float, tokens: int) -> Trace:
+    """Return the steps of an answer of so many tokens; its end cuts the last one."""
+    accepted = np.minimum(rng.geometric(1 - acceptance, tokens) - 1, BLOCK - 1)
+    anchors = np.concatenate([[0], np.cumsum(accepted + 1)[:-1]])
+    inside = anchors < tokens - 1
+    accepted, anchors = accepted[inside], anchors[inside]
+    return Trace(tokens, anchors, accepted, np.zeros((len(anchors), BLOCK - 1), int), len(anchors))
+
+
+@pytest.mark.parametrize("concurrency", [1, 4, 16, 64])
+def test_an_engine_with_refilled_slots_has_the_predicted_speed(concurrency: int) -> None:
+    """The slots of a simulated engine take random answers of a set; the tolerance is 2 %."""
+    rng = np.random.default_rng(concurrency)
+    lengths = rng.integers(51, 152, 300)
+    traces = [answer_trace(rng, 0.8, int(tokens)) for tokens in lengths]
+    step = step_seconds(concurrency, BLOCK, drafting=True)
+
+    def choose(count: int) -> np.ndarray:
+        return rng.integers(0, len(traces), count)
+
+    steps = np.array([len(trace.anchors) for trace in traces])
+    taken = choose(concurrency)
+    left = 1 + (rng.uniform(size=concurrency) * steps[taken]).astype(int)
+    seconds, tokens, ended = 0.0, 0, 0
+    while ended < 2000 + 50 * concurrency:
+        seconds, left = seconds + step, left - 1
+        if (done := np.flatnonzero(left == 0)).size:
+            tokens, ended = tokens + int(lengths[taken[done]].sum()), ended + done.size
+            seconds += FIRST["sft"] + FURTHER * (done.size - 1)
+            taken[done] = choose(done.size)
+            left[done] = steps[taken[done]]
+
+    stats = AcceptanceStats(len(traces))
+    stats.add(range(len(traces)), traces)
+    times = {(PLAIN, 1): np.full(5, step)} | {("sft", width): np.full(5, step) for width in widths_of(BLOCK)}
+    mean_answer = replace(ANSWER, tokens=float(lengths.mean()))
+    [point] = predict({concurrency: times}, {"sft": stats}, [str(n) for n in range(len(traces))], mean_answer)
+    assert point.block_size == BLOCK
+    assert point.tokens_per_s == pytest.approx(tokens / seconds, rel=0.02)
+
+
+def test_prompts_beyond_one_forward_take_proportionally_longer() -> None:
+    answer = AverageAnswer(101, (1, 2, 4), {PLAIN: np.array([[1.0, 1.5, 2.0]])})
+    assert answer.refill_seconds(PLAIN, 8).tolist() == [[0, 1, 1.5, 1.75, 2, 2.5, 3, 3.5, 4]]
+    assert per_answer(answer.refill_seconds(PLAIN, 1)[0], 1, np.array([5.0, 0.5])) == pytest.approx([1, 1])
+    # of two requests with two steps each, none, one or both end in a step: 1/4, 1/2, 1/4
+    assert per_answer(answer.refill_seconds(PLAIN, 2)[0], 2, np.array(2.0)) == pytest.approx(1 / 2 + 1.5 / 4)
 
 
 def test_intervals_cover_the_true_speed_up() -> None:
     rng, repetitions, missed = np.random.default_rng(1), 300, 0
     truth = predict(measured(rng), {"sft": tally(rng, 0.7, 3000)}, [str(n) for n in range(3000)], ANSWER)
     for _ in range(repetitions):
-        points = predict(measured(rng, 0.03), {"sft": tally(rng, 0.7, 24)}, [str(n) for n in range(24)], ANSWER)
+        noisy = average_answer(rng, 0.03)
+        points = predict(measured(rng, 0.03), {"sft": tally(rng, 0.7, 24)}, [str(n) for n in range(24)], noisy)
         low, high = estimate_of(points[1]).interval() or (0, 0)
         missed += not low <= truth[1].value <= high
     assert missed / repetitions <= allowed(repetitions)
