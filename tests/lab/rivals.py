@@ -1,21 +1,26 @@
-"""A training of another paper that needs more than a loss of logits, as a trainer of the refresh benchmark.
+"""Trainings of the refresh benchmark that need more than a loss of logits.
 
-It is that of D2SD's second drafter (arXiv 2606.04446), which drafts what follows a visible prefix of the block. It was
-implemented from the paper's abstract and from the source of NVIDIA NeMo's implementation (0.9 is its default).
+`visible-prefix` is that of D2SD's second drafter (arXiv 2606.04446), which drafts what follows a visible prefix of the
+block. It was implemented from the paper's abstract and from the source of NVIDIA NeMo's implementation (0.9 is its
+default). `shuffled` is OPD whose weights belong to other blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional
 
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
+from draftsmith.stages.drafters.base import Drafter, PreparedDrafter
 from draftsmith.stages.drafters.block_attention import ContextMask
 from draftsmith.stages.drafters.checkpoint import lineage_from, load_drafter
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter, FeatureContext
+from draftsmith.stages.replay.chains import committed_tokens, draft
 from draftsmith.stages.runtime.memory import to_device
 from draftsmith.stages.runtime.ranks import ALONE
 from draftsmith.stages.runtime.stage import StageContext
@@ -23,6 +28,7 @@ from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.training.batches import Batch, step_rng
 from draftsmith.stages.training.blocks import (
     Anchors,
+    DraftingView,
     LossContext,
     LossReport,
     WeightedMean,
@@ -32,7 +38,12 @@ from draftsmith.stages.training.blocks import (
     position_anchors,
     tokens_at,
 )
-from draftsmith.stages.training.config import SftConfig
+from draftsmith.stages.training.config import OpdConfig, SftConfig
+from draftsmith.stages.training.opd.anchor_sources import RandomAnchors, StepAnchors
+from draftsmith.stages.training.opd.mined_table import load_mined
+from draftsmith.stages.training.opd.step import OpdStep
+from draftsmith.stages.training.opd.trainer import MinedData, OpdTraining
+from draftsmith.stages.training.opd.verify_steps import VerifySteps
 from draftsmith.stages.training.response_loss import TargetSignal, head_loss
 from draftsmith.stages.training.sft.trainer import SftTraining
 from draftsmith.stages.training.trainer import TrainingData, load_answers
@@ -40,16 +51,54 @@ from draftsmith.stages.training.trainer import TrainingData, load_answers
 PREFIX_BASE = 0.9  # the probability of l visible tokens is proportional to this power of l
 
 
-def run(ctx: StageContext, config: SftConfig) -> None:
-    """Continue training the drafter that is the input, as stage `sft` does."""
+def run(ctx: StageContext, name: str, config: Mapping[str, Any]) -> None:
+    """Continue training the drafter that is the input, as stages `sft` and `opd` do."""
     stored, target = load_answers(ctx, ALONE), Target.load(ctx.inputs["target"])
     folder = ctx.inputs["drafter"] / DRAFTER_FOLDER
     drafter = load_drafter(folder, target, torch.float32)
-    data = TrainingData(trajectories=stored.trajectories, sampling=stored.sampling)
-    training = VisiblePrefix(drafter, target, data, config, seed=ctx.seed)
+    training: VisiblePrefix | ShuffledSteps
+    if name == "visible-prefix":
+        data = TrainingData(trajectories=stored.trajectories, sampling=stored.sampling)
+        training = VisiblePrefix(drafter, target, data, SftConfig.model_validate(config), seed=ctx.seed)
+    else:
+        table = load_mined(ctx.inputs["mined"], stored.trajectories, drafter.block_size, whole=False)
+        mined = MinedData(trajectories=stored.trajectories, sampling=stored.sampling, mined=table)
+        training = ShuffledSteps(drafter, target, mined, OpdConfig.model_validate(config), seed=ctx.seed)
     totals = training.train(ctx)
-    training.save(ctx, "sft", lineage_from(folder), totals)
+    training.save(ctx, name, lineage_from(folder), totals)
     ctx.summary(**totals)
+
+
+class ShuffledSteps(OpdTraining):
+    """OPD on random anchors, each with the verify step of another block of the training step.
+
+    Offsets have the same weights as without the shuffle, on average, but not where their own block was accepted.
+    """
+
+    def _resolve(self) -> None:
+        super()._resolve()
+        self.memory = ShuffledAnchors(self.drafter, self.config.anchors_per_sequence)
+        self._step = OpdStep(self.drafter, self.target, self.memory, self._step.options)
+
+
+class ShuffledAnchors(RandomAnchors):
+    """Random anchors with the numbers of committed tokens of each other."""
+
+    def __init__(self, drafter: Drafter, per_sequence: int):
+        super().__init__(per_sequence)
+        self.drafter = drafter
+
+    def sample(self, step: int, indices: Sequence[int], view: DraftingView, phases: np.ndarray) -> StepAnchors:
+        found = super().sample(step, indices, view, phases)
+        positions, valid, K = found.anchors.positions, found.anchors.valid, self.drafter.block_size - 1
+        tokens = committed_tokens(view.batch.trajectories, K, positions.device)
+        drafter = PreparedDrafter(self.drafter, view.head, K + 1)
+        accepted = draft(drafter, view.context, tokens, positions, view.sampler, with_proposals=False).accepted
+        order = np.random.default_rng(step).permutation(found.anchors.blocks)
+        accepted[valid] = accepted[valid][to_device(order, positions.device)]
+        nothing = torch.zeros((*positions.shape, K), dtype=torch.int64, device=positions.device)
+        steps = VerifySteps(accepted, accepted + 1, torch.zeros_like(accepted), nothing, nothing * torch.nan)
+        return replace(found, steps=steps)
 
 
 class VisiblePrefix(SftTraining):

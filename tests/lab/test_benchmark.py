@@ -11,12 +11,24 @@ import pytest
 import torch
 
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, load_trajectories
+from draftsmith.stages.drafters.base import PreparedDrafter
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
+from draftsmith.stages.replay.chains import committed_tokens, draft
 from draftsmith.stages.training.batches import FeatureSource
-from draftsmith.stages.training.blocks import encode_batch, pad_anchors, tokens_at
-from tests.lab.benchmark import Benchmark, compare, half, promotes, run_stage, stats_of
-from tests.lab.rivals import hidden_after_prefix
+from draftsmith.stages.training.blocks import DraftingView, encode_batch, pad_anchors, tokens_at
+from tests.lab.benchmark import (
+    Benchmark,
+    arm_in,
+    compare,
+    compare_offsets,
+    half,
+    promotes,
+    run_stage,
+    stats_of,
+    write_results,
+)
+from tests.lab.rivals import ShuffledAnchors, hidden_after_prefix
 from tests.lab.seasons import INDEX, PROCEDURAL, SEASONS, Season, checksum, rounded
 from tests.testbed.refresh import load_config
 
@@ -100,6 +112,37 @@ def test_with_one_visible_token_a_block_is_drafted_as_it_is_served(start: dict[s
     assert not torch.allclose(two, served)
 
 
+def test_shuffled_steps_are_those_of_the_other_blocks(start: dict[str, Path]) -> None:
+    target = PROCEDURAL.target(0)
+    drafter = load_drafter(start["drafter"] / DRAFTER_FOLDER, target, torch.float32)
+    trajectories = load_trajectories(start["trajectories"]).trajectories[:4]
+    batch = FeatureSource(
+        target, drafter.target_layer_ids, trajectories, PROCEDURAL_ARMS.first, with_hidden=False
+    ).batch(range(4))
+    context, head = encode_batch(drafter, batch), drafter.drafting_head(target.head_weight, None)
+    view = DraftingView(batch, context, head, None)
+    found = ShuffledAnchors(drafter, 16).sample(0, range(4), view, np.full((4, 1), 0.5))
+    assert found.steps is not None
+    tokens = committed_tokens(trajectories, 7, target.device)
+    own = draft(PreparedDrafter(drafter, head, 8), context, tokens, found.anchors.positions).accepted + 1
+    valid = found.anchors.valid
+    assert found.steps.committed[valid].sort().values.equal(own[valid].sort().values)
+    assert not found.steps.committed[valid].equal(own[valid])
+
+
+def test_an_arm_goes_on_as_another_one() -> None:
+    assert [arm_in("plateau-then-frozen", number) for number in (1, 2, 3)] == ["plateau", "frozen", "frozen"]
+    assert arm_in("opd", 3) == "opd"
+
+
+def test_results_of_other_arms_stay(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    for week, arm in (("1", "sft"), ("2", "sft"), ("1", "opd")):
+        write_results(path, {"seeds": [0], "weeks": {week: {"change": "nothing", "arms": {arm: {"tau": 2.0}}}}})
+    weeks = json.loads(path.read_text())["weeks"]
+    assert {number: list(week["arms"]) for number, week in weeks.items()} == {"1": ["sft", "opd"], "2": ["sft"]}
+
+
 def test_verdicts_and_gate_follow_the_measured_difference() -> None:
     steps, noise = np.full(80, 10.0), np.random.default_rng(0).normal(0, 1, 80)
     base, better = stats_of(30 + noise, steps), stats_of(33 + noise, steps)
@@ -109,6 +152,14 @@ def test_verdicts_and_gate_follow_the_measured_difference() -> None:
     assert compare([stats_of(30.1 + noise, steps)], [base])["verdict"] == "ties"  # measurable, and below 1 %
     assert promotes(better, base, families)
     assert not promotes(base, base, families) and not promotes(base, better, families)
+
+
+def test_offsets_are_the_first_proposal_and_what_follows_it() -> None:
+    base = [stats_of(np.ones(4), np.ones(4), np.array([[5, 3, 2]] * 4))]
+    better = [stats_of(np.ones(4), np.ones(4), np.array([[5, 1, 4]] * 4))]
+    found = compare_offsets(better, base)
+    assert found["first"]["gain"] == pytest.approx(0)
+    assert found["accepted_then"]["gain"] == pytest.approx((9 / 5) / (7 / 5) - 1)
 
 
 def test_both_halves_have_equal_shares_of_each_family() -> None:
