@@ -67,13 +67,12 @@ _SHAPE = {"num_layers": 1, "block_size": 8, "target_layer_ids": [0, 1, 2], "mask
 # drafters of the procedural season, with the loss of the first champion's SFT and that of the control
 DRAFTERS: dict[str, tuple[dict[str, Any], str, str]] = {
     DFLASH: (_SHAPE, "cross_entropy", "forward_kl"),
-    "two-layers": ({**_SHAPE, "num_layers": 2}, "cross_entropy", "forward_kl"),
     "dflash2": ({**_SHAPE, "kind": "dflash2"}, "auto", "ce_l1"),
     "dspark": ({**_SHAPE, "kind": "dspark"}, "auto", "ce_l1"),
     "eagle3": ({"kind": "eagle3", "block_size": 8, "target_layer_ids": [0, 1, 2]}, "auto", "forward_kl"),
 }
 # steps of the first champion, of a week, and of a week of `sft-longest`: for equal seconds, as `bars.md` says
-STEPS = {DFLASH: (600, 150, 245)}
+STEPS = {DFLASH: (600, 150, 245), "dflash2": (600, 150, 245), "dspark": (600, 150, 265), "eagle3": (600, 150, 225)}
 
 
 def arms_of(
