@@ -428,11 +428,15 @@ COMPARED = (CONTROL, LONGEST, "sft", OPD, FROZEN, "block", "scope")
 
 
 def write_results(path: Path, found: Mapping[str, Any]) -> None:
-    """Write results; weeks and arms that were run before stay."""
-    weeks = json.loads(path.read_text())["weeks"] if path.exists() else {}
+    """Write results. Weeks and arms that were run before stay, and so do rows of more seeds."""
+    old = json.loads(path.read_text()) if path.exists() else {"seeds": [], "weeks": {}}
+    weeks = old["weeks"]
     for number, week in found["weeks"].items():
-        weeks[number] = week | {"arms": weeks.get(number, {}).get("arms", {}) | week["arms"]}
-    path.write_text(json.dumps({**found, "weeks": weeks}) + "\n")
+        rows = weeks.get(number, {}).get("arms", {})
+        rows |= {a: row for a, row in week["arms"].items() if len(row["taus"]) >= len(rows.get(a, row)["taus"])}
+        weeks[number] = week | {"arms": rows}
+    about = old if len(old["seeds"]) > len(found["seeds"]) else found
+    path.write_text(json.dumps({**about, "weeks": weeks}) + "\n")
 
 
 def show(found: Mapping[str, Any]) -> Iterator[str]:

@@ -135,12 +135,15 @@ def test_an_arm_goes_on_as_another_one() -> None:
     assert arm_in("opd", 3) == "opd"
 
 
-def test_results_of_other_arms_stay(tmp_path: Path) -> None:
+def test_results_of_other_arms_and_of_more_seeds_stay(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
-    for week, arm in (("1", "sft"), ("2", "sft"), ("1", "opd")):
-        write_results(path, {"seeds": [0], "weeks": {week: {"change": "nothing", "arms": {arm: {"tau": 2.0}}}}})
-    weeks = json.loads(path.read_text())["weeks"]
-    assert {number: list(week["arms"]) for number, week in weeks.items()} == {"1": ["sft", "opd"], "2": ["sft"]}
+    for week, arm, seeds in (("1", "sft", [0, 1]), ("2", "sft", [0, 1]), ("1", "opd", [0]), ("1", "sft", [0])):
+        row = {"taus": [2.0] * len(seeds)}
+        write_results(path, {"seeds": seeds, "weeks": {week: {"change": "nothing", "arms": {arm: row}}}})
+    found = json.loads(path.read_text())
+    rows = {(n, arm): len(row["taus"]) for n, week in found["weeks"].items() for arm, row in week["arms"].items()}
+    assert rows == {("1", "sft"): 2, ("1", "opd"): 1, ("2", "sft"): 2}
+    assert found["seeds"] == [0, 1]
 
 
 def test_verdicts_and_gate_follow_the_measured_difference() -> None:
