@@ -40,10 +40,9 @@ from draftsmith.stages.training.blocks import (
 )
 from draftsmith.stages.training.config import OpdConfig, SftConfig
 from draftsmith.stages.training.opd.anchor_sources import RandomAnchors, StepAnchors
-from draftsmith.stages.training.opd.mined_table import load_mined
 from draftsmith.stages.training.opd.step import OpdStep
 from draftsmith.stages.training.opd.trainer import MinedData, OpdTraining
-from draftsmith.stages.training.opd.verify_steps import VerifySteps
+from draftsmith.stages.training.opd.verify_steps import VerifySteps, load_mined
 from draftsmith.stages.training.response_loss import TargetSignal, head_loss
 from draftsmith.stages.training.sft.trainer import SftTraining
 from draftsmith.stages.training.trainer import TrainingData, load_answers
