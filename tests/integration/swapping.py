@@ -42,12 +42,12 @@ PROMPTS = 8
 PROMISED = {"tau": 20.0, "low": 19.0, "high": 21.0, "prompts": 100}  # more than a block
 
 
-def write_other_weights(drafter: Drafter, folder: Path, seed: int = 0) -> Path:
-    """Write a checkpoint of the same drafter with noise on every weight."""
+def write_other_weights(drafter: Drafter, folder: Path, seed: int = 0, noise: float = 0.05) -> Path:
+    """Write a checkpoint of the same drafter with noise on every weight, in units of its mean magnitude."""
     other, draw = copy.deepcopy(drafter), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in other.parameters():
-            parameter.add_(0.05 * parameter.abs().mean() * torch.randn(parameter.shape, generator=draw))
+            parameter.add_(noise * parameter.abs().mean() * torch.randn(parameter.shape, generator=draw))
     save_drafter(other, folder, torch.float32)
     return folder
 
