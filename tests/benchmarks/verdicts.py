@@ -1,14 +1,14 @@
 """How often the same evaluation gets the same verdict on its speeds, whatever else the machine does.
 
-The drafters of an evaluation decode its held-out prompts in many rounds, beside a load that the command makes. Every
-pair of rounds is one measurement as the stage takes it; the gate decides on each. With `--twin` a drafter is compared
-with itself instead: how often equals are called different, and how often one that is 10 % slower is detected.
+The drafters of an evaluation decode its held-out prompts in many rounds, beside a load that the command makes. Two
+rounds that follow each other are one measurement as the stage takes it; the gate decides on each. With `--twin` a
+drafter is compared with itself instead: how often equals are called different, and how often one that is 10 % slower is
+detected.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import subprocess
 import sys
@@ -80,16 +80,15 @@ def measured_rounds(
 
 
 def measurements(turns: Rows, rows: Rows, config: EvaluationConfig) -> Iterator[tuple[Rows, Rows]]:
-    """Yield what the stage would have measured: each pair of rounds, and two pairs where repetitions disagree."""
+    """Yield what the stage would have measured: two rounds, and the next two as well where repetitions disagree."""
     rounds, settings = range(1 + max(row["round"] for row in rows)), settings_of(config)
 
     def of(chosen: Sequence[int]) -> tuple[Rows, Rows]:
         return [t for t in turns if t["round"] in chosen], [r for r in rows if r["round"] in chosen]
 
-    for pair in itertools.product(rounds[::2], rounds[1::2]):  # the order of the arms is reversed in every second one
-        found = of(pair)
-        others = [n for kind in (rounds[::2], rounds[1::2]) for n in kind if n not in pair]
-        yield found if steady(*found, settings) or len(others) < 2 else of((*pair, others[0], others[-1]))
+    for first in rounds[:-1:2]:  # the order of the arms is reversed in every second one
+        found = of(rounds[first : first + 2])
+        yield found if steady(*found, settings) else of(rounds[first : first + 4])
 
 
 def main() -> None:
