@@ -16,7 +16,7 @@ class TraceSource(ResultFile, Record):
     block_size: int | None = None  # None: as trained
     differs: Sequence[str] = ()  # settings in which the served target differs from the one in transformers
     drafter_digest: str
-    dtype: str | None  # None: of running servers, which no config tells
+    dtype: str | None  # None: running servers, whose dtype no config states
     engine: str
     head_tokens: int | None = None
     temperature: float

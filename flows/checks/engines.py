@@ -33,7 +33,7 @@ def check_engines(findings: Findings, nodes: Sequence[Node]) -> None:
             config.api_key()
             if config.launch is not None:
                 has = inspect_environment(config)
-                plugin = f"{'with' if has.plugin else 'without'} our plug-in"
+                plugin = f"{'with' if has.plugin else 'without'} Draftsmith's plug-in"
                 findings.ok(check, f"{config.interpreter}: {config.kind} {has.version}, torch {has.torch}, {plugin}")
                 if isinstance(config, SGLangEngineConfig):
                     _check_sglang(findings, check, config, has)

@@ -139,8 +139,8 @@ def by_depth(requests: Sequence[TracedRequest], promotion: Mapping[str, SetMetri
     """Return tau of the requests over all and by depth, what is promised of each, and the share of steps left out.
 
     A request is one unit. Over all, the promise is that of the depths at which these requests have their steps, so
-    longer requests alone are no fall. Steps at depths that the promotion did not measure are left out. If
-    it measured none, which is so if all were at the same one, its tau of all prompts is promised at any depth.
+    longer requests alone are no fall. Steps at depths that the promotion did not measure are left out. If it measured
+    none, which is so if all were at the same one, its tau of all prompts is promised at any depth.
     """
     then = {name: metrics for name, metrics in promotion.items() if metrics.has_interval}
     if ALL not in then:
@@ -202,5 +202,5 @@ def _drafter(state: ServerState, version: Version | None) -> str:
     if state.algorithm is None:
         return "no drafter"
     if not state.digest:
-        return f"{state.algorithm}, which one is unknown without our plug-in"
+        return f"{state.algorithm}, which one is unknown without Draftsmith's plug-in"
     return f"{state.digest[:12]}, no version of the line"

@@ -199,7 +199,7 @@ class EmbeddedEngine:
         return refill_seconds
 
     def _allocate(self, cache: SlotCache | None = None) -> None:
-        # a cache of transformers without layers of its own is false
+        # compared with None: an empty cache of transformers is falsy
         self.cache = self.target.new_cache(self.slots, self.capacity) if cache is None else cache
         self.context = self.drafter.new_context(self.cache.rows, self.cache.capacity) if self.drafter else None
 

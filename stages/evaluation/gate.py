@@ -264,7 +264,7 @@ def _speed(evaluation: EvaluationResult, challenger: str, config: GateConfig) ->
 
 
 def _at_loads(evaluation: EvaluationResult, challenger: str, config: GateConfig) -> Iterator[RuleResult]:
-    """Check the speeds at the config's requests in flight. Measured ones may be noisy, or of too few prompts."""
+    """Check the speeds at the config's requests in flight; for measured ones the speed warnings there count too."""
     others = [PLAIN, *([CHAMPION] if evaluation.has_champion else [])]
     for other in others if config.loads else ():
         wanted = config.min_speedup if other == PLAIN else 1 - config.max_speed_loss
@@ -277,7 +277,7 @@ def _at_loads(evaluation: EvaluationResult, challenger: str, config: GateConfig)
             if evaluation.load_is_measured:
                 timed = f"servers were timed with {', '.join(map(str, numbers))}"
                 remedy = "add them to evaluation.concurrency"
-            text = f"inconclusive: {timed} requests in flight; remove numbers beyond that from gate.loads, or {remedy}"
+            text = f"inconclusive: {timed} requests in flight; remove other loads from gate.loads, or {remedy}"
             yield _rule(name, False, text, {"wanted": wanted}, conclusive=False)
             continue
         estimate, tokens_per_s = found

@@ -66,7 +66,7 @@ class AverageAnswer:
 
 
 def _spread(items: Sequence[T], count: int) -> list[T]:
-    """Return the items where `count` random ones of a sorted list are on average."""
+    """Return `count` items of a sorted list, spread as random ones are on average."""
     return [items[int((n + 1) / (count + 1) * len(items))] for n in range(count)]
 
 

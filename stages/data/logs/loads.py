@@ -12,7 +12,7 @@ import numpy as np
 from draftsmith.stages.data.time_window import parse_time
 
 TIMES = ("started_at", "ended_at", "duration_s")  # our names of a row's fields; two of them are enough
-_LONGEST_S = 86400.0  # a longer request is one of a wrong clock, or without a real time
+_LONGEST_S = 86400.0  # a longer request has a wrong clock, or no real end
 
 
 class InFlight:
@@ -23,7 +23,7 @@ class InFlight:
         self._spans: defaultdict[str, array[float]] = defaultdict(lambda: array("d"))  # server -> begin, end, begin, …
 
     def add(self, fields: Mapping[str, Any]) -> None:
-        """Count a row, with our names for its fields. Without `server`, it is of the same server as all such rows."""
+        """Count a row. fields: under our names. Rows without `server` count as those of one server."""
         if (span := _span(fields)) is None:
             self.untimed += 1
             return

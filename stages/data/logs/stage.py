@@ -49,8 +49,8 @@ class LogsConfig(Config):
     fields: FieldNames = Field(
         default={},
         description="the rows' names of our fields, e.g. {messages: question, completion: answer}; text in place of "
-        "messages is one user message. `started_at`, `ended_at`, `duration_s` (two of them) and `server`: by these a "
-        "check and the log of the stage state `gate.loads`",
+        "messages is one user message. From two of `started_at`, `ended_at`, `duration_s`, and from `server`, "
+        "`draftsmith check` and the log of the stage compute `gate.loads`",
     )
     temperature: float = Field(
         ge=0,

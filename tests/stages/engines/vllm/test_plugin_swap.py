@@ -209,7 +209,7 @@ def test_a_rank_that_refuses_keeps_all_ranks_as_they_were(
         return found
 
     def write(folder: Path, digest: str = "") -> list[BaseException | None]:
-        """Return each rank's error. digest: that the second one is told, whose host has other files."""
+        """Write on two ranks; return the error of each. digest: given to the second rank, whose files differ."""
         states.clear()
         with ThreadPoolExecutor(2) as pool:
             writing = [pool.submit(rank.write, folder, each) for rank, each in zip(ranks, ("", digest), strict=True)]
