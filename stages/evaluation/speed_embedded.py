@@ -9,6 +9,7 @@ Exactness compares outputs with a drafter to those without one, and reports how 
 from __future__ import annotations
 
 import json
+import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -184,9 +185,10 @@ class EmbeddedSpeedTest:
         seconds = dict.fromkeys(arms, 0.0)
         meter, done = LoadMeter(), before[0]
         for index, batch in enumerate(batches):
-            first = index % len(arms)
-            # reversed every second time: an arm is faster or slower by what was decoded before it
-            for arm in (names[first:] + names[:first])[:: -1 if round % 2 else 1]:
+            # random: in a fixed order, other programs' time slices may meet the same arm again and again; reversed
+            # every second time: an arm is faster or slower by what was decoded before it
+            order = random.Random(f"{self.seed} {round // 2} {index}").sample(names, len(names))
+            for arm in order[:: -1 if round % 2 else 1]:
                 answered, wall = self.decode(self.target, arms[arm], batch, setting, round=round)
                 answers[arm] += answered
                 seconds[arm] += wall
@@ -196,8 +198,8 @@ class EmbeddedSpeedTest:
         share = meter.others_share()
         requests: list[Row] = []
         runs: list[Row] = []
-        for order, (arm, decoder) in enumerate(arms.items()):
-            run = TimedRun(ENGINE, round, order, arm, decoder.block_size, setting)
+        for number, (arm, decoder) in enumerate(arms.items()):
+            run = TimedRun(ENGINE, round, number, arm, decoder.block_size, setting)
             runs.append(run.row(answers[arm], seconds[arm], share, len(batches)))
             requests += [run.request_row(answer) for answer in answers[arm]]
         return requests, runs

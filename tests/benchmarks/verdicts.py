@@ -3,7 +3,7 @@
 The drafters of an evaluation decode its held-out prompts in many rounds, beside a load that the command makes. Two
 rounds that follow each other are one measurement as the stage takes it; the gate decides on each. With `--twin` a
 drafter is compared with itself instead: how often equals are called different, and how often one that is 10 % slower is
-detected.
+detected, where tau and speed are compared and share a level, as in an evaluation of two drafters.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from draftsmith.stages.evaluation.speed_table import log_ratios
 from draftsmith.stages.evaluation.timed_runs import Row, SpeedMeasurement, settings_of
 from draftsmith.stages.evaluation.validity import machine_errors, speed_warnings, steady
 from draftsmith.stages.evaluation.verdicts import verdicts
+from draftsmith.stages.runtime.statistics import Estimate
 from draftsmith.stages.target.causal_lm import Target
 from tests.testbed.context import RecordingContext
 
@@ -126,8 +127,12 @@ def main() -> None:
                     {**row, "latency_seconds": row["latency_seconds"] * (factor if row["arm"] == "opd" else 1)}
                     for row in own_rows
                 ]
-                ratios = log_ratios(own_turns, slower, [("opd", "sft")], units)
-                count[name] += verdicts({}, ratios, len(asked))[0].different is True
+                _, speed = verdicts(
+                    {("opd", "sft"): Estimate(0.0, 0.0, len(asked), len(asked) - 1.0)},
+                    log_ratios(own_turns, slower, [("opd", "sft")], units),
+                    len(asked),
+                )
+                count[name] += speed.different is True
             continue
         evaluation = EvaluationResult.read(options.evaluation)
         measured = SpeedMeasurement("embedded", list(own_rows), list(own_turns), {}, 0, Exactness())
