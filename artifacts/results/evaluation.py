@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from itertools import zip_longest
+from statistics import fmean
 from typing import Annotated, ClassVar
 
 from pydantic import Field, RootModel
@@ -318,6 +319,20 @@ class EvaluationResult(ResultFile, Record):
             else:
                 ranges.append([point.concurrency, most, proposals])
         return ranges
+
+    def step_costs(self, arm: str) -> tuple[dict[int, float], dict[int, float]]:
+        """Return the seconds of drafting by requests in flight, and of verifying by tokens of all requests together.
+
+        Empty unless steps were timed. Drafting is what a step takes longer than the target alone with as many tokens.
+        """
+        ms = {(each.arm, each.concurrency, each.block_size): each.ms for each in self.step_times}
+        verifying: dict[int, list[float]] = {}
+        for each in self.step_times:
+            if each.arm == PLAIN:
+                verifying.setdefault(each.concurrency * each.block_size, []).append(each.ms / 1e3)
+        widest = {n: width for name, n, width in sorted(ms) if name == arm and (PLAIN, n, width) in ms}
+        drafting = {n: round((ms[arm, n, width] - ms[PLAIN, n, width]) / 1e3, 6) for n, width in widest.items()}
+        return drafting, {tokens: round(fmean(verifying[tokens]), 6) for tokens in sorted(verifying)}
 
     def slices(self, challenger: str) -> list[ArmComparison]:
         """Return the comparisons of tau with the champion on each slice."""

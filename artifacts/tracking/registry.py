@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import json
 import platform
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -79,7 +78,10 @@ class Version:
 
     @property
     def uploaded(self) -> str:
-        """Return the drafter's address in MLflow's artifact store (`runs:/ID/drafter`); empty if not uploaded."""
+        """Return where MLflow's artifact store has the drafter (`runs:/ID/drafter`); empty if not uploaded.
+
+        Of a drafter that is uploaded as adapters: the checkpoint that they begin with, then each version's adapters.
+        """
         return self.tags.get("uploaded", "")
 
     def metrics(self) -> dict[str, Any]:
@@ -187,14 +189,10 @@ class Registry:
 
     # -- writing -------------------------------------------------------------------------------------------------
 
-    def register(
-        self, line: str, ref: ArtifactRef, tags: Mapping[str, str], *, run_id: str | None = None, upload: bool = False
-    ) -> Version:
+    def register(self, line: str, ref: ArtifactRef, tags: Mapping[str, str], *, run_id: str | None = None) -> Version:
         """Register an artifact as a version of a line, which is created if need be; equal content is registered once.
 
         Updates the tags of a version that exists already, except `PROMOTION_TAGS` if it was promoted.
-        upload: also copy its drafter to MLflow's artifact store, under the run `run_id`, for machines that do not share
-        the store; `download` fetches it there. Raises RetryableError if there is no run.
         """
         self._tracking.require_writable()
         identity = {name: str(getattr(ref, name)) for name in _IDENTITY}
@@ -202,18 +200,8 @@ class Registry:
             with self._line_lock(line, "registering"):
                 same = [version for version in self.versions(line) if version.content_id == ref.content_id]
                 existing = same[-1] if same else None
-                to_upload = upload and (existing is None or not existing.uploaded)
-                if to_upload and run_id is None:
-                    raise RetryableError(
-                        f"{line}: the drafter cannot be uploaded, since MLflow has no run of this refresh. Check that "
-                        "MLflow can be reached."
-                    )
                 tagged = {**identity, **tags}
                 number = self._create(client, line, ref, run_id, tagged) if existing is None else existing.number
-            if to_upload:
-                with weights_timeout():
-                    client.log_artifacts(run_id, str(ref.path / _DRAFTER), _DRAFTER)
-                identity["uploaded"] = f"runs:/{run_id}/{_DRAFTER}"
             fixed = PROMOTION_TAGS if existing is not None and "promoted_at" in existing.tags else ()
             self._tag(client, line, number, {**identity, **{n: value for n, value in tags.items() if n not in fixed}})
             with self._line_lock(line, "registering"):
@@ -233,17 +221,45 @@ class Registry:
         named = {f"{_TAG}{name}": value for name, value in tags.items()}
         return int(client.create_model_version(line, source=source, run_id=run_id, tags=named).version)
 
-    def download(self, version: Version, folder: Path) -> None:
-        """Download the uploaded drafter of a version to `folder`, atomically."""
-        run_id, _, name = version.uploaded.removeprefix("runs:/").partition("/")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with self._client() as client, tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder.parent) as scratch:
+    def upload(self, version: Version, folder: Path, run_id: str | None, base: Version | None = None) -> None:
+        """Copy a version's drafter to MLflow's artifact store, under a run, for machines that do not share the store.
+
+        folder: a checkpoint, or what `assemble` adds to the one of `base`. Raises RetryableError if there is no run.
+        """
+        if run_id is None:
+            raise RetryableError(
+                f"{version}: the drafter cannot be uploaded, since MLflow has no run of this refresh. Check that "
+                "MLflow can be reached."
+            )
+        with self._client() as client:
             with weights_timeout():
-                copied = Path(client.download_artifacts(run_id, name, scratch))
-            with suppress(OSError):  # another process was faster
-                copied.rename(folder)
-            if not folder.is_dir():
-                raise DraftsmithError(f"{folder}: cannot be written. Check the disk.")
+                client.log_artifacts(run_id, str(folder), _DRAFTER)
+            address = f"runs:/{run_id}/{_DRAFTER}"
+            tags = {"base": base.tags["drafter_digest"], "uploaded": f"{base.uploaded} {address}"} if base else {}
+            self._tag(client, version.line, version.number, tags or {"uploaded": address})
+
+    def download(self, version: Version, addresses: Sequence[str], folder: Path) -> list[Path]:
+        """Download uploads that a version's drafter consists of. Return a folder of each, in `folder`."""
+        copies = []
+        with self._client() as client, weights_timeout():
+            from mlflow.exceptions import MlflowException  # here: importing mlflow takes seconds
+
+            for place, address in enumerate(addresses):
+                run_id, _, name = address.removeprefix("runs:/").partition("/")
+                try:
+                    found = client.list_artifacts(run_id, name)
+                except MlflowException as error:
+                    if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                        raise
+                    found = []
+                if not found:
+                    raise DraftsmithError(
+                        f"{version}: MLflow no longer has {address}, which its drafter is put together from. Restore "
+                        "that run, mount the store, or promote another version."
+                    )
+                (folder / str(place)).mkdir()
+                copies.append(Path(client.download_artifacts(run_id, name, str(folder / str(place)))))
+        return copies
 
     def promote(
         self,

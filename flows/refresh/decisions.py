@@ -36,6 +36,7 @@ from draftsmith.flows.refresh.line import (
     promotion_metrics,
     registry,
     tag_refreshed,
+    upload_drafter,
     version_tags,
     with_current_champion,
 )
@@ -154,7 +155,9 @@ class RefreshPolicy:
         if moved and not ours:
             serves = "no version" if current is None else f"version {current.number}"
             raise OutdatedPlanError(f"{self.line.name}: {serves} is the champion by now. {_PLAN_AGAIN}")
-        version = lines.register(self.line.name, ref, tags, run_id=run_id, upload=self.line.upload)
+        version = lines.register(self.line.name, ref, tags, run_id=run_id)
+        if self.line.upload and not version.uploaded:
+            upload_drafter(version, ref.path, run_id)
         link_version(Tracking(home(), self.config.experiment), version, manifest)
         if not decision.promote:
             tag_refreshed(version)

@@ -23,6 +23,7 @@ from draftsmith.flows.refresh.line import (
     CONFIDENCE,
     FASTEST_BLOCK,
     SCHEDULE,
+    STEP_COSTS,
     artifact_folder,
     download_upload,
     find_artifact,
@@ -34,7 +35,7 @@ from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.config import http_address
 from draftsmith.stages.engines.servers.requirements import served_block_size, speculative_algorithm
-from draftsmith.stages.engines.sglang.server import drafting_options, write_schedule
+from draftsmith.stages.engines.sglang.server import drafting_options, write_schedule, write_step_costs
 from draftsmith.stages.engines.vllm.server import drafting_options as options_of_vllm
 from draftsmith.stages.target.info import model_path, read_target_info
 
@@ -244,6 +245,10 @@ def _show_options(display: Display, engine: str, version: Version, folder: Path)
         by_load = options_of_vllm(folder, algorithm, 1 + most, schedule)
     elif algorithm == "EAGLE3":
         by_load = [*drafting_options(folder, algorithm, 1 + most), *write_schedule(folder, schedule)]
+    elif algorithm == "DSPARK" and version.tags.get(STEP_COSTS):
+        block = served_block_size(folder, DraftingConfig(), algorithm)
+        costs = write_step_costs(folder, *json.loads(version.tags[STEP_COSTS]))
+        by_load = ["SGLANG_RAGGED_VERIFY_MODE=compact", *drafting_options(folder, algorithm, block), *costs]
     else:  # SGLang changes no other drafter's block by load
         return
     display.line(f"  for {engine}, by load: {shlex.join(by_load)}")

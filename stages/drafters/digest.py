@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 EAGLE3_LAYERS = "eagle_aux_hidden_state_layer_ids"  # of `eagle_config`; of config.json too in an export for vLLM
@@ -11,7 +12,8 @@ EAGLE3_LAYERS = "eagle_aux_hidden_state_layer_ids"  # of `eagle_config`; of conf
 BOOKKEEPING = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "auto_map", "use_cache"}
 BOOKKEEPING |= {"rope_theta", "rope_scaling"}  # the older names of what `rope_parameters` has
 BOOKKEEPING |= {EAGLE3_LAYERS}
-DIGESTED = ("config.json", "model.safetensors", "frequent_tokens.npy")  # the files that its proposals depend on
+WEIGHTS_FILE = "model.safetensors"
+DIGESTED = ("config.json", WEIGHTS_FILE, "frequent_tokens.npy")  # the files that its proposals depend on
 
 
 def drafter_digest(folder: Path) -> str:
@@ -23,6 +25,15 @@ def drafter_digest(folder: Path) -> str:
             with path.open("rb") as file:
                 while chunk := file.read(1 << 20):
                     digest.update(chunk)
+    return digest.hexdigest()
+
+
+def content_digest(content: Mapping[str, bytes]) -> str:
+    """Return the same of files in memory, by name."""
+    digest = hashlib.sha256()
+    for name in DIGESTED:
+        if name in content:
+            digest.update(name.encode() + b"\0" + content[name])
     return digest.hexdigest()
 
 

@@ -15,7 +15,7 @@ from transformers import AutoConfig
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters import checkpoint_format, speculators
 from draftsmith.stages.drafters.checkpoint import TOKENS_FILE, lineage_from, read_info, write_info
-from draftsmith.stages.drafters.digest import EAGLE3_LAYERS
+from draftsmith.stages.drafters.digest import EAGLE3_LAYERS, WEIGHTS_FILE
 from draftsmith.stages.target.describe import embedding_scale
 from draftsmith.stages.target.layers import model_class
 
@@ -63,7 +63,7 @@ def calibrate_confidence(folder: Path, source: Path, scale: float, shift: float)
     weight, bias = (f"confidence_head.proj.{name}" for name in ("weight", "bias"))
     tensors[weight] = (scale * tensors[weight].double()).float()
     tensors[bias] = (scale * tensors[bias].double() + shift).float()
-    (folder / checkpoint_format.WEIGHTS_FILE).unlink()  # mapped into memory: written anew, not over
+    (folder / WEIGHTS_FILE).unlink()  # mapped into memory: written anew, not over
     raw = json.loads((folder / checkpoint_format.CONFIG_FILE).read_text())
     checkpoint_format.write_checkpoint(folder, raw, tensors)
     _write_info(source, folder)

@@ -17,6 +17,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 from safetensors.torch import save_file
 
+from draftsmith.stages.drafters.adapters import adapted
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint_format import cast
 from draftsmith.stages.target.config import ADAPTER_FILES
@@ -55,7 +56,10 @@ class Adapter:
         )
 
     def merge(self) -> None:
-        """Add B A to the weights of the drafter, in float32, and take the adapter away."""
-        for each in self._maps.values():
+        """Add B A to the weights of the drafter, float32 then, and take the adapter away."""
+        for name, each in self._maps.items():
+            layer: Any = self._lora.model.get_submodule(name)
+            factors = layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
             cast(each, torch.float32)
-        self._lora.merge_and_unload().adapter_rank = None
+            each.weight.data = adapted(each.weight.detach(), *factors)
+        self._lora.unload().adapter_rank = None

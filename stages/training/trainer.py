@@ -15,6 +15,7 @@ from draftsmith.artifacts.host import memory_bytes
 from draftsmith.artifacts.tables.readers import MappedReader, RowReader
 from draftsmith.artifacts.tables.schemas import TRAJECTORIES, TableSchema
 from draftsmith.stages.data.trajectories import (
+    ADAPTER_FOLDER,
     DRAFTER_FOLDER,
     TOKEN_COLUMNS,
     StoredTrajectories,
@@ -172,7 +173,7 @@ class Trainer(ABC, Generic[AnyConfig, AnyData]):
         """
         trained: dict[str, Any] = {name: totals.get(name, 0) for name in ("blocks", "positions")}
         if self.adapter is not None:
-            self.adapter.save(ctx.out / "adapter")
+            self.adapter.save(ctx.out / ADAPTER_FOLDER)
             self.adapter.merge()
             trained["lora"] = {"rank": self.adapter.rank, "base": parents[-1]}
         self.drafter.info = DrafterInfo(

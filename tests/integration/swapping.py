@@ -81,7 +81,9 @@ def line_of_two(
             tags = {"drafter_digest": digest, "figures": json.dumps({"all": PROMISED})}
             tracking = Tracking(home)
             run_id = None if mlflow is None else tracking.open_refresh(line, {})
-            lines.register(line, ref, tags, run_id=run_id, upload=run_id is not None)
+            version = lines.register(line, ref, tags)
+            if run_id is not None:
+                lines.upload(version, ref.path / DRAFTER_FOLDER, run_id)
             tracking.close_refresh("FINISHED")
         lines.promote(lines.version(line, 1), expected=None, why="first")
         yield {"1": made.drafter / DRAFTER_FOLDER, "2": other / DRAFTER_FOLDER}

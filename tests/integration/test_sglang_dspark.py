@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from draftsmith.stages.data.trajectories import pad_tokens
 from draftsmith.stages.drafters.checkpoint import save_drafter
 from draftsmith.stages.drafters.digest import drafter_digest
+from draftsmith.stages.engines.sglang.server import write_step_costs
 from draftsmith.stages.replay.trace import tau
 from draftsmith.stages.target.causal_lm import Target
 from tests.integration.recorded import Reference
@@ -81,6 +82,28 @@ def test_sglang_computes_what_is_computed_here(sglang_env: Path, plain_target: T
         for name, value in values.items():
             message = f"{form}: {name}"
             torch.testing.assert_close(served[name], value, atol=TOLERANCE, rtol=TOLERANCE, msg=message)
+
+
+def test_step_times_are_read_and_choose_how_much_is_verified(sglang_env: Path, tmp_path: Path) -> None:
+    """By SGLang's own loader and planner: the times of the table, between which it interpolates over tokens."""
+    drafting, verifying = {"1": 0.001, "8": 0.002}, {"1": 0.003, "8": 0.003, "64": 0.059}
+    *_, path = write_step_costs(tmp_path, drafting, verifying)
+    program = """
+import sys, torch
+from sglang.srt.speculative.dspark_components.dspark_planner import (
+    DSparkScheduleConfig, compute_verify_token_budget, load_sps_table_from_path)
+table = load_sps_table_from_path(sys.argv[1])
+print(*(f"{table.step_time(num_reqs=n, budget=b):.4f}" for n, b in ((1, 0), (1, 7), (8, 0), (8, 56), (8, 28))))
+kept = 0.5 ** torch.arange(1, 8).float()
+for requests in (1, 8):
+    plan = compute_verify_token_budget(
+        history_survival_probs=kept.expand(requests, 7), sps_table=table, cfg=DSparkScheduleConfig(gamma=7))
+    print(plan.budget)
+"""
+    read = subprocess.run([sglang_env, "-c", program, path], check=True, capture_output=True, text=True)
+    times, alone, together = read.stdout.splitlines()[-3:]
+    assert times == "0.0040 0.0040 0.0050 0.0610 0.0330"
+    assert (alone, together) == ("7", "0"), "one more proposal is free alone; of 8 requests it costs more than it gains"
 
 
 def test_a_server_records_the_steps_of_replay(

@@ -12,6 +12,7 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters import checkpoint_format
+from draftsmith.stages.drafters.digest import WEIGHTS_FILE
 from draftsmith.stages.drafters.eagle3.config import Eagle3Config
 from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter
 from draftsmith.stages.drafters.spec import RawConfig
@@ -215,7 +216,7 @@ def load_weights(drafter: Eagle3Drafter, folder: Path, target: Target, dtype: to
 
 def _draft_tokens(folder: Path, d2t: torch.Tensor, t2d: torch.Tensor) -> torch.Tensor:
     """Return the target's ids of the draft vocabulary, sorted. Raises DraftsmithError if the maps disagree."""
-    path = folder / checkpoint_format.WEIGHTS_FILE
+    path = folder / WEIGHTS_FILE
     tokens = d2t.long() + torch.arange(len(d2t))
     if len(tokens) > 1 and not bool((tokens[1:] > tokens[:-1]).all()):
         raise DraftsmithError(f"drafter {path}: d2t does not give rising token ids. It must hold offsets, not ids.")

@@ -5,7 +5,6 @@ Only an upload needs another package (mlflow-skinny).
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,28 +12,28 @@ from typing import Any
 
 import torch
 
-from draftsmith.stages.drafters.digest import DIGESTED
+from draftsmith.stages.drafters.adapters import assemble
+from draftsmith.stages.drafters.digest import content_digest
 
 
 def read_drafter(wanted: Mapping[str, str]) -> dict[str, bytes]:
     """Return the files that a drafter's proposals depend on, by name; of its upload if its folder is not here.
 
-    wanted: "drafter" (digest), "folder", "upload" (an address in MLflow's artifact store), "tracking" (MLflow's URI).
+    wanted: "drafter" (digest), "folder", "upload" (`Version.uploaded`), "tracking" (MLflow's URI).
     Raises ValueError if the files are others.
     """
-    folder, content = Path(wanted["folder"]), {}
-    with TemporaryDirectory() as copy:
+    folder = Path(wanted["folder"])
+    folders = [folder]
+    with TemporaryDirectory() as copies:
         if not folder.is_dir() and wanted["upload"]:
             from mlflow.artifacts import download_artifacts  # here: a server without uploads need not have it
 
-            tracking = wanted["tracking"]
-            folder = Path(download_artifacts(wanted["upload"], dst_path=copy, tracking_uri=tracking))
-        digest = hashlib.sha256()  # as `drafter_digest`, of what is loaded and not of a file that may change
-        for name in DIGESTED:
-            if (path := folder / name).exists():
-                content[name] = path.read_bytes()
-                digest.update(name.encode() + b"\0" + content[name])
-    if digest.hexdigest() != wanted["drafter"]:
+            folders = [
+                Path(download_artifacts(address, dst_path=f"{copies}/{place}", tracking_uri=wanted["tracking"]))
+                for place, address in enumerate(wanted["upload"].split())
+            ]
+        content = assemble(folders)
+    if content_digest(content) != wanted["drafter"]:  # of what is loaded, and not of files that may change
         raise ValueError(
             f"{folder} on the server's host does not have the files of drafter {wanted['drafter'][:12]}. Mount the "
             "store there under the same path, or set registry.upload and install mlflow-skinny beside the server"

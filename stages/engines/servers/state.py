@@ -56,7 +56,7 @@ class NewDrafter:
     folder: Path  # of the checkpoint, under the same path on the servers' hosts; empty: the one before the last swap
     algorithm: str
     block_size: int  # tokens of a verify step, as trained
-    upload: str = ""  # its address in MLflow's artifact store, for hosts without the folder
+    upload: str = ""  # its addresses in MLflow's artifact store (`Version.uploaded`), for hosts without the folder
     tracking: str = ""  # MLflow's URI
 
 

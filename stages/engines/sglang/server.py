@@ -99,6 +99,23 @@ def write_schedule(folder: Path, schedule: Sequence[Sequence[int]]) -> list[str]
     return ["--speculative-adaptive", "--speculative-adaptive-config", os.fspath(path)]
 
 
+def write_step_costs(folder: Path, drafting: Mapping[str, float], verifying: Mapping[str, float]) -> list[str]:
+    """Write the step times by which a DSPARK of a ragged mode chooses how many proposals it verifies; return options.
+
+    drafting: seconds by requests in flight. verifying: by tokens of all requests. SGLang adds both to `bias_seconds`.
+    """
+    path, least = folder.absolute() / "sglang-step-times.json", min(verifying.values())
+    table = {
+        "bias_seconds": least,
+        "bs_probes": [int(requests) for requests in drafting],
+        "alpha_seconds": list(drafting.values()),
+        "m_probes": [int(tokens) for tokens in verifying],
+        "theta_seconds": [seconds - least for seconds in verifying.values()],
+    }
+    write_text(path, json.dumps(table, indent=1) + "\n")
+    return ["--speculative-dspark-sps-table-path", os.fspath(path)]
+
+
 def cuda_packages(python: Path) -> Path | None:
     """Return the folder of CUDA 13 that pip installs into an interpreter's environment; None if it is not there."""
     return next(python.parent.parent.glob("lib/python3*/site-packages/nvidia/cu13"), None)

@@ -81,11 +81,12 @@ def test_weights_are_uploaded_to_a_server_that_answers_late(tmp_path: Path, monk
         client, _ = Tracking(tmp_path / "home", "another").connect()
         client.create_experiment("weekly", artifact_location=f"{address}{ARTIFACTS}/1")
         registry = Registry(tracking)
-        version = registry.register("a-line", made, {}, run_id=tracking.open_refresh("night", {}), upload=True)
+        version = registry.register("a-line", made, {})
+        registry.upload(version, made.path / "drafter", tracking.open_refresh("night", {}))
         shutil.rmtree(made.path)
-        registry.download(version, tmp_path / "fetched" / "drafter")
+        (fetched,) = registry.download(version, [registry.version("a-line", 1).uploaded], tmp_path)
         tracking.close_refresh("FINISHED")
-    assert (tmp_path / "fetched" / "drafter" / "model.safetensors").read_bytes() == b"weights" * 1000
+    assert (fetched / "model.safetensors").read_bytes() == b"weights" * 1000
     assert os.environ[TIMEOUT] == "1", "the time-out is restored"
 
 

@@ -113,17 +113,19 @@ def test_weights_are_uploaded_and_downloaded_without_the_store(line: str, regist
     tracking = registry._tracking
     run_id = tracking.open_refresh("week-1", {})
     made = ref(tmp_path, "a")
+    version = registry.register(line, made, {}, run_id=run_id)
     with pytest.raises(RetryableError, match="has no run of this refresh"):
-        registry.register(line, made, {}, upload=True)
-    assert registry.register(line, made, {}, run_id=run_id).uploaded == ""
-    version = registry.register(line, made, {}, run_id=run_id, upload=True)  # of a version that is there already, too
+        registry.upload(version, made.path / "drafter", None)
+    registry.upload(version, made.path / "drafter", run_id)
     tracking.close_refresh("FINISHED")
+    version = registry.register(line, made, {})  # again, as by the next attempt of a killed run
     assert version.uploaded == f"runs:/{run_id}/drafter"
     shutil.rmtree(tmp_path / "store")
-    for _ in range(2):  # the second finds it there
-        registry.download(version, tmp_path / "elsewhere" / "drafter")
-    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["drafter"]
-    assert (tmp_path / "elsewhere" / "drafter" / "config.json").read_text() == "{}"
+    (copy,) = registry.download(version, [version.uploaded], tmp_path)
+    assert [path.name for path in copy.iterdir()] == ["config.json"]
+    for gone in (f"runs:/{run_id}/another", "runs:/nobody/drafter"):
+        with pytest.raises(DraftsmithError, match=f"version 1: MLflow no longer has {gone}, .* Restore that run"):
+            registry.download(version, [gone], tmp_path)
 
 
 def test_the_second_of_two_homes_that_share_only_mlflow_must_decide_again(

@@ -59,7 +59,7 @@ def gated(
     }
 
     def of_stage(stage: str, file: str, content: dict[str, Any]) -> ArtifactRef:
-        key = {"a": "1", "b": "2"}[drafter.key[0]]
+        key = {"a": "1", "b": "2", "c": "3"}[drafter.key[0]]
         return committed(store, stage, {file: json.dumps(content)}, key)
 
     measured = of_stage("evaluation", "evaluation.json", evaluation)

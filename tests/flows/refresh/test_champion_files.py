@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from urllib.parse import urlparse
 
 import pytest
+import torch
+from mlflow import MlflowClient
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.store.local import Store
@@ -17,12 +20,19 @@ from draftsmith.flows.execution.display import Display
 from draftsmith.flows.refresh import registry_commands
 from draftsmith.flows.refresh.decisions import resolve
 from draftsmith.flows.refresh.line import registry
-from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
+from draftsmith.stages.data.trajectories import ADAPTER_FOLDER, DRAFTER_FOLDER
+from draftsmith.stages.drafters.base import Drafter
+from draftsmith.stages.drafters.checkpoint import load_drafter, save_drafter
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.stage import STAGE as CHAMPION
 from draftsmith.stages.engines.servers.drafter_files import read_drafter
+from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.training.config import LoraOptions
+from draftsmith.stages.training.lora import Adapter
 from tests.flows.refresh.line_runs import config_of, finished, gated, serving
+from tests.testbed.artifacts import committed
 from tests.testbed.context import RecordingContext
+from tests.testbed.random_target import random_drafter
 
 
 def test_an_uploaded_champion_is_used_without_the_store(
@@ -57,6 +67,77 @@ def test_an_uploaded_champion_is_used_without_the_store(
     with pytest.raises(DraftsmithError, match="is not what was registered"):
         registry_commands.export(Display(), line, tmp_path / "again")
     registry_commands.export(Display(), line, tmp_path / "again")
+
+
+def refreshed(store: Store, target: Target, champion: ArtifactRef, key: str) -> ArtifactRef:
+    """Return the artifact of OPD in a refresh that trains two adapters of the champion, SFT's and OPD's."""
+    made = committed(
+        store, "champion", lambda out: shutil.copytree(champion.path / DRAFTER_FOLDER, out / DRAFTER_FOLDER), key
+    )
+    for number, stage in enumerate(("sft", "opd")):
+        drafter = load_drafter(made.path / DRAFTER_FOLDER, target, torch.float32)
+        adapter = Adapter(drafter, LoraOptions(rank=4), "float32", seed=number)
+        for name, parameter in drafter.named_parameters():
+            if "lora_B" in name:
+                parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(number))
+
+        def fill(out: Path, drafter: Drafter = drafter, adapter: Adapter = adapter) -> None:
+            adapter.save(out / ADAPTER_FOLDER)
+            adapter.merge()
+            save_drafter(drafter, out / DRAFTER_FOLDER, torch.bfloat16)
+
+        made = committed(store, stage, fill, key, inputs={"drafter": made})
+    return made
+
+
+def test_adapters_are_uploaded_and_put_together_without_the_store(
+    line: str, home: Path, plain_target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the second and third champion. The first upload of adapters is killed before its address is written."""
+    store, tracking = Store(home / "store"), Tracking(home)
+    config = config_of(line, registry={"name": line, "upload": True})
+    first = random_drafter(plain_target)
+    made = [committed(store, "opd", lambda out: save_drafter(first, out / DRAFTER_FOLDER, torch.bfloat16), "a")]
+    made += [refreshed(store, plain_target, made[0], "b")]
+    made += [refreshed(store, plain_target, made[1], "c")]
+    write, runs, files = MlflowClient.set_model_version_tag, list[Path](), list[set[str]]()
+
+    def killed(client: MlflowClient, name: str, version: str, key: str, value: str) -> None:
+        if key == "draftsmith.uploaded":
+            raise KeyboardInterrupt
+        write(client, name, version, key, value)
+
+    for drafter in made:
+        ended, run_id = gated(store, drafter), tracking.open_refresh("weekly", {})
+        assert run_id is not None
+        if drafter == made[1]:
+            with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+                patched.setattr(MlflowClient, "set_model_version_tag", killed)
+                finished(config, ended, run_id)
+        finished(config, ended, run_id)
+        runs.append(Path(urlparse(MlflowClient().get_run(run_id).info.artifact_uri).path))
+        files.append({path.name for path in runs[-1].rglob("*.safetensors")})
+        tracking.close_refresh("FINISHED")
+    versions, digests = registry().versions(line), [drafter_digest(each.path / DRAFTER_FOLDER) for each in made]
+    addresses = [f"runs:/{run.parent.name}/drafter" for run in runs]
+    assert [each.uploaded for each in versions] == [" ".join(addresses[:count]) for count in (1, 2, 3)]
+    assert [each.tags.get("base") for each in versions] == [None, *digests[:2]]
+    assert files == [{"model.safetensors"}, {"adapter_model.safetensors"}, {"adapter_model.safetensors"}]
+
+    shutil.rmtree(gone := str(home / "store"))
+    for number, digest in ((3, digests[2]), (2, digests[1])):
+        registry_commands.export(Display(), f"{line}@{number}", tmp_path / str(number))
+        assert drafter_digest(tmp_path / str(number)) == digest, "that of the drafter that was evaluated"
+        wanted = {"drafter": digest, "folder": gone, "upload": versions[number - 1].uploaded, "tracking": tracking.uri}
+        assert "model.safetensors" in read_drafter(wanted), "as a server reads it"
+    registry_commands.rollback(Display(), line, "it is slower", dry_run=False)
+    assert serving(line) == 2
+    shutil.rmtree(runs[0])
+    shutil.rmtree(home / "uploaded" / digests[2][:16])
+    registry_commands.export(Display(), f"{line}@3", tmp_path / "again")  # of its base there is a copy here
+    shutil.rmtree(home / "uploaded")
+    with pytest.raises(DraftsmithError, match=f"version 2: MLflow no longer has {addresses[0]}, .* Restore that run"):
+        registry_commands.export(Display(), f"{line}@2", tmp_path / "lost")
 
 
 @pytest.mark.parametrize("upload", [True, False])

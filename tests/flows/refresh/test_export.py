@@ -7,7 +7,7 @@ import json
 import os
 import shlex
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -76,18 +76,25 @@ def test_an_export_prints_the_servers_options(
     assert "for vLLM: --speculative-config" in printed(capsys)
 
 
-def load_tags(version: Version, curve: list[tuple[int, int, float]], *, measured: bool = False) -> None:
+PLAIN_STEP = ("plain", 1, 1, 9.0)
+
+
+def load_tags(
+    version: Version,
+    curve: list[tuple[int, int, float]],
+    times: Sequence[tuple[str, int, int, float]] = (PLAIN_STEP,),
+) -> None:
     """Give a version the tags of an evaluation with this curve: requests in flight, block size, speed-up - 1.
 
-    measured: on servers, which are timed with one block size.
+    times: of steps, by arm, requests in flight and block size, in ms; servers, timed with one block size, have none.
     """
     estimate = {"error": 0.02, "units": 5, "degrees": 4.0, "tokens_per_s": 1.0}
     points = [
         {**estimate, "arm": "opd", "other": "plain", "concurrency": n, "block_size": width, "value": value}
         for n, width, value in curve
     ]
-    times = [] if measured else [{"arm": "plain", "concurrency": 1, "block_size": 1, "ms": 9.0}]
-    fields = {"drafters": {"opd": {"tau": 2.0}}, "step_times": times, "load": points}
+    steps = [dict(zip(("arm", "concurrency", "block_size", "ms"), each, strict=True)) for each in times]
+    fields = {"drafters": {"opd": {"tau": 2.0}}, "step_times": steps, "load": points}
     evaluation = EvaluationResult.model_validate(fields)
     decision = GateDecision(promote=True, outcome="promoted", challenger="opd")
     tags = version_tags(evaluation, decision, version.path, PROMPTS, {})
@@ -109,7 +116,7 @@ def test_blocks_by_load_are_in_vllms_config(
     assert config["num_speculative_tokens"] == 4
     registry_commands.export(Display(), "line", tmp_path / "sglang")
     assert "by load" not in printed(capsys) and not (tmp_path / "sglang" / "sglang-adaptive.json").exists()
-    load_tags(version, [(1, 5, 0.5), (16, 5, -0.2)], measured=True)
+    load_tags(version, [(1, 5, 0.5), (16, 5, -0.2)], ())
     registry_commands.export(Display(), "line", tmp_path / "timed", "speculators")
     assert "by load" not in printed(capsys)
 
@@ -129,6 +136,25 @@ def test_blocks_by_load_of_an_eagle3_are_a_file_that_sglang_reads(
     written = json.loads((tmp_path / "out" / "sglang-adaptive.json").read_text())
     assert written == {n: {"candidate_steps": [steps]} for n, steps in (("1", 4), ("4", 2), ("8", 0))}
     assert drafter_digest(tmp_path / "out") == drafter_digest(version.path / DRAFTER_FOLDER)
+
+
+def test_step_times_of_a_dspark_are_a_file_that_sglang_reads(
+    plain_target: Target, plain_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """SGLang adds its parts: here drafting takes 1 ms and 2 ms, verifying 3 ms and more by tokens of all requests."""
+    version = version_of(random_dspark(plain_target), plain_artifact, tmp_path, monkeypatch)
+    plain = [(1, 1, 3.0), (1, 2, 4.0), (1, 4, 5.0), (2, 1, 4.2), (2, 2, 5.0), (2, 4, 7.0)]
+    steps = [("plain", *each) for each in plain] + [("opd", 1, 4, 6.0), ("opd", 1, 2, 4.7), ("opd", 2, 4, 9.0)]
+    load_tags(version, CURVE, steps)
+    registry_commands.export(Display(), "line", tmp_path / "out")
+    options = "--speculative-num-draft-tokens 5 --speculative-dspark-sps-table-path"
+    text, path = printed(capsys), tmp_path / "out" / "sglang-step-times.json"
+    assert "by load: SGLANG_RAGGED_VERIFY_MODE=compact --spec" in text and f"{options} {path}" in text
+    written = json.loads(path.read_text())
+    assert written.pop("theta_seconds") == pytest.approx([0, 0.0011, 0.002, 0.004])
+    parts = {"bias_seconds": 0.003, "bs_probes": [1, 2], "alpha_seconds": [0.001, 0.002], "m_probes": [1, 2, 4, 8]}
+    assert written == parts
 
 
 @pytest.mark.parametrize("curve", [[], [(1, 5, -0.1), (2, 3, -0.2)]])

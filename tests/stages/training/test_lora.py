@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
+from draftsmith.stages.drafters.adapters import ADAPTERS, adapted, assemble
 from draftsmith.stages.drafters.base import Drafter
-from draftsmith.stages.drafters.checkpoint import load_drafter, read_info
+from draftsmith.stages.drafters.checkpoint import load_drafter, read_info, save_drafter
+from draftsmith.stages.drafters.digest import content_digest, drafter_digest
 from draftsmith.stages.runtime.checkpoint import list_checkpoints
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.training.batches import Batch, FeatureSource, step_rng
@@ -147,6 +150,39 @@ def test_a_killed_training_ends_with_the_same_bits(
     count = sum(tensor.numel() for tensor in adapter.values())
     assert len(state["drafter"]) == len(state["optimiser"]["state"]) == len(adapter)
     assert sum(tensor.numel() for tensor in state["drafter"].values()) == count == 4 * base.map_sizes[1]
+
+
+@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_files_of_adapters_give_the_trained_checkpoint_bit_by_bit(
+    base: Drafter, plain_target: Target, tmp_path: Path, stored: torch.dtype, compute_dtype: str
+) -> None:
+    """On the files of the base, after two trainings, each of which rounded its checkpoint to the stored dtype."""
+    save_drafter(base, tmp_path / "0", stored)
+    for number in range(2):
+        drafter = load_drafter(tmp_path / str(number), plain_target, torch.float32)
+        adapter = Adapter(drafter, LoraOptions(rank=4), compute_dtype, SEED + number)
+        for name, parameter in drafter.named_parameters():
+            if "lora_B" in name:
+                parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(number))
+        adapter.save(tmp_path / "upload" / ADAPTERS / str(number))
+        adapter.merge()
+        save_drafter(drafter, tmp_path / str(number + 1), stored)
+    shutil.copy(tmp_path / "2" / "config.json", tmp_path / "upload")
+    content = assemble([tmp_path / "0", tmp_path / "upload"])
+    assert content_digest(content) == drafter_digest(tmp_path / "2") != drafter_digest(tmp_path / "0")
+    assert content["model.safetensors"] == (tmp_path / "2" / "model.safetensors").read_bytes()
+
+
+def test_products_are_added_in_float64_rank_by_rank() -> None:
+    """Against Python's floats: no sum depends on how a library orders it."""
+    generator = torch.Generator().manual_seed(SEED)
+    weight, a, b = (torch.randn(shape, generator=generator) for shape in ((70, 3), (16, 3), (70, 16)))
+    sums = [[w] for w in weight.flatten().tolist()]
+    for rank in range(16):
+        for place, total in enumerate(sums):
+            total[0] += b[place // 3, rank].item() * a[rank, place % 3].item()
+    assert torch.equal(adapted(weight, a, b), torch.tensor(sums, dtype=torch.float64).float().view(70, 3))
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
