@@ -186,7 +186,7 @@ def _fetch(version: Version, scratch: Path) -> Path:
     here = [_fetched(base)] if base and drafter_digest(_fetched(base)) == base else []
     copies = registry().download(version, addresses[-1:] if here else addresses, scratch)
     if len(addresses) > 1:
-        from draftsmith.stages.drafters.adapters import ADAPTERS, assemble  # imports torch, and planning must not
+        from draftsmith.stages.drafters.adapters import ADAPTERS, assemble  # imports torch, and few plans need it
 
         weights = assemble([*here, *copies])[WEIGHTS_FILE]
         (copies[-1] / WEIGHTS_FILE).write_bytes(weights)
@@ -208,10 +208,8 @@ def upload_drafter(version: Version, artifact: Path, run_id: str | None) -> None
 def _write_adapters(line: str, artifact: Path, folder: Path) -> Version | None:
     """Write the adapters of a refresh in place of the weights, and return the uploaded version that they were added to.
 
-    None unless there is one, on which they give the drafter bit by bit.
+    None unless there is one, on which they give the drafter bit by bit, and they are smaller than its weights.
     """
-    from draftsmith.stages.drafters.adapters import ADAPTERS, assemble  # imports torch, and planning must not
-
     store, first, adapters = open_store(home()), artifact, list[Path]()
     while (adapter := first / ADAPTER_FOLDER).is_dir() and (start := read_manifest(first).inputs.get("drafter")):
         adapters.insert(0, adapter)
@@ -219,8 +217,11 @@ def _write_adapters(line: str, artifact: Path, folder: Path) -> Version | None:
     digest, drafter = drafter_digest(first / DRAFTER_FOLDER), artifact / DRAFTER_FOLDER
     versions = [v for v in registry().versions(line) if v.tags.get("drafter_digest") == digest]
     bases = [v for v in versions if 0 < len(v.uploaded.split()) < _MOST_UPLOADS]
-    if not adapters or not bases:
+    size = sum(path.stat().st_size for each in adapters for path in each.iterdir())
+    if not adapters or not bases or size >= (drafter / WEIGHTS_FILE).stat().st_size:
         return None
+    from draftsmith.stages.drafters.adapters import ADAPTERS, assemble  # imports torch, and planning must not
+
     shutil.copytree(drafter, folder, ignore=shutil.ignore_patterns(WEIGHTS_FILE))
     for place, adapter in enumerate(adapters):
         shutil.copytree(adapter, folder / ADAPTERS / str(place))

@@ -76,7 +76,7 @@ def refreshed(store: Store, target: Target, champion: ArtifactRef, key: str) -> 
     )
     for number, stage in enumerate(("sft", "opd")):
         drafter = load_drafter(made.path / DRAFTER_FOLDER, target, torch.float32)
-        adapter = Adapter(drafter, LoraOptions(rank=4), "float32", seed=number)
+        adapter = Adapter(drafter, LoraOptions(rank=1), "float32", seed=number)
         for name, parameter in drafter.named_parameters():
             if "lora_B" in name:
                 parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(number))
@@ -91,7 +91,12 @@ def refreshed(store: Store, target: Target, champion: ArtifactRef, key: str) -> 
 
 
 def test_adapters_are_uploaded_and_put_together_without_the_store(
-    line: str, home: Path, plain_target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    line: str,
+    home: Path,
+    plain_target: Target,
+    plain_artifact: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Those of the second and third champion. The first upload of adapters is killed before its address is written."""
     store, tracking = Store(home / "store"), Tracking(home)
@@ -131,7 +136,11 @@ def test_adapters_are_uploaded_and_put_together_without_the_store(
         wanted = {"drafter": digest, "folder": gone, "upload": versions[number - 1].uploaded, "tracking": tracking.uri}
         assert "model.safetensors" in read_drafter(wanted), "as a server reads it"
     registry_commands.rollback(Display(), line, "it is slower", dry_run=False)
-    assert serving(line) == 2
+    champion = resolve(config).champion
+    assert champion is not None and serving(line) == champion.version == 2
+    taken = RecordingContext.under(tmp_path / "taken", {"target": plain_artifact})
+    CHAMPION.run(taken, champion)
+    assert drafter_digest(taken.out / DRAFTER_FOLDER) == digests[1]
     shutil.rmtree(runs[0])
     shutil.rmtree(home / "uploaded" / digests[2][:16])
     registry_commands.export(Display(), f"{line}@3", tmp_path / "again")  # of its base there is a copy here
