@@ -22,7 +22,6 @@ from draftsmith.artifacts.host import bypass_proxy_for_localhost
 from draftsmith.flows.config.load import config_from_fields, read_config
 from draftsmith.flows.execution.display import Display
 from draftsmith.flows.orchestration.launch import launch
-from draftsmith.flows.orchestration.server import PrefectServer
 from draftsmith.flows.planning.graph import Selection
 from draftsmith.flows.refresh.graph import REFRESH
 from draftsmith.flows.refresh.measurements import resolve_drafter
@@ -261,13 +260,10 @@ def refresh(config: str | Path | Mapping[str, Any], *, until: str | Collection[s
         options = config_from_fields(config, REFRESH.config)
     else:
         options = read_config(config, (), REFRESH.config)
-    display = Display()
     selection = Selection.from_options(None, None, [until] if isinstance(until, str) else until)
-
-    def lost(_server: PrefectServer, what: str) -> None:
-        display.line(f"warning: {what}")
-
     bypass_proxy_for_localhost()
     with home_umask(home()):
-        ended = launch(options, REFRESH, display, lost, selection)
-    return RefreshResult(ended.artifacts, ended.outcome, ended.message)
+        artifacts, conclusion = launch(options, REFRESH, Display(), selection)
+    if conclusion is None:
+        return RefreshResult(artifacts, None, "")
+    return RefreshResult(artifacts, conclusion.name.lower(), conclusion.message)

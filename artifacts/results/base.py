@@ -39,15 +39,13 @@ class ResultFile(BaseModel):
         """
         path = folder / (name or cls.FILE)
         try:
-            return cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
+            return cls.model_validate_json(path.read_bytes())
         except FileNotFoundError:
             raise DraftsmithError(f"{path}: missing. Run its stage again.") from None
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "content"
             raise DraftsmithError(f"{path}: {where}: {first['msg']}. Run its stage again with --force.") from None
-        except ValueError as error:
-            raise DraftsmithError(f"{path}: not JSON ({error}). Run its stage again with --force.") from error
 
     @classmethod
     def read_if_there(cls, folder: Path | None) -> Self | None:

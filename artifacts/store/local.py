@@ -11,14 +11,13 @@ import shutil
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 from draftsmith.artifacts.atomic import disk_errors, fsync, remove_temporary, write_text
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.home import home
 from draftsmith.artifacts.locks import Lock, LockWait, is_locked, locked
 from draftsmith.artifacts.store.checksums import CachedChecksum, Checksums
 from draftsmith.artifacts.store.manifest import (
@@ -41,7 +40,6 @@ from draftsmith.artifacts.store.manifest import (
     manifest_text,
     overwrite_in_place,
     package_versions,
-    read_checked_manifest,
     read_elsewhere,
     read_manifest,
     read_pending,
@@ -65,19 +63,13 @@ class Claim:
     work: Path  # shards and checkpoints of the attempt; deleted when the artifact is complete
     lock: Lock
     forced: str = ""  # id of a forced attempt, kept when it is continued: its shards are made again only once
-    started: float = field(default_factory=time.monotonic)
-
-    @property
-    def lock_fd(self) -> int:
-        """Return the descriptor to pass to the stage's process, so that the lock lasts as long as the writer."""
-        return self.lock.fd
 
 
 class Store:
-    """Artifacts under `<root>/<stage>/<key[:16]>/`; `root` is `<home>/store` unless given."""
+    """Artifacts under `<root>/<stage>/<key[:16]>/`; `root` is the folder `store` of a home."""
 
-    def __init__(self, root: Path | None = None) -> None:
-        self.root = (root or home() / "store").resolve()
+    def __init__(self, root: Path) -> None:
+        self.root = root.resolve()
         self._checksums = Checksums(self.root.parent)
 
     @property
@@ -165,7 +157,7 @@ class Store:
 
     def verify(self, ref: ArtifactRef) -> None:
         """Check every checksum, and that no file was added or removed."""
-        manifest = read_checked_manifest(ref.path, ref.stage)
+        manifest = read_manifest(ref.path, ref.stage)
         if (manifest.key, manifest.content_id) != (ref.key, ref.content_id):
             raise damaged(ref.path / MANIFEST, ref.stage, "names another key or content id")
         for name in artifact_files(ref.path):
@@ -184,7 +176,7 @@ class Store:
         and_elsewhere: also check files outside the artifact that its readers need (`ELSEWHERE`). read: the files were
         read already, so a damaged one is an error even if there is another copy.
         """
-        manifest = read_checked_manifest(ref.path, ref.stage)
+        manifest = read_manifest(ref.path, ref.stage)
         for name, entry in (manifest.files if read else self.files_to_verify(ref, manifest)).items():
             path = ref.path / name
             before = self._checksums.cached(path)
@@ -284,7 +276,7 @@ class Store:
         *,
         metrics: Mapping[str, float] | None = None,
         volatile: tuple[str, ...] = (),
-        duration_s: float | None = None,
+        duration_s: float = 0.0,
     ) -> ArtifactRef:
         """Turn `claim.out` into the artifact: flush its files, write its manifest last, then rename it.
 
@@ -319,7 +311,7 @@ class Store:
                 # NaN and infinity have no JSON form and would make the manifest unreadable
                 metrics={name: value for name, value in (metrics or {}).items() if math.isfinite(value)},
                 mlflow_run_id=made_from.mlflow_run_id,
-                duration_s=round(time.monotonic() - claim.started if duration_s is None else duration_s, 3),
+                duration_s=round(duration_s, 3),
                 versions=package_versions(claim.out),
                 modules=dict(made_from.modules),
                 external=dict(made_from.external),
@@ -373,7 +365,7 @@ class Store:
 
     def _check(self, folder: Path, stage: str, key: str) -> ArtifactRef:
         """Return the artifact of a folder after checking its manifest, its key and the size of every file."""
-        manifest = read_checked_manifest(folder, stage)
+        manifest = read_manifest(folder, stage)
         if manifest.key != key:
             raise damaged(folder / MANIFEST, stage, f"has another key, {manifest.key[:SHORT]}")
         for name, entry in manifest.files.items():

@@ -9,7 +9,7 @@ import platform
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from fnmatch import fnmatch
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,7 +29,6 @@ SHARD = ".shard"  # suffix of the stage name of shards
 PENDING = "pending.json"
 _PENDING_BYTES = 1 << 16  # reserved when the attempt begins, so that a full disk cannot prevent the write at its end
 _MIN_PREFIX = 4  # characters of a key or content id that identify an artifact
-_RESTORE = "Restore it, or make the artifact again."  # advice of a manifest without a stage
 _CHECKSUM = "checksum"  # field: checksum of the manifest itself
 VERSIONS = "versions.json"  # file of an artifact: versions of programs outside this environment that made it
 _PACKAGES = (
@@ -123,9 +122,10 @@ class Manifest(_Frozen):
         return ArtifactRef(self.stage, self.key, self.content_id, path, content_id(self.files, volatile=True))
 
 
-def local_time(moment: datetime) -> str:
-    """Format a time in the local time zone, with its offset from UTC."""
-    return moment.astimezone().isoformat(sep=" ", timespec="seconds")
+def local_time(moment: str | float) -> str:
+    """Format a time (ISO 8601, or seconds since the epoch) in the local time zone, with its offset from UTC."""
+    time = datetime.fromisoformat(moment) if isinstance(moment, str) else datetime.fromtimestamp(moment, UTC)
+    return time.astimezone().isoformat(sep=" ", timespec="seconds")
 
 
 def canonical_json(value: object) -> str:
@@ -176,26 +176,24 @@ def _checksum(fields: Mapping[str, object]) -> str:
     return hashlib.sha256(canonical_json(fields).encode()).hexdigest()
 
 
-def read_manifest(folder: Path, advice: str = _RESTORE) -> Manifest:
+def read_manifest(folder: Path, stage: str = "") -> Manifest:
     """Read the manifest of a folder. Raises DraftsmithError if it is missing, damaged or of another version.
 
-    advice: what to do then, a sentence.
+    stage: that is made again then, for the error; empty if it is unknown.
     """
     path = folder / MANIFEST
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        raise DraftsmithError(f"{path}: missing. {advice}") from None
+        raise DraftsmithError(f"{path}: missing. {remedy(stage)}") from None
     except OSError as error:
-        raise DraftsmithError(f"{path}: {error.strerror}. {advice}") from error
-    return parse_manifest(data, path, advice)
+        raise DraftsmithError(f"{path}: {error.strerror}. {remedy(stage)}") from error
+    return parse_manifest(data, path, stage)
 
 
-def parse_manifest(content: bytes, where: Path | str, advice: str = _RESTORE) -> Manifest:
-    """Parse the content of a manifest's file; `where` names the file in errors. Raises DraftsmithError.
-
-    advice: what to do then, a sentence.
-    """
+def parse_manifest(content: bytes, where: Path | str, stage: str = "") -> Manifest:
+    """Parse the content of a manifest's file; `where` names the file in errors. Raises as `read_manifest` does."""
+    advice = remedy(stage)
     try:
         data = json.loads(content)
         version = data.get("schema_version")
@@ -242,21 +240,10 @@ def package_versions(folder: Path | None = None) -> dict[str, str]:
     return installed | (json.loads(noted.read_bytes()) if noted is not None and noted.is_file() else {})
 
 
-def read_checked_manifest(folder: Path, stage: str) -> Manifest:
-    """Return the manifest of a folder, after checking its content id. Raises DraftsmithError."""
-    manifest = read_manifest(folder, remedy(stage))
-    check_content(manifest, folder / MANIFEST)
-    return manifest
-
-
-def check_content(manifest: Manifest, where: Path | str) -> None:
-    """Raise DraftsmithError if a manifest's content id does not match its files."""
-    if content_id(manifest.files) != manifest.content_id:
-        raise damaged(where, manifest.stage, "its content id does not match its files")
-
-
 def remedy(stage: str) -> str:
-    """Return the sentence that says how to make a stage's artifact again."""
+    """Return the sentence that says how to make a stage's artifact again. stage: empty if it is unknown."""
+    if not stage:
+        return "Restore it, or make the artifact again."
     return f"Make it again: add `--force {stage.removesuffix(SHARD)}` to the command."
 
 

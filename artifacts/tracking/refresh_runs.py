@@ -44,49 +44,6 @@ def artifact_params(artifacts: Mapping[str, ArtifactRef]) -> dict[str, str]:
     }
 
 
-def find_refresh(tracking: Tracking, name: str, artifacts: Mapping[str, ArtifactRef]) -> str | None:
-    """Return the run id of the last finished refresh of that name and experiment with all these artifacts.
-
-    Returns None if there is none, or if MLflow failed.
-    """
-    wanted = artifact_params(artifacts)
-    with tracking.best_effort():
-        client, experiment = tracking.connect()
-        finished = f"{_name_filter(name)} and {_IS_REFRESH} and attributes.status = 'FINISHED'"
-        for run in client.search_runs([experiment], finished, max_results=100):
-            if wanted.items() <= run.data.params.items():
-                return str(run.info.run_id)
-    return None
-
-
-def mark_reused(tracking: Tracking, run_id: str) -> None:
-    """Count in a tag that a finished refresh was run again and reused every artifact."""
-    with tracking.best_effort():
-        client, _ = tracking.connect()
-        times = int(client.get_run(run_id).data.tags.get(REUSED, "0").partition(" ")[0]) + 1
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        client.set_tag(run_id, REUSED, f"{times} time{'s' * (times > 1)}, last at {now}")
-
-
-def record_outcome(
-    tracking: Tracking,
-    run_id: str,
-    artifacts: Mapping[str, ArtifactRef],
-    metrics: Mapping[str, float],
-    tags: Mapping[str, str],
-) -> None:
-    """Add the outcome to a refresh that ended without one (`--until`), if it made exactly these artifacts."""
-    with tracking.best_effort():
-        client, _ = tracking.connect()
-        run = client.get_run(run_id).data
-        recorded = {name: value for name, value in run.params.items() if name.startswith(_MADE)}
-        if OUTCOME in run.tags or recorded != artifact_params(artifacts) or tags.items() <= run.tags.items():
-            return
-        log_metrics(client, run_id, [(name, value, 0) for name, value in metrics.items()])
-        for name, text in tags.items():
-            client.set_tag(run_id, name, text)
-
-
 def artifact_folders(tracking: Tracking, name: str, node: str) -> dict[str, str]:
     """Return node -> folder of the artifacts of a refresh; empty if there is no such refresh.
 
@@ -192,7 +149,12 @@ class RunRecord:
         Returns None if MLflow failed: the next call tries again.
         """
         if not self._building and self._id is None and self._earlier is None:
-            self._earlier = find_refresh(self.tracking, self.name, artifacts)
+            wanted = artifact_params(artifacts).items()
+            finished = f"{_name_filter(self.name)} and {_IS_REFRESH} and attributes.status = 'FINISHED'"
+            with self.tracking.best_effort():
+                client, experiment = self.tracking.connect()
+                runs = client.search_runs([experiment], finished, max_results=100)
+                self._earlier = next((run.info.run_id for run in runs if wanted <= run.data.params.items()), None)
         return self._earlier or self._open()
 
     def _open(self) -> str | None:
@@ -216,13 +178,22 @@ class RunRecord:
         An earlier run with the same artifacts is only tagged as reused, unless it ended without a conclusion
         (`--until`) and this one is `concluded`.
         """
-        if self._earlier is not None:
-            if concluded:
-                record_outcome(self.tracking, self._earlier, artifacts, metrics, tags)
-            mark_reused(self.tracking, self._earlier)
-        else:
+        made, run_id = artifact_params(artifacts), self._earlier
+        if run_id is None:
             inputs = {name: artifacts[name] for name in self.data if name in artifacts}
-            self.tracking.close_refresh(status, metrics, files, tags, inputs, artifact_params(artifacts))
+            self.tracking.close_refresh(status, metrics, files, tags, inputs, made)
+            return
+        with self.tracking.best_effort():
+            client, _ = self.tracking.connect()
+            run = client.get_run(run_id).data
+            recorded = {name: value for name, value in run.params.items() if name.startswith(_MADE)}
+            if concluded and OUTCOME not in run.tags and recorded == made:
+                log_metrics(client, run_id, [(name, value, 0) for name, value in metrics.items()])
+                for name, text in tags.items():
+                    client.set_tag(run_id, name, text)
+            times = int(run.tags.get(REUSED, "0").partition(" ")[0]) + 1
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            client.set_tag(run_id, REUSED, f"{times} time{'s' * (times > 1)}, last at {now}")
 
 
 ALL = ""  # stands for all data sets together

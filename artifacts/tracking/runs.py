@@ -9,14 +9,13 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pynvml  # noqa: F401  # MLflow's monitor logs GPUs only if this is imported
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
-from draftsmith.artifacts.home import home
 from draftsmith.artifacts.locks import locked
 from draftsmith.artifacts.redaction import redacted
 from draftsmith.artifacts.store.manifest import ArtifactRef, Manifest
@@ -50,7 +49,7 @@ EXPERIMENT = "draftsmith"
 STAGE, KEY, HOME = "stage", "key", "home"
 NOTE = "mlflow.note.content"  # tag that MLflow shows as a run's description
 # Tag of an experiment, without which MLflow's page asks for its kind.
-_KIND = ("mlflow.experimentKind", "custom_model_development")
+_KIND = {"mlflow.experimentKind": "custom_model_development"}
 SCHEMA_MISMATCH = "out-of-date database schema"  # MLflow's message for a database of another version
 LOCKED = "database is locked"  # SQLite's message while another program writes
 _HTTP = ("http://", "https://")
@@ -62,9 +61,9 @@ AFTER_FAILURE_S = 60.0  # pause after a failure; doubles with every further one,
 class Tracking:
     """The connection to MLflow at `MLFLOW_TRACKING_URI`, by default the database in `folder` (the home)."""
 
-    def __init__(self, folder: Path | None = None, experiment: str | None = None) -> None:
+    def __init__(self, folder: Path, experiment: str | None = None) -> None:
         """Choose server and experiment without connecting. `MLFLOW_EXPERIMENT_NAME` overrides `experiment`."""
-        self.folder = (folder or home()).resolve()
+        self.folder = folder.resolve()
         self.experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME") or experiment or EXPERIMENT
         self.default_uri = f"sqlite:///{self.folder / 'mlflow.db'}"
         self.uri = os.environ.get("MLFLOW_TRACKING_URI") or self.default_uri
@@ -278,14 +277,11 @@ class Tracking:
         if experiment is None:
             # A server chooses where its files go; with a bare database they go into this home.
             location = (self.folder / "mlartifacts" / name).as_uri() if _is_db(self.uri) else None
-            return client.create_experiment(name, artifact_location=location, tags=dict([_KIND]))
+            return client.create_experiment(name, artifact_location=location, tags=_KIND)
         return experiment.experiment_id
 
     def _check_experiment(self) -> None:
-        """Raise DraftsmithError if the experiment was deleted, since MLflow still finds it but refuses runs.
-
-        Sets the kind of an experiment that was created by others or by an earlier version.
-        """
+        """Raise DraftsmithError if the experiment was deleted, since MLflow still finds it but refuses runs."""
         client, experiment_id = self.connect()
         experiment = client.get_experiment(experiment_id)
         if experiment.lifecycle_stage == "deleted":
@@ -296,11 +292,6 @@ class Tracking:
                 f"MLflow's experiment {self.experiment} is deleted and takes no runs. Restore it (`{restore}`), or set "
                 "MLFLOW_EXPERIMENT_NAME to another name."
             )
-        if _KIND[0] not in experiment.tags:
-            from mlflow.exceptions import MlflowException  # here: importing mlflow takes seconds
-
-            with suppress(MlflowException):  # a user who may only add runs does not need it
-                client.set_experiment_tag(experiment_id, *_KIND)
 
     def _tags(self, stage: str, key: str) -> dict[str, str]:
         return {STAGE: stage, KEY: key, HOME: self._home, **source_tags()}

@@ -7,10 +7,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from draftsmith.artifacts.host import gpu_driver
+from draftsmith.artifacts.host import gpu_driver, visible_gpus
 from draftsmith.flows.checks.drafters import drafts_on_sglang, server_engine, server_engines, sglang_engine
 from draftsmith.flows.checks.findings import Findings
-from draftsmith.flows.execution.machine import gpus
 from draftsmith.flows.planning.graph import Node
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.config import GREEDY_ONLY, SGLangEngineConfig
@@ -52,7 +51,7 @@ def _check_sglang(findings: Findings, check: str, config: SGLangEngineConfig, in
         findings.error(check, missing)
     for warning in environment_warnings(config, installed):
         findings.warn(check, warning)
-    if gpus() and not config.launch.on_cpu:
+    if visible_gpus() and not config.launch.on_cpu:
         for problem in build_problems(config, gpu_driver()):
             findings.error(check, problem)
 
@@ -80,7 +79,7 @@ def check_served_targets(findings: Findings, nodes: Sequence[Node], artifact: Pa
 
 
 def _check_gpus(findings: Findings, nodes: Sequence[Node]) -> None:
-    here = len(gpus())
+    here = len(visible_gpus())
     for node in nodes:
         engine = server_engine(node)
         if engine is None or engine.launch is None or engine.launch.on_cpu or not here:
@@ -103,7 +102,7 @@ def _check_gpus(findings: Findings, nodes: Sequence[Node]) -> None:
 def runs_elsewhere(nodes: Sequence[Node]) -> bool:
     """Return whether servers need GPUs and this machine has none, so another machine will run the config."""
     engines = [engine for node in nodes if (engine := server_engine(node)) is not None]
-    return not gpus() and any(engine.launch is not None and not engine.launch.on_cpu for engine in engines)
+    return not visible_gpus() and any(engine.launch is not None and not engine.launch.on_cpu for engine in engines)
 
 
 def sampling_problem(node: Node) -> str | None:
@@ -136,7 +135,7 @@ def check_shared_target(findings: Findings, nodes: Sequence[Node], artifact: Pat
 
 def check_parallel(findings: Findings, nodes: Sequence[Node]) -> None:
     """Check that every process has a GPU, if there are any, and equally many answers, and that nodes can meet."""
-    here, elsewhere = len(gpus()), runs_elsewhere(nodes)
+    here, elsewhere = len(visible_gpus()), runs_elsewhere(nodes)
     for node in nodes:
         parallel = node.stage.parallel(node.config) if node.stage.parallel is not None else None
         if parallel is None or parallel.world == 1:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from draftsmith.artifacts.host import memory_bytes
+from draftsmith.artifacts.host import memory_bytes, visible_gpus
 from draftsmith.artifacts.store.manifest import Manifest
 from draftsmith.artifacts.store.mirror import open_store
 from draftsmith.flows.checks.drafters import is_drafter
@@ -18,7 +18,7 @@ from draftsmith.flows.checks.models import DrafterPlans
 from draftsmith.flows.checks.work import GPUS, GpuRates, describe
 from draftsmith.flows.config.options import StageOptions
 from draftsmith.flows.execution.display import format_bytes, format_duration
-from draftsmith.flows.execution.machine import free_disk_bytes, gpu_model, gpu_names, gpus
+from draftsmith.flows.execution.machine import free_disk_bytes, gpu_names
 from draftsmith.flows.planning.graph import Node
 from draftsmith.stages.data.prompts import SPLITS, PromptsConfig
 from draftsmith.stages.target.estimate import DTYPE_BYTES, PROCESS_BYTES, ModelSize, Sizes, StageUse, target_size
@@ -67,8 +67,10 @@ class Hardware:
 
     @classmethod
     def here(cls) -> Hardware:
-        model = (gpu_model() or "GPU") if gpus() else "CPU"
-        return cls(gpus(), memory_bytes(), next((gpu for name, gpu in GPUS.items() if name in model), None), model)
+        gpus = visible_gpus()
+        model = gpus[0].model if gpus else "CPU"
+        rates = next((gpu for name, gpu in GPUS.items() if name in model), None)
+        return cls(tuple(gpu.memory for gpu in gpus), memory_bytes(), rates, model)
 
     @classmethod
     def assumed(cls, gpu: GpuRates) -> Hardware:

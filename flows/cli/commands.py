@@ -16,7 +16,6 @@ import time
 import webbrowser
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from datetime import UTC, datetime
 from pathlib import Path
 
 from draftsmith.artifacts.errors import DraftsmithError, RefusedError, RetryableError
@@ -45,13 +44,12 @@ from draftsmith.flows.execution.machine import check_home
 from draftsmith.flows.execution.node import ArtifactFolders, RunContext, build_node
 from draftsmith.flows.execution.retry import with_retries
 from draftsmith.flows.orchestration.launch import launch
-from draftsmith.flows.orchestration.server import PrefectServer, permanent_server
+from draftsmith.flows.orchestration.server import permanent_server
 from draftsmith.flows.planning.graph import (
     Pipeline,
     PlannedNode,
     Selection,
     Status,
-    load_attribute,
     plan,
     resolve_config,
 )
@@ -98,21 +96,18 @@ def _run_config(options: argparse.Namespace, pipeline: Pipeline, config: RunOpti
         display.lines(pipeline.checks().before(planned) if pipeline.checks is not None else [])
         return
 
-    def lost(server: PrefectServer, message: str) -> None:
-        display.line(f"warning: {message}")
-        options.lost_prefect = server
-
-    finished = launch(config, pipeline, display, lost, selection)
+    artifacts, conclusion = launch(config, pipeline, display, selection, lambda: setattr(options, "lost_prefect", True))
+    refusal = conclusion.error if conclusion is not None else None
     if options.until:
-        for name, folder in finished.artifacts.items():
+        for name, folder in artifacts.items():
             display.line(f"{name}: {folder}")
-    elif finished.artifacts and pipeline.results:
-        refusal = str(finished.refusal) if finished.refusal is not None else None
+    elif artifacts and pipeline.results is not None:
         seconds, ui_command = time.monotonic() - began, Tracking(home(), config.experiment).ui_command
-        ended = EndedRun(config, str(options.config), options.overrides, ui_command, seconds, finished.outcome, refusal)
-        load_attribute(pipeline.results)(display, finished.artifacts, ended)
-    if finished.refusal is not None:
-        raise finished.refusal
+        outcome = conclusion.name if conclusion is not None else None
+        ended = EndedRun(config, str(options.config), options.overrides, ui_command, seconds, outcome, refusal)
+        pipeline.results(display, artifacts, ended)
+    if refusal is not None:
+        raise refusal
 
 
 def _init(options: argparse.Namespace, pipeline: Pipeline) -> None:
@@ -222,14 +217,14 @@ def _watch(options: argparse.Namespace, pipeline: Pipeline) -> None:
         line, urls, drift = config.registry.name, urls or config.registry.servers, config.drift
     elif options.then == "refresh":
         raise DraftsmithError(f"--then refresh: {line} is a line. Give the config file that refreshes it.")
-    watched = watch(line, urls, options.minutes, drift.threshold)
-    if watched.outcome == "mismatched" or (watched.outcome == "below" and options.then is None):
-        raise RefusedError(watched.sentence)
-    Display().line(f"{watched.outcome}: {watched.sentence}")
-    if watched.outcome == "below" and options.then == "refresh":
+    outcome, sentence = watch(line, urls, options.minutes, drift.threshold)
+    if outcome == "mismatched" or (outcome == "below" and options.then is None):
+        raise RefusedError(sentence)
+    Display().line(f"{outcome}: {sentence}")
+    if outcome == "below" and options.then == "refresh":
         _run(options, pipeline)
-    elif watched.outcome == "below":
-        registry_commands.rollback(Display(), line, watched.sentence, dry_run=False, servers=urls)
+    elif outcome == "below":
+        registry_commands.rollback(Display(), line, sentence, dry_run=False, servers=urls)
 
 
 def _is_file(path: Path) -> bool:
@@ -257,23 +252,17 @@ def _deploy(options: argparse.Namespace, pipeline: Pipeline) -> None:
         pipeline = dataclasses.replace(pipeline, flow="draftsmith.flows.refresh.flow:watch")
     api = permanent_server(home())
     # imports Prefect, which reads the environment that `permanent_server` sets
-    from draftsmith.flows.orchestration.deployment import DeploymentOptions, Schedule, deploy
+    from draftsmith.flows.orchestration.deployment import DeploymentOptions, deploy, schedules_of
 
     how = DeploymentOptions(
         pool=options.pool,
         folder=Path.cwd(),
-        schedule=Schedule(options.cron, options.timezone),
+        schedules=schedules_of(options.cron, options.timezone),
         arguments=arguments,
         webhook=options.webhook,
         silent_days=options.silent_after,
     )
-    deployment = deploy(config, pipeline, api, how)
-    when = f"{options.cron} ({options.timezone})" if options.cron else "on request"
-    action = "created" if deployment.created else "changed"
-    webhook = "with its webhook" if deployment.webhook else "without a webhook"
-    if deployment.webhook and options.webhook is None:
-        webhook = "with its earlier webhook"
-    Display().line(f"{deployment.name}: {action}, in work pool {options.pool}, {when}, {webhook}: {deployment.url}")
+    Display().line(deploy(config, pipeline, api, how))
 
 
 def _prune(options: argparse.Namespace, _pipeline: Pipeline) -> None:
@@ -370,8 +359,8 @@ def _is_needed(replaced: Leftover, needed: set[str]) -> bool:
 def _list(display: Display, obsolete: Sequence[Leftover], command: str) -> None:
     table = folded_table("what", "path", "size", "last touched")
     for item in obsolete:
-        touched = local_time(datetime.fromtimestamp(item.touched, UTC))
-        table.add_row(item.kind, str(item.path.relative_to(home())), format_bytes(item.bytes), touched)
+        path, touched = str(item.path.relative_to(home())), local_time(item.touched)
+        table.add_row(item.kind, path, format_bytes(item.bytes), touched)
     display.console.print(table)
     display.line(f"{_total(obsolete)} in all. `{command}` removes them.")
 

@@ -255,8 +255,10 @@ def main(arguments: Sequence[str] | None = None, pipeline: Pipeline | None = Non
     options = parser().parse_args(arguments)
     relax_gc()
     code = _run(options, pipeline)
-    if (server := getattr(options, "lost_prefect", None)) is not None:
-        server.leave(code)
+    if "lost_prefect" in options:
+        from draftsmith.flows.orchestration.server import leave  # heavy, and a command has imported it
+
+        leave(code)
     return code
 
 

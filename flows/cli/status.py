@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 
-from rich.table import Table
 from rich.tree import Tree
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
@@ -35,7 +33,6 @@ from draftsmith.flows.planning.graph import (
     Selection,
     Status,
     has_partial,
-    load_attribute,
     manifests_of_node,
     plan,
     resolve_config,
@@ -63,7 +60,7 @@ def _last_verdict(earlier: Sequence[Manifest], pipeline: Pipeline, store: Store)
     """Return the verdict of the last run of this name that made a report; nothing if its artifacts are gone."""
     node, _ = pipeline.report
     manifest = next(iter(manifests_of_node(earlier, node)), None)
-    if manifest is None or not pipeline.verdict:
+    if manifest is None or pipeline.verdict is None:
         return []
     report = manifest.ref(store.path(manifest.stage, manifest.key))
     # All from the run of the report: a later one may have measured again and failed before its decision.
@@ -72,8 +69,8 @@ def _last_verdict(earlier: Sequence[Manifest], pipeline: Pipeline, store: Store)
         for name, entry in manifest.inputs.items()
         if store.manifest_at(entry.stage, entry.key) is not None
     }
-    lines: list[str] = load_attribute(pipeline.verdict)(ArtifactFolders(store, {**inputs, node: report}))
-    return ["", f"Last report, {local_time(datetime.fromisoformat(manifest.created_at))}:", *lines] if lines else []
+    lines = pipeline.verdict(ArtifactFolders(store, {**inputs, node: report}))
+    return ["", f"Last report, {local_time(manifest.created_at)}:", *lines] if lines else []
 
 
 def _node_state(item: PlannedNode, store: Store) -> str:
@@ -122,7 +119,7 @@ def show_store_status(display: Display) -> None:
             escape(manifest.stage),
             escape(manifest.key[:16]),
             _artifact_state(store, manifest.stage, manifest.key, done=True, partial=False, damage=damage),
-            local_time(datetime.fromisoformat(manifest.created_at)),
+            local_time(manifest.created_at),
             format_duration(manifest.duration_s),
             format_bytes(sum(entry.bytes for entry in manifest.files.values())),
             escape(_metrics(manifest)),
@@ -173,21 +170,13 @@ def show_artifact(display: Display, text: str, *, verify: bool = False) -> None:
         ("config", json.dumps(manifest.config, ensure_ascii=False)),
     ):
         display.line(f"  {name + ':':<12}{value}")
-    display.console.print(_files(manifest))
-    display.console.print(_lineage(store, manifest))
-
-
-def _files(manifest: Manifest) -> Table:
     table = folded_table("file", "size", "sha256", "")
     for name, entry in sorted(manifest.files.items()):
         table.add_row(escape(name), format_bytes(entry.bytes), entry.sha256[:16], "volatile" if entry.volatile else "")
-    return table
-
-
-def _lineage(store: Store, manifest: Manifest) -> Tree:
-    tree = Tree(escape(f"made from: {manifest.stage}/{manifest.key[:16]}"))
-    _add_inputs(tree, store, manifest.inputs, seen=set())
-    return tree
+    display.console.print(table)
+    lineage = Tree(escape(f"made from: {ref.stage}/{ref.key[:16]}"))
+    _add_inputs(lineage, store, manifest.inputs, seen=set())
+    display.console.print(lineage)
 
 
 def _add_inputs(tree: Tree, store: Store, inputs: dict[str, InputEntry], seen: set[str]) -> None:
@@ -215,11 +204,26 @@ _PAGE = "report.html"
 def find_report(name: str, pipeline: Pipeline) -> Path:
     """Return the report page of a refresh. Raises DraftsmithError if there is none.
 
-    name: a config file (of `pipeline`), a run of MLflow, or an artifact.
+    name: a config file (of `pipeline`), name or id of a run of MLflow (the last of its name), the start of an
+    artifact's key or content id, or its folder.
     """
+    store, path = open_store(home()), Path(name).expanduser()
     if name.endswith((".yaml", ".yml")):
-        return report_of_config(name, read_config(Path(name), [], pipeline.config), pipeline)
-    return report_of_text(name)
+        return report_of_config(name, read_config(path, [], pipeline.config), pipeline)
+    if path.is_dir():
+        return _page(name, path.resolve())
+    if (folder := artifact_folders(Tracking(home()), name, "report").get("report")) is not None:
+        return _page(name, store.localize(Path(folder)))
+    try:
+        ref = store.resolve(name)
+        store.fetch(ref)
+    except RetryableError:
+        raise
+    except DraftsmithError as error:
+        raise DraftsmithError(
+            f"{name}: not a config file, nor a refresh's run in MLflow with a report; {error}"
+        ) from error
+    return _page(name, ref.path)
 
 
 def report_of_config(name: str, config: RunOptions, pipeline: Pipeline) -> Path:
@@ -241,30 +245,6 @@ def report_of_config(name: str, config: RunOptions, pipeline: Pipeline) -> Path:
     raise DraftsmithError(
         f"{name}: its refresh has no report yet. Run `draftsmith run {name}`, or name a run in MLflow."
     )
-
-
-def report_of_text(name: str) -> Path:
-    """Return the page of an artifact of stage `report`, or of a refresh's run in MLflow.
-
-    name: the artifact's folder, or the start of its key or content id; or name or id of a run (the last of its name).
-    Raises DraftsmithError if there is none.
-    """
-    store = open_store(home())
-    if Path(name).expanduser().is_dir():
-        return _page(name, Path(name).expanduser().resolve())
-    found = artifact_folders(Tracking(home()), name, "report")
-    if "report" in found:
-        return _page(name, store.localize(Path(found["report"])))
-    try:
-        ref = store.resolve(name)
-        store.fetch(ref)
-        return _page(name, ref.path)
-    except RetryableError:
-        raise
-    except DraftsmithError as error:
-        raise DraftsmithError(
-            f"{name}: not a config file, nor a refresh's run in MLflow with a report; {error}"
-        ) from error
 
 
 def _page(name: str, folder: Path) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime
 from typing import Any
 
 from draftsmith.artifacts.errors import DraftsmithError
@@ -39,7 +38,7 @@ def explain_key(display: Display, config: RunOptions, pipeline: Pipeline, name: 
             display.line("  there is no earlier artifact of it to compare with")
             continue
         manifest, description = reference
-        made = local_time(datetime.fromisoformat(manifest.created_at))
+        made = local_time(manifest.created_at)
         display.line(f"  against {manifest.stage}/{manifest.key[:16]}, {description}, made {made}:")
         lines = list(_differences(manifest, item, planned, config, pipeline, store))
         for line in lines or ["nothing differs that a manifest records"]:
@@ -58,7 +57,7 @@ def _state(item: PlannedNode, store: Store) -> str:
     if item.key is None:
         return f"its key is known after {', '.join(item.after)}"
     if item.ref is not None:
-        made = local_time(datetime.fromisoformat(store.manifest(item.ref).created_at))
+        made = local_time(store.manifest(item.ref).created_at)
         return f"not new: {item.ref.stage}/{item.key[:16]} is in the store, made {made}"
     if store.manifest_at(item.node.stage.name, item.key) is not None:
         return f"built again: its inputs were measured again after the artifact of the key {item.key[:16]}"

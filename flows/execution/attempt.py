@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 from draftsmith.artifacts.atomic import write_text
@@ -125,7 +124,7 @@ def run_attempt(
             limit=options.time_limit(node.name),
             grace_s=options.grace_seconds,
             # The locks live as long as the process that writes and computes, even if we are killed.
-            pass_fds=(claim.lock_fd, *device.locks),
+            pass_fds=(claim.lock.fd, *device.locks),
             environment=device.environment,
         )
         outcome = run_stage(request, process, on_event, watch.check)
@@ -233,12 +232,12 @@ class Attempt:
     @property
     def failed_at(self) -> str:
         """When it failed, in local time."""
-        return _local(self.at)
+        return local_time(self.at)
 
     def __str__(self) -> str:
         now = time.time()
         text = f"node {self.node} of {self.run} on {self.host} (pid {self.pid}, user {self.user}) since "
-        text += f"{_local(self.since)} ({format_duration(now - self.since)})"
+        text += f"{local_time(self.since)} ({format_duration(now - self.since)})"
         if self.waits:
             text += f", {self.waits}"
         if self.total:
@@ -285,7 +284,3 @@ def read_attempt(folder: Path) -> Attempt | None:
         return Attempt(**json.loads((folder / NOTE).read_text("utf-8")))
     except (OSError, ValueError, TypeError):
         return None
-
-
-def _local(moment: float) -> str:
-    return local_time(datetime.fromtimestamp(moment, UTC))

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
+from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.redaction import printable
 from draftsmith.flows.config.options import RunOptions
 from draftsmith.flows.planning.graph import PlannedNode, Status
@@ -83,8 +84,8 @@ class EndedRun:
     overrides: Sequence[str]  # of `--set`
     mlflow: str  # the command that shows the runs, or the server's URL
     seconds: float
-    outcome: str | None = None  # as in `FinishedRun`
-    refused: str | None = None  # why nothing was promoted, or the champion is not served
+    outcome: str | None = None  # name of its conclusion
+    refused: DraftsmithError | None = None  # why nothing was promoted, or the champion is not served
 
 
 class ProgressRate:

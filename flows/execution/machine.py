@@ -26,16 +26,6 @@ from draftsmith.flows.config.options import RunOptions
 from draftsmith.stages.runtime.stage import Compute
 
 
-def gpus() -> tuple[float, ...]:
-    """Return the bytes of memory of every visible NVIDIA GPU, in the order of CUDA_VISIBLE_DEVICES."""
-    return tuple(gpu.memory for gpu in visible_gpus())
-
-
-def gpu_model() -> str | None:
-    """Return the name of the first visible GPU."""
-    return next((gpu.model for gpu in visible_gpus()), None)
-
-
 def gpu_names() -> list[str]:
     """Return names that identify the visible GPUs, the same for all users and in any form of CUDA_VISIBLE_DEVICES.
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from pydantic import ValidationError
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.flows.config.options import RunOptions
-from draftsmith.flows.planning.graph import Pipeline
+from draftsmith.flows.planning.graph import Pipeline, load_attribute
 
 HEARTBEAT_S = 30  # of flow runs, so that a lost host is noticed
 _ENVIRONMENT = {
@@ -38,67 +37,46 @@ _ENVIRONMENT = {
 
 
 @dataclass(frozen=True)
-class DeploymentInfo:
-    """A deployment on the server."""
-
-    name: str  # FLOW/NAME
-    url: str
-    created: bool  # False: it existed and was changed
-    webhook: bool  # whether it has one: the one given now, or an earlier one
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """When a deployment runs. Without cron: only on request."""
-
-    cron: str | None = None
-    timezone: str = "UTC"
-
-    def checked(self) -> list[CronSchedule]:
-        """Return the schedule for Prefect. Raises DraftsmithError if it is not valid."""
-        if self.cron is None:
-            return []
-        try:
-            return [CronSchedule(cron=self.cron, timezone=self.timezone)]
-        except ValidationError as error:
-            raise DraftsmithError(
-                f"--cron {self.cron!r} --timezone {self.timezone}: {error.errors()[0]['msg']}. Give five fields "
-                "such as '0 3 * * 1' (Mondays at 3), and a name such as Europe/Berlin."
-            ) from None
-
-
-@dataclass(frozen=True)
 class DeploymentOptions:
     """How and when the runs of a deployment start, and who is called about them."""
 
     pool: str  # a work pool that exists
     folder: Path  # the working directory of a process pool's runs, to which paths in the config are relative
-    schedule: Schedule = Schedule()
-    arguments: Mapping[str, Any] = field(default_factory=dict)  # of the flow, beside the config
-    webhook: str | None = None  # called when a run ends or waits; None keeps the deployment's earlier one
-    silent_days: float | None = None  # the webhook is also called if no run has ended for so long
+    schedules: Sequence[CronSchedule]  # none: only on request
+    arguments: Mapping[str, Any]  # of the flow, beside the config
+    webhook: str | None  # called when a run ends or waits; None keeps the deployment's earlier one
+    silent_days: float | None  # the webhook is also called if no run has ended for so long
 
 
-def deploy(config: RunOptions, pipeline: Pipeline, api: str, options: DeploymentOptions) -> DeploymentInfo:
-    """Create or change the deployment of the config's flow, under the config's name.
+def schedules_of(cron: str | None, timezone: str) -> list[CronSchedule]:
+    """Return the schedule of a deployment, if it has one. Raises DraftsmithError if it is not valid."""
+    try:
+        return [] if cron is None else [CronSchedule(cron=cron, timezone=timezone)]
+    except ValidationError as error:
+        raise DraftsmithError(
+            f"--cron {cron!r} --timezone {timezone}: {error.errors()[0]['msg']}. Give five fields such as '0 3 * * 1' "
+            "(Mondays at 3), and a name such as Europe/Berlin."
+        ) from None
+
+
+def deploy(config: RunOptions, pipeline: Pipeline, api: str, options: DeploymentOptions) -> str:
+    """Create or change the deployment of the config's flow, under the config's name. Return what was done.
 
     api: URL of Prefect's server.
 
     Raises DraftsmithError, also if a deployment of this name belongs to another line.
     """
-    schedules = options.schedule.checked()
     if options.webhook is not None:
         check_address(options.webhook)
     elif options.silent_days is not None:
         raise DraftsmithError("--silent-after: nobody would be called. Pass --webhook too.")
     with get_client(sync_client=True) as client:
         pool = _pool(client, options.pool)
-        module, _, attribute = pipeline.flow.partition(":")
-        flow: Flow[..., Any] = getattr(importlib.import_module(module), attribute)
+        flow: Flow[..., Any] = load_attribute(pipeline.flow)
         deployment = RunnerDeployment.from_flow(
             flow,
             name=config.name.replace("/", "-"),
-            schedules=schedules,
+            schedules=list(options.schedules),
             parameters=parameters(config, options.arguments),
             concurrency_limit=1,
             job_variables=_job_variables(pool, options.folder),
@@ -110,9 +88,13 @@ def deploy(config: RunOptions, pipeline: Pipeline, api: str, options: Deployment
         if options.webhook is not None:
             name, silent_days = deployment.name, options.silent_days
             set_webhook(client, options.webhook, id_, name, heartbeat_s=HEARTBEAT_S, silent_days=silent_days)
-        webhook = bool(client.read_automations_by_name(f"{deployment.name}: webhook"))
-    ui = api.rstrip("/").removesuffix("/api")
-    return DeploymentInfo(deployment.full_name, f"{ui}/deployments/deployment/{id_}", created, webhook)
+        webhook = "with its webhook" if options.webhook is not None else "without a webhook"
+        if options.webhook is None and client.read_automations_by_name(f"{deployment.name}: webhook"):
+            webhook = "with its earlier webhook"
+    when = ", ".join(f"{each.cron} ({each.timezone})" for each in options.schedules) or "on request"
+    page = f"{api.rstrip('/').removesuffix('/api')}/deployments/deployment/{id_}"
+    action = "created" if created else "changed"
+    return f"{deployment.full_name}: {action}, in work pool {options.pool}, {when}, {webhook}: {page}"
 
 
 def parameters(config: RunOptions, arguments: Mapping[str, Any]) -> dict[str, Any]:

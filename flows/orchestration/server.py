@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import functools
 import os
 import socket
 import subprocess
@@ -30,7 +29,7 @@ _UVICORN = (
     "runpy.run_module('uvicorn', run_name='__main__', alter_sys=True)"
 )
 Say = Callable[[str], None]
-_temporary: list[str] = []  # URLs of servers that this process started
+_temporary: dict[str, ChildProcess] = {}  # servers that this process started, by URL
 
 
 def prepare(home: Path) -> None:
@@ -54,41 +53,27 @@ def prepare(home: Path) -> None:
         os.environ.setdefault(name, value)
 
 
-class PrefectServer:
-    """The API that a flow reports to. A temporary server starts in the background: call `wait` before the flow."""
-
-    def __init__(
-        self, url: str, wait: Callable[[Say], None] | None = None, stop: Callable[[], None] = lambda: None
-    ) -> None:
-        self.url = url
-        self._wait, self._stop = wait, stop
-
-    def wait(self, say: Say = lambda _line: None) -> None:
-        """Wait until the server answers; `say` is called if that takes a while.
-
-        Raises DraftsmithError if the server has ended, RetryableError if it may answer later.
-        """
-        if self._wait is not None:
-            self._wait(say)
-
-    def leave(self, code: int) -> NoReturn:
-        """End this process without waiting for Prefect, which would try to send events to a lost server for minutes."""
-        sys.stdout.flush()
-        sys.stderr.flush()
-        self._stop()
-        os._exit(code)
+def leave(code: int) -> NoReturn:
+    """End this process without waiting for Prefect, which would try to send events to a lost server for minutes."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for server in _temporary.values():
+        server.end(_STOP_LIMIT_S)
+    os._exit(code)
 
 
-def start_prefect_server(home: Path) -> PrefectServer:
-    """Return the server of `PREFECT_API_URL` if that is set, else start one that ends with this process.
+def start_prefect_server(home: Path) -> Callable[[Say], None]:
+    """Start a server that ends with this process, unless `PREFECT_API_URL` names one. Return a function to wait for it.
 
-    Call it before Prefect is imported. The temporary server has its own session, so Ctrl-C does not reach it and a flow
-    can still report its end. It stops at exit, after Prefect has sent its last events and log lines.
+    Call this before Prefect is imported, and the function before the flow. The function calls its argument if the wait
+    takes a while. It raises DraftsmithError if the server has ended, RetryableError if it may answer later.
+
+    The temporary server has its own session, so Ctrl-C does not reach it and a flow can still report its end. It stops
+    at exit, after Prefect has sent its last events and log lines.
     """
     prepare(home)
-    existing = os.environ.get("PREFECT_API_URL")
-    if existing:
-        return PrefectServer(existing, lambda _say: _must_answer(existing))
+    if existing := os.environ.get("PREFECT_API_URL"):
+        return lambda _say: _must_answer(existing)
     folder, log_path = home / "prefect", home / "logs" / "prefect-server.log"
     check_database_location(home)
     with contextlib.ExitStack() as starting:
@@ -101,17 +86,17 @@ def start_prefect_server(home: Path) -> PrefectServer:
             raise from_os_error(error, "starting Prefect's server: writing") from error
         port = _free_port()
         server = _start(port, log)
-        atexit.register(stop := functools.partial(server.end, _STOP_LIMIT_S))
+        atexit.register(server.end, _STOP_LIMIT_S)
         until_healthy = starting.pop_all()
     url = f"http://127.0.0.1:{port}/api"
     os.environ["PREFECT_API_URL"] = url
-    _temporary.append(url)
+    _temporary[url] = server
 
     def wait(say: Say) -> None:
         with until_healthy:
             _wait_until_healthy(server.process, url, log_path, say)
 
-    return PrefectServer(url, wait, stop)
+    return wait
 
 
 def permanent_server(home: Path) -> str:

@@ -107,20 +107,20 @@ def load_attribute(text: str) -> Any:
 class Pipeline:
     """A kind of run: its config, its graph, and the Prefect flow that runs it.
 
-    Functions that are given as "module:attribute" are imported when they are used. `folders` maps each node to the
-    folder of its artifact.
+    `folders` maps each node to the folder of its artifact.
     """
 
     config: type[RunOptions]
     nodes: Callable[[Any], list[Node]]  # config -> nodes in any order
-    flow: str  # "module:attribute"
+    flow: str  # "module:attribute", imported when it is used: it imports Prefect
     code_digest: Callable[[str], str] = code_digest  # module of a stage -> digest of its code
     checks: Callable[[], Checks] | None = None  # makes the checks of one run
     resolve: Callable[[Any], Any] | None = None  # fills in what has to be looked up, such as the champion
     # resolved config, forced nodes -> policy
     policy: Callable[[Any, Collection[str]], RunPolicy | None] | None = None
-    results: str = ""  # "module:function" of display, folders, `EndedRun`: prints the results
-    verdict: str = ""  # "module:function" of the folders of the last report and its inputs: lines for `status`
+    # display, folders, `EndedRun`: prints the results
+    results: Callable[[Any, Mapping[str, Path], Any], None] | None = None
+    verdict: Callable[[Mapping[str, Path]], list[str]] | None = None  # folders of report and inputs -> for `status`
     headline: str = ""  # node whose metrics become those of the run in MLflow
     review: Callable[[Mapping[str, Path]], RunReview | None] | None = None  # folders -> review
     # folders -> the drafters that node `evaluation` compared, with their metrics by data set

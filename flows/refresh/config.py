@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import JsonValue, ValidationInfo, model_validator
+from pydantic import Field, JsonValue, ValidationInfo, model_validator
 
 from draftsmith.flows.config.errors import models_at
 from draftsmith.flows.config.load import FROM_FILE
 from draftsmith.flows.config.options import RunOptions
 from draftsmith.flows.refresh.line import RegistryConfig
-from draftsmith.flows.refresh.promotion_hook import HookConfig
 from draftsmith.stages.data.logs.stage import LogsConfig
 from draftsmith.stages.data.prompts import SPLITS, JsonlSource, PromptsConfig
 from draftsmith.stages.data.time_window import LAST
@@ -37,6 +36,15 @@ class RefreshOptions(Config):
 
     control: bool = True
     """Also continue SFT for as many steps and blocks as OPD: the drafter that OPD must beat."""
+
+
+class HookConfig(Config):
+    """A command that is called after a promotion."""
+
+    command: Annotated[
+        tuple[str, ...], Field(min_length=1, description="and its arguments; the decision comes on standard input")
+    ]
+    timeout_s: Annotated[float, Field(gt=0, description="how long it may take")] = 60.0
 
 
 class RefreshConfig(RunOptions):
@@ -154,31 +162,24 @@ class RefreshConfig(RunOptions):
         return self
 
     @model_validator(mode="after")
-    def _has_validation_for_a_line(self) -> RefreshConfig:
-        if self.registry is not None and "validation" not in self.heldout.splits:
-            raise ValueError("heldout.splits: lacks validation, where the challenger is chosen (registry). Add it.")
-        return self
-
-    @model_validator(mode="after")
-    def _champion_needs_a_line(self) -> RefreshConfig:
-        if self.registry is None and self.sft.init_from == CHAMPION:
+    def _fits_its_line(self) -> RefreshConfig:
+        if self.registry is not None:
+            if "validation" not in self.heldout.splits:
+                raise ValueError("heldout.splits: lacks validation, where the challenger is chosen (registry). Add it.")
+            if self.registry.restart and self.sft.init_from == CHAMPION:
+                raise ValueError("registry.restart: it contradicts sft.init_from `champion`. Remove one of the two.")
+            return self
+        if self.sft.init_from == CHAMPION:
             raise ValueError("sft.init_from: `champion` needs section registry, which names the line. Add it.")
-        if self.registry is not None and self.registry.restart and self.sft.init_from == CHAMPION:
-            raise ValueError("registry.restart: it contradicts sft.init_from `champion`. Remove one of the two.")
-        return self
-
-    @model_validator(mode="after")
-    def _last_needs_a_line(self) -> RefreshConfig:
-        if self.registry is None:
-            needs = "`last` needs section registry, whose champion states what was read. Add it."
-            if self.logs is not None and self.logs.since == LAST:
-                raise ValueError(f"logs.since: {needs}")
-            if _since_last(self.prompts):
-                raise ValueError(f"prompts.sources: since: {needs}")
-            if self.logs is not None and self.logs.replay_share:
-                raise ValueError(
-                    "logs.replay_share: needs section registry, whose champion states what it was trained on. Add it."
-                )
+        needs = "`last` needs section registry, whose champion states what was read. Add it."
+        if self.logs is not None and self.logs.since == LAST:
+            raise ValueError(f"logs.since: {needs}")
+        if any(isinstance(source, JsonlSource) and source.since == LAST for source in self.prompts.sources):
+            raise ValueError(f"prompts.sources: since: {needs}")
+        if self.logs is not None and self.logs.replay_share:
+            raise ValueError(
+                "logs.replay_share: needs section registry, whose champion states what it was trained on. Add it."
+            )
         return self
 
     @property
@@ -210,10 +211,6 @@ def _reject_filled_in(data: dict[str, Any]) -> None:
             for name in model.filled_in() if issubclass(model, Config) else []:
                 if name in given:
                     raise ValueError(f"{section}.{name} is filled in by the run. Remove it.")
-
-
-def _since_last(prompts: PromptsConfig) -> bool:
-    return any(isinstance(source, JsonlSource) and source.since == LAST for source in prompts.sources)
 
 
 def prompts_since(prompts: PromptsConfig, read_until: str | None) -> PromptsConfig:

@@ -78,22 +78,22 @@ def watch(config: RefreshConfig, minutes: float = 5, then: str | None = None) ->
     bypass_proxy_for_localhost()  # a deployment's run does not come through the command
     if (line := config.registry) is None:
         raise DraftsmithError(f"{config.name}: names no model line to watch. Set registry.name.")
-    watched = watch_servers(line.name, line.servers, minutes, config.drift.threshold)
-    conclusion = Conclusion(watched.outcome.capitalize(), watched.sentence)
-    if watched.outcome not in ("below", "mismatched"):
+    outcome, sentence = watch_servers(line.name, line.servers, minutes, config.drift.threshold)
+    conclusion = Conclusion(outcome.capitalize(), sentence)
+    if outcome not in ("below", "mismatched"):
         return Completed(name=conclusion.name, message=conclusion.message)
     announce(config.name, conclusion)
-    if watched.outcome == "below" and then == "rollback":
+    if outcome == "below" and then == "rollback":
 
         def body() -> str:
-            rollback(Display(), line.name, watched.sentence, dry_run=False, servers=line.servers)
+            rollback(Display(), line.name, sentence, dry_run=False, servers=line.servers)
             champion = registry().resolve(line.name)
             return "\n\n".join(
                 [f"{champion} is the champion again.", *(f"{each.url}: {each.proof}" for each in served_by(champion))]
             )
 
         run_task("rollback", f"{line.name} rollback", body, Display().line)
-    elif watched.outcome == "below" and then is not None:
+    elif outcome == "below" and then is not None:
         # once a day, as a refresh may take longer than the time until the next watch
         once = f"watch of {then} {datetime.now(UTC).date()}"  # unique for a flow, which all lines share
         run_deployment(then, timeout=0, as_subflow=False, idempotency_key=once)

@@ -14,7 +14,7 @@ from draftsmith.flows.refresh.config import (
     starts_from_champion,
 )
 from draftsmith.flows.refresh.decisions import refresh_policy, resolve
-from draftsmith.flows.refresh.summary import compared, review
+from draftsmith.flows.refresh.summary import compared, review, show_results, verdict_lines
 from draftsmith.stages.catalog import STAGES
 from draftsmith.stages.data.logs.stage import LogsConfig
 from draftsmith.stages.data.prompts import PromptsConfig
@@ -113,8 +113,8 @@ REFRESH = Pipeline(
     checks=RunChecks,
     resolve=resolve,
     policy=refresh_policy,
-    results="draftsmith.flows.refresh.summary:show_results",
-    verdict="draftsmith.flows.refresh.summary:verdict_lines",
+    results=show_results,
+    verdict=verdict_lines,
     review=review,
     compared=compared,
     data=("prompts", "logs", "rollout", "assisted", "heldout"),

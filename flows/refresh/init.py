@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from string import Template
@@ -22,23 +21,15 @@ _TRAIN, _VALIDATION, _HELDOUT = 8000, 64, 512
 _PER_STEP, _ROLLOUT = 8, 64  # answers of a training step, and of SFT without steps, in configs/model.yaml
 
 
-@dataclass(frozen=True)
-class Question:
-    """A value that a config needs; its key in `QUESTIONS` is the option's name."""
-
-    text: str
-    default: str
-    number: bool = False  # parsed as YAML; other values are text
-
-
-QUESTIONS = {
-    "target": Question("Target (hub id, folder or .gguf file)", "Qwen/Qwen3-4B"),
-    "prompts": Question("Prompts (JSON Lines or Parquet: file, folder or glob)", "prompts.jsonl"),
-    "logs": Question("Logged answers (JSON Lines or Parquet: file, folder or glob)", "answers.jsonl"),
-    "temperature": Question("Temperature that they were sampled at (0: greedy)", "0", number=True),
-    "drafter": Question("Drafter (hub id or folder)", "z-lab/Qwen3-4B-DFlash-b16"),
-    "mask_token": Question("Mask token of the new drafter (Qwen3: 151669; null: the tokenizer's own)", "null", True),
+QUESTIONS = {  # name of the option -> question, and the default of the answer
+    "target": ("Target (hub id, folder or .gguf file)", "Qwen/Qwen3-4B"),
+    "prompts": ("Prompts (JSON Lines or Parquet: file, folder or glob)", "prompts.jsonl"),
+    "logs": ("Logged answers (JSON Lines or Parquet: file, folder or glob)", "answers.jsonl"),
+    "temperature": ("Temperature that they were sampled at (0: greedy)", "0"),
+    "drafter": ("Drafter (hub id or folder)", "z-lab/Qwen3-4B-DFlash-b16"),
+    "mask_token": ("Mask token of the new drafter (Qwen3: 151669; null: the tokenizer's own)", "null"),
 }
+_NUMBERS = ("temperature", "mask_token")  # answers that are parsed as YAML; the others are text
 BEGINNINGS = {
     "model": ("target", "prompts", "mask_token"),
     "logs": ("target", "logs", "temperature", "drafter"),
@@ -74,10 +65,10 @@ def write_first_config(path: Path, beginning: str | None, given: Mapping[str, st
         raise DraftsmithError(f"{option} is not used with --from {beginning}. Remove it.")
     values: dict[str, object] = {"name": re.sub(r"^[^\w]+|[^\w.-]", "-", path.stem).strip("-") or "draftsmith"}
     for name in names:
-        value = given[name]
+        (question, default), value = QUESTIONS[name], given[name]
         if value is None:
-            value = _ask(QUESTIONS[name]) if interactive else QUESTIONS[name].default
-        values[name] = yaml.safe_load(value) if QUESTIONS[name].number else value
+            value = (input(f"{question} [{default}]: ").strip() if interactive else "") or default
+        values[name] = yaml.safe_load(value) if name in _NUMBERS else value
     if "prompts" in names:
         values |= _counts(str(values["prompts"]))
     template = Template((_TEMPLATES / f"{beginning}.yaml").read_text("utf-8"))
@@ -92,10 +83,6 @@ def _ask_beginning() -> str:
     while (answer := input(f"Begin with ({', '.join(BEGINNINGS)}) [model]: ").strip() or "model") not in BEGINNINGS:
         print(f"{answer!r} is none of them.")
     return answer
-
-
-def _ask(question: Question) -> str:
-    return input(f"{question.text} [{question.default}]: ").strip() or question.default
 
 
 def _counts(prompts: str) -> dict[str, int]:

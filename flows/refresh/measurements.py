@@ -13,13 +13,13 @@ from draftsmith.artifacts.redaction import describe_secret
 from draftsmith.artifacts.results.evaluation import DiagnosisResult
 from draftsmith.flows.checks.check import RunChecks
 from draftsmith.flows.config.options import PlainName, RunOptions
-from draftsmith.flows.execution.display import Display
+from draftsmith.flows.execution.display import Display, EndedRun
 from draftsmith.flows.planning.graph import Node, Pipeline
 from draftsmith.flows.refresh.config import RefreshConfig
 from draftsmith.flows.refresh.graph import first_nodes
 from draftsmith.flows.refresh.line import registry
 from draftsmith.flows.refresh.registry_commands import verify_checkpoint
-from draftsmith.flows.refresh.summary import compared
+from draftsmith.flows.refresh.summary import compared, show_results
 from draftsmith.stages.catalog import STAGES
 from draftsmith.stages.data.prompts import PromptsConfig
 from draftsmith.stages.engines.config import SGLangEngineConfig
@@ -62,7 +62,7 @@ EVALUATE = Pipeline(
     nodes=evaluate_nodes,
     flow="draftsmith.flows.refresh.flow:evaluate",
     checks=RunChecks,
-    results="draftsmith.flows.refresh.summary:show_results",
+    results=show_results,
     headline="evaluation",
     compared=compared,
 )
@@ -125,7 +125,7 @@ def diagnose_nodes(config: DiagnoseConfig) -> list[Node]:
     ]
 
 
-def show_diagnosis(display: Display, folders: Mapping[str, Path], _ui: str) -> None:
+def show_diagnosis(display: Display, folders: Mapping[str, Path], _ended: EndedRun) -> None:
     """Print the diagnosis: a table of the changes of replay that were tried, and a sentence."""
     result = DiagnosisResult.read(folders[DIAGNOSIS])
     if result.as_it_is is not None and result.tried:
@@ -143,7 +143,7 @@ DIAGNOSE = Pipeline(
     nodes=diagnose_nodes,
     flow="draftsmith.flows.refresh.flow:diagnose",
     checks=RunChecks,
-    results="draftsmith.flows.refresh.measurements:show_diagnosis",
+    results=show_diagnosis,
 )
 
 

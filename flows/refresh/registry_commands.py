@@ -14,7 +14,7 @@ from pathlib import Path
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError, find_disk_error, from_os_error
 from draftsmith.artifacts.home import apply_user_umask, home
 from draftsmith.artifacts.results.evaluation import ConfidenceCalibration
-from draftsmith.artifacts.store.manifest import MANIFEST, read_checked_manifest, read_manifest, remedy
+from draftsmith.artifacts.store.manifest import MANIFEST, read_manifest, remedy
 from draftsmith.artifacts.store.mirror import open_store
 from draftsmith.artifacts.store.retention import artifacts_in_use
 from draftsmith.artifacts.tracking.registry import BY_HAND, PREVIOUS, ROLLED_BACK, Registry, Version
@@ -317,7 +317,7 @@ def _verify(version: Version, folder: Path) -> None:
             "another version (`registry.upload` copies later ones into MLflow)."
         )
     try:
-        ref = read_checked_manifest(folder, version.stage).ref(folder)
+        ref = read_manifest(folder, version.stage).ref(folder)
         if ref.content_id == version.content_id:
             open_store(home()).verify(ref)
     except RetryableError:

@@ -110,7 +110,7 @@ def _verdict(review: Review, command: Invocation, ending: EndedRun) -> str:
     kind, sentence = review.outcome.kind, review.outcome.sentence
     if kind == "promoted" and ending.refused is not None:
         # the gate passed, but a rollback or an approval stops it, or a server does not draft with it
-        head = "PROMOTED, NOT SERVED: " if ending.outcome == UNSERVED.lower() else "NOT PROMOTED: "
+        head = "PROMOTED, NOT SERVED: " if ending.outcome == UNSERVED else "NOT PROMOTED: "
         return f"{head}{ending.refused}"
     if kind == "promoted":
         sentence = f"{command.line}@{command.version}. {review.outcome.followed}"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal, TypeVar
 
@@ -32,14 +31,6 @@ Sets = dict[str, SetMetrics]
 Outcome = Literal["promised", "below", "inconclusive", "mismatched"]  # mismatched: a server has another drafter
 
 
-@dataclass(frozen=True)
-class Watched:
-    """The result of watching a line's servers."""
-
-    outcome: Outcome
-    sentence: str
-
-
 def show_servers(display: Display, line: str, urls: Sequence[str]) -> None:
     """Print which drafter each server has, since when, and its tau. urls: as for `watch`."""
     versions = registry().versions(line)
@@ -60,8 +51,8 @@ def show_servers(display: Display, line: str, urls: Sequence[str]) -> None:
     display.table(head, rows, title=line, text_columns=4, caption=caption)
 
 
-def watch(line: str, urls: Sequence[str], minutes: float, threshold: float) -> Watched:
-    """Compare tau of the champion on the servers with what it was at its promotion.
+def watch(line: str, urls: Sequence[str], minutes: float, threshold: float) -> tuple[Outcome, str]:
+    """Compare tau of the champion on the servers with what it was at its promotion; return the outcome and why.
 
     If all servers trace requests, by those that ended last, at once; otherwise by the counters of all requests that
     finish in the next minutes. urls: of the servers; empty: those that have a version of the line by a swap. Servers
@@ -77,12 +68,12 @@ def watch(line: str, urls: Sequence[str], minutes: float, threshold: float) -> W
     for url, state in states.items():
         if state.algorithm is None or state.digest not in (None, "", champion.tags.get("drafter_digest")):
             served = f"{url} serves {_drafter(state, _version(state, versions))}, and {champion} is the champion"
-            return Watched("mismatched", f"{served}. Run `draftsmith swap {line} --url {url}`.")
+            return "mismatched", f"{served}. Run `draftsmith swap {line} --url {url}`."
     measured_with = json.loads(champion.tags.get("measured_with") or "{}").get(BLOCK_SIZE)
     for url, state in states.items():
         if measured_with not in (None, state.block_size):
             served = f"{url} drafts blocks of {state.block_size}, and {champion} was measured with {measured_with}"
-            return Watched("inconclusive", f"{served}. Serve that block size.")
+            return "inconclusive", f"{served}. Serve that block size."
     then = {name: SetMetrics.model_validate(metrics) for name, metrics in champion.metrics().items()}
     if ALL in then and (ends := champion.tags.get("tau_interval")):
         (low, high), tau = json.loads(ends), float(champion.tags["tau"])
@@ -104,7 +95,7 @@ def watch(line: str, urls: Sequence[str], minutes: float, threshold: float) -> W
         by_now = _answered(ask_servers(list(windows)))
         if any((state.digest, state.since) != (states[url].digest, states[url].since) for url, state in by_now.items()):
             again = "a server has another drafter by now, or started again. Watch again."
-            return Watched("inconclusive", f"{line}: {again}")
+            return "inconclusive", f"{line}: {again}"
         finished = [window for each in windows.values() for window in each]
         now = {ALL: served_tau(finished)}
         counted = f"{sum(each.requests for each in finished):.0f} requests"
@@ -112,7 +103,7 @@ def watch(line: str, urls: Sequence[str], minutes: float, threshold: float) -> W
     counted += f", of {', '.join(asked)}"
     if silent := [url for url in _servers(line, urls) if url not in asked]:
         counted += f"; no answer from {', '.join(silent)}"
-    return Watched(outcome, f"{champion}: {reason} ({counted})")
+    return outcome, f"{champion}: {reason} ({counted})"
 
 
 def compare(now: Mapping[str, SetMetrics], then: Mapping[str, SetMetrics], threshold: float) -> tuple[Outcome, str]:

@@ -94,8 +94,7 @@ import os
 from pathlib import Path
 from draftsmith.flows.orchestration import server as prefect
 
-server = prefect.start_prefect_server(Path(os.environ["DRAFTSMITH_HOME"]))
-server.wait()
+prefect.start_prefect_server(Path(os.environ["DRAFTSMITH_HOME"]))(lambda _line: None)
 prefect._temporary.clear()
 """
 

@@ -90,7 +90,7 @@ TOY = Pipeline(
     "tests.flows.toy_flow:toy_refresh",
     digest_of_file,
     policy=toy_policy,
-    results="tests.flows.toy:show_results",
+    results=show_results,
     code_modules=lambda module: {module: digest_of_file(module)[:16]},
 )
 

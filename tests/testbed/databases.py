@@ -25,7 +25,7 @@ _MLFLOW = Path("mlflow.db")
 _START_PREFECT = (
     "import sys; from pathlib import Path; "
     "from draftsmith.flows.orchestration.server import start_prefect_server; "
-    "start_prefect_server(Path(sys.argv[1])).wait()"
+    "start_prefect_server(Path(sys.argv[1]))(print)"
 )
 _OPEN_MLFLOW = "import sys; from mlflow import MlflowClient; MlflowClient(f'sqlite:///{sys.argv[1]}/mlflow.db').search_experiments()"
 

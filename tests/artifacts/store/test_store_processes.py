@@ -86,7 +86,7 @@ def test_a_child_that_inherited_the_lock_keeps_it_when_its_parent_is_killed(stor
         store.root,
         """
         import subprocess
-        child = subprocess.Popen(["sleep", "60"], pass_fds=[claim.lock_fd])
+        child = subprocess.Popen(["sleep", "60"], pass_fds=[claim.lock.fd])
         print(child.pid, flush=True)
         time.sleep(60)
         """,

@@ -9,7 +9,7 @@ import pytest
 from mlflow import MlflowClient
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
-from draftsmith.artifacts.tracking.registry import Registry
+from draftsmith.artifacts.tracking.registry import Registry, Version
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.execution.display import Display
 from draftsmith.flows.refresh import registry_commands
@@ -63,6 +63,14 @@ class Losing:
         return counted
 
 
+def served(registry: Registry, folder: Path, line: str, *tags: dict[str, str]) -> list[Version]:
+    """Register a version for each of the tags, and promote one after the other."""
+    versions = [registry.register(line, ref(folder, f"{line}-{index}"), given) for index, given in enumerate(tags)]
+    for before, version in zip([None, *versions], versions, strict=False):
+        registry.promote(version, expected=before, why="better")
+    return versions
+
+
 @pytest.fixture
 def by_hand(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     """A registry for the commands; its versions have no files."""
@@ -93,9 +101,8 @@ def test_the_same_call_completes_an_interrupted_promotion(
 
 @pytest.mark.usefixtures("by_hand")
 def test_a_deleted_previous_version_is_no_interrupted_promotion(registry: Registry, tmp_path: Path) -> None:
-    first, second, third = (registry.register("cleaned", ref(tmp_path, name), {}) for name in "abc")
-    registry.promote(first, expected=None, why="the first one")
-    registry.promote(second, expected=first, why="better")
+    first, second = served(registry, tmp_path, "cleaned", {}, {})
+    third = registry.register("cleaned", ref(tmp_path, "c"), {})
     registry._tracking.connect()[0].delete_model_version("cleaned", str(first.number))
     registry_commands.promote(Display(), f"cleaned@{third.number}", "by hand", dry_run=False)
     assert serving(registry, "cleaned") == (third.number, second.number)
@@ -107,9 +114,7 @@ def test_repeating_a_rollback_does_not_undo_it(
     writes: int, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line = f"rolled-back-{writes}"
-    good, bad = (registry.register(line, ref(tmp_path, name), {}) for name in "ab")
-    registry.promote(good, expected=None, why="the first one")
-    registry.promote(bad, expected=good, why="better")
+    good, bad = served(registry, tmp_path, line, {}, {})
     with monkeypatch.context() as patched, pytest.raises(Killed):
         Losing(patched, writes)
         registry_commands.rollback(Display(), line, "it accepts nothing", dry_run=False)
@@ -125,9 +130,7 @@ def test_repeating_a_rollback_does_not_undo_it(
 @pytest.mark.usefixtures("by_hand")
 def test_a_second_rollback_does_not_restore_what_the_first_removed(registry: Registry, tmp_path: Path) -> None:
     line = "rolled-back-twice"
-    good, bad = (registry.register(line, ref(tmp_path, name), {}) for name in "ab")
-    registry.promote(good, expected=None, why="the first one")
-    registry.promote(bad, expected=good, why="better")
+    good, _ = served(registry, tmp_path, line, {}, {})
     registry_commands.rollback(Display(), line, "it accepts nothing", dry_run=False)
     for dry_run in (True, False):
         with pytest.raises(DraftsmithError, match=rf"version 2 .*it accepts nothing.*promote {line}@VERSION"):
@@ -143,12 +146,7 @@ def test_a_rollback_warns_about_another_target(
     registry: Registry, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = "of-two-targets"
-    first, second, third = (
-        registry.register(line, ref(tmp_path, n), {"target_digest": t * 64}) for n, t in ("aa", "bb", "cb")
-    )
-    registry.promote(first, expected=None, why="the first one")
-    registry.promote(second, expected=first, why="better")
-    registry.promote(third, expected=second, why="better")
+    served(registry, tmp_path, line, *({"target_digest": digest * 64} for digest in "abb"))
     registry_commands.rollback(Display(), line, "", dry_run=False)
     assert "warning" not in capsys.readouterr().out
     registry_commands.promote(Display(), f"{line}@1", "", dry_run=True)

@@ -27,7 +27,7 @@ from tests.testbed.refresh import node_of
 def test_servers_that_need_more_gpus_than_there_are_are_an_error(
     launch: dict[str, Any], errors: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engines, "gpus", lambda: (80e9,) * 2)
+    monkeypatch.setattr(engines, "visible_gpus", lambda: (80e9,) * 2)
     findings, engine = Findings(), {"kind": "sglang", "python": sys.executable, "launch": launch}
     engines._check_gpus(findings, [node_of("rollout", engine=engine)])
     assert [line.check for line in findings.lines] == ["rollout: GPUs"] * errors
@@ -64,7 +64,7 @@ def test_build_tools_are_needed_by_servers_on_a_gpu_of_this_machine(
     gpus: int, options: dict[str, str], errors: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The environment has ninja and nvcc, and c++ is nowhere."""
-    monkeypatch.setattr(engines, "gpus", lambda: (80e9,) * gpus)
+    monkeypatch.setattr(engines, "visible_gpus", lambda: (80e9,) * gpus)
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CUDA_HOME", raising=False)
     cuda_environment(tmp_path, ["ninja", "nvcc"])

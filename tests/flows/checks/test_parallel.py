@@ -42,7 +42,7 @@ def test_processes_have_a_gpu_or_a_core_each_and_nodes_a_rendezvous(
 ) -> None:
     """gpus: None without a rendezvous."""
     monkeypatch.setenv(RENDEZVOUS, "" if gpus is None else "head:29400")
-    monkeypatch.setattr(engines, "gpus", lambda: (80e9,) * (gpus or 0))
+    monkeypatch.setattr(engines, "visible_gpus", lambda: (80e9,) * (gpus or 0))
     monkeypatch.setattr(engines.os, "cpu_count", lambda: 4)
     findings = Findings()
     engines.check_parallel(findings, [node_of("sft", parallel=fields)])
@@ -51,7 +51,7 @@ def test_processes_have_a_gpu_or_a_core_each_and_nodes_a_rendezvous(
 
 def test_cores_are_not_compared_if_another_machine_will_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """The servers need GPUs, of which this machine has none, so the trainings run elsewhere too."""
-    monkeypatch.setattr(engines, "gpus", lambda: ())
+    monkeypatch.setattr(engines, "visible_gpus", lambda: ())
     monkeypatch.setattr(engines.os, "cpu_count", lambda: 4)
     served = {"kind": "sglang", "python": "python", "launch": {"servers": 8}}
     findings = Findings()

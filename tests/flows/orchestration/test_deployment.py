@@ -15,7 +15,7 @@ from prefect.workers.process import ProcessJobConfiguration
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.flows.cli.main import main
-from draftsmith.flows.orchestration.deployment import Schedule, check_address, parameters
+from draftsmith.flows.orchestration.deployment import check_address, parameters, schedules_of
 from draftsmith.flows.refresh.config import RefreshConfig
 from draftsmith.flows.refresh.flow import refresh
 from tests.flows.processes import ROOT
@@ -43,8 +43,8 @@ def test_a_deployment_needs_a_permanent_server_and_existing_nodes(
 @pytest.mark.parametrize(("cron", "timezone"), [("at noon", "UTC"), ("0 3 * * 1", "Nowhere/Here")])
 def test_an_invalid_schedule_is_an_error(cron: str, timezone: str) -> None:
     with pytest.raises(DraftsmithError, match="--cron "):
-        Schedule(cron, timezone).checked()
-    (good,) = Schedule("0 3 * * 1", "Europe/Berlin").checked()
+        schedules_of(cron, timezone)
+    (good,) = schedules_of("0 3 * * 1", "Europe/Berlin")
     assert good.timezone == "Europe/Berlin"
 
 

@@ -17,7 +17,7 @@ from tests.flows.processes import processes_of
 def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Undo what is set for Prefect, which this process has imported with other settings."""
     monkeypatch.setattr(os, "environ", os.environ.copy())
-    monkeypatch.setattr(server, "_temporary", [])
+    monkeypatch.setattr(server, "_temporary", {})
 
 
 @pytest.mark.integration
@@ -26,7 +26,7 @@ def test_a_damaged_database_is_an_error_that_names_the_file(tmp_path: Path) -> N
     database.parent.mkdir(parents=True)
     database.write_bytes(b"no database" * 1000)
     with pytest.raises(DraftsmithError, match=f"{database} away") as caught:
-        server.start_prefect_server(tmp_path).wait()
+        server.start_prefect_server(tmp_path)(print)
     assert caught.value.exit_code == 2
     assert not processes_of(tmp_path)
 
@@ -37,7 +37,7 @@ def test_a_server_that_does_not_answer_is_a_retryable_error(tmp_path: Path) -> N
     os.environ["PREFECT_API_URL"] = url = "http://127.0.0.1:9/api"
     settings = {PREFECT_API_URL: url, PREFECT_CLIENT_MAX_RETRIES: 0}  # as if imported with this environment
     with temporary_settings(settings), pytest.raises(RetryableError, match=f"PREFECT_API_URL: {url}") as caught:
-        server.start_prefect_server(tmp_path).wait()
+        server.start_prefect_server(tmp_path)(print)
     assert caught.value.exit_code == EXIT_RETRYABLE
 
 

@@ -13,7 +13,7 @@ from draftsmith.artifacts.store.manifest import ArtifactRef
 from draftsmith.artifacts.tracking.refresh_runs import RunRecord
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.cli.main import main
-from draftsmith.flows.cli.status import report_of_config, report_of_text
+from draftsmith.flows.cli.status import find_report, report_of_config
 from draftsmith.flows.planning.graph import plan
 from draftsmith.flows.refresh.graph import REFRESH
 from draftsmith.flows.refresh.summary import review
@@ -54,7 +54,7 @@ def test_a_report_is_found_by_run_and_by_artifact(store: Store, home: Path, caps
     run_of(home, "a-line", "weekly's", drift=second)
     assert run_id is not None
     for name in ("weekly's", run_id, first.key[:12], str(first.path)):
-        assert report_of_text(name) == first.path / "report.html", "the last run with a report"
+        assert find_report(name, REFRESH) == first.path / "report.html", "the last run with a report"
     assert main(["report", str(second.path)]) == 0
     assert capsys.readouterr().out.strip() == str(second.path / "report.html")
     shown = review({"report": first.path})
@@ -64,7 +64,7 @@ def test_a_report_is_found_by_run_and_by_artifact(store: Store, home: Path, caps
 
 def test_an_unknown_name_is_an_error(store: Store) -> None:
     with pytest.raises(DraftsmithError, match="nothing-like-it: not a config file"):
-        report_of_text("nothing-like-it")
+        find_report("nothing-like-it", REFRESH)
     (folder := store.root / "empty").mkdir(parents=True)
     assert main(["report", str(folder)]) == 2
 

@@ -90,7 +90,7 @@ def test_every_beginning_writes_a_config_that_passes_its_check(
 def test_few_prompts_are_enough_for_every_rollout(beginning: str, tmp_path: Path) -> None:
     prompts = write(tmp_path / "few.jsonl", [{"prompt": f"Question {row}?"} for row in range(40)])
     path = tmp_path / "run.yaml"
-    given = {name: question.default for name, question in QUESTIONS.items() if name in BEGINNINGS[beginning]}
+    given = {name: default for name, (_, default) in QUESTIONS.items() if name in BEGINNINGS[beginning]}
     write_first_config(path, beginning, dict.fromkeys(QUESTIONS) | given | {"prompts": str(prompts)})
     findings = Findings()
     check_prompt_counts(findings, refresh_nodes(load_config(path)))

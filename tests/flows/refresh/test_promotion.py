@@ -23,7 +23,7 @@ from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.cli.commands import prune
 from draftsmith.flows.execution.display import Display
 from draftsmith.flows.planning.graph import OutdatedPlanError
-from draftsmith.flows.refresh import promotion_hook, registry_commands
+from draftsmith.flows.refresh import decisions, registry_commands
 from draftsmith.flows.refresh.decisions import RefreshPolicy, resolve
 from draftsmith.flows.refresh.graph import refresh_nodes
 from draftsmith.flows.refresh.line import artifact_folder, drafter_checkpoint, registry
@@ -231,7 +231,7 @@ def test_the_next_run_calls_the_hook_of_a_killed_run_with_the_same_key(
         if len(calls) == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(promotion_hook, "call", killed_once)
+    monkeypatch.setattr(decisions, "call_hook", killed_once)
     first, second = (gated(Store(home / "store"), each) for each in drafters)
     with pytest.raises(KeyboardInterrupt):
         finished(config, first)

@@ -78,7 +78,7 @@ def test_a_current_champion_is_the_verdict(line: str, tmp_path: Path) -> None:
     assert lines[2].startswith(f"CURRENT: {line}@3 ")
     (command,) = commands(lines)
     assert command.startswith("draftsmith run configs/weekly.yaml --set seed=2 --force drift")
-    lines = screen({"drift": tmp_path}, ending(config, outcome="unserved", refused="a server is down"))
+    lines = screen({"drift": tmp_path}, ending(config, outcome="Unserved", refused="a server is down"))
     assert "NOT SERVED: a server is down" in lines
 
 
@@ -87,7 +87,7 @@ def test_a_promotion_that_is_not_served_is_a_promotion(line: str, drafters: list
     made = ended(
         tmp_path / "made", OF_A_LINE, DECISION | {"outcome": "promoted", "promote": True}, opd=drafters[0].path
     )
-    for outcome, head in (("waiting", "NOT PROMOTED: why"), ("unserved", "PROMOTED, NOT SERVED: why")):
+    for outcome, head in (("Waiting", "NOT PROMOTED: why"), ("Unserved", "PROMOTED, NOT SERVED: why")):
         assert screen(made, ending(config_of(line), outcome=outcome, refused="why"))[2] == head
 
 

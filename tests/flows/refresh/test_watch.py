@@ -176,20 +176,18 @@ def test_a_watch_takes_the_champions_traced_requests(line: str) -> None:
     """Of all replicas of all servers, at once; a mean that looks well hides no depth."""
     own = [[1780000000 + number, {DEPTHS[0]: [500 + number, 100], DEPTHS[1]: [30, 10]}] for number in range(20)]
     with server({"abc": own, "old": own[:2]}) as url, server({"abc": own}) as other:
-        watched = watch(line, [url, other], 60, 0.03)
-    assert watched.outcome == "below"
-    assert "4.000 promised; measurably more than 3.0% below: depth:1k-4k: tau 3.000 (at most 3.000), 4.0" in (
-        watched.sentence
-    )
+        outcome, sentence = watch(line, [url, other], 60, 0.03)
+    assert outcome == "below"
+    assert "4.000 promised; measurably more than 3.0% below: depth:1k-4k: tau 3.000 (at most 3.000), 4.0" in (sentence)
     counted = f"(80 traced requests since 2026-05-28T20:26+00:00, without 4 of other drafters, of {url}, {other})"
-    assert watched.sentence.endswith(counted)
+    assert sentence.endswith(counted)
 
 
 @pytest.mark.parametrize("requests", [None, {}, {"old": [[0, {DEPTHS[0]: [10, 10]}]] * 20}])
 def test_without_traces_of_all_servers_a_watch_counts(line: str, requests: Mapping[str, Any] | None) -> None:
     with server(requests) as url:
-        watched = watch(line, [url], 0, 0.03)
-    assert watched.sentence == f"{line} version 1: too few requests ended (0 requests, of {url})"
+        _, sentence = watch(line, [url], 0, 0.03)
+    assert sentence == f"{line} version 1: too few requests ended (0 requests, of {url})"
     with server(requests) as url, server({"abc": [[0, {DEPTHS[0]: [10, 10]}]] * 20}) as other:
-        mixed = watch(line, [url, other], 0, 0.03)
-    assert mixed.sentence.startswith(f"{line} version 1: too few") == (requests is None)
+        _, mixed = watch(line, [url, other], 0, 0.03)
+    assert mixed.startswith(f"{line} version 1: too few") == (requests is None)
