@@ -17,12 +17,11 @@ from draftsmith.stages.engines.servers.process import ServerProcess, free_ports
 from draftsmith.stages.engines.servers.requirements import server_requirements
 from draftsmith.stages.engines.vllm.plugin import BACKEND
 from draftsmith.stages.engines.vllm.server import server_command
-from tests.sglang_cpu.server import wait_until_it_answers
+from tests.sglang_cpu.server import START_LIMIT_S, started
 from tests.testbed.drafter import DrafterArtifacts
 
 _ROOT = Path(__file__).parents[2]
 KEY_VARIABLE, KEY = API_KEYS["vllm"], "key-of-the-tests"
-START_LIMIT_S = 800  # 60 to 120 s on a quiet machine
 LONGEST = 256
 ENVIRONMENT = {
     "PYTHONPATH": str(Path(__file__).parent / "interpreted"),
@@ -71,9 +70,5 @@ def running_server(
     process = ServerProcess(command, {**ENVIRONMENT, "VLLM_SERVER_DEV_MODE": "1"}, folder / "vllm.log", port)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(KEY_VARIABLE, KEY)
-        process.start()
-        try:
-            wait_until_it_answers(process, START_LIMIT_S)
-            yield process.url
-        finally:
-            process.stop(grace_s=0)
+        with started(process) as url:
+            yield url

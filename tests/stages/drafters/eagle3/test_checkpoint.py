@@ -27,8 +27,6 @@ from draftsmith.stages.drafters.eagle3.checkpoint import DEFAULT_BLOCK_SIZE, def
 from draftsmith.stages.drafters.eagle3.config import Eagle3Config
 from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter
 from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.info import model_path
-from tests.sglang_cpu.eagle import write_eagle3
 from tests.stages.drafters.edits import edit_tensors, save, setting, within, without
 from tests.testbed import random_target
 from tests.testbed.eagle3 import RANDOM_VOCABULARY, random_eagle3
@@ -86,18 +84,18 @@ def test_a_drafter_over_the_whole_vocabulary_needs_no_maps(plain_target: Target,
     assert load_drafter(tmp_path, plain_target).head_over(plain_target.head_weight, None).weight.shape == (V, H)
 
 
-def test_a_checkpoint_written_for_sglang_loads(plain_artifact: Path, plain_target: Target, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_trainer_loads(saved: Path, plain_target: Target, tmp_path: Path) -> None:
     """It has no block size and no depth, and older names for the rotary base and float32."""
-    tokens = [3, 60, 8, 21, 40]
-    write_eagle3(tmp_path, model_path(plain_artifact), tokens)
-    loaded = load(tmp_path, plain_target)
-    assert loaded.draft_tokens.tolist() == sorted(tokens)
-    assert (loaded.target_layer_ids, loaded.block_size) == ([0, 1, 2], DEFAULT_BLOCK_SIZE)
-    assert loaded.config.rope_parameters["rope_theta"] == 10000.0
-    tensors = load_file(tmp_path / "model.safetensors")
+    without("block_size", "num_target_layers", "dtype", "rope_parameters")(saved)
+    setting(torch_dtype="float32", rope_theta=5000.0)(saved)
+    loaded = load(saved, plain_target)
+    assert (loaded.target_layer_ids, loaded.block_size) == ([2, 0, 1], DEFAULT_BLOCK_SIZE)
+    assert loaded.config.rope_parameters["rope_theta"] == 5000.0
+    tensors = load_file(saved / "model.safetensors")
+    assert loaded.draft_tokens.tolist() == tensors["t2d"].nonzero()[:, 0].tolist()
     assert torch.equal(loaded.lm_head.weight, tensors["lm_head.weight"])
     assert torch.equal(loaded.midlayer.hidden_norm.weight, tensors["midlayer.hidden_norm.weight"])
-    assert set(proposals(loaded, plain_target).flatten().tolist()) <= set(tokens)
+    assert set(proposals(loaded, plain_target).flatten().tolist()) <= set(loaded.draft_tokens.tolist())
     save_drafter(loaded, tmp_path / "again", torch.float32)
     again = load(tmp_path / "again", plain_target)
     assert torch.equal(proposals(again, plain_target), proposals(loaded, plain_target))
