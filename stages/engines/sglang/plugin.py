@@ -3,18 +3,7 @@
 SGLang loads it by the entry-point group `sglang.srt.plugins`, in an environment that has this project installed without
 its dependencies: its imports need nothing but the standard library, torch, numpy and sglang.
 
-A request asks for records by `sampling_params.custom_params = {"draftsmith_trace": true}`; `DRAFTSMITH_TRACE=1` in the
-server's environment records all requests; of a smaller share it only sums up the steps (`RequestLog`).
-`meta_info["draftsmith_trace"]` of an answer has one element per OUTPUT token, because SGLang cuts such lists by output
-tokens: at token 0 `{"v", "drafter"}`; at the first token that a verify step committed
-
-    {"v": "1", "drafter": digest, "anchor": int, "block": [ids], "accepted": int, "bonus": int, "logprobs": [floats]}
-
-or `{"v", "drafter", "refused": reason}` for a step that has no single block; else None. `anchor` is the absolute
-position of the last token committed before the step; `accepted` is not cut at the end of the answer; `logprobs` are the
-target's at temperature 1 of the proposals, each after the anchor and the proposals before it. A token that no verify
-step committed (the first one after a retraction) has None too. A server without speculation, or over
-pipeline parallel ranks, whose transport SGLang does not open to plug-ins, answers as without the plug-in.
+[README.md](README.md#plug-in) describes the records.
 """
 
 from __future__ import annotations

@@ -5,9 +5,7 @@ the scheduler copies it beside the step's tokens (on its copy stream where sched
 the tokens have been committed, so nothing here waits for the device. If no request of a batch asks for records, the
 original is called after one check per request.
 
-`RequestLog` sums up the verify steps of a share of the requests, for `draftsmith watch`. Its hooks run on the host,
-where a verify step has been committed, and change nothing. Kept are numbers of steps and tokens by depth, of the
-requests that ended last; no token, no text and no id.
+`RequestLog` sums up the verify steps of a share of the requests, for `draftsmith watch`.
 """
 
 from __future__ import annotations
@@ -141,9 +139,8 @@ def put_record(request: Any, start: int, count: int, element: Json | None) -> No
 
 def traced_share(setting: str) -> float:
     """Return the share of requests to trace. Raises SystemExit: SGLang only logs other errors of a plug-in."""
-    words = {"": 0.0, "no": 0.0, "false": 0.0, "yes": 1.0, "true": 1.0}
     try:
-        share = words[setting.lower()] if setting.lower() in words else float(setting)
+        share = float(setting or 0)
     except ValueError:
         share = -1.0
     if not 0 <= share <= 1:

@@ -10,10 +10,8 @@ It states which drafter is to be served, so the same request may be sent again; 
 are read in a thread while requests are served; the answer's `message` is {"state": "reading"} then. When all ranks have
 read theirs, the next request writes the weights, and the message is {"state": "served", "since": …, "pause_s": …}.
 
-Weights are loaded into other memory first, by the model's own loader, and nothing is written unless they cover every
-parameter. They are then copied into the served parameters, whose addresses captured graphs hold. What SGLang derived
-from parameters is copied likewise. A pause retracts the requests in flight, as SGLang does for its own weight updates:
-they lose no token, and their keys and values are computed anew.
+Weights are loaded into other memory first, by the model's own loader. They are then copied into the served parameters,
+whose addresses captured graphs hold, and so is what SGLang derived from parameters.
 """
 
 from __future__ import annotations
@@ -30,9 +28,8 @@ from typing import Any
 import torch
 from safetensors.torch import load
 
-from draftsmith.stages.drafters.digest import BOOKKEEPING
 from draftsmith.stages.engines.servers.drafter_files import gather, read_drafter
-from draftsmith.stages.engines.sglang.plugin_hooks import Recorder, drafter_folder
+from draftsmith.stages.engines.sglang.plugin_hooks import Recorder
 from draftsmith.stages.engines.sglang.protocol import SWAP_ACTION, SWAP_STATE, Json
 
 log = logging.getLogger(__name__)
@@ -51,7 +48,6 @@ class DrafterSwap:
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
         self._scheduler: Any = None  # of a server whose drafter can be written
-        self._config: Json | None = None  # of the served drafter
         self._since = ""
         self._files: DrafterFiles | None = None  # being read
         # digest and parameters, on the CPU: to be written, and as they were before the last swap
@@ -64,9 +60,7 @@ class DrafterSwap:
         arguments = scheduler.server_args
         if arguments.speculative_algorithm not in _ALGORITHMS or arguments.pp_size > 1:
             return
-        folder = drafter_folder(arguments.speculative_draft_model_path, arguments.speculative_draft_model_revision)
         self._scheduler, self._since = scheduler, _now()
-        self._config = None if folder is None else json.loads((folder / "config.json").read_text())
 
     def after_internal_state(self, result: Any, *_args: Any, **_kwargs: Any) -> None:
         """Add the served drafter to what `/server_info` reports of every scheduler."""
@@ -135,13 +129,11 @@ class DrafterSwap:
         if files.error is not None:
             raise files.error
         worker = self._scheduler.draft_worker
-        runner = draft_runner(worker)
-        _check_config(self._config, json.loads(files.content["config.json"]), runner.model_config.hf_config)
         with torch.inference_mode(False), torch.no_grad():
             if not all(torch.equal(held, derived) for held, derived in derived_tensors(worker)):
                 raise RefusedSwapError("this release of SGLang derives tensors from the drafter in an unknown way")
             tensors = load(files.content["model.safetensors"])
-            self._ready = digest, load_aside(runner.model, tensors, self._shared())
+            self._ready = digest, load_aside(draft_runner(worker).model, tensors, self._shared())
         return "ready"
 
     def _shared(self) -> set[int]:
@@ -189,22 +181,6 @@ class DrafterFiles:
 def draft_runner(worker: Any) -> Any:
     """Return SGLang's runner of the draft model."""
     return worker.draft_model_runner if hasattr(worker, "draft_model_runner") else worker.draft_worker.draft_runner
-
-
-def _check_config(served: Json | None, new: Json, parsed: Any) -> None:
-    """Refuse a drafter whose config.json differs from the one that the server was started with.
-
-    parsed: the served config as transformers holds it; its class fills in what the files leave out.
-    """
-    if served is None:
-        raise RefusedSwapError("the files of the drafter that it was started with are not known")
-    ours, theirs = (type(parsed).from_dict(dict(raw)).to_dict() for raw in (served, new))
-    for name in sorted((ours.keys() | theirs.keys()) - BOOKKEEPING):
-        if ours.get(name) != theirs.get(name):
-            raise RefusedSwapError(
-                f"the drafter's {name} is {theirs.get(name)!r}, the served one's {ours.get(name)!r}. Start the server "
-                "with the new drafter"
-            )
 
 
 def load_aside(model: Any, tensors: Mapping[str, torch.Tensor], shared: set[int]) -> dict[str, torch.Tensor]:
