@@ -62,7 +62,7 @@ def server_engines(nodes: Sequence[Node]) -> list[tuple[ServerEngineConfig, list
     for node in nodes:
         if (engine := server_engine(node)) is not None:
             on_cpu = engine.launch is not None and engine.launch.on_cpu
-            key = (engine.kind, engine.interpreter, engine.urls, engine.reads_trace, on_cpu)
+            key = (engine.kind, engine.interpreter, engine.urls, on_cpu, getattr(engine, "trace", True))
             engines.setdefault(key, (engine, []))[1].append(node.name)
     return list(engines.values())
 

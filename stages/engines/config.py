@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeAlias, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias, TypeVar
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.redaction import describe_secret, find_secrets
@@ -134,29 +134,6 @@ def option_name(key: str) -> str:
     return key.lstrip("-").replace("_", "-")
 
 
-def _no_reserved_options(title: str, reserved: Mapping[str, str]) -> Callable[[Options], Options]:
-    """Return a validator that refuses options that a field sets: by name, by prefix (argparse completes it), as
-    `name=value`, and as the value of another option."""
-
-    def check(options: Options) -> Options:
-        for key, value in options.items():
-            name = option_name(key)
-            if field := reserved.get(name):
-                raise ValueError(f"{key}: is set by {field}. Remove it here.")
-            if not _OPTION_NAME.fullmatch(name):
-                raise ValueError(f"{key}: is no name of an option. Write it alone, and its value after the colon.")
-            if meant := next((each for each in reserved if each.startswith(name)), None):
-                raise ValueError(f"{key}: {title} would read it as --{meant}, which is set by {reserved[meant]}.")
-            if (name, value) in _RANDOM_WEIGHTS:
-                raise ValueError(f"{key}: {value} would serve random weights. Remove it.")
-            for item in value if isinstance(value, list | tuple) else (value,):
-                if str(item).startswith("-") and not _NUMBER.fullmatch(str(item)):
-                    raise ValueError(f"{key}: {title} would read its value {item!r} as another option. Correct it.")
-        return options
-
-    return check
-
-
 class EmbeddedEngineConfig(Config):
     """The engine in this process."""
 
@@ -167,6 +144,8 @@ class EmbeddedEngineConfig(Config):
 class LaunchConfig(Config):
     """Servers that the stage starts, waits for and stops. Fields left out have the engine's defaults."""
 
+    title: ClassVar[str]  # of the engine
+    reserved: ClassVar[Mapping[str, str]]  # option -> what sets it
     servers: Annotated[
         int, Field(ge=1, description="how many; each takes tensor_parallel * data_parallel GPUs"), NotInKey()
     ] = 1
@@ -179,7 +158,15 @@ class LaunchConfig(Config):
         Field(gt=0, lt=1, description="of a GPU's memory, for weights and key/value memory"),
         NotInKey(),
     ] = None
-    options: Annotated[Options, AfterValidator(_no_secrets), Field(default_factory=dict)]
+    options: Annotated[
+        Options,
+        AfterValidator(_no_secrets),
+        Field(
+            default_factory=dict,
+            description="further options of the engine's server without their dashes, e.g. {max-num-batched-tokens: "
+            "16384} for vLLM; true: a bare flag, false: left out",
+        ),
+    ]
     environment: Annotated[
         dict[str, str],
         AfterValidator(_no_secrets),
@@ -188,6 +175,25 @@ class LaunchConfig(Config):
     start_timeout_s: Annotated[
         float, Field(gt=0, description="until a server answers; loading and graph capture included"), NotInKey()
     ] = 900.0
+
+    @field_validator("options")
+    @classmethod
+    def _sets_no_reserved_option(cls, options: Options) -> Options:
+        """Refuse options that a field sets: by name, by prefix (argparse completes it), as the value of another one."""
+        for key, value in options.items():
+            name = option_name(key)
+            if field := cls.reserved.get(name):
+                raise ValueError(f"{key}: is set by {field}. Remove it here.")
+            if not _OPTION_NAME.fullmatch(name):
+                raise ValueError(f"{key}: is no name of an option. Write it alone, and its value after the colon.")
+            if meant := next((each for each in cls.reserved if each.startswith(name)), None):
+                raise ValueError(f"{key}: {cls.title} would read it as --{meant}, set by {cls.reserved[meant]}.")
+            if (name, value) in _RANDOM_WEIGHTS:
+                raise ValueError(f"{key}: {value} would serve random weights. Remove it.")
+            for item in value if isinstance(value, tuple) else (value,):
+                if str(item).startswith("-") and not _NUMBER.fullmatch(str(item)):
+                    raise ValueError(f"{key}: {cls.title} would read its value {item!r} as another option. Correct it.")
+        return options
 
     @property
     def gpus(self) -> int:
@@ -203,6 +209,7 @@ class LaunchConfig(Config):
 class SGLangLaunchConfig(LaunchConfig):
     """SGLang servers that the stage starts, waits for and stops. Fields left out have SGLang's defaults."""
 
+    title, reserved = "SGLang", _RESERVED_SGLANG
     router: Annotated[
         Literal["cache_aware", "power_of_two", "round_robin", "random"] | None,
         Field(
@@ -211,16 +218,6 @@ class SGLangLaunchConfig(LaunchConfig):
         ),
         NotInKey(),
     ] = None
-    options: Annotated[
-        Options,
-        AfterValidator(_no_secrets),
-        AfterValidator(_no_reserved_options("SGLang", _RESERVED_SGLANG)),
-        Field(
-            default_factory=dict,
-            description="further options of SGLang's server without their dashes, e.g. {attention-backend: fa3}; "
-            "true: a bare flag, false: left out",
-        ),
-    ]
 
     @model_validator(mode="after")
     def _router_has_servers(self) -> SGLangLaunchConfig:
@@ -235,16 +232,7 @@ class SGLangLaunchConfig(LaunchConfig):
 class VLLMLaunchConfig(LaunchConfig):
     """vLLM servers that the stage starts, waits for and stops. Fields left out have vLLM's defaults."""
 
-    options: Annotated[
-        Options,
-        AfterValidator(_no_secrets),
-        AfterValidator(_no_reserved_options("vLLM", _RESERVED_VLLM)),
-        Field(
-            default_factory=dict,
-            description="further options of `vllm serve` without their dashes, e.g. {max-num-batched-tokens: 16384}; "
-            "true: a bare flag, false: left out",
-        ),
-    ]
+    title, reserved = "vLLM", _RESERVED_VLLM
 
 
 class ServerEngineConfig(Config):
@@ -281,11 +269,6 @@ class ServerEngineConfig(Config):
         return self
 
     @property
-    def reads_trace(self) -> bool:
-        """Return whether verify steps are read where the servers report them."""
-        return True
-
-    @property
     def interpreter(self) -> Path:
         """Return the engine's interpreter; not resolved, since a virtual environment is found by its link."""
         return (self.python or Path(sys.executable)).expanduser().absolute()
@@ -307,11 +290,6 @@ class SGLangEngineConfig(ServerEngineConfig):
     trace: Annotated[
         bool, Field(description="ask the plug-in for verify steps, where the server has it"), NotInKey()
     ] = True
-
-    @property
-    def reads_trace(self) -> bool:
-        """Return whether the plug-in is asked for verify steps."""
-        return self.trace
 
 
 class VLLMEngineConfig(ServerEngineConfig):
@@ -346,10 +324,3 @@ class SamplingConfig(Config):
     def params(self, temperature: float | None = None) -> SamplingParams:
         """Return the sampling parameters, at this section's temperature or another."""
         return SamplingParams(self.temperature if temperature is None else temperature, self.top_p, self.top_k)
-
-
-def served_dtype(engine: EmbeddedEngineConfig | ServerEngineConfig, target_dtype: str) -> str | None:
-    """Return the dtype that an engine computes in; None for running servers, whose dtype is not in the config."""
-    if isinstance(engine, ServerEngineConfig):
-        return target_dtype if engine.launch else None
-    return target_dtype

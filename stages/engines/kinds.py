@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 
 from draftsmith.stages.engines.config import ServerEngineConfig, SGLangEngineConfig, VLLMEngineConfig
 from draftsmith.stages.engines.servers.api import ServerApi
-from draftsmith.stages.engines.servers.client import RequestLostError, key_header, unreachable_server
-from draftsmith.stages.engines.servers.engine import ServerEngine, open_engine, proceed
+from draftsmith.stages.engines.servers.client import key_header, reachable
+from draftsmith.stages.engines.servers.engine import LoopThread, ServerEngine, proceed
+from draftsmith.stages.engines.servers.fleet import Fleet
 from draftsmith.stages.engines.servers.identity import ServedTarget, launched_target
 from draftsmith.stages.engines.servers.requirements import ServerRequirements
 from draftsmith.stages.engines.sglang.api import SGLangApi
@@ -25,21 +26,36 @@ from draftsmith.stages.engines.vllm.handshake import served_block_size as block_
 from draftsmith.stages.target.info import TargetInfo
 
 
+@contextmanager
 def open_servers(
     config: ServerEngineConfig,
     required: ServerRequirements,
     work: Path,
     log: Callable[[str], None],
     check: Callable[[], None] = proceed,
-) -> AbstractContextManager[ServerEngine]:
-    """Open servers of the config's kind, as `open_engine` does."""
+) -> Iterator[ServerEngine]:
+    """Open servers that meet the requirements; those started here are stopped on exit.
+
+    work: launched servers' logs go to its folder `servers`. check: called while waiting for servers; an exception of
+    it ends the wait.
+    Raises DraftsmithError for a config, server or drafter that does not fit, RetryableError if no server answers.
+    """
     api: ServerApi
     if isinstance(config, VLLMEngineConfig):
         api = VLLMApi(config, required, log)
     else:
         assert isinstance(config, SGLangEngineConfig)
         api = SGLangApi(config, required, log)
-    return open_engine(api, config, required, work, log, check)
+    loop = LoopThread()
+    try:
+        fleet = Fleet(api, config, required, work / "servers", log)
+        try:
+            loop.run(fleet.start(), check)
+            yield ServerEngine(loop, fleet, check)
+        finally:
+            loop.run(fleet.stop())
+    finally:
+        loop.close()
 
 
 def differing_settings(config: ServerEngineConfig, target: TargetInfo) -> list[str]:
@@ -73,7 +89,5 @@ def identify(url: str, api_key_env: str | None) -> tuple[ServerEngineConfig, int
                 return vllm, await block_size_of_vllm(client, url)
             return engine, await block_size_of_sglang(client, url)
 
-    try:
+    with reachable(url):
         return asyncio.run(ask())
-    except RequestLostError as error:
-        raise unreachable_server(url, error) from error

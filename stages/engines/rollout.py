@@ -22,7 +22,7 @@ from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.spec import NO_FREQUENT_TOKENS
 from draftsmith.stages.engines.base import Completion, Engine, Request
-from draftsmith.stages.engines.config import EmbeddedEngineConfig, SamplingConfig, ServerEngineConfig, served_dtype
+from draftsmith.stages.engines.config import EmbeddedEngineConfig, SamplingConfig, ServerEngineConfig
 from draftsmith.stages.engines.conversations import Conversations
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.engines.kinds import open_servers
@@ -61,12 +61,13 @@ def run(ctx: StageContext, config: RolloutConfig) -> None:
         _generate_missing(ctx, config, requests, drafter, answers)
         _write_tables(ctx, requests, answers, with_trace=drafter is not None)
     if drafter is not None:
-        difference = TargetDifference.read_if_there(ctx.work)
+        difference, engine = TargetDifference.read_if_there(ctx.work), config.engine
+        running = isinstance(engine, ServerEngineConfig) and engine.launch is None  # they have dtypes of their own
         served = {
             "drafter_digest": drafter_digest(drafter),
             **config.drafting.key_material(),
-            "engine": config.engine.kind,
-            "dtype": served_dtype(config.engine, read_target_info(ctx.inputs["target"]).dtype),
+            "engine": engine.kind,
+            "dtype": None if running else read_target_info(ctx.inputs["target"]).dtype,
             "temperature": config.sampling.temperature,
             **({"differs": difference.settings} if difference else {}),
         }
@@ -119,7 +120,9 @@ def _generate_missing(
     """Generate the answers that an earlier attempt has not stored. drafter: the folder of its checkpoint."""
     if answers.finished(with_trace=drafter is not None).issuperset(requests.ids):
         return
-    batch_size = config.rows_per_shard or _default_batch(config.engine)
+    batch_size = config.rows_per_shard or (
+        16 * config.engine.slots if isinstance(config.engine, EmbeddedEngineConfig) else 32
+    )  # at its end slots are idle, so a larger batch is faster; a kill loses more
     limit = read_target_info(ctx.inputs["target"]).max_positions
     longest = requests.longest(limit)
     splits = dict(zip(requests.prompts.ids, requests.prompts.splits, strict=True))
@@ -205,11 +208,6 @@ def _open_engine(ctx: StageContext, config: RolloutConfig, drafter: Path | None,
         ctx.log(f"drafter: {NO_FREQUENT_TOKENS}")
     block = (drafting.block_size or loaded.block_size) if loaded else 1
     yield EmbeddedEngine(target, loaded, slots=config.engine.slots, capacity=longest + block, drafting=drafting)
-
-
-def _default_batch(engine: EmbeddedEngineConfig | ServerEngineConfig) -> int:
-    """Return the answers in one batch. At its end slots are idle, so a larger batch is faster; a kill loses more."""
-    return 32 if isinstance(engine, ServerEngineConfig) else 16 * engine.slots
 
 
 def _pending_batches(

@@ -14,11 +14,10 @@ import numpy as np
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.results.base import SetMetrics
 from draftsmith.stages.engines.servers.client import (
-    RequestLostError,
     check_status,
     key_header,
     query,
-    unreachable_server,
+    reachable,
     wrong_server,
 )
 from draftsmith.stages.engines.servers.state import Finished, ServerState
@@ -48,26 +47,22 @@ def from_servers(
     urls: Sequence[str], ask: Callable[[httpx.AsyncClient, str], Awaitable[_T]]
 ) -> dict[str, _T | DraftsmithError]:
     """Return what `ask` returns of each server, or its error: a RetryableError if the server does not answer."""
-    return asyncio.run(_from_servers(urls, ask))
 
-
-async def _from_servers(
-    urls: Sequence[str], ask: Callable[[httpx.AsyncClient, str], Awaitable[_T]]
-) -> dict[str, _T | DraftsmithError]:
     async def answer(url: str) -> _T | DraftsmithError:
         try:
-            async with httpx.AsyncClient() as client:
-                metrics = (await query(client, "GET", f"{url}/metrics")).text  # for which neither kind wants the key
-                kind = "vllm" if vllm.is_vllm(metrics) else "sglang"
-                client.headers.update(key_header(os.environ.get(API_KEYS[kind])))
-                return await ask(client, url)
-        except RequestLostError as error:
-            return unreachable_server(url, error)
+            with reachable(url):
+                async with httpx.AsyncClient() as client:
+                    metrics = (await query(client, "GET", f"{url}/metrics")).text  # neither kind wants a key for them
+                    kind = "vllm" if vllm.is_vllm(metrics) else "sglang"
+                    client.headers.update(key_header(os.environ.get(API_KEYS[kind])))
+                    return await ask(client, url)
         except DraftsmithError as error:
             return error
 
-    answers = await asyncio.gather(*map(answer, urls))
-    return dict(zip(urls, answers, strict=True))
+    async def answers() -> list[_T | DraftsmithError]:
+        return await asyncio.gather(*map(answer, urls))
+
+    return dict(zip(urls, asyncio.run(answers()), strict=True))
 
 
 async def _state(client: httpx.AsyncClient, url: str) -> ServerState:

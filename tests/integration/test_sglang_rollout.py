@@ -11,6 +11,7 @@ import math
 import shutil
 import subprocess
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,9 @@ from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.config import SGLangEngineConfig
 from draftsmith.stages.engines.kinds import open_servers
-from draftsmith.stages.engines.servers.identity import ServedTarget
+from draftsmith.stages.engines.servers.identity import ServedTarget, check_weights
 from draftsmith.stages.engines.servers.requirements import server_requirements
-from draftsmith.stages.engines.sglang.handshake import check_weights, verifies_greedily
+from draftsmith.stages.engines.sglang.handshake import served_logprobs, verifies_greedily
 from draftsmith.stages.engines.stage import STAGE, RolloutConfig
 from draftsmith.stages.evaluation.diagnosis import STAGE as DIAGNOSIS
 from draftsmith.stages.evaluation.diagnosis import DiagnosisConfig
@@ -205,12 +206,9 @@ def test_a_server_is_known_by_the_log_probs_of_fixed_tokens(
 
     async def check(target_folder: Path) -> list[str]:
         async with httpx.AsyncClient(trust_env=False) as client:
-            server = (await client.get(f"{plain_url}/server_info")).json()
-            other, served = (
-                replace(required, target_folder=target_folder),
-                ServedTarget(plain_url, "org/model", "float32"),
-            )
-            return (await check_weights(client, served, server, other, print)).remarks
+            other, served = replace(required, target_folder=target_folder), ServedTarget(plain_url, "m", "float32")
+            scored = partial(served_logprobs, client, plain_url, required.scored_ids)
+            return (await check_weights(served, scored, other, print, ours=False))[0]
 
     (message,) = asyncio.run(check(tiny_drafter.target))
     assert float(message.split(" nats")[0].split()[-1]) < 1e-5

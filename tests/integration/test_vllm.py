@@ -31,14 +31,15 @@ from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.base import Completion
 from draftsmith.stages.engines.config import VLLMEngineConfig
 from draftsmith.stages.engines.kinds import open_servers
-from draftsmith.stages.engines.servers.client import key_header
+from draftsmith.stages.engines.servers.api import BadAnswerError
+from draftsmith.stages.engines.servers.client import ServerAnswer, key_header
 from draftsmith.stages.engines.servers.identity import QUANTISED_TOLERANCE
 from draftsmith.stages.engines.servers.requirements import server_requirements, speculative_algorithm
 from draftsmith.stages.engines.servers.state import NewDrafter
 from draftsmith.stages.engines.stage import STAGE as ROLLOUT
 from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.engines.swap import swap_servers
-from draftsmith.stages.engines.vllm.records import UnusableAnswerError, completion_payload, read_response
+from draftsmith.stages.engines.vllm.records import completion_payload, read_completion
 from draftsmith.stages.engines.vllm.server import drafting_options
 from draftsmith.stages.evaluation.config import EvaluationConfig
 from draftsmith.stages.evaluation.diagnosis import STAGE as DIAGNOSIS
@@ -237,16 +238,17 @@ def test_sampled_answers_are_the_targets_and_their_steps_follow_replay(served: S
 def test_several_answers_and_a_streamed_chunk_are_no_answer(served: Served) -> None:
     if served.kind != "dflash":
         pytest.skip("one kind is enough")
-    payload = completion_payload(served.bench.requests(1, 8)[0], ())
+    request = served.bench.requests(1, 8)[0]
+    payload = completion_payload(request, ())
     url, headers = f"{served.url}/v1/completions", key_header(KEY)
     several = httpx.post(url, json=payload | {"n": 2, "temperature": 1.0}, headers=headers, timeout=300)
-    with pytest.raises(UnusableAnswerError, match="n > 1"):
-        read_response(several.json())
+    with pytest.raises(BadAnswerError, match="n > 1"):
+        read_completion(request, ServerAnswer(several.json()), served.bench.target.info)
     with httpx.stream("POST", url, json=payload | {"stream": True}, headers=headers, timeout=300) as stream:
         chunks = [json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: {")]
     for chunk in chunks:
-        with pytest.raises(UnusableAnswerError, match=r"streamed|without token ids"):
-            read_response(chunk)
+        with pytest.raises(BadAnswerError, match=r"streamed|without token ids"):
+            read_completion(request, ServerAnswer(chunk), served.bench.target.info)
 
 
 def swap(url: str, folder: Path, algorithm: str, block_size: int, *, proven: bool = True) -> None:

@@ -43,6 +43,7 @@ class ServerApi(ABC):
 
     title: ClassVar[str]  # of the kind, for messages
     no_trace: ClassVar[str]  # why servers do not record verify steps, where they do not
+    id_field: ClassVar[str]  # of a request's body: its id, by which it is aborted
 
     @abstractmethod
     def processes(self, folder: Path, api_key: str) -> list[ServerProcess]:
@@ -58,9 +59,12 @@ class ServerApi(ABC):
 
     @abstractmethod
     async def generate(
-        self, client: httpx.AsyncClient, url: str, name: str, payload: Json, request_id: str, *, stream: bool
+        self, client: httpx.AsyncClient, url: str, name: str, payload: Json, *, stream: bool = False
     ) -> ServerAnswer:
-        """Send a request. name: of the request, for errors. stream: measure the first token's time."""
+        """Send a request. name: of the request, for errors. stream: measure the first token's time.
+
+        Raises RequestLostError, or DraftsmithError if the server refuses the request.
+        """
 
     @abstractmethod
     async def abort(self, client: httpx.AsyncClient, url: str, request_id: str) -> None:

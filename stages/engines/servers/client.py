@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from typing import Any, TypeAlias
 
 import httpx
@@ -52,14 +50,13 @@ class RefusedRequestError(DraftsmithError):
     """The server refuses this request, and would refuse it the next time."""
 
 
-async def get_json(client: httpx.AsyncClient, url: str, *names: str) -> Json:
-    """Return the body of the first of several endpoints that exists: their names differ between releases."""
-    for name in names:
-        response = await query(client, "GET", f"{url}/{name}")
-        if response.status_code != 404:
-            check_status(name, url, response.status_code, response.text)
-            return json_object(response)
-    raise wrong_server(url, f"has no /{names[0]}. Give the address of a server of a supported release.")
+async def get_json(client: httpx.AsyncClient, url: str, name: str) -> Json:
+    """Return the body of an endpoint."""
+    response = await query(client, "GET", f"{url}/{name}")
+    if response.status_code == 404:
+        raise wrong_server(url, f"has no /{name}. Give the address of a server of a supported release.")
+    check_status(name, url, response.status_code, response.text)
+    return json_object(response)
 
 
 async def query(
@@ -85,9 +82,15 @@ def json_object(response: httpx.Response) -> Json:
     return body
 
 
-def unreachable_server(url: str, error: RequestLostError) -> RetryableError:
-    """Return the error of a server that does not answer."""
-    return RetryableError(f"engine: {url} {error}. Check that the server runs, then run the same command.")
+@contextmanager
+def reachable(url: str) -> Iterator[None]:
+    """Raise RetryableError if the server does not answer the requests inside."""
+    try:
+        yield
+    except RequestLostError as error:
+        raise RetryableError(
+            f"engine: {url} {error}. Check that the server runs, then run the same command."
+        ) from error
 
 
 def wrong_server(url: str, reason: str) -> DraftsmithError:
@@ -164,9 +167,10 @@ def check_status(name: str, url: str, status: int, text: str, retry_after: str |
     if status == 200:
         return
     what = f"status {status}: {' '.join(text.split())[:300]}"
+    seconds = (retry_after or "").strip()
     full = retry_after is not None or any(words in what.lower() for words in _FULL_503)
     if status == 429 or (status == 503 and full):
-        raise ServerFullError(f"answered with {what}", _retry_after_s(retry_after))
+        raise ServerFullError(f"answered with {what}", float(seconds) if seconds.isdigit() else 0.0)
     if status >= 500 or status in _TRANSIENT_4XX:
         raise RequestLostError(f"answered with {what}")
     if status in _UNAUTHORIZED:
@@ -175,13 +179,3 @@ def check_status(name: str, url: str, status: int, text: str, retry_after: str |
             "engine.api_key_env; `status`, `watch` and `swap` read SGLANG_API_KEY or VLLM_API_KEY, by the engine."
         )
     raise RefusedRequestError(f"request {name}: {url} refuses it with {what}")
-
-
-def _retry_after_s(header: str | None) -> float:
-    """Return the seconds of a Retry-After header, which is a number of seconds or a date; 0 if it has neither."""
-    try:
-        if (given := (header or "").strip()).isdigit():
-            return float(given)
-        return max(0.0, parsedate_to_datetime(given).timestamp() - time.time())
-    except (ValueError, TypeError):
-        return 0.0

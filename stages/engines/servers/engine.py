@@ -7,18 +7,16 @@ import queue
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.stages.engines.base import Completion, Request
-from draftsmith.stages.engines.config import GREEDY_ONLY, ServerEngineConfig
-from draftsmith.stages.engines.servers.api import BadAnswerError, ServerApi
+from draftsmith.stages.engines.config import GREEDY_ONLY
+from draftsmith.stages.engines.servers.api import BadAnswerError
 from draftsmith.stages.engines.servers.client import RefusedRequestError
 from draftsmith.stages.engines.servers.fleet import Fleet
-from draftsmith.stages.engines.servers.pool import LostTooOftenError, PoisonRequestError, ServerPool, TimedOutError
-from draftsmith.stages.engines.servers.requirements import ServerRequirements
+from draftsmith.stages.engines.servers.pool import LostTooOftenError, PoisonRequestError, TimedOutError
 
 T = TypeVar("T")
 _CHECK_S = 0.5  # between two calls of `check` while waiting for servers
@@ -39,7 +37,8 @@ class LoopThread:
     """An event loop in its own thread, for a caller that is not asynchronous."""
 
     def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
+        self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
+        self._loop = self._runner.get_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="server-client", daemon=True)
         self._thread.start()
 
@@ -59,46 +58,21 @@ class LoopThread:
             future.cancel()
             raise
 
-    def call(self, function: Callable[[], None]) -> None:
-        """Call a function in the loop and wait for it."""
-
-        async def called() -> None:
-            function()
-
-        self.run(called())
-
     def close(self) -> None:
-        """End every task, then the thread."""
-
-        async def cancel_all() -> None:
-            tasks = asyncio.all_tasks() - {asyncio.current_task()}
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-        self.run(cancel_all())
+        """End the thread, then every task."""
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
-        self._loop.close()
+        self._runner.close()
 
 
 class ServerEngine:
-    """Implements `draftsmith.stages.engines.base.Engine`; opened by `open_engine`.
+    """Implements `draftsmith.stages.engines.base.Engine`; opened by `open_servers` (`kinds.py`).
 
     `first_token_seconds` of completions is NaN unless the engine was opened with `measure_first_token`.
     """
 
-    def __init__(
-        self,
-        loop: LoopThread,
-        fleet: Fleet,
-        pool: ServerPool,
-        api: ServerApi,
-        log: Callable[[str], None],
-        check: Callable[[], None] = proceed,
-    ):
-        self._loop, self._fleet, self._pool, self._api = loop, fleet, pool, api
-        self._log, self._check = log, check
+    def __init__(self, loop: LoopThread, fleet: Fleet, check: Callable[[], None]):
+        self._loop, self._fleet, self._pool, self._check = loop, fleet, fleet.pool, check
         self.records_trace = fleet.records_trace
         self.batch_decides = False  # a server batches whatever it has at the moment
         self.name, self.target_difference = fleet.name, fleet.target_difference
@@ -138,7 +112,7 @@ class ServerEngine:
                     yield done.result()
                 elif isinstance(error, _REQUEST_ERRORS):
                     unanswered[name] = error
-                    self._log(f"request failed: {error}")
+                    self._fleet.log(f"request failed: {error}")
                 else:
                     yield from _drain(finished)
                     raise error
@@ -146,16 +120,16 @@ class ServerEngine:
             for future in pending:
                 future.cancel()
         if unanswered:
-            self._loop.call(lambda: self._pool.deaths.forget(unanswered))  # reported; another run may try again
+            self._loop.run(self._pool.forget_deaths(unanswered))  # reported; another run may try again
             raise _unanswered_error(unanswered)
 
     async def _answer(self, request: Request) -> Completion:
         if self._fleet.greedy_only and not request.sampling.greedy:
             raise DraftsmithError(f"sampling.temperature: {GREEDY_ONLY}")
-        traced = self.records_trace
-        payload = self._api.payload(request, traced=traced)
+        api, traced = self._fleet.api, self.records_trace
+        payload = api.payload(request, traced=traced)
         return await self._pool.send(
-            request.request_id, payload, lambda answer: self._api.completion(request, answer, traced=traced)
+            request.request_id, payload, lambda answer: api.completion(request, answer, traced=traced)
         )
 
     @property
@@ -170,7 +144,7 @@ class ServerEngine:
 
     def set_concurrency(self, total: int | None) -> None:
         """Bound the requests in flight on all servers together; None: `engine.concurrency` per replica again."""
-        self._loop.call(lambda: self._pool.set_concurrency(total))
+        self._loop.run(self._pool.set_concurrency(total))
 
     def flush_cache(self) -> None:
         """Empty the prefix caches of all servers once they are idle. Raises RetryableError if one stays busy."""
@@ -197,30 +171,3 @@ def _drain(finished: queue.SimpleQueue[Future[Completion]]) -> Iterator[Completi
             future = finished.get_nowait()
             if not future.cancelled() and future.exception() is None:
                 yield future.result()
-
-
-@contextmanager
-def open_engine(
-    api: ServerApi,
-    config: ServerEngineConfig,
-    required: ServerRequirements,
-    work: Path,
-    log: Callable[[str], None],
-    check: Callable[[], None] = proceed,
-) -> Iterator[ServerEngine]:
-    """Open servers that meet the requirements; those started here are stopped on exit.
-
-    work: launched servers' logs go to its folder `servers`. check: called while waiting for servers; an exception of
-    it ends the wait.
-    Raises DraftsmithError for a config, server or drafter that does not fit, RetryableError if no server answers.
-    """
-    loop = LoopThread()
-    try:
-        fleet = Fleet(api, config, required, work / "servers", log)
-        try:
-            pool = loop.run(fleet.start(), check)
-            yield ServerEngine(loop, fleet, pool, api, log, check)
-        finally:
-            loop.run(fleet.stop())
-    finally:
-        loop.close()

@@ -7,13 +7,13 @@ import math
 import secrets
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import httpx
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.artifacts.results.evaluation import TargetDifference
+from draftsmith.artifacts.retry import retry_on
 from draftsmith.stages.engines.config import ServerEngineConfig
 from draftsmith.stages.engines.servers.api import ServerApi, ServerInfo
 from draftsmith.stages.engines.servers.client import key_header
@@ -38,15 +38,22 @@ class Fleet:
         log: Callable[[str], None],
     ):
         """Prepare servers, which `start` starts. Raises DraftsmithError if the config cannot be met."""
-        self._api, self._config, self._required, self._log, self._folder = api, config, required, log, folder
+        self.api, self.log = api, log
+        self._config, self._required, self._folder = config, required, folder
         self._api_key, self._processes = config.api_key(), list[ServerProcess]()
         if config.launch is not None:
             self._api_key = secrets.token_hex(32)
             self._processes = api.processes(folder, self._api_key)
         self._info: dict[str, ServerInfo] = {}  # by address
         self._records_through_routers = True
-        self._http: httpx.AsyncClient | None = None
-        self._pool: ServerPool | None = None
+        self._client = httpx.AsyncClient(
+            headers=key_header(self._api_key),
+            timeout=httpx.Timeout(None, connect=_CONNECT_TIMEOUT_S),
+            limits=httpx.Limits(max_connections=None, keepalive_expiry=_KEEP_ALIVE_S),
+            trust_env=not self._processes,  # no proxy for servers on this machine
+        )
+        deaths, first_token = DeathLog(folder / "deaths.json"), required.measure_first_token
+        self.pool = ServerPool(api, self._client, [], config, deaths, log, stream=first_token)
 
     @property
     def name(self) -> str:
@@ -67,25 +74,14 @@ class Fleet:
     def greedy_only(self) -> bool:
         return any(info.greedy_only for info in self._info.values())
 
-    @property
-    def _client(self) -> httpx.AsyncClient:
-        assert self._http is not None
-        return self._http
-
-    async def start(self) -> ServerPool:
+    async def start(self) -> None:
         """Launch the servers if there are none yet, and check each. Raises DraftsmithError if one is wrong.
 
         If one of several does not start or answer, the others serve.
         """
-        self._http = httpx.AsyncClient(
-            headers=key_header(self._api_key),
-            timeout=httpx.Timeout(None, connect=_CONNECT_TIMEOUT_S),
-            limits=httpx.Limits(max_connections=None, keepalive_expiry=_KEEP_ALIVE_S),
-            trust_env=not self._processes,  # no proxy for servers on this machine
-        )
         if self._processes:
             started = time.monotonic()
-            self._log(f"starting {len(self._processes)} {self._api.title} server(s), logs in {self._folder}")
+            self.log(f"starting {len(self._processes)} {self.api.title} server(s), logs in {self._folder}")
             opening = [self._open_launched(process) for process in self._processes]
         else:
             opening = [self._open_given(url) for url in dict.fromkeys(url.rstrip("/") for url in self._config.urls)]
@@ -97,26 +93,17 @@ class Fleet:
         if not servers:
             raise errors[0]
         for error in errors:
-            self._log(f"left out: {error}")
+            self.log(f"left out: {error}")
         if self._processes:
-            self._log(f"{self._api.title} is ready after {time.monotonic() - started:.0f} s")
+            self.log(f"{self.api.title} is ready after {time.monotonic() - started:.0f} s")
             servers = await self._behind_router(servers)
-        if self._required.trace and self._required.drafter_folder and not self.records_trace:
-            self._log(f"{self._api.no_trace}: verify steps are not recorded, mining replays them")
-        self._pool = ServerPool(
-            self._api,
-            self._client,
-            servers,
-            self._config,
-            DeathLog(self._folder / "deaths.json"),
-            self._log,
-            stream=self._required.measure_first_token,
-        )
-        return self._pool
+        if self._required.trace and not self.records_trace:
+            self.log(f"{self.api.no_trace}: verify steps are not recorded, mining replays them")
+        self.pool.servers += servers
 
     async def _open_given(self, url: str) -> Server:
         """Check the server at an address, or all servers of the router there, since any of them may answer."""
-        workers = await self._api.workers(self._client, url)
+        workers = await self.api.workers(self._client, url)
         if workers is None:
             return Server(url, (await self._check(url, ours=False)).replicas)
         if not workers:
@@ -136,42 +123,41 @@ class Fleet:
     async def _behind_router(self, servers: list[Server]) -> list[Server]:
         """Start the router in front of launched servers, if the config has one."""
         assert self._config.launch is not None and self._api_key is not None
-        router = self._api.router([server.url for server in servers], self._folder, self._api_key)
+        router = self.api.router([server.url for server in servers], self._folder, self._api_key)
         if router is None:
             return servers
         self._processes.append(router)
         await self._launch(router, "router")
-        await self._wait_for_workers(router.url, len(servers), self._config.launch.start_timeout_s)
+        limit_s = self._config.launch.start_timeout_s
+
+        @retry_on(
+            RetryableError,
+            give_up=lambda _error, _attempts, seconds: seconds > limit_s,
+            pause_s=lambda _error, _attempts: _POLL_S,
+        )
+        async def wait_for_workers() -> None:
+            found = len(await self.api.workers(self._client, router.url) or ())
+            if found < len(servers):
+                raise RetryableError(
+                    f"engine.launch.router: it found {found} of {len(servers)} servers in {limit_s:g} s. "
+                    "See router.log."
+                )
+
+        await wait_for_workers()
         replicas = sum(server.replicas for server in servers)
         server = await self._router_server(router.url, [server.url for server in servers], replicas)
         server.processes = (router, *(process for worker in servers for process in worker.processes))
         return [server]
 
-    async def _wait_for_workers(self, url: str, count: int, limit_s: float) -> None:
-        """Wait until a router has `count` healthy servers. Raises RetryableError."""
-        deadline = time.monotonic() + limit_s
-        while True:
-            workers: list[str] = []
-            with suppress(RetryableError):
-                workers = await self._api.workers(self._client, url) or []
-            if len(workers) >= count:
-                return
-            if time.monotonic() > deadline:
-                raise RetryableError(
-                    f"engine.launch.router: it found {len(workers)} of {count} servers in {limit_s:g} s. "
-                    "See router.log."
-                )
-            await asyncio.sleep(_POLL_S)
-
     async def _router_server(self, url: str, workers: list[str], replicas: int) -> Server:
-        self._records_through_routers &= await self._api.router_passes_records(self._client, url)
-        self._log(f"{url} routes to {len(workers)} servers")
+        self._records_through_routers &= await self.api.router_passes_records(self._client, url)
+        self.log(f"{url} routes to {len(workers)} servers")
         return Server(url, replicas, tuple(workers))
 
     async def _check(self, url: str, *, ours: bool) -> ServerInfo:
-        self._info[url] = info = await self._api.check(self._client, url, ours=ours)
+        self._info[url] = info = await self.api.check(self._client, url, ours=ours)
         for remark in info.remarks:
-            self._log(remark)
+            self.log(remark)
         return info
 
     async def _launch(self, process: ServerProcess, section: str) -> None:
@@ -183,9 +169,9 @@ class Fleet:
         while True:
             if ended := process.ended():
                 if process.refused_options:
-                    self._log(f"the end of {process.log_path}:\n{process.tail()}")
+                    self.log(f"the end of {process.log_path}:\n{process.tail()}")
                     raise DraftsmithError(
-                        f"engine.launch.{section}: {self._api.title} does not understand its command. Correct the "
+                        f"engine.launch.{section}: {self.api.title} does not understand its command. Correct the "
                         f"section launch; the reason is at the end of {process.log_path}."
                     )
                 raise self._start_error(process, ended)
@@ -201,22 +187,21 @@ class Fleet:
             await asyncio.sleep(_POLL_S)
 
     def _start_error(self, process: ServerProcess, what: str) -> RetryableError:
-        self._log(f"the end of {process.log_path}:\n{process.tail()}")
+        self.log(f"the end of {process.log_path}:\n{process.tail()}")
         return RetryableError(
-            f"engine.launch: the {self._api.title} server {what} while it started. See its log {process.log_path}."
+            f"engine.launch: the {self.api.title} server {what} while it started. See its log {process.log_path}."
         )
 
     async def flush_cache(self) -> None:
         """Empty the prefix cache of every server that is not lost; waits until it is idle."""
-        assert self._pool is not None
-        alive = [server.url for server in self._pool.servers if server.lost is None]
-        await asyncio.gather(*(self._api.flush_cache(self._client, url) for url in alive))
+        alive = [server.url for server in self.pool.servers if server.lost is None]
+        await asyncio.gather(*(self.api.flush_cache(self._client, url) for url in alive))
 
     async def stop(self) -> None:
         """Abort what is in flight, then stop the servers that were started here."""
-        if self._pool is not None:
-            await self._pool.close()
-        if self._http is not None:
-            await self._http.aclose()
+        for task in (in_flight := asyncio.all_tasks() - {asyncio.current_task()}):
+            task.cancel()
+        await asyncio.gather(*in_flight, return_exceptions=True)
+        await self._client.aclose()
         await asyncio.gather(*(asyncio.to_thread(process.stop) for process in self._processes))
-        self._api.close()
+        self.api.close()

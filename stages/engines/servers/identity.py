@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx
@@ -89,37 +89,49 @@ def launched_target(options: Options, url: str = "", path: str = "") -> ServedTa
     return ServedTarget(url, path, None, quantization, given.get("kv-cache-dtype"), known=True)
 
 
-@dataclass(frozen=True)
-class WeightComparison:
-    """The result of a comparison of weights."""
+async def check_weights(
+    served: ServedTarget,
+    scored: Callable[[str], Awaitable[Sequence[float] | None]],
+    required: ServerRequirements,
+    log: Callable[[str], None],
+    *,
+    ours: bool,
+) -> tuple[list[str], TargetDifference | None]:
+    """Compare a server's log-probs of the fixed tokens with the target's, and under each adapter of a running server.
 
-    remarks: list[str]  # what was compared, or could not be
-    difference: TargetDifference | None = None  # of settings that differ, and what comes of it
+    Weights that are known are compared only if a setting differs. scored: returns the server's log-probs under an
+    adapter ("": the target alone), None if it gives none. ours: it was started here.
+    Returns what was compared or could not be, and the difference if settings differ. Raises DraftsmithError for others.
+    """
+    remarks, difference = list[str](), None
+    alone = [""] if not served.known or served.differs(required.target) else []
+    for adapter in (*alone, *(() if ours else required.adapters)):
+        of = replace(served, known=False) if adapter else served
+        remark, found = await _compare_weights(of, await scored(adapter), required, log, adapter)
+        remarks.append(remark)
+        difference = difference or found
+    return remarks, difference
 
 
-async def compare_weights(
+async def _compare_weights(
     served: ServedTarget,
     theirs: Sequence[float] | None,
     required: ServerRequirements,
     log: Callable[[str], None],
-    adapter: str = "",
-) -> WeightComparison:
-    """Compare a server's log-probs of the fixed tokens with the target's. Raises DraftsmithError if they differ.
-
-    theirs: None if it gave none. adapter: that the log-probs are of.
-    """
+    adapter: str,
+) -> tuple[str, TargetDifference | None]:
     target, tokens = required.target, required.scored_ids
     url, path, differs = served.url, served.path, served.differs(target)
     unmeasured = TargetDifference(settings=differs) if differs else None
     if theirs is None:
         remark = f"{url} gives no log-probs of a prompt: the weights of {path} could not be compared with the target's"
-        return WeightComparison([remark], unmeasured)
+        return remark, unmeasured
     try:
         ours = (await asyncio.to_thread(own_logprobs, required.target_folder, tokens, log))[adapter]
     except TargetTooLargeError as error:
         remark = f"{url} serves {path}: its weights could not be compared with the target's, {error}."
         remedy = " Start the server with --revision and its commit, which SGLang reports and which is compared instead."
-        return WeightComparison([remark if served.known else remark + remedy], unmeasured)
+        return remark if served.known else remark + remedy, unmeasured
     path = f"adapter {adapter} on {path}" if adapter else path
     difference, allowed = mean_difference(ours, theirs), served.tolerance(target)
     if difference > allowed and not served.known:
@@ -132,10 +144,9 @@ async def compare_weights(
     if differs:
         largest = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
         measured = TargetDifference(settings=differs, tokens=len(ours), mean=difference, largest=largest)
-        return WeightComparison([f"{url} serves {path} with {measured.text}"], measured)
-    return WeightComparison(
-        [f"{url} serves {path}: log-probs of {len(ours)} fixed tokens are {difference:.2g} nats from the target's"]
-    )
+        return f"{url} serves {path} with {measured.text}", measured
+    text = f"log-probs of {len(ours)} fixed tokens are {difference:.2g} nats from the target's"
+    return f"{url} serves {path}: {text}", None
 
 
 def own_logprobs(target_folder: Path, tokens: Sequence[int], log: Callable[[str], None]) -> dict[str, list[float]]:

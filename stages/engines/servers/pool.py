@@ -140,14 +140,13 @@ class ServerPool:
         *,
         stream: bool = False,
     ):
-        self.servers, self.deaths = servers, deaths
+        self.servers, self._deaths = servers, deaths
         self.retries = 0  # attempts that had to be repeated
         self._api, self._client, self._stream = api, client, stream
         self._timeout_s = config.request_timeout_s
         self._concurrency, self._log = config.concurrency, log
         self._total: int | None = None
         self._changed = asyncio.Event()
-        self._sending: set[asyncio.Task[Any]] = set()
         self._reported: set[ServerProcess] = set()
 
     @property
@@ -155,10 +154,14 @@ class ServerPool:
         """Return how many requests may be in flight while no server is lost."""
         return self._total or sum(self._concurrency * server.replicas for server in self.servers)
 
-    def set_concurrency(self, total: int | None) -> None:
+    async def set_concurrency(self, total: int | None) -> None:
         """Bound the requests in flight on all servers together; None: back to the bound of every server."""
         self._total = total
         self._wake()
+
+    async def forget_deaths(self, requests: Collection[str]) -> None:
+        """Let these requests be sent again, though servers died with them."""
+        self._deaths.forget(requests)
 
     async def send(self, name: str, payload: Json, read: Callable[[ServerAnswer], Completion]) -> Completion:
         """Send to the least loaded server, and again, elsewhere if possible, until `read` accepts the answer.
@@ -173,17 +176,12 @@ class ServerPool:
             pause_s=_pause_s,
             on_retry=lambda error, _attempts: self._note_retry(request, error),
         )
-        task = asyncio.current_task()
-        assert task is not None
-        self._sending.add(task)
         try:
             return await retry(self._attempt)(request)
         except RequestLostError as error:
             raise LostTooOftenError(
                 f"request {name}: was lost each time, the last time: {error}. Look at the server's log."
             ) from error
-        finally:
-            self._sending.discard(task)
 
     def _note_retry(self, request: PendingRequest, error: BaseException) -> None:
         assert request.avoid is not None
@@ -213,7 +211,7 @@ class ServerPool:
     async def _reserve(self, request: PendingRequest) -> Server:
         """Wait for a server with room."""
         while True:
-            if len(died := self.deaths.servers(request.name)) >= _MAX_DEATHS:
+            if len(died := self._deaths.servers(request.name)) >= _MAX_DEATHS:
                 raise PoisonRequestError(
                     f"request {request.name}: was in flight when {len(died)} servers died ({', '.join(died)}), and is "
                     "not sent again. Look at the ends of their logs."
@@ -247,9 +245,8 @@ class ServerPool:
     async def _post(self, server: Server, request: PendingRequest) -> ServerAnswer:
         """Send a request once. A loss is raised when it is known whether the server still lives."""
         request_id = uuid.uuid4().hex
-        generating = self._api.generate(
-            self._client, server.url, request.name, request.payload, request_id, stream=self._stream
-        )
+        payload = {**request.payload, self._api.id_field: request_id}
+        generating = self._api.generate(self._client, server.url, request.name, payload, stream=self._stream)
         post = asyncio.create_task(generating)
         try:
             if not await self._wait_for_answer(server, post):
@@ -273,7 +270,7 @@ class ServerPool:
                 post.cancel()
                 await self._abort(server, request_id)
         server.answered_at = time.monotonic()
-        self.deaths.forget([request.name])
+        self._deaths.forget([request.name])
         return answer
 
     async def _wait_for_answer(self, server: Server, post: asyncio.Task[ServerAnswer]) -> bool:
@@ -317,7 +314,7 @@ class ServerPool:
         try:
             await retry_on(RequestLostError, give_up=give_up)(check)()
         except Exception as error:  # of any kind: requests must not wait for ever
-            self.deaths.record(server.requests, server.url)
+            self._deaths.record(server.requests, server.url)
             self._mark_lost(server, server.ended() or str(error))
         finally:
             self._log_ended_processes(server)
@@ -349,13 +346,6 @@ class ServerPool:
             if (how := process.ended()) and process not in self._reported:
                 self._reported.add(process)
                 self._log(f"{process.url} {how}; the end of {process.log_path}:\n{process.tail()}")
-
-    async def close(self) -> None:
-        """Abort what is in flight."""
-        tasks = [*self._sending, *(each.health_check for each in self.servers if each.health_check is not None)]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _pause_s(error: BaseException, attempts: int) -> float:

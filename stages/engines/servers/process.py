@@ -156,7 +156,7 @@ def server_processes(
 
     environment: variables beside those of this process. log_path: of the logs, which get the servers' numbers.
     """
-    shares = assign_gpus(launch, () if launch.on_cpu else usable_gpus())
+    shares = assign_gpus(launch, usable_gpus())
     return [
         ServerProcess(
             command,

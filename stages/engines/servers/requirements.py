@@ -14,7 +14,7 @@ from typing import Any
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.spec import DraftingConfig
-from draftsmith.stages.engines.config import NO_REDUCED_HEAD, ServerEngineConfig
+from draftsmith.stages.engines.config import ServerEngineConfig, SGLangEngineConfig
 from draftsmith.stages.target.info import TargetInfo, adapter_folders, load_tokenizer, model_path, read_target_info
 
 PROBE_TEXT = "What is 12 + 30?\n\tNaïve café, 3.14 °C; 你好, привет."  # tokenizers split it differently
@@ -76,8 +76,6 @@ def server_requirements(
     )
     if drafter_folder is None:
         return plain
-    if drafting.head_tokens is not None:
-        raise DraftsmithError(f"drafting.head_tokens: {NO_REDUCED_HEAD}")
     from draftsmith.stages.drafters.checkpoint import check_drafter, check_layers  # imports torch
 
     check_drafter(drafter_folder, target.digest)
@@ -89,7 +87,7 @@ def server_requirements(
         drafter_digest=drafter_digest(drafter_folder),
         algorithm=algorithm,
         block_size=served_block_size(drafter_folder, drafting, algorithm),
-        trace=config.reads_trace,
+        trace=not isinstance(config, SGLangEngineConfig) or config.trace,
     )
 
 

@@ -19,7 +19,6 @@ from draftsmith.stages.engines.servers.client import (
     ServerStalledError,
     check_status,
     health_check,
-    lost,
     lost_unless_readable,
     post,
     read_stream,
@@ -45,6 +44,7 @@ class SGLangApi(ServerApi):
 
     title = "SGLang"
     no_trace = "the servers have no plug-in"
+    id_field = "rid"
 
     def __init__(self, config: SGLangEngineConfig, required: ServerRequirements, log: Callable[[str], None]):
         self._config, self._required, self._log = config, required, log
@@ -52,15 +52,7 @@ class SGLangApi(ServerApi):
     def processes(self, folder: Path, api_key: str) -> list[ServerProcess]:
         launch, required = self._config.launch, self._required
         assert launch is not None
-        command = server_command(
-            self._config,
-            model_folder=required.model_folder,
-            dtype=required.target.dtype,
-            drafter_folder=required.drafter_folder,
-            algorithm=required.algorithm,
-            block_size=required.block_size,
-            adapters=required.adapters,
-        )
+        command = server_command(self._config, required)
         if launch.router is not None and required.trace:  # a router drops the request's own parameter
             launch = launch.model_copy(update={"environment": {ENVIRONMENT: "1", **launch.environment}})
         on_cuda = not launch.on_cpu
@@ -74,9 +66,29 @@ class SGLangApi(ServerApi):
         return generate_payload(request, self._required.target.eos_ids, traced)
 
     async def generate(
-        self, client: httpx.AsyncClient, url: str, name: str, payload: Json, request_id: str, *, stream: bool
+        self, client: httpx.AsyncClient, url: str, name: str, payload: Json, *, stream: bool = False
     ) -> ServerAnswer:
-        return await generate(client, url, name, {**payload, "rid": request_id}, stream=stream)
+        started = time.perf_counter()
+        first_token, body = float("nan"), Json()
+
+        def receive(event: Json) -> None:
+            nonlocal first_token, body
+            body = event
+            if first_token != first_token and body.get("output_ids"):  # NaN: none yet
+                first_token = time.perf_counter() - started
+
+        with lost_unless_readable():
+            if stream:
+                sampling = {**payload["sampling_params"], "stream_interval": _STREAM_INTERVAL}
+                streamed = {**payload, "sampling_params": sampling, "stream": True}
+                await read_stream(client, f"{url}/generate", name, streamed, receive)
+            else:
+                body = await post(client, f"{url}/generate", name, payload)
+            reason = body["meta_info"]["finish_reason"]
+            kind = reason["type"]
+        if kind == "abort":
+            check_status(name, url, int(reason.get("status_code") or 500), f"aborted: {reason.get('message')}")
+        return ServerAnswer(body, time.perf_counter() - started, first_token, url)
 
     async def abort(self, client: httpx.AsyncClient, url: str, request_id: str) -> None:
         await client.post(f"{url}/abort_request", json={"rid": request_id}, timeout=_ABORT_TIMEOUT_S)
@@ -89,35 +101,47 @@ class SGLangApi(ServerApi):
         return read_completion(request, answer, self._required.target, digest)
 
     async def check_health(self, client: httpx.AsyncClient, url: str) -> None:
-        await check_health(client, url)
+        """Check that the server computes.
+
+        GET /health_generate answers 200 as soon as the scheduler has returned anything to anybody, and 503 after 20 s
+        without. Where there is no such endpoint, a short generation is sent.
+        """
+        name, limit = "of the health check", httpx.Timeout(_HEALTH_TIMEOUT_S, connect=_CONNECT_TIMEOUT_S)
+        payload = {"input_ids": [0], "sampling_params": {"temperature": 0, "max_new_tokens": 1}}
+        async with health_check(_HEALTH_GENERATION_TIMEOUT_S):
+            response = await client.get(f"{url}/health_generate", timeout=limit)
+            if response.status_code == 501 or 400 <= response.status_code < 500:  # a gateway that does not pass it on
+                await self.generate(client, url, name, payload)
+            elif response.status_code == 503:
+                raise ServerStalledError("computes nothing")
+            else:
+                check_status(name, url, response.status_code, response.text)
 
     async def flush_cache(self, client: httpx.AsyncClient, url: str) -> None:
         """Empty the prefix cache of a server; waits until it is idle. Raises RetryableError if it stays busy."""
 
         @retry_on(
-            httpx.HTTPError,
+            RetryableError,
             give_up=lambda _error, _attempts, seconds: seconds > _FLUSH_TIMEOUT_S,
             pause_s=lambda _error, _attempts: _POLL_S,
         )
         async def flush() -> None:
-            (await client.post(f"{url}/flush_cache", timeout=_FLUSH_TIMEOUT_S)).raise_for_status()
+            try:
+                (await client.post(f"{url}/flush_cache", timeout=_FLUSH_TIMEOUT_S)).raise_for_status()
+            except httpx.HTTPError as error:
+                raise RetryableError(
+                    f"engine: {url}/flush_cache did not succeed in {_FLUSH_TIMEOUT_S:g} s ({error}). Run the same "
+                    "command again."
+                ) from error
 
-        try:
-            await flush()
-        except httpx.HTTPError as error:
-            raise RetryableError(
-                f"engine: {url}/flush_cache did not succeed in {_FLUSH_TIMEOUT_S:g} s ({error}). Run the same "
-                "command again."
-            ) from error
+        await flush()
 
     async def workers(self, client: httpx.AsyncClient, url: str) -> list[str] | None:
         return await router_workers(client, url)
 
     async def check_router(self, client: httpx.AsyncClient, url: str) -> None:
-        try:
+        with lost_unless_readable():
             await client.get(f"{url}/workers", timeout=_ABORT_TIMEOUT_S)
-        except httpx.HTTPError as error:
-            raise lost(error) from error
 
     async def router_passes_records(self, client: httpx.AsyncClient, url: str) -> bool:
         return await router_passes_records(client, url, self._required)
@@ -129,48 +153,3 @@ class SGLangApi(ServerApi):
         port, metrics_port = free_ports(2)
         command = router_command(self._config, workers, metrics_port)
         return ServerProcess(command, launch.environment, folder / "router.log", port, api_key)
-
-
-async def generate(
-    client: httpx.AsyncClient, url: str, name: str, payload: Json, *, stream: bool = False
-) -> ServerAnswer:
-    """Send one POST /generate. Raises RequestLostError, or DraftsmithError if the server refuses the request."""
-    started = time.perf_counter()
-    first_token, body = float("nan"), Json()
-
-    def receive(event: Json) -> None:
-        nonlocal first_token, body
-        body = event
-        if first_token != first_token and body.get("output_ids"):  # NaN: none yet
-            first_token = time.perf_counter() - started
-
-    with lost_unless_readable():
-        if stream:
-            sampling = {**payload["sampling_params"], "stream_interval": _STREAM_INTERVAL}
-            streamed = {**payload, "sampling_params": sampling, "stream": True}
-            await read_stream(client, f"{url}/generate", name, streamed, receive)
-        else:
-            body = await post(client, f"{url}/generate", name, payload)
-        reason = body["meta_info"]["finish_reason"]
-        kind = reason["type"]
-    if kind == "abort":
-        check_status(name, url, int(reason.get("status_code") or 500), f"aborted: {reason.get('message')}")
-    return ServerAnswer(body, time.perf_counter() - started, first_token, url)
-
-
-async def check_health(client: httpx.AsyncClient, url: str) -> None:
-    """Check that the server computes. Raises RequestLostError if not, ServerStalledError if it is up but stalled.
-
-    GET /health_generate answers 200 as soon as the scheduler has returned anything to anybody, and 503 after 20 s
-    without. Where there is no such endpoint, a short generation is sent.
-    """
-    name, limit = "of the health check", httpx.Timeout(_HEALTH_TIMEOUT_S, connect=_CONNECT_TIMEOUT_S)
-    payload = {"input_ids": [0], "sampling_params": {"temperature": 0, "max_new_tokens": 1}}
-    async with health_check(_HEALTH_GENERATION_TIMEOUT_S):
-        response = await client.get(f"{url}/health_generate", timeout=limit)
-        if response.status_code == 501 or 400 <= response.status_code < 500:  # a gateway that does not pass it on
-            await generate(client, url, name, payload)
-        elif response.status_code == 503:
-            raise ServerStalledError("computes nothing")
-        else:
-            check_status(name, url, response.status_code, response.text)

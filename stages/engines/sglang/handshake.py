@@ -1,17 +1,11 @@
 """Checks of a server before its first request: same model, same drafter, and enough context.
 
-A server's own reports and short generations are checked. For a server that was not started here, the tokenizer and the
-weights are compared too.
+SGLang's own `/weights_checker` cannot be compared with files: it hashes tensors as they lie on a GPU (merged, sharded,
+by a Triton kernel), and fails on a CPU.
 
-**Weights**, where no revision identifies them, or the server computes the target otherwise than transformers: by
-log-probs of fixed tokens (`servers/identity.py`). SGLang's own
-`/weights_checker` cannot be compared with files: it hashes tensors as they lie on a GPU (merged, sharded, by a Triton
-kernel), and fails on a CPU.
-
-**Greedy verification**: SGLang takes the argmax where it has no kernel that samples: on a CPU, and by algorithm and
-release on AMD, Intel and Ascend devices, which it may report as `cuda`. So a server is asked at a temperature that
-makes all tokens of the vocabulary about equally likely. The first token is sampled from the prompt without a verify
-step. If the next `_EQUAL` tokens equal those of greedy decoding, they were not sampled: by chance that happens once in
+Greedy verification is found at a temperature that makes all tokens of the vocabulary about equally likely; a device may
+be reported as `cuda` and is none. The first token is sampled from the prompt without a verify step. If the next
+`_EQUAL` tokens equal those of greedy decoding, they were not sampled: by chance that happens once in
 (vocabulary)^`_EQUAL`.
 """
 
@@ -21,27 +15,26 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import httpx
 
 from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.servers.api import ServerInfo
 from draftsmith.stages.engines.servers.client import (
-    RequestLostError,
     ServerAnswer,
     check_status,
     get_json,
     json_object,
     query,
-    unreachable_server,
+    reachable,
     wrong_server,
 )
 from draftsmith.stages.engines.servers.identity import (
     ServedTarget,
-    WeightComparison,
     check_adapters,
     check_tokenizer,
-    compare_weights,
+    check_weights,
 )
 from draftsmith.stages.engines.servers.requirements import ServerRequirements
 from draftsmith.stages.engines.sglang.protocol import SUPPORTED, Json, supported
@@ -64,21 +57,19 @@ async def check_server(
 
     ours: it was started here, so its files are the right ones.
     """
-    try:
-        model = await get_json(client, url, "model_info", "get_model_info")
-        server = await get_json(client, url, "server_info", "get_server_info")
+    with reachable(url):
+        model = await get_json(client, url, "model_info")
+        server = await get_json(client, url, "server_info")
         version = str(server.get("version", "?"))
         remarks = [] if supported(version) else [f"{url} is sglang {version}, outside the tested {SUPPORTED}"]
         await check_adapters(client, url, required)
         served = _served_target(url, str(model.get("model_path")), server, ours=ours)
         if not ours:
             remarks += await check_tokenizer(client, url, served.path, required)
-        weights = await check_weights(client, served, server, required, log)
-        remarks += weights.remarks
-        for name in () if ours else required.adapters:
-            asked = payload(required.scored_ids) | {"lora_path": name}
-            theirs = served_logprobs((await _post(client, url, _REQUEST_NAME, asked)).body, required.scored_ids)
-            remarks += (await compare_weights(served, theirs, required, log, name)).remarks
+            served = replace(served, known=_known_by_revision(served, server, required.target))
+        scored = partial(served_logprobs, client, url, required.scored_ids)
+        compared, difference = await check_weights(served, scored, required, log, ours=ours)
+        remarks += compared
         remarks += _check_drafter(url, server, required)
         _check_context(url, server, required)
         remarks += _check_running_requests(url, server, required)
@@ -88,27 +79,24 @@ async def check_server(
             remarks.append(
                 f"{url} drafts with {drafter}: only the plug-in could tell whether it is {required.drafter_folder}"
             )
-        greedy_only = await _is_greedy_only(client, url, server, required)
-    except RequestLostError as error:
-        raise unreachable_server(url, error) from error
+        greedy_only = bool(server.get("speculative_algorithm")) and (
+            server.get("device") == "cpu"  # it is not asked: a sampled request ends a DSPARK server there
+            or await verifies_greedily(client, url, required.target, required.probe_ids)
+        )
     replicas = int(server.get("dp_size") or 1)
-    return ServerInfo(version, records, greedy_only, replicas, remarks, weights.difference)
+    return ServerInfo(version, records, greedy_only, replicas, remarks, difference)
 
 
 async def served_block_size(client: httpx.AsyncClient, url: str) -> int | None:
     """Return how many tokens a server drafts, the anchor included; None if it drafts none."""
-    size: int | None = (await get_json(client, url, "server_info", "get_server_info")).get(
-        "speculative_num_draft_tokens"
-    )
+    size: int | None = (await get_json(client, url, "server_info")).get("speculative_num_draft_tokens")
     return size
 
 
 async def router_passes_records(client: httpx.AsyncClient, url: str, required: ServerRequirements) -> bool:
     """Return whether answers come through this router with the records of their steps. Its servers are checked."""
-    try:
+    with reachable(url):
         return await _check_generation(client, url, {}, required)
-    except RequestLostError as error:
-        raise unreachable_server(url, error) from error
 
 
 def _check_drafter(url: str, server: Json, required: ServerRequirements) -> list[str]:
@@ -178,10 +166,9 @@ def _check_running_requests(url: str, server: Json, required: ServerRequirements
 async def _check_generation(client: httpx.AsyncClient, url: str, server: Json, required: ServerRequirements) -> bool:
     """Generate greedily and check the tokens. Returns whether records of the verify steps came with them."""
     request = Request(_REQUEST_NAME, required.probe_ids, _PROBE_TOKENS)
-    traced = required.trace and required.drafter_folder is not None
-    answer = await _generate(client, url, request, traced=traced)
+    answer = await _generate(client, url, request, traced=required.trace)
     meta = answer.body.get("meta_info") or {}
-    digest = recorded_drafter(request.request_id, meta) if traced else None
+    digest = recorded_drafter(request.request_id, meta) if required.trace else None
     if digest is not None and digest != required.drafter_digest:
         served = digest[:12] or "a drafter without a digest"
         raise wrong_server(url, f"drafts with {served}, not {required.drafter_folder}. Start it with that drafter.")
@@ -193,16 +180,9 @@ async def _check_generation(client: httpx.AsyncClient, url: str, server: Json, r
     return digest is not None
 
 
-async def _is_greedy_only(client: httpx.AsyncClient, url: str, server: Json, required: ServerRequirements) -> bool:
-    """Return whether the server verifies greedily. A CPU is not asked: a sampled request ends a DSPARK server there."""
-    if not server.get("speculative_algorithm"):
-        return False
-    return server.get("device") == "cpu" or await verifies_greedily(client, url, required.target, required.probe_ids)
-
-
 async def reported_target(client: httpx.AsyncClient, url: str) -> ServedTarget:
     """Return what a server says of the target that it computes."""
-    return _served_target(url, "", await get_json(client, url, "server_info", "get_server_info"), ours=False)
+    return _served_target(url, "", await get_json(client, url, "server_info"), ours=False)
 
 
 def _served_target(url: str, path: str, server: Json, *, ours: bool) -> ServedTarget:
@@ -211,48 +191,29 @@ def _served_target(url: str, path: str, server: Json, *, ours: bool) -> ServedTa
     return ServedTarget(url, path, server.get("dtype"), quantization, server.get("kv_cache_dtype"), known=ours)
 
 
-async def check_weights(
-    client: httpx.AsyncClient,
-    served: ServedTarget,
-    server: Json,
-    required: ServerRequirements,
-    log: Callable[[str], None],
-) -> WeightComparison:
-    """Compare a server's weights with the target's, by the hub's revision, else by log-probs.
-
-    Weights that are known are compared if a setting of the server differs. server: its /server_info.
-    """
-    target, tokens = required.target, required.scored_ids
-    url, revision = served.url, str(server.get("revision") or "")
-    if (
-        not served.known
-        and served.path == target.source
-        and _COMMIT.fullmatch(revision)
-        and target.revision is not None
-    ):
-        if revision != target.revision:
-            raise wrong_server(
-                url,
-                f"serves {served.path} of revision {revision}, the target is revision {target.revision}. Start it with "
-                f"--revision {target.revision}, or set target.revision.",
-            )
-        served = replace(served, known=True)
-    if served.known and not served.differs(target):
-        return WeightComparison([])
-    theirs = served_logprobs((await _post(client, url, _REQUEST_NAME, payload(tokens))).body, tokens)
-    return await compare_weights(served, theirs, required, log)
+def _known_by_revision(served: ServedTarget, server: Json, target: TargetInfo) -> bool:
+    """Return whether a server has the target's commit of the hub. Raises DraftsmithError if it has another one."""
+    revision = str(server.get("revision") or "")
+    if served.path != target.source or target.revision is None or not _COMMIT.fullmatch(revision):
+        return False
+    if revision != target.revision:
+        raise wrong_server(
+            served.url,
+            f"serves {served.path} of revision {revision}, the target is revision {target.revision}. Start it with "
+            f"--revision {target.revision}, or set target.revision.",
+        )
+    return True
 
 
-def payload(tokens: Sequence[int]) -> Json:
-    """Return the body of /generate that asks for log-probs."""
+async def served_logprobs(
+    client: httpx.AsyncClient, url: str, tokens: Sequence[int], adapter: str
+) -> list[float] | None:
+    """Return a server's log-probs of `tokens` after the first; None if one is missing."""
     sampling = {"temperature": 0, "max_new_tokens": 1}
-    return {"input_ids": list(tokens), "sampling_params": sampling, "return_logprob": True, "logprob_start_len": 0}
-
-
-def served_logprobs(body: Json, tokens: Sequence[int]) -> list[float] | None:
-    """Return the log-probs of an answer to `payload`; None if one is missing."""
+    asked = {"input_ids": list(tokens), "sampling_params": sampling, "return_logprob": True, "logprob_start_len": 0}
+    answer = await _post(client, url, _REQUEST_NAME, asked | ({"lora_path": adapter} if adapter else {}))
     try:
-        scored = body["meta_info"]["input_token_logprobs"][1:]
+        scored = answer.body["meta_info"]["input_token_logprobs"][1:]
         logprobs = [float(each[0]) for each in scored]
         scored_tokens = [int(each[1]) for each in scored]
     except (KeyError, IndexError, TypeError, ValueError):

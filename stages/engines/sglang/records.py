@@ -44,10 +44,6 @@ def generate_payload(request: Request, eos_ids: Sequence[int], traced: bool) -> 
     return payload | ({"lora_path": request.adapter} if request.adapter else {})
 
 
-class IncompleteRecordsError(BadAnswerError):
-    """The records of an answer do not cover all of its tokens."""
-
-
 def recorded_drafter(request_id: str, meta: Json) -> str | None:
     """Return the digest of the drafter that the plug-in reports; "" if it reports none, None without any record.
 
@@ -111,8 +107,8 @@ def read_steps(request: Request, tokens: list[int], meta: Json) -> list[VerifySt
     """Return the verify steps of an answer from the plug-in's records, one element per output token.
 
     The first token comes from the prefill; every other one must belong to exactly one step. A step that went past the
-    end of the answer is cut there, as the embedded engine does. Raises IncompleteRecordsError otherwise,
-    BadAnswerError for log-probs that are NaN.
+    end of the answer is cut there, as the embedded engine does. Raises BadAnswerError otherwise,
+    and for log-probs that are NaN.
     """
     records = meta.get(KEY) or []
     steps: list[VerifyStep] = []
@@ -149,8 +145,8 @@ def _is_finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def _incomplete(request: Request, reason: str) -> IncompleteRecordsError:
-    return IncompleteRecordsError(
+def _incomplete(request: Request, reason: str) -> BadAnswerError:
+    return BadAnswerError(
         f"request {request.request_id}: the records of its verify steps do not fit its answer: {reason}. "
         "Check the plug-in's version, or set engine.trace: false (mining then replays)."
     )

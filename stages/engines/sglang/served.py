@@ -24,7 +24,7 @@ _COUNTERS = [f"sglang:{name}_total" for name in ("num_requests", "generation_tok
 
 async def server_state(client: httpx.AsyncClient, url: str) -> ServerState:
     """Return the state of a server. Raises RequestLostError if it does not answer."""
-    server = await get_json(client, url, "server_info", "get_server_info")
+    server = await get_json(client, url, "server_info")
     states = server.get("internal_states") or ()  # of each replica
     taus = [tau for state in states if (tau := state.get("avg_spec_accept_length"))]
     reported = ServerState(

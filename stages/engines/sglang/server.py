@@ -23,12 +23,12 @@ from draftsmith.stages.engines.config import LaunchConfig, SGLangEngineConfig
 from draftsmith.stages.engines.environment import PLUGIN, PLUGIN_GROUPS, EngineEnvironment
 from draftsmith.stages.engines.servers.client import (
     RefusedRequestError,
-    RequestLostError,
     check_status,
     query,
-    unreachable_server,
+    reachable,
 )
 from draftsmith.stages.engines.servers.process import option_arguments
+from draftsmith.stages.engines.servers.requirements import ServerRequirements
 from draftsmith.stages.engines.sglang.protocol import SUPPORTED, supported
 
 # Runs inside the servers (pyproject's entry point) and records verify steps. Named here, it counts in the code digest
@@ -40,16 +40,7 @@ _CUDA, _DRIVER = 13, 580  # of the supported releases on PyPI, and the first dri
 _SYSTEM_NVCC = "/usr/local/cuda/bin/nvcc"  # SGLang's last choice
 
 
-def server_command(
-    config: SGLangEngineConfig,
-    *,
-    model_folder: Path,
-    dtype: str,
-    drafter_folder: Path | None,
-    algorithm: str | None,
-    block_size: int | None,
-    adapters: Mapping[str, Path],
-) -> list[str]:
+def server_command(config: SGLangEngineConfig, required: ServerRequirements) -> list[str]:
     """Return the server's command line without its port."""
     assert config.launch is not None
     python, launch = config.interpreter, config.launch
@@ -57,8 +48,14 @@ def server_command(
         raise DraftsmithError(
             f"engine.python: {python} does not exist. `make sglang-gpu` builds the environment and prints its path."
         )
-    parts = [os.fspath(python), "-m", "sglang.launch_server", "--model-path", os.fspath(model_folder.absolute())]
-    parts += ["--host", "127.0.0.1", "--dtype", dtype]
+    parts = [
+        os.fspath(python),
+        "-m",
+        "sglang.launch_server",
+        "--model-path",
+        os.fspath(required.model_folder.absolute()),
+    ]
+    parts += ["--host", "127.0.0.1", "--dtype", required.target.dtype]
     if launch.tensor_parallel > 1:
         parts += ["--tp-size", str(launch.tensor_parallel)]
     if launch.data_parallel > 1:
@@ -69,11 +66,12 @@ def server_command(
     parts += ["--max-running-requests", str(config.concurrency * replicas)]
     if launch.memory_fraction is not None:
         parts += ["--mem-fraction-static", str(launch.memory_fraction)]
-    if drafter_folder is not None and algorithm is not None and block_size is not None:
-        parts += drafting_options(drafter_folder, algorithm, block_size)
-    if adapters:
-        parts += ["--enable-lora", "--max-loras-per-batch", str(len(adapters) + 1), "--lora-paths"]
-        parts += [f"{name}={folder.absolute()}" for name, folder in adapters.items()]
+    if required.drafter_folder is not None:
+        assert required.algorithm is not None and required.block_size is not None
+        parts += drafting_options(required.drafter_folder, required.algorithm, required.block_size)
+    if required.adapters:
+        parts += ["--enable-lora", "--max-loras-per-batch", str(len(required.adapters) + 1), "--lora-paths"]
+        parts += [f"{name}={folder.absolute()}" for name, folder in required.adapters.items()]
     return parts + option_arguments(launch.options)
 
 
@@ -234,13 +232,12 @@ async def router_workers(client: httpx.AsyncClient, url: str) -> list[str] | Non
 
     Raises RetryableError if it does not answer or cannot say, DraftsmithError for one that wants a key.
     """
-    try:
+    with reachable(url):
         response = await query(client, "GET", f"{url}/workers")
         if response.status_code == 501:
             return None  # a gateway that knows no such path
-        check_status("of the handshake", url, response.status_code, response.text)
-        return [str(each["url"]) for each in response.json()["workers"] if each.get("is_healthy")]
-    except RequestLostError as error:
-        raise unreachable_server(url, error) from error
-    except (RefusedRequestError, ValueError, KeyError, TypeError):
-        return None  # a server, or a gateway in front of one, which the handshake checks
+        try:
+            check_status("of the handshake", url, response.status_code, response.text)
+            return [str(each["url"]) for each in response.json()["workers"] if each.get("is_healthy")]
+        except (RefusedRequestError, ValueError, KeyError, TypeError):
+            return None  # a server, or a gateway in front of one, which the handshake checks

@@ -44,6 +44,7 @@ class VLLMApi(ServerApi):
 
     title = "vLLM"
     no_trace = "the servers do not report verify steps one by one (--per-request-spec-decode-metrics detailed)"
+    id_field = "request_id"
 
     def __init__(self, config: VLLMEngineConfig, required: ServerRequirements, log: Callable[[str], None]):
         self._config, self._required, self._log = config, required, log
@@ -74,16 +75,34 @@ class VLLMApi(ServerApi):
         return payload if self._salt is None else payload | {"cache_salt": self._salt}
 
     async def generate(
-        self,
-        client: httpx.AsyncClient,
-        url: str,
-        name: str,
-        payload: Json,
-        request_id: str,
-        *,
-        stream: bool,
+        self, client: httpx.AsyncClient, url: str, name: str, payload: Json, *, stream: bool = False
     ) -> ServerAnswer:
-        return await generate(client, url, name, {**payload, "request_id": request_id}, stream=stream)
+        """Send a request; the events of a streamed answer are put together to one body."""
+        started, endpoint = time.perf_counter(), f"{url}/v1/completions"
+        first_token, body, choice = float("nan"), Json(), Json()
+        tokens: list[int] = []
+
+        def receive(event: Json) -> None:
+            nonlocal first_token
+            for part in event.pop("choices"):
+                if part.get("token_ids") and not tokens:
+                    first_token = time.perf_counter() - started
+                tokens.extend(part.pop("token_ids", None) or ())
+                choice.update({key: value for key, value in part.items() if value is not None})
+            body.update(event)
+
+        with lost_unless_readable():
+            if stream:
+                payload = payload | {
+                    "stream": True,
+                    "stream_options": {"include_usage": True},
+                    "stream_interval": _STREAM_INTERVAL,
+                }
+                await read_stream(client, endpoint, name, payload, receive)
+                body["choices"] = [choice | {"token_ids": tokens}]
+            else:
+                body = await post(client, endpoint, name, payload)
+        return ServerAnswer(body, time.perf_counter() - started, first_token, url)
 
     async def abort(self, client: httpx.AsyncClient, url: str, request_id: str) -> None:
         """Do nothing: vLLM stops an answer when its connection is closed."""
@@ -106,38 +125,8 @@ class VLLMApi(ServerApi):
         async with health_check(_HEALTH_LIMIT_S):
             response = await client.get(f"{url}/health")
             check_status("of the health check", url, response.status_code, response.text)
-            await generate(client, url, "of the health check", completion_payload(Request("", [0], 1), ()))
+            await self.generate(client, url, "of the health check", completion_payload(Request("", [0], 1), ()))
 
     async def flush_cache(self, client: httpx.AsyncClient, url: str) -> None:  # noqa: ARG002
         """Give the next requests another salt, since a stock server has no endpoint that empties its prefix cache."""
         self._salt = uuid.uuid4().hex
-
-
-async def generate(
-    client: httpx.AsyncClient, url: str, name: str, payload: Json, *, stream: bool = False
-) -> ServerAnswer:
-    """Send one POST /v1/completions. Raises RequestLostError, or DraftsmithError if the server refuses the request.
-
-    The events of a streamed answer are put together to one body.
-    """
-    started, endpoint = time.perf_counter(), f"{url}/v1/completions"
-    first_token, body, choice = float("nan"), Json(), Json()
-    tokens: list[int] = []
-
-    def receive(event: Json) -> None:
-        nonlocal first_token
-        for part in event.pop("choices"):
-            if part.get("token_ids") and not tokens:
-                first_token = time.perf_counter() - started
-            tokens.extend(part.pop("token_ids", None) or ())
-            choice.update({key: value for key, value in part.items() if value is not None})
-        body.update(event)
-
-    with lost_unless_readable():
-        if stream:
-            options = {"stream": True, "stream_options": {"include_usage": True}, "stream_interval": _STREAM_INTERVAL}
-            await read_stream(client, endpoint, name, payload | options, receive)
-            body["choices"] = [choice | {"token_ids": tokens}]
-        else:
-            body = await post(client, endpoint, name, payload)
-    return ServerAnswer(body, time.perf_counter() - started, first_token, url)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import httpx
 
@@ -18,20 +19,19 @@ from draftsmith.stages.engines.servers.api import ServerInfo
 from draftsmith.stages.engines.servers.client import (
     Json,
     RefusedRequestError,
-    RequestLostError,
     ServerAnswer,
     check_status,
     get_json,
     json_object,
     query,
-    unreachable_server,
+    reachable,
     wrong_server,
 )
 from draftsmith.stages.engines.servers.identity import (
     ServedTarget,
     check_adapters,
     check_tokenizer,
-    compare_weights,
+    check_weights,
     launched_target,
 )
 from draftsmith.stages.engines.servers.requirements import ServerRequirements
@@ -56,22 +56,18 @@ async def check_server(
 
     ours: it was started here, so its files are the right ones. options: that it was started with then.
     """
-    try:
+    with reachable(url):
         version = str((await get_json(client, url, "version")).get("version", "?"))
         if (release := re.match(r"(\d+)\.(\d+)", version)) and tuple(map(int, release.groups())) < FIRST:
             raise wrong_server(url, f"is vLLM {version}, which reports no verify steps. Use 0.29 or later.")
         card = dict((await get_json(client, url, "v1/models"))["data"][0])
-        remarks, difference = list[str](), None
         await check_adapters(client, url, required)
         path = str(card.get("root") or card.get("id"))
         served = launched_target(options or {}, url, path) if ours else await reported_target(client, url, path)
-        if not ours:
-            remarks += await check_tokenizer(client, url, served.path, required)
-        for adapter in ("", *required.adapters) if not ours else [""] if served.differs(required.target) else ():
-            theirs = await _served_logprobs(client, url, required.scored_ids, adapter)
-            found = await compare_weights(served, theirs, required, log, adapter)
-            remarks += found.remarks
-            difference = difference or found.difference
+        remarks = [] if ours else await check_tokenizer(client, url, served.path, required)
+        scored = partial(_served_logprobs, client, url, required.scored_ids)
+        compared, difference = await check_weights(served, scored, required, log, ours=ours)
+        remarks += compared
         if (limit := card.get("max_model_len")) is not None and required.longest > limit:
             raise wrong_server(
                 url,
@@ -85,8 +81,6 @@ async def check_server(
         remarks += _check_drafter(url, metrics, required)
         if required.drafter_folder is not None and not ours:
             remarks.append(f"{url}: only parity with replay can tell whether it drafts with {required.drafter_folder}")
-    except RequestLostError as error:
-        raise unreachable_server(url, error) from error
     records = metrics is not None and "per_step_accepted" in metrics
     return ServerInfo(version, records, remarks=remarks, target_difference=difference)
 

@@ -1,15 +1,11 @@
 """Bodies for vLLM's /v1/completions, and completions of its answers, with the verify steps that it reports.
 
-A server with `--per-request-spec-decode-metrics detailed` reports, in `metrics.speculative_decoding` of an answer, how
-many proposals every verify step drafted and accepted. The first token of an answer comes from the prefill, and a step
-commits what it accepted and one token more. So the prefix sums of `accepted + 1` are the anchors. The rejected
-proposals are not reported: replay gives them.
+[README.md](README.md#verify-steps) says how anchors follow from them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from draftsmith.stages.engines.base import Completion, Request, VerifyStep
 from draftsmith.stages.engines.servers.api import BadAnswerError, wrong_tokens
@@ -47,36 +43,6 @@ def completion_payload(request: Request, eos_ids: Sequence[int]) -> Json:
     return payload
 
 
-class UnusableAnswerError(Exception):
-    """A response does not hold one whole answer; the message says why."""
-
-
-@dataclass(frozen=True)
-class VLLMAnswer:
-    """The one answer of a response."""
-
-    prompt_ids: list[int]
-    token_ids: list[int]
-    finish_reason: str  # "stop" or "length"
-    stop_reason: object  # the stop string or stop token that ended it; None: the model's own end token, or its length
-
-
-def read_response(body: Json) -> VLLMAnswer:
-    """Return the answer of a response to a request with `"return_token_ids": true`. Raises UnusableAnswerError."""
-    choices = body["choices"]
-    if len(choices) > 1:
-        raise UnusableAnswerError("one of several (n > 1)")
-    choice = choices[0] if choices else {}
-    if choice.get("finish_reason") is None:
-        raise UnusableAnswerError("a chunk of a streamed answer")
-    if choice["finish_reason"] not in ("stop", "length"):
-        raise UnusableAnswerError(f"cut ({choice['finish_reason']})")
-    if choice.get("prompt_token_ids") is None or choice.get("token_ids") is None:
-        raise UnusableAnswerError("without token ids (return_token_ids)")
-    prompt, tokens = ([int(token) for token in choice[name]] for name in ("prompt_token_ids", "token_ids"))
-    return VLLMAnswer(prompt, tokens, choice["finish_reason"], choice.get("stop_reason"))
-
-
 class UnreadStepsError(Exception):
     """The verify steps of an answer are not those of whole blocks one after the other; the message is the reason."""
 
@@ -91,24 +57,27 @@ def read_completion(request: Request, answer: ServerAnswer, target: TargetInfo) 
 
     Raises BadAnswerError, which names the request, if the answer does not fit it.
     """
-    body = answer.body
+    body, name = answer.body, f"request {request.request_id}: the server's answer"
     try:
-        read = read_response(body)
-        prompt_tokens, metrics = len(read.prompt_ids), drafting_metrics(body)
+        choices, metrics = body["choices"], drafting_metrics(body)
         counted = int(metrics["num_spec_steps"]) if metrics else 0
         accepted_counts = [int(count) for count in metrics["acceptance_histogram"]] if metrics else []
-    except UnusableAnswerError as reason:
-        raise BadAnswerError(f"request {request.request_id}: the server's answer is {reason}.") from reason
+        if len(choices) > 1:
+            raise BadAnswerError(f"{name} is one of several (n > 1).")
+        if not choices or (reason := choices[0].get("finish_reason")) is None:
+            raise BadAnswerError(f"{name} is a chunk of a streamed answer.")
+        prompt, tokens = (choices[0].get(field) for field in ("prompt_token_ids", "token_ids"))
+        if prompt is None or tokens is None:
+            raise BadAnswerError(f"{name} is without token ids (return_token_ids).")
+        tokens, stop_reason = [int(token) for token in tokens], choices[0].get("stop_reason")
     except (KeyError, TypeError, ValueError) as error:
-        raise BadAnswerError(
-            f"request {request.request_id}: the server's answer has no {error}. Use a supported release of vLLM."
-        ) from error
-    if wrong := wrong_tokens(request, read.token_ids, read.finish_reason, read.stop_reason, prompt_tokens, target):
-        raise BadAnswerError(f"request {request.request_id}: the server's answer {wrong}")
+        raise BadAnswerError(f"{name} has no {error}. Use a supported release of vLLM.") from error
+    if wrong := wrong_tokens(request, tokens, reason, stop_reason, len(prompt), target):
+        raise BadAnswerError(f"{name} {wrong}")
     return Completion(
         request,
-        read.token_ids,
-        read.finish_reason,
+        tokens,
+        reason,
         verify_steps=counted,
         accepted_counts=accepted_counts,
         seconds=answer.seconds,

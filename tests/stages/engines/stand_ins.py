@@ -101,15 +101,14 @@ def server_of(
     server: dict[str, Any] | None = None,
     tokens: list[int] | None = None,
     digest: str | None = None,
-    names: tuple[str, str] = ("model_info", "server_info"),
     generate: Reply | None = None,
 ) -> Iterator[HttpServer]:
     """Run a server that meets the requirements but for some differences."""
     if generate is None:
         generate = (lambda p: speculating(p, digest)) if expected.drafter_folder else answer
     replies = {
-        names[0]: lambda _: good_model(expected) | (model or {}),
-        names[1]: lambda _: good_server(expected) | (server or {}),
+        "model_info": lambda _: good_model(expected) | (model or {}),
+        "server_info": lambda _: good_server(expected) | (server or {}),
         "tokenize": lambda _: {"tokens": expected.probe_ids if tokens is None else tokens},
     }
     with serving(generate, **replies) as running:

@@ -46,11 +46,10 @@ def test_launched_servers_get_the_artifacts_copies(required: ServerRequirements,
     named = [f"{name}={required.target_folder / 'adapters' / name}" for name in "ab"]
     launch = {"python": sys.executable, "launch": {}}
     sglang = SGLangEngineConfig.model_validate({"kind": "sglang", **launch})
-    model: dict[str, Any] = {"model_folder": tmp_path, "dtype": "float32"}
-    model |= dict.fromkeys(("drafter_folder", "algorithm", "block_size"))
-    words = sglang_command(sglang, **model, adapters=required.adapters)
+    alone = replace(required, adapters={})
+    words = sglang_command(sglang, required)
     assert words[-6:] == ["--enable-lora", "--max-loras-per-batch", "3", "--lora-paths", *named]
-    assert not [word for word in sglang_command(sglang, **model, adapters={}) if "lora" in word]
+    assert not [word for word in sglang_command(sglang, alone) if "lora" in word]
     vllm = VLLMEngineConfig.model_validate({"kind": "vllm", **launch})
     words = vllm_command(vllm, required, tmp_path)
     maps = ["--lora-target-modules", *sorted(each.rpartition(".")[2] for each in ALL)]
@@ -64,7 +63,7 @@ def test_launched_servers_get_the_artifacts_copies(required: ServerRequirements,
         "--lora-modules",
         *named,
     ]
-    assert not [word for word in vllm_command(vllm, replace(required, adapters={}), tmp_path) if "lora" in word]
+    assert not [word for word in vllm_command(vllm, alone, tmp_path) if "lora" in word]
 
 
 def test_a_request_names_its_adapter() -> None:

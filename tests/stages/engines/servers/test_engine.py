@@ -152,6 +152,10 @@ def test_a_refused_key_ends_generation_immediately(plain: ServerRequirements, en
     assert "engine.api_key_env" in str(error) and not isinstance(error, UnansweredError)
 
 
+def in_the_vocabulary(payload: dict[str, Any], reply: Callable[..., dict[str, Any]] = answer) -> dict[str, Any]:
+    return reply(payload) | {"output_ids": payload["input_ids"][:1] * payload["sampling_params"]["max_new_tokens"]}
+
+
 def test_a_rollout_keeps_all_answers_and_a_rerun_generates_only_the_missing_one(
     plain: ServerRequirements, tiny_drafter: DrafterArtifacts, tmp_path: Path
 ) -> None:
@@ -164,11 +168,6 @@ def test_a_rollout_keeps_all_answers_and_a_rerun_generates_only_the_missing_one(
         config = {"splits": ["heldout"], "prompts": 20, "sampling": {"max_new_tokens": 8}, "engine": engine}
         STAGE.run(ctx, RolloutConfig.model_validate(config))
         return ctx
-
-    def in_the_vocabulary(payload: dict[str, Any]) -> dict[str, Any]:
-        return answer(payload) | {
-            "output_ids": [payload["input_ids"][0]] * payload["sampling_params"]["max_new_tokens"]
-        }
 
     def generate(payload: dict[str, Any]) -> dict[str, Any]:
         if payload["input_ids"] == refused.token_ids:
@@ -198,9 +197,7 @@ def test_a_rollout_records_that_its_servers_compute_another_target(
     ctx = RecordingContext.under(tmp_path, inputs)
 
     def generate(payload: dict[str, Any]) -> dict[str, Any]:
-        return speculating(payload) | {
-            "output_ids": [payload["input_ids"][0]] * payload["sampling_params"]["max_new_tokens"]
-        }
+        return in_the_vocabulary(payload, speculating)
 
     with server_of(assisted, server={"kv_cache_dtype": "fp8_e4m3"}, generate=generate) as server:
         engine = {"kind": "sglang", "urls": [server.url], "concurrency": 2}

@@ -6,10 +6,8 @@ import asyncio
 import itertools
 import tempfile
 import threading
-import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from email.utils import formatdate
 from pathlib import Path
 from typing import Any, cast
 
@@ -69,11 +67,8 @@ def with_pool(
                 DeathLog(deaths or Path(folder) / "deaths.json"),
                 logs.append,
             )
-            try:
-                async with asyncio.timeout(60):
-                    return await body(pool)
-            finally:
-                await pool.close()
+            async with asyncio.timeout(60):
+                return await body(pool)
 
     with tempfile.TemporaryDirectory() as folder:
         return asyncio.run(run(folder)), logs
@@ -207,15 +202,11 @@ def test_a_server_that_stays_full_is_a_retryable_error(monkeypatch: pytest.Monke
         with_pool([server], ask)
 
 
-IN_1000_S = "a date"
-
-
 @pytest.mark.parametrize(
     ("status", "text", "header", "wait_s"),
     [
         (429, "", None, 0),
         (429, "", "7", 7),
-        (429, "", IN_1000_S, 1000),
         (429, "", "soon", 0),
         (503, "The request queue is full.", None, 0),
         (503, "Request waiting timeout reached.", None, 0),
@@ -230,14 +221,12 @@ IN_1000_S = "a date"
 def test_which_refusals_mean_that_a_server_is_full(
     status: int, text: str, header: str | None, wait_s: float | None
 ) -> None:
-    if header == IN_1000_S:
-        header = formatdate(time.time() + 1000, usegmt=True)
     with pytest.raises(RequestLostError) as caught:
         check_status("r", "http://a", status, text, header)
     if wait_s is None:
         assert not isinstance(caught.value, ServerFullError)
     else:
-        assert isinstance(caught.value, ServerFullError) and wait_s - 100 <= caught.value.wait_s <= wait_s
+        assert isinstance(caught.value, ServerFullError) and caught.value.wait_s == wait_s
 
 
 # ---- servers that die

@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from draftsmith.stages.engines.config import LaunchConfig
+from draftsmith.stages.engines.config import SGLangLaunchConfig
 from draftsmith.stages.engines.servers.client import key_header
 from draftsmith.stages.engines.servers.process import ServerProcess, free_ports, server_processes
 from draftsmith.stages.engines.sglang.server import cuda_environment as variables_on_cuda
@@ -71,7 +71,7 @@ def test_a_server_on_cuda_finds_the_build_tools_of_its_environment(
     )
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CUDA_HOME", raising=False)
-    launch = LaunchConfig.model_validate({})
+    launch = SGLangLaunchConfig.model_validate({})
     variables = variables_on_cuda(python, launch, tmp_path / "cuda")
     (server,) = server_processes(launch, [str(python)], variables, tmp_path / "logs" / "sglang.log")
     server.start()

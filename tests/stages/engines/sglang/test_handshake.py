@@ -23,12 +23,9 @@ from tests.stages.engines.stand_ins import (
 )
 from tests.testbed.drafter import DrafterArtifacts
 
-OLD = ("get_model_info", "get_server_info")
 
-
-@pytest.mark.parametrize("names", [("model_info", "server_info"), OLD], ids=["new names", "old names"])
-def test_the_right_server_is_accepted(names: tuple[str, str], plain: ServerRequirements) -> None:
-    with server_of(plain, names=names) as server:
+def test_the_right_server_is_accepted(plain: ServerRequirements) -> None:
+    with server_of(plain) as server:
         assert check(server, plain, ours=True) == ServerInfo("0.5.20", records_trace=False)
         (remark,) = check(server, plain).remarks
     assert "no log-probs" in remark
@@ -89,7 +86,6 @@ def test_requests_that_would_wait_in_the_server_are_a_remark_and_in_an_evaluatio
         ({"tokens": [1, 2, 3]}, "tokenizer is not that of the target"),
         ({"server": {"max_req_input_len": 100}}, "takes 104 positions a request, the longest needs 200"),
         ({"server": {"max_total_num_tokens": 150}}, "takes 148 positions"),
-        ({"names": ("model_info", "elsewhere")}, "has no /server_info"),
         ({"generate": lambda p: answer(p | {"input_ids": [895]})}, "another model is served"),
         ({"generate": lambda p: answer(p) | {"output_ids": []}}, "is empty"),
     ],

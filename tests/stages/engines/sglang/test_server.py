@@ -14,11 +14,12 @@ from draftsmith.artifacts import host
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.host import Gpu
 from draftsmith.stages.drafters.spec import DraftingConfig
-from draftsmith.stages.engines.config import LaunchConfig, SGLangEngineConfig
+from draftsmith.stages.engines.config import SGLangEngineConfig, SGLangLaunchConfig
 from draftsmith.stages.engines.servers import process, requirements
 from draftsmith.stages.engines.sglang import server
 from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.evaluation.config import EvaluationConfig
+from draftsmith.stages.target.info import TargetInfo
 
 
 def config(**launch: Any) -> SGLangEngineConfig:
@@ -29,18 +30,20 @@ def line(
     found: SGLangEngineConfig,
     drafter: Path | None = None,
     block_size: int | None = None,
-    adapters: dict[str, Path] | None = None,
 ) -> list[str]:
-    algorithm = requirements.speculative_algorithm(drafter) if drafter else None
-    return server.server_command(
-        found,
+    required = requirements.ServerRequirements(
+        target=TargetInfo.model_construct(dtype="bfloat16"),
+        target_folder=Path("/target"),
         model_folder=Path("/models/target"),
-        dtype="bfloat16",
+        probe_ids=[],
+        scored_ids=[],
+        longest=100,
+        concurrency=4,
         drafter_folder=drafter,
-        algorithm=algorithm,
+        algorithm=requirements.speculative_algorithm(drafter) if drafter else None,
         block_size=block_size,
-        adapters=adapters or {},
     )
+    return server.server_command(found, required)
 
 
 def drafter(folder: Path, **fields: Any) -> Path:
@@ -51,15 +54,6 @@ def drafter(folder: Path, **fields: Any) -> Path:
 
 def after(words: list[str], name: str) -> str:
     return words[words.index(name) + 1]
-
-
-def test_a_server_without_a_drafter_gets_the_targets_model_and_dtype() -> None:
-    words = line(config())
-    assert words[:3] == [sys.executable, "-m", "sglang.launch_server"]
-    assert after(words, "--model-path") == "/models/target"
-    assert after(words, "--dtype") == "bfloat16"
-    assert after(words, "--host") == "127.0.0.1"
-    assert not [word for word in words if "speculative" in word or "tp" in word or "mem" in word]
 
 
 @pytest.mark.parametrize(
@@ -75,12 +69,16 @@ def test_every_server_computes_as_many_requests_at_a_time_as_it_may_get(
         assert after(words, "--max-running-requests") == most
 
 
-def test_parallelism_memory_and_further_options_pass_through() -> None:
+def test_model_dtype_parallelism_memory_and_further_options_pass_through() -> None:
+    words = line(config())
+    assert words[:3] == [sys.executable, "-m", "sglang.launch_server"]
+    given = {name: after(words, name) for name in ("--model-path", "--dtype", "--host")}
+    assert given == {"--model-path": "/models/target", "--dtype": "bfloat16", "--host": "127.0.0.1"}
+    assert not [word for word in words if "speculative" in word or "tp" in word or "mem" in word]
     options = {"attention-backend": "fa3", "disable_cuda_graph": True, "enable-x": False, "cuda-graph-bs": [1, 2, 4]}
     words = line(config(tensor_parallel=2, memory_fraction=0.8, options=options))
-    assert after(words, "--tp-size") == "2"
-    assert after(words, "--mem-fraction-static") == "0.8"
-    assert after(words, "--attention-backend") == "fa3"
+    given = {name: after(words, name) for name in ("--tp-size", "--mem-fraction-static", "--attention-backend")}
+    assert given == {"--tp-size": "2", "--mem-fraction-static": "0.8", "--attention-backend": "fa3"}
     assert "--disable-cuda-graph" in words
     assert "--enable-x" not in words
     assert words[words.index("--cuda-graph-bs") + 1 :][:3] == ["1", "2", "4"]
@@ -124,12 +122,18 @@ def test_a_rollout_on_sglang_drafts_from_the_whole_vocabulary() -> None:
     assert RolloutConfig.model_validate({"drafting": {"head_tokens": 4096}}).drafting.head_tokens == 4096
 
 
-def test_an_address_needs_its_scheme() -> None:
-    with pytest.raises(ValidationError, match="'gpu1:30000' is no address"):
-        SGLangEngineConfig.model_validate({"kind": "sglang", "urls": ["gpu1:30000"]})
-    for mistyped in ("http://gpu1:3000o", "http://gpu1:300000", "http://", "http://[::1:30000", "http://gpu1:30000 "):
-        with pytest.raises(ValidationError, match="is not a server address"):
-            SGLangEngineConfig.model_validate({"kind": "sglang", "urls": [mistyped]})
+def test_an_address_has_a_scheme_and_no_credentials() -> None:
+    mistyped = ("http://gpu1:3000o", "http://gpu1:300000", "http://", "http://[::1:30000", "http://gpu1:30000 ")
+    secret = ("http://u:pw@gpu1:30000", "http://gpu1:30000?token=abc", "http://tok@gpu1")
+    for said, urls in (
+        ("'gpu1:30000' is no address", ["gpu1:30000"]),
+        ("is not a server address", mistyped),
+        ("api_key_env", secret),
+    ):
+        for url in urls:
+            with pytest.raises(ValidationError, match=said) as caught:
+                SGLangEngineConfig.model_validate({"kind": "sglang", "urls": [url]})
+            assert "pw@" not in str(caught.value) and "tok@" not in str(caught.value)
     for well in ("http://gpu1", "https://gpu1:443/sglang/", "http://[::1]:30000"):
         assert SGLangEngineConfig.model_validate({"kind": "sglang", "urls": [well]}).urls == (well,)
 
@@ -173,13 +177,6 @@ def test_values_that_would_change_what_is_served_or_are_secret_are_refused(launc
     assert config(environment={"TOKENIZERS_PARALLELISM": "false"}, options=options).launch is not None
 
 
-@pytest.mark.parametrize("url", ["http://u:pw@gpu1:30000", "http://gpu1:30000?token=abc", "http://tok@gpu1"])
-def test_an_address_holds_no_credentials(url: str) -> None:
-    with pytest.raises(ValidationError, match="api_key_env") as caught:
-        SGLangEngineConfig.model_validate({"kind": "sglang", "urls": [url]})
-    assert "pw@" not in str(caught.value) and "tok@" not in str(caught.value)
-
-
 def test_the_key_of_given_servers_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     given = {"kind": "sglang", "urls": ["http://gpu1:30000"], "api_key_env": "MY_KEY"}
     monkeypatch.setenv("MY_KEY", " abc\n")
@@ -191,12 +188,12 @@ def test_the_key_of_given_servers_comes_from_the_environment(monkeypatch: pytest
 
 
 def test_every_server_gets_its_own_gpus() -> None:
-    two = LaunchConfig.model_validate({"servers": 2, "tensor_parallel": 2})
+    two = SGLangLaunchConfig.model_validate({"servers": 2, "tensor_parallel": 2})
     assert process.assign_gpus(two, ["4", "5", "6", "7"]) == ["4,5", "6,7"]
     with pytest.raises(DraftsmithError, match="2 servers of tensor_parallel 2 need 4 GPUs, 3 are visible"):
         process.assign_gpus(two, ["0", "1", "2"])
     assert process.assign_gpus(two, []) == [None, None]
-    on_cpu = LaunchConfig.model_validate({"servers": 2, "options": {"device": "cpu"}})
+    on_cpu = SGLangLaunchConfig.model_validate({"servers": 2, "options": {"device": "cpu"}})
     assert process.assign_gpus(on_cpu, ["0"]) == [None, None]
     replicas = config(servers=2, data_parallel=2)
     assert replicas.launch is not None
