@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import json
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
@@ -49,7 +49,7 @@ class DrafterSwap:
         self._recorder = recorder
         self._scheduler: Any = None  # of a server whose drafter can be written
         self._since = ""
-        self._files: DrafterFiles | None = None  # being read
+        self._reading: tuple[str, Future[dict[str, bytes]]] | None = None  # digest and files
         # digest and parameters, on the CPU: to be written, and as they were before the last swap
         self._ready: tuple[str, dict[str, torch.Tensor]] | None = None
         self._previous: tuple[str, dict[str, torch.Tensor]] | None = None
@@ -96,7 +96,7 @@ class DrafterSwap:
             state = self._prepare(wanted)
         except Exception as error:  # of any kind: a rank that raises would leave the others waiting
             log.warning("draftsmith: drafter %s is refused: %s", wanted["drafter"][:12], error)
-            self._files = self._ready = None
+            self._reading = self._ready = None
             state = f"refused: {error}"
         states = gather(state)
         if refused := next((each for each in states if each.startswith("refused: ")), None):
@@ -121,24 +121,20 @@ class DrafterSwap:
         if self._previous is not None and self._previous[0] == digest:
             self._ready = self._previous
             return "ready"
-        if self._files is None or self._files.wanted["drafter"] != digest:
-            self._files = DrafterFiles(wanted)
-        if self._files.thread.is_alive():
+        if self._reading is None or self._reading[0] != digest:
+            self._reading = digest, ThreadPoolExecutor(1, "draftsmith-swap").submit(read_drafter, wanted)
+        if not self._reading[1].done():
             return "reading"
-        files, self._files = self._files, None
-        if files.error is not None:
-            raise files.error
-        worker = self._scheduler.draft_worker
+        (_, reading), self._reading = self._reading, None
+        content, worker = reading.result(), self._scheduler.draft_worker
+        target = self._scheduler.tp_worker.model_runner.model
+        shared = {parameter.data_ptr() for parameter in target.parameters()}  # embedding and head of most drafters
         with torch.inference_mode(False), torch.no_grad():
             if not all(torch.equal(held, derived) for held, derived in derived_tensors(worker)):
                 raise RefusedSwapError("this release of SGLang derives tensors from the drafter in an unknown way")
-            tensors = load(files.content["model.safetensors"])
-            self._ready = digest, load_aside(draft_runner(worker).model, tensors, self._shared())
+            tensors = load(content["model.safetensors"])
+            self._ready = digest, load_aside(draft_runner(worker).model, tensors, shared)
         return "ready"
-
-    def _shared(self) -> set[int]:
-        """Return the addresses of the target's parameters, of which a drafter uses embedding and head."""
-        return {parameter.data_ptr() for parameter in self._scheduler.tp_worker.model_runner.model.parameters()}
 
     def _write(self) -> None:
         """Empty the caches and write parameters while no request computes. Raises RefusedSwapError before writing."""
@@ -159,23 +155,6 @@ class DrafterSwap:
                 held.copy_(derived)
             self._recorder.drafter, self._since, self._proof, self._ready = digest, _now(), "", None
         log.info("draftsmith: serves drafter %s since %s", digest[:12], self._since)
-
-
-class DrafterFiles:
-    """The files of a drafter, read in a thread; `content` or `error` is there when it has ended."""
-
-    def __init__(self, wanted: Json) -> None:
-        self.wanted = wanted
-        self.content: dict[str, bytes] = {}
-        self.error: Exception | None = None
-        self.thread = threading.Thread(target=self._read, name="draftsmith-swap", daemon=True)
-        self.thread.start()
-
-    def _read(self) -> None:
-        try:
-            self.content = read_drafter(self.wanted)
-        except Exception as error:
-            self.error = error
 
 
 def draft_runner(worker: Any) -> Any:
