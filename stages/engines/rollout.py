@@ -50,16 +50,16 @@ def run(ctx: StageContext, config: RolloutConfig) -> None:
         vocab_size = read_target_info(ctx.inputs["target"]).vocab_size
         asked = requests.at(range(len(requests)))
         store_logged_answers(config.external_files(), asked, splits, vocab_size, answers)
-    _generate_missing(ctx, config, requests, drafter, answers)
-    try:
-        _write_tables(ctx, requests, answers, with_trace=drafter is not None)
-    except StageInterrupted:
-        raise
-    except DraftsmithError:  # tokens and steps of an earlier attempt are read here for the first time
-        if not answers.drop_damaged():
-            raise
+    while True:
         _generate_missing(ctx, config, requests, drafter, answers)
-        _write_tables(ctx, requests, answers, with_trace=drafter is not None)
+        try:
+            _write_tables(ctx, requests, answers, with_trace=drafter is not None)
+            break
+        except StageInterrupted:
+            raise
+        except DraftsmithError:  # tokens and steps of an earlier attempt are read here for the first time
+            if not answers.drop_damaged():
+                raise
     if drafter is not None:
         difference, engine = TargetDifference.read_if_there(ctx.work), config.engine
         running = isinstance(engine, ServerEngineConfig) and engine.launch is None  # they have dtypes of their own

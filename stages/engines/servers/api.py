@@ -66,9 +66,9 @@ class ServerApi(ABC):
         Raises RequestLostError, or DraftsmithError if the server refuses the request.
         """
 
-    @abstractmethod
-    async def abort(self, client: httpx.AsyncClient, url: str, request_id: str) -> None:
-        """Stop an answer whose connection was closed."""
+    async def abort(self, _client: httpx.AsyncClient, _url: str, _request_id: str) -> None:
+        """Stop an answer whose connection was closed, where the server does not do so by itself."""
+        return
 
     @abstractmethod
     def completion(self, request: Request, answer: ServerAnswer, *, traced: bool) -> Completion:

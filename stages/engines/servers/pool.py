@@ -315,9 +315,15 @@ class ServerPool:
             await retry_on(RequestLostError, give_up=give_up)(check)()
         except Exception as error:  # of any kind: requests must not wait for ever
             self._deaths.record(server.requests, server.url)
-            self._mark_lost(server, server.ended() or str(error))
+            if server.lost is None:
+                server.lost = server.ended() or str(error)
+                self._log(f"{self._api.title} server {server.url} is lost: {server.lost}")
+                server.lost_event.set_result(None)
         finally:
-            self._log_ended_processes(server)
+            for process in server.processes:
+                if (how := process.ended()) and process not in self._reported:
+                    self._reported.add(process)
+                    self._log(f"{process.url} {how}; the end of {process.log_path}:\n{process.tail()}")
             server.health_check = None
             self._wake()
 
@@ -332,20 +338,6 @@ class ServerPool:
             raise errors[0]
         if server.workers:
             await self._api.check_router(self._client, server.url)
-
-    def _mark_lost(self, server: Server, reason: str) -> None:
-        """Send it no more requests; those in flight go to the others."""
-        if server.lost is None:
-            server.lost = reason
-            self._log(f"{self._api.title} server {server.url} is lost: {reason}")
-            server.lost_event.set_result(None)
-            self._wake()
-
-    def _log_ended_processes(self, server: Server) -> None:
-        for process in server.processes:
-            if (how := process.ended()) and process not in self._reported:
-                self._reported.add(process)
-                self._log(f"{process.url} {how}; the end of {process.log_path}:\n{process.tail()}")
 
 
 def _pause_s(error: BaseException, attempts: int) -> float:

@@ -127,7 +127,10 @@ def read_steps(request: Request, tokens: list[int], meta: Json) -> list[VerifySt
         committed = min(accepted + 1, len(tokens) - at)
         if [*block[:accepted], record["bonus"]][:committed] != tokens[at : at + committed]:
             raise _incomplete(request, f"the step at token {at} has other tokens than the answer")
-        if (logprobs := record.get("logprobs")) is not None and not all(map(_is_finite, logprobs)):
+        logprobs = record.get("logprobs")
+        if any(
+            each is None or not math.isfinite(each) for each in logprobs or ()
+        ):  # JSON has no NaN: SGLang writes null
             raise BadAnswerError(
                 f"request {request.request_id}: the server's log-probs at token {index} are NaN, and so are its "
                 "logits. Look for a dtype or a kernel that overflows."
@@ -138,11 +141,6 @@ def read_steps(request: Request, tokens: list[int], meta: Json) -> list[VerifySt
     if at != max(len(tokens), 1):
         raise _incomplete(request, f"they end at token {at} of {len(tokens)}")
     return steps
-
-
-def _is_finite(value: float | None) -> bool:
-    """Return whether a log-prob is a number. JSON has no NaN: SGLang writes null."""
-    return value is not None and math.isfinite(value)
 
 
 def _incomplete(request: Request, reason: str) -> BadAnswerError:

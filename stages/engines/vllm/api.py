@@ -104,9 +104,6 @@ class VLLMApi(ServerApi):
                 body = await post(client, endpoint, name, payload)
         return ServerAnswer(body, time.perf_counter() - started, first_token, url)
 
-    async def abort(self, client: httpx.AsyncClient, url: str, request_id: str) -> None:
-        """Do nothing: vLLM stops an answer when its connection is closed."""
-
     def completion(self, request: Request, answer: ServerAnswer, *, traced: bool) -> Completion:
         completion = read_completion(request, answer, self._required.target)
         metrics = drafting_metrics(answer.body)

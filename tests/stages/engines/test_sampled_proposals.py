@@ -12,7 +12,6 @@ from scipy import stats
 
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.sampling import Purpose, sample_inverse_cdf, sampling_distribution, uniform
-from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines import verification
 from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.engines.embedded import EmbeddedEngine
@@ -35,9 +34,8 @@ def answers(
     drafter: Drafter | None,
     count: int = ANSWERS,
     slots: int = 100,
-    drafting: DraftingConfig | None = None,
 ) -> list[Completion]:
-    engine = EmbeddedEngine(target, drafter, slots=slots, capacity=16, drafting=drafting)
+    engine = EmbeddedEngine(target, drafter, slots=slots, capacity=16)
     requests = [Request(str(i), PROMPT, TOKENS_EACH, SAMPLING, i) for i in range(count)]
     return sorted(engine.generate(requests), key=lambda answer: int(answer.request.request_id))
 

@@ -11,6 +11,8 @@ NotImplementedError, and an operation that is not here cannot be imported. Loops
 For tests alone: with a GPU SGLang must have the real package, so this one refuses to be imported there.
 """
 
+# ruff: noqa: F401  (SGLang imports them from here)
+
 import torch
 
 if torch.cuda.is_available():
@@ -34,21 +36,6 @@ from .chain import (
     rotate_input_ids_cpu,
     verify_tree_greedy_cpu,
 )
-
-__all__ = [
-    "assign_draft_cache_locs_contiguous_cpu",
-    "assign_extend_cache_locs_cpu",
-    "assign_req_to_token_pool_cpu",
-    "build_draft_decode_metadata_cpu",
-    "build_tree_kernel_efficient_cpu",
-    "copy_all_layer_kv_cache_cpu",
-    "decode_attention_cpu",
-    "extend_attention_cpu",
-    "fill_accept_out_cache_loc_cpu",
-    "fill_bonus_tokens_cpu",
-    "rotate_input_ids_cpu",
-    "verify_tree_greedy_cpu",
-]
 
 # The attention backend looks these two up as torch operations. A plain attribute of the namespace is found the same way
 # and needs no schema, since nothing is compiled here.
