@@ -6,12 +6,10 @@ Stock SGLang pins memory for its adapters, which torch refuses without a GPU; th
 
 from __future__ import annotations
 
-import asyncio
 import json
 from dataclasses import replace
 from pathlib import Path
 
-import httpx
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
@@ -22,6 +20,7 @@ from draftsmith.stages.engines.sglang.handshake import check_server
 from draftsmith.stages.target.info import model_path
 from tests.sglang_cpu.options import CPU_ENVIRONMENT, CPU_OPTIONS
 from tests.sglang_cpu.server import running_server
+from tests.stages.engines.stand_ins import with_client
 from tests.testbed.adapters import rolled_out_alike, served_inputs
 from tests.testbed.drafter import DrafterArtifacts
 
@@ -50,9 +49,8 @@ def test_a_running_server_is_known_by_its_log_probs_under_an_adapter(
     engine = SGLangEngineConfig.model_validate({"kind": "sglang", "urls": ["http://x"]})
     both = server_requirements(engine, inputs["target"], None, DraftingConfig(), 200)
 
-    async def check(url: str, required: ServerRequirements) -> list[str]:
-        async with httpx.AsyncClient(trust_env=False) as client:
-            return (await check_server(client, url, required, print, ours=False)).remarks
+    def check(url: str, required: ServerRequirements) -> list[str]:
+        return with_client(lambda client: check_server(client, url, required, print, ours=False)).remarks
 
     options: dict[str, OptionValue] = {
         "lora-backend": "torch_native",
@@ -65,10 +63,10 @@ def test_a_running_server_is_known_by_its_log_probs_under_an_adapter(
     model = model_path(inputs["target"])
     with running_server(sglang_env, model, options=options, log=tmp_path / "server.log") as url:
         one = replace(both, adapters={"a": both.adapters["a"]})
-        (remark,) = [each for each in asyncio.run(check(url, one)) if "adapter a on" in each]
+        (remark,) = [each for each in check(url, one) if "adapter a on" in each]
         assert float(remark.split(" nats")[0].split()[-1]) < 1e-5
         with pytest.raises(DraftsmithError, match="serves no adapter b"):
-            asyncio.run(check(url, both))
+            check(url, both)
     lines = [line for path in (tmp_path / "requests").iterdir() for line in path.read_text().splitlines()]
     logged = [json.loads(line[line.index("{") :]) for line in lines if "request.finished" in line]
     assert {each["obj"]["lora_path"] for each in logged} == {None, "a"}  # as configs/own-logs.md reads it

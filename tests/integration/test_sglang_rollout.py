@@ -5,11 +5,11 @@ Mining replays what was served, and a diagnosis finds which drafter it was. The 
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
 import shutil
 import subprocess
+from collections.abc import Awaitable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -38,7 +38,7 @@ from draftsmith.stages.replay.stage import MiningConfig
 from draftsmith.stages.target.info import read_target_info
 from tests.sglang_cpu.fixtures import ServingTarget
 from tests.stages.drafters.edits import with_another_mask
-from tests.stages.engines.stand_ins import write_other_revision
+from tests.stages.engines.stand_ins import with_client, write_other_revision
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts
 
@@ -189,12 +189,10 @@ def test_greedy_verification_is_found_by_its_tokens_alone(
     """The probe for devices other than a CPU: with a drafter this server verifies greedily."""
     target = read_target_info(tiny_drafter.target)
 
-    async def ask(url: str) -> bool:
-        async with httpx.AsyncClient(trust_env=False) as client:
-            return await verifies_greedily(client, url, target, [5, 6, 7])
+    def greedily(url: str) -> bool:
+        return with_client(lambda client: verifies_greedily(client, url, target, [5, 6, 7]))
 
-    assert asyncio.run(ask(dflash_url))
-    assert not asyncio.run(ask(plain_url))
+    assert greedily(dflash_url) and not greedily(plain_url)
 
 
 def test_a_server_is_known_by_the_log_probs_of_fixed_tokens(
@@ -204,16 +202,19 @@ def test_a_server_is_known_by_the_log_probs_of_fixed_tokens(
     config = SGLangEngineConfig.model_validate(served(plain_url))
     required = server_requirements(config, tiny_drafter.target, None, DraftingConfig(), 200)
 
-    async def check(target_folder: Path) -> list[str]:
-        async with httpx.AsyncClient(trust_env=False) as client:
-            other, served = replace(required, target_folder=target_folder), ServedTarget(plain_url, "m", "float32")
-            scored = partial(served_logprobs, client, plain_url, required.scored_ids)
-            return (await check_weights(served, scored, other, print, ours=False))[0]
+    def check(target_folder: Path) -> list[str]:
+        other, served = replace(required, target_folder=target_folder), ServedTarget(plain_url, "m", "float32")
 
-    (message,) = asyncio.run(check(tiny_drafter.target))
+        def compare(client: httpx.AsyncClient) -> Awaitable[tuple[list[str], object]]:
+            scored = partial(served_logprobs, client, plain_url, required.scored_ids)
+            return check_weights(served, scored, other, print, ours=False)
+
+        return with_client(compare)[0]
+
+    (message,) = check(tiny_drafter.target)
     assert float(message.split(" nats")[0].split()[-1]) < 1e-5
     with pytest.raises(DraftsmithError, match="other weights"):
-        asyncio.run(check(write_other_revision(tiny_drafter, tmp_path)))
+        check(write_other_revision(tiny_drafter, tmp_path))
 
 
 def test_the_standin_is_not_imported_where_there_is_a_gpu(sglang_env: Path) -> None:

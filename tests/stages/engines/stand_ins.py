@@ -6,10 +6,10 @@ import asyncio
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import torch
@@ -30,6 +30,7 @@ from tests.testbed.drafter import DrafterArtifacts
 # PYTHONPATH of a process that runs the tests' module `sglang.launch_server`
 STAND_IN = os.pathsep.join(map(str, (Path(__file__).with_name("stand_in"), Path(__file__).parents[3])))
 
+T = TypeVar("T")
 # of the fixtures `opened` and `engine_on`
 Opened = Callable[..., AbstractContextManager[ServerEngine]]
 EngineOn = Callable[..., AbstractContextManager[tuple[HttpServer, ServerEngine]]]
@@ -115,15 +116,21 @@ def server_of(
         yield running
 
 
+def with_client(ask: Callable[[httpx.AsyncClient], Awaitable[T]]) -> T:
+    """Return what is asked with a client."""
+
+    async def run() -> T:
+        async with httpx.AsyncClient(trust_env=False) as client:
+            return await ask(client)
+
+    return asyncio.run(run())
+
+
 def check(
     server: HttpServer, expected: ServerRequirements, *, ours: bool = False, logs: list[str] | None = None
 ) -> ServerInfo:
-    async def run() -> ServerInfo:
-        async with httpx.AsyncClient(trust_env=False) as client:
-            log = (logs if logs is not None else []).append
-            return await check_server(client, server.url, expected, log, ours=ours)
-
-    return asyncio.run(run())
+    log = (logs if logs is not None else []).append
+    return with_client(lambda client: check_server(client, server.url, expected, log, ours=ours))
 
 
 def refusing(

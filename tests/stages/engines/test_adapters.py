@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
@@ -26,7 +24,7 @@ from draftsmith.stages.engines.vllm.handshake import check_server as check_vllm
 from draftsmith.stages.engines.vllm.records import completion_payload
 from draftsmith.stages.engines.vllm.server import server_command as vllm_command
 from tests.stages.engines.http_server import HttpServer, answer, serving
-from tests.stages.engines.stand_ins import good_server
+from tests.stages.engines.stand_ins import good_server, with_client
 from tests.stages.engines.vllm.test_engine import completion
 from tests.testbed.adapters import ALL, adapted_artifact
 
@@ -113,12 +111,9 @@ def server(required: ServerRequirements, served: dict[str, str]) -> Iterator[Htt
 @pytest.mark.parametrize("check_server", [check_sglang, check_vllm])
 def test_the_handshake_compares_every_adapter(check_server: Any, required: ServerRequirements) -> None:
     def check(served: dict[str, str], *, ours: bool = False) -> list[str]:
-        async def ask(url: str) -> Any:
-            async with httpx.AsyncClient(trust_env=False) as client:
-                return await check_server(client, url, required, print, ours=ours)
-
         with server(required, served) as running:
-            return list(asyncio.run(ask(running.url)).remarks)
+            asked = with_client(lambda client: check_server(client, running.url, required, print, ours=ours))
+            return list(asked.remarks)
 
     remarks = check({"a": "a", "b": "b"})
     for what in (f"serves {required.model_folder}", *(f"serves adapter {name} on " for name in "ab")):

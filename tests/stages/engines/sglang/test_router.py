@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import httpx
 import pytest
 from pydantic import ValidationError
 
@@ -21,7 +19,7 @@ from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.evaluation.config import EvaluationConfig
 from tests.stages.engines.http_server import HttpServer, Reply, serving
 from tests.stages.engines.sglang.test_server import after, config
-from tests.stages.engines.stand_ins import Opened, refusing, server_of, speculating
+from tests.stages.engines.stand_ins import Opened, refusing, server_of, speculating, with_client
 
 REQUESTS = [Request(f"r{i}", [10 * i + 5], 8) for i in range(4)]
 
@@ -90,12 +88,8 @@ def test_a_router_with_a_wrong_server_is_refused(assisted: ServerRequirements, o
 
 def test_a_router_that_requires_a_key_is_not_taken_for_a_server() -> None:
     def workers(reply: Reply | None) -> list[str] | None:
-        async def ask(url: str) -> list[str] | None:
-            async with httpx.AsyncClient(trust_env=False) as client:
-                return await router_workers(client, url)
-
         with serving(lambda _: {}, **({} if reply is None else {"workers": reply})) as running:
-            return asyncio.run(ask(running.url))
+            return with_client(lambda client: router_workers(client, running.url))
 
     assert workers(None) is None
     assert workers(lambda _: {"something": "else"}) is None

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from pydantic import ValidationError
 
@@ -20,7 +18,6 @@ from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.config import Options, VLLMEngineConfig
 from draftsmith.stages.engines.environment import inspect_environment
 from draftsmith.stages.engines.kinds import identify
-from draftsmith.stages.engines.servers.api import ServerInfo
 from draftsmith.stages.engines.servers.identity import own_logprobs
 from draftsmith.stages.engines.servers.requirements import ServerRequirements, served_block_size
 from draftsmith.stages.engines.stage import RolloutConfig
@@ -28,7 +25,7 @@ from draftsmith.stages.engines.vllm.handshake import check_server
 from draftsmith.stages.engines.vllm.server import server_command
 from draftsmith.stages.evaluation.config import EvaluationConfig
 from tests.stages.engines.http_server import HttpServer, serving
-from tests.stages.engines.stand_ins import Opened
+from tests.stages.engines.stand_ins import Opened, with_client
 from tests.stages.engines.stand_ins import check as check_sglang
 from tests.stages.engines.stand_ins import server_of as sglang_server_of
 
@@ -140,7 +137,7 @@ def test_servers_of_something_else_are_refused(
 @pytest.mark.parametrize("known_by", ["metrics", "development mode", "options"])
 def test_a_cache_of_another_dtype_is_measured(plain: ServerRequirements, known_by: str) -> None:
     """A stock server reports its cache in its metrics, beside other labels."""
-    ours = own_logprobs(plain.target_folder, plain.scored_ids, print)[""]
+    scores = own_logprobs(plain.target_folder, plain.scored_ids, print)[""]
     vllm_config = {
         "model_config": {"dtype": "torch.float32", "quantization": None}, "cache_config": {"cache_dtype": "fp8"}
     }  # fmt: skip
@@ -154,17 +151,16 @@ def test_a_cache_of_another_dtype_is_measured(plain: ServerRequirements, known_b
     def scored(payload: dict[str, Any]) -> dict[str, Any]:
         done = completion(payload)
         if "prompt_logprobs" in payload:
-            pairs = zip(payload["prompt"][1:], ours, strict=True)
+            pairs = zip(payload["prompt"][1:], scores, strict=True)
             done["choices"][0]["prompt_logprobs"] = [None, *({str(t): {"logprob": p + 0.2}} for t, p in pairs)]
         return done
 
-    async def check(url: str) -> ServerInfo:
-        async with httpx.AsyncClient(trust_env=False) as client:
-            options: Options | None = {"kv_cache_dtype": "fp8"} if known_by == "options" else None
-            return await check_server(client, url, plain, print, ours=known_by == "options", options=options)
+    ours = known_by == "options"
+    options: Options | None = {"kv_cache_dtype": "fp8"} if ours else None
 
     with server_of(plain, scored, **replies.get(known_by, {})) as server:
-        found = asyncio.run(check(server.url)).target_difference
+        checked = with_client(lambda c: check_server(c, server.url, plain, print, ours=ours, options=options))
+    found = checked.target_difference
     assert found is not None and found.settings == ["kv_cache_dtype fp8"] and found.mean == pytest.approx(0.2, rel=1e-3)
 
 
