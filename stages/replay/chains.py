@@ -80,7 +80,7 @@ def replay_chains(
         accepted, proposed = verified[..., 0], verified[..., 1:]
         expected = None if blocks.expected is None else blocks.expected.cpu().numpy()
         for r, row in enumerate(rows):
-            states[row].record(accepted[r], proposed[r], None if expected is None else expected[r], rate=rate)
+            states[row].record(accepted[r], proposed[r], None if expected is None else expected[r], rate)
     return [state.trace() for state in states]
 
 
@@ -160,14 +160,6 @@ def draft(
     return VerifiedBlocks(proposed, (proposed == truth).long().cumprod(-1).sum(-1))
 
 
-def start_anchors(trajectory: Trajectory, chains: int) -> list[int]:
-    """Return the first anchor and further starts, spread evenly over the answer."""
-    first, last = trajectory.first_anchor, trajectory.last_anchor
-    if last < first:
-        return []
-    return sorted({first + (last + 1 - first) * c // chains for c in range(chains)})
-
-
 @dataclass
 class RejectionRate:
     """Counts how often the drafter is rejected in a batch."""
@@ -187,7 +179,8 @@ class ChainState:
     def __init__(self, trajectory: Trajectory, proposals: int, chains: int):
         self.length = len(trajectory.tokens)
         self.first, self.last = trajectory.first_anchor, trajectory.last_anchor
-        self.live = start_anchors(trajectory, chains)
+        answer = max(0, self.last + 1 - self.first)
+        self.live = sorted({self.first + answer * c // chains for c in range(chains if answer else 0)})
         self.accepted = np.full(self.length, NOT_EVALUATED, dtype=np.int64)
         self.proposed = np.zeros((self.length, proposals), dtype=np.int64)
         self.expected: np.ndarray | None = None  # where proposals are sampled
@@ -209,7 +202,7 @@ class ChainState:
             self.live = sorted([*self.live, anchor + stretches[anchor] // 2])
 
     def record(
-        self, accepted: np.ndarray, proposed: np.ndarray, expected: np.ndarray | None = None, *, rate: RejectionRate
+        self, accepted: np.ndarray, proposed: np.ndarray, expected: np.ndarray | None, rate: RejectionRate
     ) -> None:
         """Record the blocks of the live chains, in their order, and move each chain to its next anchor.
 

@@ -72,7 +72,6 @@ class MiningMetrics:
         self._rejected, self._corrections = ValueCounts(), ValueCounts()
 
     def add(self, table: pa.Table) -> None:
-        """Add some rows."""
         K = self.block_size - 1
         accepted = table["accepted"].to_numpy()
         verified = np.arange(K) < table["judged"].to_numpy()[:, None]
@@ -129,7 +128,6 @@ class ValueCounts:
         self._values, self._counts = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
 
     def add(self, values: np.ndarray) -> None:
-        """Count values [n] int64."""
         different, first, counts = np.unique(values, return_index=True, return_counts=True)
         self._values.append(different[np.argsort(first)])
         self._counts.append(counts[np.argsort(first)])
@@ -167,7 +165,6 @@ class MinedShards(BufferedShards):
         self.add({"evaluated_blocks": totals, "verify_steps": steps}, steps.num_rows)
 
     def paths(self, name: str) -> list[Path]:
-        """Return the shards of a table."""
         if self._done:
             return [path for folder in self._done for path in shard_paths(folder / name)]
         return super().paths(name)

@@ -6,7 +6,6 @@ Groups that were mined stay on disk, so that a rerun goes on after them.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -45,20 +44,14 @@ def run(ctx: StageContext, config: MiningConfig) -> None:
     """Mine what no shard holds yet, then write the table in the order of the answers, and its summary."""
     stored = _read_answers(ctx, config)
     trajectories = stored.trajectories
-    drafter_folder = ctx.inputs["drafter"] / DRAFTER_FOLDER
-    drafter = _MinedDrafter(
-        drafter_digest(drafter_folder),
-        block_size_of(drafter_folder),
-        samples_proposals(skeleton_of(drafter_folder), stored.sampling),
-        has_frequent_tokens=(drafter_folder / TOKENS_FILE).is_file(),
-    )
-    if config.drafting.head_tokens and not drafter.has_frequent_tokens:
+    drafter = ctx.inputs["drafter"] / DRAFTER_FOLDER
+    if config.drafting.head_tokens and not (drafter / TOKENS_FILE).is_file():
         ctx.log(f"drafter: {NO_FREQUENT_TOKENS}")
     shards = mine_shard(ctx, config, stored, ctx.work)
     tokenizer = AutoTokenizer.from_pretrained(model_path(ctx.inputs["target"]), local_files_only=True)
 
     # Long answers have millions of steps: none is a Python object from here on, and never are all in memory.
-    metrics = MiningMetrics(config.drafting.block_size or drafter.block_size)
+    metrics = MiningMetrics(config.drafting.block_size or block_size_of(drafter))
     rows = shards.rows(trajectories.ids)
     total = int(rows.counts.sum())
     with TableWriter(ctx.out / "verify_steps.parquet", VERIFY_STEPS) as table:
@@ -67,32 +60,28 @@ def run(ctx: StageContext, config: MiningConfig) -> None:
             metrics.add(batch)
             ctx.progress(table.rows, total, "steps put together")  # which takes minutes
             ctx.check_interrupted()
-    summary = metrics.summary(tokenizer)
     totals = shards.totals(trajectories.ids)
-    summary["evaluated_blocks_per_step"] = totals["evaluated_blocks"] / metrics.steps
-    summary["trajectories"] = len(trajectories)
-    summary["trajectories_too_short"] = stored.too_short
-    committed = int(_committed(trajectories).sum())
-    outside = totals["outside_nucleus"] / committed if drafter.samples_proposals else None
-    summary["outside_nucleus_share"] = outside
+    sampled = samples_proposals(skeleton_of(drafter), stored.sampling)
+    outside = totals["outside_nucleus"] / int(_committed(trajectories).sum()) if sampled else None
     if warning := truncation_warning(outside, stored.sampling):
         ctx.log(warning)
-    parity = check_parity(ctx, trajectories, config, drafter)
-    summary["parity"] = parity
+    parity = check_parity(ctx, trajectories, config, sampled=sampled)
+    summary = metrics.summary(tokenizer) | {
+        "evaluated_blocks_per_step": totals["evaluated_blocks"] / metrics.steps,
+        "trajectories": len(trajectories),
+        "trajectories_too_short": stored.too_short,
+        "outside_nucleus_share": outside,
+        "parity": parity,
+    }
     (ctx.out / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
-    ctx.summary(
-        tau=summary["tau"],
-        steps=summary["steps"],
-        error_positions=summary["error_positions"],
-        evaluated_blocks_per_step=summary["evaluated_blocks_per_step"],
-        **({} if (share := summary["certain_errors"]["share"]) is None else {"certain_error_share": share}),
-        **({} if outside is None else {"outside_nucleus_share": outside}),
-        **{
-            f"parity_{name.removesuffix('_share')}": value
-            for name, value in (parity or {}).items()
-            if name in ("mismatch_share", "tau_difference") and value is not None
-        },
-    )
+    reported = {
+        **{name: summary[name] for name in ("tau", "steps", "error_positions", "evaluated_blocks_per_step")},
+        "certain_error_share": summary["certain_errors"]["share"],
+        "outside_nucleus_share": outside,
+        "parity_mismatch": (parity or {}).get("mismatch_share"),
+        "parity_tau_difference": (parity or {}).get("tau_difference"),
+    }
+    ctx.summary(**{name: value for name, value in reported.items() if value is not None})
 
 
 def shard(ctx: StageContext, config: MiningConfig, part: Shard) -> None:
@@ -148,37 +137,29 @@ def mine_shard(
     return shards
 
 
-@dataclass(frozen=True)
-class _MinedDrafter:
-    """The properties of the drafter that decide how far served steps can be compared with replay."""
-
-    digest: str
-    block_size: int  # as trained
-    samples_proposals: bool  # then steps are replay's in distribution, and only their number can be compared
-    has_frequent_tokens: bool  # without them `head_tokens` has no effect
-
-    def effective(self, drafting: DraftingConfig) -> DraftingConfig:
-        """Return the settings that drafting with this drafter comes to."""
-        return DraftingConfig(
-            block_size=drafting.block_size or self.block_size,
-            head_tokens=drafting.head_tokens if self.has_frequent_tokens else None,
-        )
-
-
 def check_parity(
-    ctx: StageContext, trajectories: TrajectoryRows, config: MiningConfig, drafter: _MinedDrafter
+    ctx: StageContext, trajectories: TrajectoryRows, config: MiningConfig, *, sampled: bool
 ) -> ParityMetrics | None:
     """Compare the steps that the engine recorded and counted while it served with the replayed ones.
+
+    sampled: proposals are. Steps are replay's in distribution then, and only their number can be compared.
 
     Returns None unless the same drafter served with the same settings. Raises DraftsmithError if more steps differ than
     allowed: the drafter that was served is then not this one.
     """
-    folder = ctx.inputs["trajectories"]
+    folder, drafter = ctx.inputs["trajectories"], ctx.inputs["drafter"] / DRAFTER_FOLDER
     served_with = TraceSource.read_if_there(folder)
-    if served_with is None or served_with.drafter_digest != drafter.digest:
+    if served_with is None or served_with.drafter_digest != drafter_digest(drafter):
         return None
-    recorded_drafting = DraftingConfig(block_size=served_with.block_size, head_tokens=served_with.head_tokens)
-    served_drafting, drafting = drafter.effective(recorded_drafting), drafter.effective(config.drafting)
+
+    def effective(block_size: int | None, head_tokens: int | None) -> DraftingConfig:
+        return DraftingConfig(
+            block_size=block_size or block_size_of(drafter),
+            head_tokens=head_tokens if (drafter / TOKENS_FILE).is_file() else None,  # without them it has no effect
+        )
+
+    served_drafting = effective(served_with.block_size, served_with.head_tokens)
+    drafting = effective(config.drafting.block_size, config.drafting.head_tokens)
     if served_drafting != drafting:
         ctx.log(
             "served steps are not compared with replay: the rollout drafted with other settings "
@@ -201,7 +182,7 @@ def check_parity(
         comparison.add(recorded.take(traced, COMPARED), replayed.take(traced, COMPARED))
         ctx.check_interrupted()
     metrics: ParityMetrics = {}
-    if recorded.counts.any() and not drafter.samples_proposals:
+    if recorded.counts.any() and not sampled:
         metrics |= comparison.check()
     timings = read_table(folder / "timings.parquet", TIMINGS, ["trajectory_id", "verify_steps", "retractions"])
     index = index_in(timings, "trajectory_id", ids)

@@ -47,7 +47,6 @@ class ParityTolerance:
 
     @property
     def limit(self) -> float:
-        """Return the share of steps that may differ."""
         return 0.0 if self.exact and self.greedy and self.allowed < 1 else self.allowed
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, TypedDict, TypeVar, Unpack
@@ -122,11 +123,10 @@ class Replayer:
         def replay(group: Group) -> list[dict[str, Trace]]:
             hidden, outside = None, [0] * len(group.trajectories)
             if any_samples:
-                encoded = encode_group(self.target, group.ids, layer_ids, adapters=group.adapters)
-                hidden = encoded.hidden
+                read = self.target.read(group.ids, layer_ids, group.adapters)
+                hidden, features = read.hidden, read.features
+                assert features is not None
                 outside = outside_nucleus(self.target, hidden, group.trajectories, options.sampling)
-                assert encoded.features is not None
-                features = encoded.features
             else:
                 features = self.target.features(group.ids, layer_ids, group.adapters)
             by_layer = dict(zip(layer_ids, features.chunk(len(layer_ids), -1), strict=True))
@@ -143,21 +143,19 @@ class Replayer:
             finished[indices] = True
             return [indices[row] for row in new], [by_drafter[row] for row in new]
 
-        own_cache = TraceCache(cache) if cache is not None else None  # renames what is damaged
-        for folder in [*([cache] if cache is not None else []), *shards]:
-            for indices, by_drafter in stored_traces(folder):
-                yield unfinished(indices, by_drafter)
         total = count_in(trajectories, options.tokens_per_group, options.shard)
-        try:
-            for group in self._groups_of(trajectories, lambda indices: bool(finished[indices].all())):
-                by_drafter = _in_halves(group, replay, self.log)
+        with nullcontext() if cache is None else TraceCache(cache) as own_cache:  # renames what is damaged
+            for folder in [*([] if cache is None else [cache]), *shards]:
+                for indices, by_drafter in stored_traces(folder):
+                    yield unfinished(indices, by_drafter)
+            for indices in group_indices(trajectories, options.tokens_per_group, options.shard):
+                if finished[indices].all():
+                    continue
+                by_drafter = self._in_halves(trajectories, indices, replay)
                 if own_cache is not None:
-                    own_cache.add(group.indices, by_drafter)
-                yield unfinished(group.indices, by_drafter)
+                    own_cache.add_group(indices, by_drafter)
+                yield unfinished(indices, by_drafter)
                 progress(int(finished.sum()), total)
-        finally:
-            if own_cache is not None:
-                own_cache.flush()
 
     def mine(
         self,
@@ -177,22 +175,32 @@ class Replayer:
         prepared = self.prepare(drafter)
         tree_tokens = tree_tokens_of(prepared.block_size) if suffixes else 0
 
-        def replay(group: Group) -> list[tuple[Trace, StepScores]]:
+        def replay(group: Group) -> list[tuple[Trajectory, Trace, StepScores]]:
             encoded = encode_group(self.target, group.ids, drafter.target_layer_ids, tree_tokens, group.adapters)
             assert encoded.features is not None
             traces = self._replay(prepared, encoded.features, group, encoded.hidden)
             if samples_proposals(drafter, sampling):
                 outside = outside_nucleus(self.target, encoded.hidden, group.trajectories, sampling)
                 traces = _with_outside(traces, outside)
-            return list(zip(traces, score_traces(self.target, encoded, traces), strict=True))
+            return list(zip(group.trajectories, traces, score_traces(self.target, encoded, traces), strict=True))
 
-        for group in self._groups_of(trajectories, finished):
-            scored = _in_halves(group, replay, self.log)
-            yield MinedGroup(group.trajectories, [trace for trace, _ in scored], [scores for _, scores in scored])
+        for indices in group_indices(trajectories, self.options.tokens_per_group, self.options.shard):
+            if not finished(indices):
+                rows = self._in_halves(trajectories, indices, replay)
+                yield MinedGroup(*map(list, zip(*rows, strict=True)))
 
-    def _groups_of(self, trajectories: Sequence[Trajectory], skip: Callable[[list[int]], bool]) -> Iterator[Group]:
-        options = self.options
-        return groups_of(trajectories, options.tokens_per_group, self.target.device, skip, options.shard)
+    def _in_halves(
+        self, trajectories: Sequence[Trajectory], indices: list[int], work: Callable[[Group], Sequence[Result]]
+    ) -> list[Result]:
+        """Return the results of `work`, one per trajectory of a group; in two halves if memory is refused.
+
+        A row of a batch does not depend on the others, because what is masked contributes nothing.
+        """
+
+        def work_on(some: Sequence[int]) -> Sequence[Result]:
+            return work(Group.padded([trajectories[i] for i in some], self.target.device))
+
+        return retry_in_halves(indices, work_on, self.log)
 
     def prepare(self, drafter: Drafter) -> PreparedDrafter:
         """Return the drafter as it is replayed, with packed weights where possible. Call it once for all groups."""
@@ -232,9 +240,12 @@ class Replayer:
 class Group:
     """B trajectories of similar length, padded on the right to T tokens."""
 
-    indices: list[int]  # in the set
-    trajectories: list[Trajectory]
+    trajectories: Sequence[Trajectory]
     ids: torch.Tensor  # [B, T]
+
+    @classmethod
+    def padded(cls, trajectories: Sequence[Trajectory], device: torch.device) -> Group:
+        return cls(trajectories, pad_tokens(trajectories, device))
 
     @property
     def adapters(self) -> list[str]:
@@ -243,59 +254,25 @@ class Group:
     @property
     def positions(self) -> torch.Tensor:
         """Return the position of every token, [B, T]."""
-        return torch.arange(self.ids.shape[1], device=self.ids.device).expand(len(self.indices), -1)
+        return torch.arange(self.ids.shape[1], device=self.ids.device).expand(len(self.ids), -1)
 
 
-def groups_of(
-    trajectories: Sequence[Trajectory],
-    tokens_per_group: int,
-    device: torch.device,
-    skip: Callable[[list[int]], bool] = lambda _indices: False,
-    shard: Shard = WHOLE,
-) -> Iterator[Group]:
-    """Yield the trajectories in groups of at most `tokens_per_group` tokens with padding (or of one trajectory).
+def group_indices(
+    trajectories: Sequence[Trajectory], tokens_per_group: int, shard: Shard = WHOLE
+) -> Iterator[list[int]]:
+    """Yield the indices of groups of at most `tokens_per_group` tokens with padding (or of one trajectory).
 
-    The groups depend on the lengths alone.
-    skip: takes the indices of a group; groups that it returns True for are left out.
-    shard: of the groups, which are the same for all shards.
-    """
-    for indices in _indices_of(trajectories, tokens_per_group, shard):
-        if skip(indices):
-            continue
-        members = [trajectories[i] for i in indices]
-        yield Group(indices, members, pad_tokens(members, device))
-
-
-def count_in(trajectories: Sequence[Trajectory], tokens_per_group: int, shard: Shard) -> int:
-    """Count the trajectories in the groups of a shard."""
-    return sum(map(len, _indices_of(trajectories, tokens_per_group, shard)))
-
-
-def _indices_of(trajectories: Sequence[Trajectory], tokens_per_group: int, shard: Shard) -> Iterator[list[int]]:
-    """Yield the indices of each group of a shard.
-
-    The groups are the same however many shards there are, because the last bits of a result may depend on its group's
-    shape.
+    The groups depend on the lengths alone and are the same however many shards there are, because the last bits of a
+    result may depend on its group's shape. shard: whose groups are yielded.
     """
     for number, indices in enumerate(group_by_length(trajectory_lengths(trajectories), tokens_per_group)):
         if shard.contains(number):
             yield indices
 
 
-def _in_halves(group: Group, work: Callable[[Group], Sequence[Result]], log: Callable[[str], None]) -> list[Result]:
-    """Return the results of `work`, one per trajectory of the group; in two halves if memory is refused.
-
-    A row of a batch does not depend on the others, because what is masked contributes nothing.
-    """
-    members = list(zip(group.indices, group.trajectories, strict=True))
-
-    def work_on(some: Sequence[tuple[int, Trajectory]]) -> Sequence[Result]:
-        if len(some) == len(members):
-            return work(group)
-        indices, trajectories = zip(*some, strict=True)
-        return work(Group(list(indices), list(trajectories), pad_tokens(trajectories, group.ids.device)))
-
-    return retry_in_halves(members, work_on, log)
+def count_in(trajectories: Sequence[Trajectory], tokens_per_group: int, shard: Shard) -> int:
+    """Count the trajectories in the groups of a shard."""
+    return sum(map(len, group_indices(trajectories, tokens_per_group, shard)))
 
 
 def score(
@@ -331,8 +308,9 @@ def _encoded(
     """Yield forwards over the trajectories, and which of them each row is; None: a row of no use."""
     if not kept:
         tree_tokens = tree_tokens_of(traces[0].proposed.shape[1] + 1)
-        for group in groups_of(trajectories, tokens_per_group, target.device):
-            yield list(group.indices), encode_group(target, group.ids, (), tree_tokens, group.adapters)
+        for indices in group_indices(trajectories, tokens_per_group):
+            group = Group.padded([trajectories[i] for i in indices], target.device)
+            yield [*indices], encode_group(target, group.ids, (), tree_tokens, group.adapters)
         return
     waiting: dict[str, list[int]] = {}
     for i, trajectory in enumerate(trajectories):
@@ -385,18 +363,17 @@ def _with_outside(traces: Sequence[Trace], outside: Sequence[int]) -> list[Trace
 _WAITING = 1 << 12  # trajectories
 
 
-class TraceCache:
+class TraceCache(BufferedShards):
     """Stores the traces of a replay on disk while it runs, so that an interrupted one goes on from there.
 
     The folder is of this replay alone.
     """
 
     def __init__(self, folder: Path):
-        self._shards = BufferedShards(folder, {"traces": REPLAYED}, most=_WAITING)
-        self.flush = self._shards.flush
+        super().__init__(folder, {"traces": REPLAYED}, most=_WAITING)
 
-    def add(self, indices: Sequence[int], traces: Sequence[dict[str, Trace]]) -> None:
-        """Add a group's traces, by drafter for each trajectory. They are on disk after a while, or with `flush`."""
+    def add_group(self, indices: Sequence[int], traces: Sequence[dict[str, Trace]]) -> None:
+        """Add a group's traces, by drafter for each trajectory. They are on disk after a while."""
         rows = [
             {
                 "index": index,
@@ -414,7 +391,7 @@ class TraceCache:
             for index, by_drafter in zip(indices, traces, strict=True)
             for name, trace in by_drafter.items()
         ]
-        self._shards.add({"traces": rows}, len(indices))
+        self.add({"traces": rows}, len(indices))
 
 
 def stored_traces(folder: Path) -> Iterator[GroupTraces]:

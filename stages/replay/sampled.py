@@ -24,7 +24,8 @@ import numpy as np
 import torch
 
 from draftsmith.stages.data.trajectories import Trajectory
-from draftsmith.stages.drafters.base import LOGITS_PER_CHUNK, BlockSampler, Context, PreparedDrafter
+from draftsmith.stages.drafters.base import LOGITS_PER_CHUNK, Context, PreparedDrafter
+from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.drafters.sampling import (
     Purpose,
     is_truncated,
@@ -66,7 +67,7 @@ class TargetSampler:
     sampling: SamplingParams
     logits: Callable[[torch.Tensor], torch.Tensor]  # of hidden states [..., H]: [..., V]
     vocabulary: int  # V
-    cached: torch.Tensor | None = None  # [R, T] float64 results of `answer_probability`, NaN where not computed yet
+    cached: torch.Tensor  # [R, T] float64 results of `answer_probability`, NaN where not computed yet
 
     @classmethod
     def for_trajectories(
@@ -91,20 +92,13 @@ class TargetSampler:
 
     def select(self, rows: Rows) -> TargetSampler:
         """Return the sampler of some of the trajectories."""
-        cached = None if self.cached is None else self.cached[rows]
-        return replace(
-            self, hidden=self.hidden[rows], numbers=self.numbers[rows], lengths=self.lengths[rows], cached=cached
-        )
+        own = ("hidden", "numbers", "lengths", "cached")
+        return replace(self, **{name: getattr(self, name)[rows] for name in own})
 
     @property
     def positions_per_chunk(self) -> int:
         """Return how many float64 distributions over the vocabulary are in memory together."""
         return max(1, LOGITS_PER_CHUNK // (2 * self.vocabulary))
-
-    @property
-    def anchors_per_chunk(self) -> int:
-        """Return how many anchors of each trajectory fit into a chunk."""
-        return max(1, self.positions_per_chunk // len(self.lengths))
 
     def numbers_at(self, positions: torch.Tensor, purpose: Purpose) -> torch.Tensor:
         """Return the random numbers [R, A] of positions [R, A]."""
@@ -119,8 +113,6 @@ class TargetSampler:
         """
         at = positions.clamp(max=self.hidden.shape[1] - 1)
         cached = self.cached
-        if cached is None:
-            cached = torch.full_like(self.hidden[..., 0], torch.nan, dtype=torch.float64)
         # a position may come more than once, with the answer's token and, from a block that ends before it, with -1
         tokens = torch.full_like(cached, -1, dtype=torch.int64).scatter_reduce_(1, at, following, "amax")
         missing = torch.nonzero((tokens >= 0) & cached.isnan())
@@ -209,69 +201,50 @@ def draft_sampled(
     tokens: [R, T + K] of the answers, -1 after their ends; anchors: [R, A].
     with_proposals: False leaves the proposals zero; how many are accepted is known without them.
     """
-    chunks = [
-        _draft_chunk(drafter, context, sampler, tokens, some, with_proposals)
-        for some in anchors.split(sampler.anchors_per_chunk, 1)
-    ]
-    return VerifiedBlocks(*(torch.cat(parts, 1) for parts in zip(*chunks, strict=True)))
-
-
-def _draft_chunk(
-    drafter: PreparedDrafter,
-    context: Context,
-    sampler: TargetSampler,
-    tokens: torch.Tensor,
-    anchors: torch.Tensor,
-    with_proposals: bool,
-) -> tuple[torch.Tensor, ...]:
-    """Return proposals, accepted proposals and expected commits of as many anchors as fit into memory."""
+    at_once = max(1, sampler.positions_per_chunk // len(anchors))
+    if anchors.shape[1] > at_once:
+        chunks = [
+            draft_sampled(drafter, context, sampler, tokens, some, with_proposals=with_proposals)
+            for some in anchors.split(at_once, 1)
+        ]
+        parts = zip(*((each.proposed, each.accepted, each.expected) for each in chunks), strict=True)
+        return VerifiedBlocks(*(torch.cat(part, 1) for part in parts))
     before = tokens.gather(1, anchors).clamp(min=0)
     ahead = anchors[..., None] + torch.arange(drafter.block_size - 1, device=anchors.device)  # before each offset
     following = tokens.gather(1, (ahead + 1).flatten(1))
     p = sampler.answer_probability(ahead.flatten(1), following).view_as(ahead)
     on_answer = drafter.sampler(context, before, anchors)
-    proposals = _DrafterSampler(sampler, copy.copy(on_answer), anchors, before) if with_proposals else None
+    on_proposals = copy.copy(on_answer) if with_proposals else None
     commits = ExpectedCommits(sampler, anchors)
+    proposed: list[torch.Tensor] = []
     for k, y in enumerate(following.view_as(ahead).unbind(-1)):
         q = on_answer.probability(before, y, sampler.sampling.temperature)
-        logits = None if proposals is None else proposals.logits()
+        logits = None if on_proposals is None else on_proposals.logits(proposed[-1] if proposed else before)
         ends = commits.take(q, p[..., k], y)
         before = y.clamp(min=0)
-        if proposals is not None and logits is not None:
-            proposals.take(logits, commits.accepting, ends, before)
-    proposed = torch.zeros_like(ahead) if proposals is None else torch.stack(proposals.ids, -1)
-    return proposed, commits.accepted, commits.committed
+        if logits is not None:
+            proposed.append(_propose(commits, on_answer.head, logits, ends, before))
+    ids = torch.stack(proposed, -1) if with_proposals else torch.zeros_like(ahead)
+    return VerifiedBlocks(ids, commits.accepted, commits.committed)
 
 
-class _DrafterSampler:
-    """Collects proposals after anchors [R, A]: the answer's tokens while they are accepted, then sampled ones."""
+def _propose(
+    commits: ExpectedCommits, head: Head, logits: torch.Tensor, ends: torch.Tensor, y: torch.Tensor
+) -> torch.Tensor:
+    """Return the proposals [R, A] of the offset that `commits` took: the answer's tokens y while they are accepted.
 
-    def __init__(self, sampler: TargetSampler, blocks: BlockSampler, anchors: torch.Tensor, before: torch.Tensor):
-        """Start with no proposals. before: [R, A] the anchors' tokens."""
-        self.sampler, self.blocks, self.anchors, self.before = sampler, blocks, anchors, before
-        self.ids: list[torch.Tensor] = []
-
-    def logits(self) -> torch.Tensor:
-        """Return the logits [R, A, V'] of the next offset."""
-        return self.blocks.logits(self.before)
-
-    def take(self, logits: torch.Tensor, accepted: torch.Tensor, ends: torch.Tensor, y: torch.Tensor) -> None:
-        """Take the proposals of an offset with these logits.
-
-        accepted: bool [R, A], whether they are the answer's tokens y [R, A]; ends: whether the step ends here with a
-        rejected one.
-        """
-        head, diverged, positions = self.blocks.head, ~accepted, self.anchors + len(self.ids)
-        weights, at_end = probabilities(logits[diverged], self.sampler.sampling.temperature), ends[diverged]
-        if at_end.any():
-            p = self.sampler.distribution_at(torch.nonzero(ends)[:, 0], positions[ends])
-            p = p if head.token_ids is None else p[..., head.token_ids]
-            weights[at_end] = rejection_weights(weights[at_end], p)
-        numbers = self.sampler.numbers_at(positions + 1, Purpose.PROPOSAL)
-        columns, _ = head.to_columns(y)
-        columns = columns.masked_scatter(diverged, sample_inverse_cdf(weights, numbers[diverged]))
-        self.before = torch.where(accepted, y, head.to_tokens(columns))
-        self.ids.append(self.before)
+    logits: [R, A, V'] of the drafter. ends: bool [R, A], whether the step ends here with a rejected one.
+    """
+    sampler, diverged, positions = commits.sampler, ~commits.accepting, commits.anchors + commits.offset
+    weights, at_end = probabilities(logits[diverged], sampler.sampling.temperature), ends[diverged]
+    if at_end.any():
+        p = sampler.distribution_at(torch.nonzero(ends)[:, 0], positions[ends] - 1)
+        p = p if head.token_ids is None else p[..., head.token_ids]
+        weights[at_end] = rejection_weights(weights[at_end], p)
+    numbers = sampler.numbers_at(positions, Purpose.PROPOSAL)
+    columns, _ = head.to_columns(y)
+    columns = columns.masked_scatter(diverged, sample_inverse_cdf(weights, numbers[diverged]))
+    return torch.where(commits.accepting, y, head.to_tokens(columns))
 
 
 @torch.no_grad()
@@ -284,17 +257,14 @@ def outside_nucleus(
     """
     if not sampling.truncates:
         return [0] * len(trajectories)
-    return [_count(target, row, trajectory, sampling) for row, trajectory in zip(hidden, trajectories, strict=True)]
-
-
-def _count(target: Target, hidden: torch.Tensor, trajectory: Trajectory, sampling: SamplingParams) -> int:
-    tokens = torch.tensor(trajectory.tokens[trajectory.first_anchor + 1 :], device=hidden.device)
-    before = hidden[trajectory.first_anchor : len(trajectory.tokens) - 1]
-    count, chunk = 0, max(1, LOGITS_PER_CHUNK // (2 * len(target.head_weight)))  # float64, over all tokens
-    for states, following in zip(before.split(chunk), tokens.split(chunk), strict=True):
-        p = probabilities(target.logits(states), sampling.temperature)
-        count += int(is_truncated(p, following, sampling).sum())
-    return count
+    counts, chunk = [0] * len(trajectories), max(1, LOGITS_PER_CHUNK // (2 * len(target.head_weight)))  # float64
+    for row, trajectory in enumerate(trajectories):
+        tokens = torch.tensor(trajectory.tokens[trajectory.first_anchor + 1 :], device=hidden.device)
+        before = hidden[row, trajectory.first_anchor : len(trajectory.tokens) - 1]
+        for states, following in zip(before.split(chunk), tokens.split(chunk), strict=True):
+            p = probabilities(target.logits(states), sampling.temperature)
+            counts[row] += int(is_truncated(p, following, sampling).sum())
+    return counts
 
 
 def truncation_warning(share: float | None, sampling: SamplingParams) -> str | None:

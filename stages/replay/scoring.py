@@ -51,7 +51,6 @@ def score_traces(
     group: EncodedGroup,
     traces: Sequence[Trace],
     *,
-    positions_per_chunk: int = POSITIONS_PER_CHUNK,
     rejected_only: bool = False,
 ) -> list[StepScores]:
     """Return the target's log-probs of the proposals of the traces of a group.
@@ -67,8 +66,8 @@ def score_traces(
     # ---- offsets up to the first rejection: predicted by the trajectory's own hidden states
     begin = [t.accepted if rejected_only else np.zeros_like(t.anchors) for t in traces]
     on_trajectory = _Proposals.from_traces(traces, begin, [t.on_trajectory for t in traces])
-    for start in range(0, len(on_trajectory.row), positions_per_chunk):
-        chunk = on_trajectory.select(slice(start, start + positions_per_chunk))
+    for start in range(0, len(on_trajectory.row), POSITIONS_PER_CHUNK):
+        chunk = on_trajectory.select(slice(start, start + POSITIONS_PER_CHUNK))
         logits = target.logits(
             group.hidden[tuple(to_device(np.stack([chunk.row, chunk.anchor + chunk.column]), device))]
         )
@@ -93,7 +92,7 @@ def score_traces(
         _score_one_by_one(target, group, leaves, traces, scores)
     else:
         for chunk in _leaf_chunks(leaves, group.tree_tokens):
-            _score_leaves(target, group, chunk, traces, scores, positions_per_chunk)
+            _score_leaves(target, group, chunk, traces, scores)
     return step_scores
 
 
@@ -132,7 +131,6 @@ class _Proposals:
         return cls(*(np.concatenate([getattr(each, f.name) for each in by_trace]) for f in fields(cls)))
 
     def select(self, which: slice | np.ndarray) -> _Proposals:
-        """Return some of the proposals."""
         return _Proposals(*(getattr(self, f.name)[which] for f in fields(self)))
 
     def write(self, scores: list[np.ndarray], values: np.ndarray, shift: int = 0) -> None:
@@ -199,7 +197,6 @@ def _score_leaves(
     leaves: _Proposals,
     traces: Sequence[Trace],
     scores: list[np.ndarray],
-    positions_per_chunk: int,
 ) -> None:
     """Run one forward over some leaves. It writes to entries T, T+1, … of the cache, which the next one overwrites."""
     assert group.cache is not None
@@ -227,8 +224,8 @@ def _score_leaves(
         visible=torch.cat([prefix, own_step], -1),
     )
     hidden = out.hidden[tuple(to_device(np.stack([row, slot]), device))]
-    for start in range(0, len(row), positions_per_chunk):
-        some = slice(start, start + positions_per_chunk)
+    for start in range(0, len(row), POSITIONS_PER_CHUNK):
+        some = slice(start, start + POSITIONS_PER_CHUNK)
         _write_following(target, hidden[some], leaves.select(some), traces, scores)
 
 

@@ -1,4 +1,4 @@
-"""The verification trace that replay returns, tau, and statistics of the traces of many answers."""
+"""The verification trace that replay returns, and statistics of the traces of many answers."""
 
 from __future__ import annotations
 
@@ -50,13 +50,6 @@ class Trace:
     def rejected_offset(self) -> np.ndarray:
         """Return [S] the offset of the first rejected proposal, 0 where nothing was rejected."""
         return np.where(self.accepted < self.judged, self.accepted + 1, 0)
-
-
-def tau(traces: Iterable[Trace]) -> float:
-    """Return the acceptance length: committed tokens per verify step, with the target's own token ("+1")."""
-    traces = list(traces)
-    steps = sum(len(t.anchors) for t in traces)
-    return float(sum(t.expected_committed.sum() for t in traces) / steps) if steps else float("nan")
 
 
 DEPTHS = ("depth:below-1k", "depth:1k-4k", "depth:4k-16k", "depth:above-16k")  # of the anchor

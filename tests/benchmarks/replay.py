@@ -38,10 +38,11 @@ from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.replay.chains import replay_chains, replay_sequentially
 from draftsmith.stages.replay.stage import MiningConfig
-from draftsmith.stages.replay.trace import Trace, tau
+from draftsmith.stages.replay.trace import Trace
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.sampling import SamplingParams
 from tests.benchmarks import harness
+from tests.stages.bench import tau
 
 TOKENS_PER_FORWARD = MiningConfig().tokens_per_target_forward
 SLOTS = 16

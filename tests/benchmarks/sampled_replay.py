@@ -20,7 +20,7 @@ from draftsmith.stages.drafters.dflash.config import DFlashConfig
 from draftsmith.stages.drafters.dflash2.config import DFlash2Config
 from draftsmith.stages.drafters.dspark.config import DSparkConfig
 from draftsmith.stages.replay.options import ReplayOptions
-from draftsmith.stages.replay.replayer import Replayer, groups_of
+from draftsmith.stages.replay.replayer import Group, Replayer, group_indices
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.sampling import GREEDY, SamplingParams
 from tests.benchmarks import harness
@@ -51,7 +51,8 @@ def measure(
     drafter = create_drafter(shape, target, seed=0).to(target.dtype).eval()
 
     def forward() -> None:
-        for group in groups_of(trajectories, 4096, target.device):
+        for indices in group_indices(trajectories, 4096):
+            group = Group.padded([trajectories[i] for i in indices], target.device)
             target.read(group.ids, drafter.target_layer_ids)
 
     def replayed(sampling: SamplingParams, with_proposals: bool) -> Callable[[], Any]:

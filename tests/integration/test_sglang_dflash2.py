@@ -15,11 +15,10 @@ import torch
 
 from draftsmith.stages.drafters.checkpoint import load_drafter, save_drafter
 from draftsmith.stages.drafters.dflash2.model import DFlash2Drafter
-from draftsmith.stages.replay.trace import tau
 from tests.integration.swapping import assert_drafts_with, dflash2
 from tests.sglang_cpu.fixtures import ServingTarget
 from tests.sglang_cpu.server import running_server
-from tests.stages.bench import Bench
+from tests.stages.bench import Bench, tau
 
 pytestmark = [pytest.mark.sglang, pytest.mark.integration]
 

@@ -17,7 +17,6 @@ from draftsmith.stages.data.trajectories import pad_tokens
 from draftsmith.stages.drafters.checkpoint import save_drafter
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.engines.sglang.server import write_step_costs
-from draftsmith.stages.replay.trace import tau
 from draftsmith.stages.target.causal_lm import Target
 from tests.integration.recorded import Reference
 from tests.integration.swapping import assert_drafts_with, assert_swaps, dspark
@@ -25,7 +24,7 @@ from tests.sglang_cpu import dspark_model
 from tests.sglang_cpu.fixtures import ServingTarget
 from tests.sglang_cpu.options import CPU_ENVIRONMENT
 from tests.sglang_cpu.server import running_server
-from tests.stages.bench import Bench
+from tests.stages.bench import Bench, tau
 from tests.testbed import random_target
 from tests.testbed.dspark import random_dspark
 

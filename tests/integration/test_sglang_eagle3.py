@@ -19,12 +19,11 @@ from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.engines.sglang.server import write_schedule
-from draftsmith.stages.replay.trace import tau
 from tests.integration.recorded import Reference, asked_for_nothing, body
 from tests.integration.swapping import assert_drafts_with, assert_swaps
 from tests.sglang_cpu.fixtures import ServingTarget
 from tests.sglang_cpu.server import generate, running_server
-from tests.stages.bench import Bench
+from tests.stages.bench import Bench, tau
 
 pytestmark = [pytest.mark.sglang, pytest.mark.integration]
 

@@ -50,14 +50,14 @@ from draftsmith.stages.replay.proof import Proof, chances, log_probabilities, mi
 from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.replay.stage import STAGE as MINING
 from draftsmith.stages.replay.stage import MiningConfig
-from draftsmith.stages.replay.trace import Trace, tau
+from draftsmith.stages.replay.trace import Trace
 from draftsmith.stages.target.config import TargetConfig
 from draftsmith.stages.target.describe import describe
 from draftsmith.stages.target.info import model_path, write_target_info
 from draftsmith.stages.target.sampling import SamplingParams
 from tests.faults.servers import mlflow_server
 from tests.integration.swapping import dflash2, dspark, keep_from_servers, line_of_two, write_other_weights
-from tests.stages.bench import GREEDY_TOKENS, Bench
+from tests.stages.bench import GREEDY_TOKENS, Bench, tau
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts
 from tests.vllm_cpu.server import KEY, KEY_VARIABLE, LONGEST, OPTIONS, launched, running_server, vllm_python

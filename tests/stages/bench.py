@@ -141,6 +141,12 @@ class Bench:
         ]
 
 
+def tau(traces: Sequence[Trace]) -> float:
+    """Return the acceptance length as a plain ratio of sums; NaN without a step."""
+    steps = sum(len(t.anchors) for t in traces)
+    return float(sum(t.expected_committed.sum() for t in traces) / steps) if steps else float("nan")
+
+
 def assert_same(ours: Sequence[Trace], reference: Sequence[Trace]) -> None:
     for trace, expected in zip(ours, reference, strict=True):
         assert trace.length == expected.length

@@ -26,11 +26,10 @@ from draftsmith.stages.evaluation.config import EvaluationConfig
 from draftsmith.stages.evaluation.speed_embedded import Decoder, EmbeddedSpeedTest
 from draftsmith.stages.evaluation.stage import STAGE, preflight
 from draftsmith.stages.evaluation.validity import steady
-from draftsmith.stages.replay.trace import tau
 from draftsmith.stages.runtime.stage import Shard
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.training.sft.stage import STAGE as SFT
-from tests.stages.bench import Bench
+from tests.stages.bench import Bench, tau
 from tests.testbed.context import RecordingContext, StoppingContext
 from tests.testbed.drafter import DrafterArtifacts
 

@@ -11,7 +11,8 @@ from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.replay.mined_table import MiningMetrics, ValueCounts, steps_table
 from draftsmith.stages.replay.replayer import MinedGroup
 from draftsmith.stages.replay.scoring import StepScores
-from draftsmith.stages.replay.trace import AcceptanceStats, Trace, tau
+from draftsmith.stages.replay.trace import AcceptanceStats, Trace
+from tests.stages.bench import tau
 
 K = 3
 

@@ -282,10 +282,6 @@ def test_without_a_trace_the_counted_steps_are_compared(mine: Mine, retell: Rete
     assert summary(ctx)["parity"]["tau_difference"] == 0 and "parity_mismatch" not in ctx.summaries
     with pytest.raises(DraftsmithError, match=r"tau is .* as served and .* in replay"):
         mine(answers=retell([], steps=lambda n: n + 1))
-    with pytest.raises(DraftsmithError, match=r"lower by at least .* \(2% is allowed"):  # a third more: 25 % may differ
-        mine(answers=retell([], steps=lambda n: round(1.3 * n), dtype="bfloat16"))
-    with pytest.raises(DraftsmithError, match=r"mining: tau is 1\.000 as served and"):
-        mine(answers=retell([], steps=lambda _: 0, dtype="bfloat16"))
 
 
 @pytest.mark.parametrize("recorded", [True, False])

@@ -35,9 +35,10 @@ from draftsmith.stages.evaluation.acceptance import tau_by_slice, tau_comparison
 from draftsmith.stages.replay import sampled
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Replayer
-from draftsmith.stages.replay.trace import AcceptanceStats, Trace, tau
+from draftsmith.stages.replay.trace import AcceptanceStats, Trace
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.sampling import SamplingParams
+from tests.stages.bench import tau
 from tests.stages.drafters.texts import logits_of
 from tests.testbed import random_target
 from tests.testbed.dflash2 import random_dflash2
@@ -162,16 +163,19 @@ class Plainly:
         return ahead[self.text.first_anchor]
 
 
+def cut(p: np.ndarray, sampling: SamplingParams) -> np.ndarray:
+    """Return distributions [..., V] after top-k and top-p, with a loop over them."""
+    for row in p.reshape(-1, p.shape[-1]) if sampling.truncates else ():
+        order = np.argsort(-row)
+        row[order[sampling.top_k or len(row) :]] = 0
+        row /= row.sum()
+        row[order[np.concatenate([[0.0], row[order].cumsum()[:-1]]) >= sampling.top_p]] = 0
+    cut_off: np.ndarray = p / p.sum(-1, keepdims=True)
+    return cut_off
+
+
 def _sampling(logits: torch.Tensor, sampling: SamplingParams) -> np.ndarray:
-    p = torch.softmax(logits.double() / sampling.temperature, -1).numpy()
-    if sampling.top_p < 1 or sampling.top_k:
-        for row in p.reshape(-1, p.shape[-1]):
-            order = np.argsort(-row)
-            row[order[sampling.top_k or len(row) :]] = 0
-            row /= row.sum()
-            row[order[np.concatenate([[0.0], row[order].cumsum()[:-1]]) >= sampling.top_p]] = 0
-        p = p / p.sum(-1, keepdims=True)
-    return p
+    return cut(torch.softmax(logits.double() / sampling.temperature, -1).numpy(), sampling)
 
 
 def steps(trace: Trace) -> list[tuple[int, int, list[int]]]:
@@ -284,7 +288,8 @@ def test_the_targets_distribution_ignores_autocast(texts: list[Trajectory], plai
     with torch.autocast("cpu", torch.bfloat16):
         found = text.distribution_at(torch.zeros_like(at), at), text.answer_probability(at[None], at[None])
     assert torch.equal(found[0], text.distribution_at(torch.zeros_like(at), at))
-    assert torch.equal(found[1], replace(text, cached=None).answer_probability(at[None], at[None]))
+    fresh = replace(text, cached=torch.full_like(text.cached, torch.nan))
+    assert torch.equal(found[1], fresh.answer_probability(at[None], at[None]))
 
 
 def test_accepted_lengths_do_not_need_proposals(

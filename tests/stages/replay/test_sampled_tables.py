@@ -23,7 +23,7 @@ from draftsmith.stages.drafters.sampling import Purpose
 from draftsmith.stages.replay import sampled
 from draftsmith.stages.replay.sampled import TargetSampler
 from draftsmith.stages.target.sampling import SamplingParams
-from tests.stages.replay.test_sampled import same_distribution
+from tests.stages.replay.test_sampled import cut, same_distribution
 
 V, DRAWS = 4, 20_000
 ALARM = 1e-6  # p-value, of fixed seeds
@@ -48,12 +48,7 @@ class Tables:
         """Return the distributions that are sampled from: top-k and top-p apply to the target alone."""
         p, q = (np.exp(x / sampling.temperature) for x in (self.p, self.q))
         p, q = (x / x.sum(-1, keepdims=True) for x in (p, q))
-        for row in p.reshape(-1, V):
-            order = np.argsort(-row)
-            row[order[sampling.top_k or V :]] = 0
-            row /= row.sum()
-            row[order[np.concatenate([[0.0], row[order].cumsum()[:-1]]) >= sampling.top_p]] = 0
-        return p / p.sum(-1, keepdims=True), q
+        return cut(p, sampling), q
 
 
 TABLES = Tables.random()
@@ -118,6 +113,7 @@ def replayed(sampling: SamplingParams) -> Counter[Step]:
         sampling,
         lambda hidden: torch.from_numpy(TABLES.p).float()[hidden[..., 0].long(), hidden[..., 1].long()],
         V,
+        torch.full((DRAWS, 4), torch.nan, dtype=torch.float64),
     )
     drafter = cast("Drafter", SimpleNamespace(block_sampler=lambda *_: TableSampler()))
     padded, context = torch.nn.functional.pad(tokens, (0, 2), value=-1), cast("Any", None)

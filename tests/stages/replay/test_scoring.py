@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from draftsmith.stages.data.trajectories import Trajectory, pad_tokens
-from draftsmith.stages.drafters.base import PreparedDrafter
-from draftsmith.stages.replay.chains import replay_chains
+from draftsmith.stages.replay import scoring
+from draftsmith.stages.replay.replayer import encode_group
 from draftsmith.stages.replay.scoring import EncodedGroup, StepScores, score_traces
 from draftsmith.stages.replay.trace import Trace
 from tests.stages.bench import Bench
@@ -33,15 +33,8 @@ def replayed(bench: Bench, name: str, *, count: int = 6, tokens: int = 40, free:
         for i, p in enumerate(bench.prompts[:count])
     ]
     ids = pad_tokens(trajectories, bench.target.device)
-    positions = torch.arange(ids.shape[1]).expand(count, -1)
-    cache = bench.target.new_cache(count, ids.shape[1] + free)
-    out = bench.target.step(ids, positions, cache, slice(0, count), layer_ids=drafter.target_layer_ids)
-    assert out.features is not None
-    with torch.no_grad():
-        context = drafter.encode(out.features, ids, positions)
-    head = drafter.drafting_head(bench.target.head_weight, None)
-    traces = replay_chains(PreparedDrafter(drafter, head, drafter.block_size), context, trajectories)
-    return Replayed(trajectories, traces, EncodedGroup(ids, out.hidden, cache=cache))
+    group = encode_group(bench.target, ids, drafter.target_layer_ids, free)
+    return Replayed(trajectories, bench.replay(trajectories, name, None), group)
 
 
 def plainly(bench: Bench, trajectory: Trajectory, trace: Trace) -> StepScores:
@@ -65,14 +58,16 @@ def plainly(bench: Bench, trajectory: Trajectory, trace: Trace) -> StepScores:
 )
 @pytest.mark.parametrize(("tree_tokens", "positions_per_chunk"), [(512, 1024), (8, 7), (20, 1)])
 def test_scores_equal_one_forward_per_block(
-    where: str, drafter: str, tree_tokens: int, positions_per_chunk: int, request: pytest.FixtureRequest
-) -> None:
+    where: str, drafter: str, tree_tokens: int, positions_per_chunk: int, request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """Scores without later proposals are the same up to the first rejection."""
+    monkeypatch.setattr(scoring, "POSITIONS_PER_CHUNK", positions_per_chunk)
     bench: Bench = request.getfixturevalue(where)
     r = replayed(bench, drafter)
     group, uncached = replace(r.group, tree_tokens=tree_tokens), replace(r.group, cache=None)
-    scores = score_traces(bench.target, group, r.traces, positions_per_chunk=positions_per_chunk)
-    without = score_traces(bench.target, uncached, r.traces, positions_per_chunk=positions_per_chunk)
+    scores = score_traces(bench.target, group, r.traces)
+    without = score_traces(bench.target, uncached, r.traces)
     only = score_traces(bench.target, group, r.traces, rejected_only=True)
     after_rejections = 0
     for i, (trajectory, trace) in enumerate(zip(r.trajectories, r.traces, strict=True)):

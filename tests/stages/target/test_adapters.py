@@ -16,11 +16,10 @@ from transformers import AutoConfig
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.data.trajectories import Trajectory, pad_tokens
-from draftsmith.stages.drafters.base import PreparedDrafter
 from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.replay.chains import replay_chains
-from draftsmith.stages.replay.replayer import encode_group, score, tree_tokens_of
+from draftsmith.stages.replay.replayer import Replayer, encode_group, score, tree_tokens_of
 from draftsmith.stages.replay.scoring import score_traces
 from draftsmith.stages.replay.trace import Trace
 from draftsmith.stages.target.adapters import AdaptedLinear, linear_maps
@@ -149,8 +148,7 @@ def test_scores_of_rejected_proposals_equal_those_under_merged_models(adapted: A
         assert encoded.features is not None
         with torch.no_grad():
             context = drafter.encode(encoded.features, ids, torch.arange(ids.shape[1]).expand(len(some), -1))
-        prepared = PreparedDrafter(drafter, drafter.drafting_head(target.head_weight, None), drafter.block_size)
-        traces = replay_chains(prepared, context, some)
+        traces = replay_chains(Replayer(target).prepare(drafter), context, some)
         return list(zip(traces, score_traces(target, encoded, traces), strict=True))
 
     for text, (trace, scores) in zip(group, scored(adapted.target, group, ROWS), strict=True):

@@ -19,11 +19,10 @@ from draftsmith.stages.drafters.checkpoint import load_drafter, read_info
 from draftsmith.stages.drafters.dflash2.model import DFlash2Drafter
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.replay.replayer import Replayer
-from draftsmith.stages.replay.trace import tau
 from draftsmith.stages.training.batches import token_counts
 from draftsmith.stages.training.config import SftConfig
 from draftsmith.stages.training.sft.stage import STAGE, preflight
-from tests.stages.bench import Bench
+from tests.stages.bench import Bench, tau
 from tests.testbed import random_target
 from tests.testbed.context import RecordingContext, StoppingContext
 from tests.testbed.drafter import DrafterArtifacts
