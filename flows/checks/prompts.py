@@ -10,7 +10,6 @@ from pathlib import Path
 from draftsmith.artifacts.errors import DraftsmithError, one_line
 from draftsmith.flows.checks.findings import Findings
 from draftsmith.flows.planning.graph import Node
-from draftsmith.stages.data.chat_template import PromptCandidate
 from draftsmith.stages.data.held_out import HeldOut, hash_fraction, prompt_identity
 from draftsmith.stages.data.logs.filter import Exclusions, LogFilter, SchemaFilter
 from draftsmith.stages.data.logs.stage import LogsConfig
@@ -194,8 +193,8 @@ def _check_files(
     seen: set[str] = set()
     rows = held_out = unread = duplicates = 0
     unchanged = not (source.suffix or config.system)
-    for _, messages, _ in prompt_rows(source, read_rows(files), rejects, unchanged=unchanged, adapters=adapters):
-        text = PromptCandidate(source.path, messages, "").text_hash if messages else ""
+    for _, candidate in prompt_rows(source, read_rows(files), rejects, unchanged=unchanged, adapters=adapters):
+        text = candidate.text_hash if candidate.messages else ""
         if text in seen:
             duplicates += 1
             continue
@@ -203,7 +202,7 @@ def _check_files(
             seen.add(text)
         rows += 1
         unread += not text  # token ids alone, which the stage decodes
-        held_out += hash_fraction(prompt_identity(messages, config.heldout_by)) < share
+        held_out += hash_fraction(prompt_identity(candidate.messages, config.heldout_by)) < share
         if not whole:
             findings.skip(
                 name, f"whether {source.path} has enough rows. It can be read, and is too large to count here."

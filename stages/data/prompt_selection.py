@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, TypedDict
+from typing import Any
 
 from draftsmith.artifacts.atomic import atomic_path
 from draftsmith.artifacts.errors import DraftsmithError
@@ -26,16 +26,6 @@ from draftsmith.stages.target.info import load_tokenizer, model_path, read_targe
 
 _REPORT_EVERY = 64  # prompts
 _MOST_VALUES = 50  # of a field in `slices`: more make slices that are too small, as users' ids do
-
-
-class PromptRow(TypedDict):
-    """A row of `prompts.parquet`."""
-
-    prompt_id: str
-    source: str
-    split: Split
-    messages: list[Message]
-    token_ids: list[int]
 
 
 @dataclass
@@ -93,7 +83,7 @@ def run(ctx: StageContext, config: PromptsConfig) -> None:
         streams = [
             open_streams(source, config, lines, read_ids, on_candidate, info.adapters) for source in config.sources
         ]
-        rows: list[PromptRow] = []
+        rows: list[dict[str, object]] = []
         for split in SPLITS:
             for stream in _interleaved(_stream_counts(streams, split, config)):
                 rows.append(_select_next(stream, split, selection, encode, config))
@@ -183,8 +173,8 @@ def _select_next(
     selection: _Selection,
     encode: Callable[[PromptCandidate], list[int]],
     config: PromptsConfig,
-) -> PromptRow:
-    """Return the next row of the split that is new and short enough. Raises DraftsmithError if there is none."""
+) -> dict[str, object]:
+    """Return the next row of a split that is new and short enough. Raises DraftsmithError if there is none."""
     while (candidate := stream.next(split)) is not None:
         prompt_id, identity = candidate.text_hash, candidate.identity
         if prompt_id in selection.text_hashes or (split == "train" and identity in selection.held_out):
@@ -213,9 +203,13 @@ def _select_next(
                 selection.slices[label][split] += 1
         if split != "train":
             selection.held_out.add(identity)
-        return PromptRow(
-            prompt_id=prompt_id, source=candidate.source, split=split, messages=candidate.messages, token_ids=ids
-        )
+        return {
+            "prompt_id": prompt_id,
+            "source": candidate.source,
+            "split": split,
+            "messages": candidate.messages,
+            "token_ids": ids,
+        }
     raise DraftsmithError(_ran_out_error(stream, split, selection, config))
 
 

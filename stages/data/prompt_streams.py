@@ -52,10 +52,8 @@ _SEEDS_PER_SPLIT = 1_000_000  # a task makes item i from seed + i; every split h
 # Returns the messages of a prompt's ids, given the row's messages if it has any. Raises DraftsmithError for ids of
 # another target.
 ReadIds: TypeAlias = Callable[[list[int], list[Message] | None], list[Message]]
-Finish: TypeAlias = Callable[[str, list[Message], str], PromptCandidate]  # (name of the set, messages, where)
 Rank: TypeAlias = tuple[tuple[float, ...], bytes]  # the order of a file's prompts: by time, then by seed and text
 RankedCandidate: TypeAlias = tuple[Rank, PromptCandidate]
-RowPrompt: TypeAlias = tuple[Row, list[Message], list[int] | None]  # a row, its messages, its token ids if it has them
 
 
 class PromptStream:
@@ -120,9 +118,9 @@ def open_streams(
     """
     share = source.heldout_share or config.heldout_share
 
-    def finish(label: str, messages: list[Message], where: str) -> PromptCandidate:
+    def finish(candidate: PromptCandidate) -> PromptCandidate:
         on_candidate()
-        original = messages
+        messages = candidate.messages
         if source.suffix:
             last = max(index for index, message in enumerate(messages) if message["role"] == "user")
             messages = [dict(message) for message in messages]
@@ -130,8 +128,14 @@ def open_streams(
         if config.system and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": config.system}, *messages]
         # all turns of a conversation begin alike only without the suffix, which each has in another message
-        hashed = original if config.heldout_by == "conversation" else messages
-        return PromptCandidate(label, messages, where, prompt_identity(hashed, config.heldout_by))
+        hashed = candidate.messages if config.heldout_by == "conversation" else messages
+        return replace(
+            candidate,
+            messages=messages,
+            identity=prompt_identity(hashed, config.heldout_by),
+            token_ids=candidate.token_ids if messages == candidate.messages else None,
+            questions=tuple(f"{text}{source.suffix}" for text in candidate.questions),
+        )
 
     if isinstance(source, ReasoningGymSource):
         return [PromptStream(task, _task_candidates(task, source, finish, config), share) for task in source.tasks]
@@ -139,17 +143,8 @@ def open_streams(
     unchanged = not (source.suffix or config.system)
 
     def candidates(rows: Iterable[Row | BadRow], rejects: RejectLog) -> Iterator[tuple[Row, PromptCandidate]]:
-        for row, messages, ids in prompt_rows(source, rows, rejects, read_ids, unchanged=unchanged, adapters=adapters):
-            candidate = finish(source.set_name, messages, row.where)
-            if config.slices:
-                candidate = replace(candidate, labels=row_labels(row.fields, config.slices))
-            fields = rename_fields(row.fields, source.fields if isinstance(source, JsonlSource) else {})
-            candidate = replace(candidate, adapter=row_adapter(fields, adapters, row.where))
-            if ids is None and (later := later_questions(fields, source.field)):
-                candidate = replace(candidate, questions=tuple(f"{text}{source.suffix}" for text in later))
-            if ids is not None and candidate.messages == messages:
-                candidate = replace(candidate, token_ids=ids)
-            yield row, candidate
+        for row, candidate in prompt_rows(source, rows, rejects, read_ids, unchanged=unchanged, adapters=adapters):
+            yield row, replace(finish(candidate), labels=row_labels(row.fields, config.slices))
 
     if isinstance(source, HuggingFaceSource):
         stream = (candidate for _, candidate in candidates(_dataset_rows(source, config.seed), rejects))
@@ -181,7 +176,10 @@ def open_streams(
 
 
 def _task_candidates(
-    task: str, source: ReasoningGymSource, finish: Finish, config: PromptsConfig
+    task: str,
+    source: ReasoningGymSource,
+    finish: Callable[[PromptCandidate], PromptCandidate],
+    config: PromptsConfig,
 ) -> Callable[[Split], Iterator[PromptCandidate]]:
     """Return a function that returns the candidates of a task for one split."""
     from reasoning_gym.factory import DATASETS, create_dataset  # takes seconds to load, and few configs have tasks
@@ -203,8 +201,8 @@ def _task_candidates(
                 f"prompts.sources: reasoning_gym rejects the options of task {task} ({one_line(error)}). Correct them."
             ) from error
         for index in range(limit):
-            question = items[index]["question"]
-            yield finish(task, [{"role": "user", "content": question}], f"{task}, seed {first + index}")
+            messages = [{"role": "user", "content": items[index]["question"]}]
+            yield finish(PromptCandidate(task, messages, f"{task}, seed {first + index}"))
 
     return candidates
 
@@ -225,9 +223,10 @@ def prompt_rows(
     *,
     unchanged: bool = True,
     adapters: Collection[str] = (),
-) -> Iterator[RowPrompt]:
-    """Yield the rows that pass the filter, with their prompts; count the others in `rejects`, and check it at the end.
+) -> Iterator[tuple[Row, PromptCandidate]]:
+    """Yield the rows that pass the filter, with their prompts, before suffix and system prompt are added.
 
+    The others are counted in `rejects`, which is checked at the end.
     read_ids: without it, prompts of token ids alone have no messages. unchanged: nothing will be added to a prompt;
     otherwise a prompt of token ids is built again from its messages, which have no tools. adapters: names of the
     target's; a row that names another cannot be read.
@@ -241,10 +240,12 @@ def prompt_rows(
             if not matches_filter(source.filter, row.fields, row.where):
                 continue
             fields = rename_fields(row.fields, source.fields if isinstance(source, JsonlSource) else {})
-            row_adapter(fields, adapters, row.where)
+            adapter = row_adapter(fields, adapters, row.where)
             ids = prompt_token_ids(fields, source.field, row.where)
+            later: tuple[str, ...] = ()
             if ids is None:
                 messages = first_question(fields, source.field, row.where)
+                later = later_questions(fields, source.field)
             else:
                 known = messages_beside_ids(fields, tools=unchanged)
                 messages = read_ids(ids, known) if read_ids is not None else known or []
@@ -255,7 +256,7 @@ def prompt_rows(
         except DraftsmithError as error:
             rejects.add_unreadable(BadRow(row.file, row.number, str(error).removeprefix(f"{row.where}: ")))
         else:
-            yield row, messages, ids
+            yield row, PromptCandidate(source.set_name, messages, row.where, b"", ids, (), later, adapter)
     if not rejects.rows:
         raise DraftsmithError(no_rows_error([source.location]))
     rejects.check()

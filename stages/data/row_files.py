@@ -218,7 +218,6 @@ def read_rows(files: Sequence[str]) -> Iterator[Row | BadRow]:
 
 
 def no_rows_error(paths: Sequence[str]) -> str:
-    """Return the error message for files without any row."""
     return f"{', '.join(paths)}: is empty. Give a file with one JSON object a line."
 
 
@@ -379,7 +378,6 @@ class RejectLog:
             )
 
     def describe(self) -> str:
-        """Return the counts by reason."""
         return describe_counts(self.reasons)
 
     def _write(self, file: str, number: int, log_id: str | None, reason: str) -> None:

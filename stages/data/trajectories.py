@@ -84,7 +84,6 @@ class TrajectoryRows(Sequence[Trajectory]):
         return Trajectory(self.ids[index].as_py(), tokens, len(prompt), adapter)
 
     def select(self, indices: Sequence[int] | np.ndarray) -> TrajectoryRows:
-        """Return the rows at these indices."""
         chosen = np.asarray(indices, dtype=np.int64)
         return TrajectoryRows(
             self.reader,
@@ -169,7 +168,6 @@ class StoredTrajectories:
     too_short: int  # left out: answers of one token, on which nothing can be drafted
 
     def select(self, indices: Sequence[int]) -> StoredTrajectories:
-        """Return the trajectories at these indices."""
         return replace(
             self, trajectories=self.trajectories.select(indices), prompt_ids=self.prompt_ids.take(pa.array(indices))
         )

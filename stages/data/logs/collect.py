@@ -32,12 +32,11 @@ from draftsmith.stages.data.logs.rows import SHAPES
 from draftsmith.stages.data.logs.stage import LogsConfig
 from draftsmith.stages.data.row_files import RejectLog, Throttle, describe_counts, is_remote, no_rows_error, read_rows
 from draftsmith.stages.data.time_window import LAST, to_iso
-from draftsmith.stages.runtime.stage import StageContext
+from draftsmith.stages.runtime.stage import StageContext, progress_callback
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.info import read_target_info
 from draftsmith.stages.target.sampling import SamplingParams
 
-_REPORT_EVERY = 256  # rows
 _COLUMNS = ("prompt_id", "prompt_ids", "response_ids", "finish_reason", "adapter")  # fields of an AcceptedAnswer
 _GROUP_TOKENS, _GROUP_ROWS = 1 << 20, 4096  # of answers that are appended together
 
@@ -128,10 +127,7 @@ def _earlier_answers(
         ctx.log(f"warning: no answers of the earlier refresh are mixed in, since {changed} changed after it")
         return None, changed
 
-    def progress(answers: int) -> None:
-        ctx.progress(answers, answers, "earlier answers")
-        ctx.check_interrupted()
-
+    progress = progress_callback(ctx, "earlier answers")
     earlier = read_earlier_answers(ctx.inputs["earlier"], log_filter, config.sampling, progress)
     if earlier.of_other_sampling:
         ctx.log(
@@ -190,7 +186,7 @@ def _read(
         if answer is not None and (max_new is None or log_filter.accepted <= max_new):
             contents.add(answer.content)
             yield answer
-        if throttle.is_due() or number % _REPORT_EVERY == 0:  # a row of a megabyte takes seconds
+        if throttle.is_due():
             ctx.progress(number, number, "rows", used=len(contents))
         ctx.check_interrupted()
         if not all_rows and log_filter.accepted == max_new:
@@ -211,7 +207,6 @@ def _replay_count(config: LogsConfig, new: int) -> int:
 
 
 def _nothing_usable(config: LogsConfig, log_filter: LogFilter) -> str:
-    """Return the error for logs without a usable answer."""
     rejects, paths = log_filter.rejects, ", ".join(config.paths)
     if not rejects.rows:
         return no_rows_error(config.paths)

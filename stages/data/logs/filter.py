@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence, Set
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -19,12 +20,11 @@ from draftsmith.artifacts.tables.schemas import TRAJECTORIES
 from draftsmith.stages.data.chat_template import TemplateInverter
 from draftsmith.stages.data.held_out import HeldOut, token_digest
 from draftsmith.stages.data.logs.earlier import TABLE, answer_content, read_batches, select_rows
-from draftsmith.stages.data.logs.loads import TIMES, InFlight
 from draftsmith.stages.data.logs.rows import AnswerReader, LoggedRow, logged_ids, logged_text
 from draftsmith.stages.data.logs.stage import LogsConfig
 from draftsmith.stages.data.row_files import BadRow, RejectLog, Row
 from draftsmith.stages.data.row_formats import Message, RejectedRow, matches_filter, messages_beside_ids, rename_fields
-from draftsmith.stages.data.time_window import TIME_FIELDS, row_time
+from draftsmith.stages.data.time_window import TIME_FIELDS, parse_time, row_time
 from draftsmith.stages.data.trajectories import random_rank
 from draftsmith.stages.target.info import load_tokenizer, model_path, read_target_info
 from draftsmith.stages.target.sampling import SamplingParams
@@ -36,6 +36,8 @@ _MODEL = "model"  # the field in which services log whose answer it is
 _MAX_MODELS_NAMED = 5
 _MANY = 0.5  # share of the accepted rows
 _COLUMNS = ["split", "temperature", "top_p", "top_k", "prompt_ids", "response_ids"]  # of earlier answers
+TIMES = ("started_at", "ended_at", "duration_s")  # our names of a row's fields; two of them are enough
+_LONGEST_S = 86400.0  # a longer request has a wrong clock, or no real end
 T = TypeVar("T")
 
 
@@ -57,6 +59,47 @@ class AcceptedAnswer:
 def prompt_id(ids: np.ndarray) -> str:
     """Return 16 digits that equal prompts share."""
     return token_digest(ids).hex()[:16]
+
+
+class InFlight:
+    """When the requests of a log began and ended, by server."""
+
+    def __init__(self) -> None:
+        self.timed = self.untimed = 0  # rows
+        self._spans: defaultdict[str, array[float]] = defaultdict(lambda: array("d"))  # server -> begin, end, begin, …
+
+    def add(self, fields: Mapping[str, Any]) -> None:
+        """Count a row. fields: under our names. Rows without `server` count as those of one server."""
+        if (span := _span(fields)) is None:
+            self.untimed += 1
+            return
+        self.timed += 1
+        self._spans[str(fields.get("server"))].extend(span)
+
+    def shares(self) -> dict[int, float]:
+        """Return requests in flight, to the nearest power of two -> share of the time in which there are any."""
+        seconds = np.zeros(64)  # by the logarithm of their number
+        for spans in self._spans.values():
+            times = np.asarray(spans)
+            order = times.argsort(kind="stable")
+            in_flight = np.tile([1, -1], len(times) // 2)[order].cumsum()[:-1]
+            busy = in_flight > 0
+            powers = np.log2(in_flight[busy]).round().astype(int)
+            seconds += np.bincount(powers, np.diff(times[order])[busy], minlength=64)
+        shares = (seconds / max(seconds.sum(), 1e-9)).round(3)
+        return {1 << power: float(share) for power, share in enumerate(shares) if share > 0}
+
+
+def _span(fields: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Return when a request began and ended, in seconds since 1970; None if the row does not say so."""
+    begin, end = (None if (time := parse_time(fields.get(name))) is None else time.timestamp() for name in TIMES[:2])
+    seconds = fields.get("duration_s")
+    if isinstance(seconds, int | float) and not isinstance(seconds, bool) and 0 <= seconds <= _LONGEST_S:
+        begin = end - seconds if begin is None and end is not None else begin
+        end = begin + seconds if end is None and begin is not None else end
+    if begin is None or end is None or not 0 <= end - begin <= _LONGEST_S:
+        return None
+    return begin, end
 
 
 class RowFilter(ABC, Generic[T]):
@@ -254,44 +297,31 @@ class EarlierAnswers:
 
 
 def read_earlier_answers(
-    folder: Path,
-    log_filter: LogFilter,
-    sampling: SamplingParams,
-    progress: Callable[[int], None],
+    folder: Path, log_filter: LogFilter, sampling: SamplingParams, progress: Callable[[int, int], None]
 ) -> EarlierAnswers:
     """Read the usable answers of an artifact of stage `earlier`.
 
-    sampling: of the new answers. progress: called with the number of answers read. Raises DraftsmithError if the table
-    is damaged or of another version.
+    sampling: of the new answers. progress: takes the number of answers read, twice.
+
+    Raises DraftsmithError if the table is damaged or of another version.
     """
     path = folder / TABLE
     read_table(path, TRAJECTORIES, columns=["sample"])  # checks that it is intact and of this version
     contents: list[bytes | None] = []
-    seen: set[bytes] = set()
-    stored_sampling = _as_stored(sampling)
+    seen: set[bytes | None] = set()
+    temperature, top_p = (float(np.float32(value)) for value in (sampling.temperature, sampling.top_p))  # as stored
+    stored_sampling = SamplingParams(temperature, top_p, sampling.top_k)
     of_other_sampling = 0
     for batch in read_batches(path, _COLUMNS):
         for split, *values, prompt, answer in zip(*(batch[name] for name in _COLUMNS), strict=True):
             content = None
             if split.as_py() == "train":
-                if SamplingParams(*(value.as_py() for value in values)) == stored_sampling:
-                    content = _usable_content(prompt.values.to_numpy(), answer.values.to_numpy(), log_filter)
-                else:
+                prompt_ids, answer_ids = prompt.values.to_numpy(), answer.values.to_numpy()
+                if SamplingParams(*(value.as_py() for value in values)) != stored_sampling:
                     of_other_sampling += 1
+                elif log_filter.fits(prompt_ids, answer_ids) and not log_filter.is_held_out(prompt_ids):
+                    content = answer_content(prompt_ids, answer_ids)
             contents.append(None if content in seen else content)
-            if content is not None:
-                seen.add(content)
-        progress(len(contents))
+            seen.add(content)
+        progress(len(contents), len(contents))
     return EarlierAnswers(path, contents, of_other_sampling)
-
-
-def _as_stored(sampling: SamplingParams) -> SamplingParams:
-    """Return the sampling with the precision of the table's columns."""
-    return SamplingParams(float(np.float32(sampling.temperature)), float(np.float32(sampling.top_p)), sampling.top_k)
-
-
-def _usable_content(prompt: np.ndarray, answer: np.ndarray, log_filter: LogFilter) -> bytes | None:
-    """Return `answer_content`; None for an answer that the filter would reject."""
-    if not log_filter.fits(prompt, answer) or log_filter.is_held_out(prompt):
-        return None
-    return answer_content(prompt, answer)

@@ -111,7 +111,6 @@ class LogsConfig(Config):
 
     @property
     def sampling(self) -> SamplingParams:
-        """Return the sampling of the answers."""
         return SamplingParams(self.temperature, self.top_p, self.top_k)
 
     @property
@@ -157,7 +156,6 @@ class LogsConfig(Config):
         return local_files(self.paths, _PATHS, self.pinned_files)
 
     def external_versions(self) -> dict[str, str]:
-        """Return the remote files with their versions."""
         return remote_versions(self.paths, _PATHS, self.pinned_files)
 
 

@@ -79,7 +79,7 @@ def promoted(tmp_path: Path, tiny_drafter: DrafterArtifacts, monkeypatch: pytest
     first = resolve(config_of(log, replay_share=0.25))
     assert first.logs is not None and first.logs.after is None
     assert "earlier" not in {node.name for node in refresh_nodes(first)}
-    read = run(tmp_path / "first", tiny_drafter, log, since="last")
+    read = run(tmp_path / "first", tiny_drafter.target, log, since="last")
     assert counts(read)["used"] == 20
     line = registry()
     drafter = tmp_path / "opd"
@@ -172,7 +172,7 @@ def _answers(folder: Path, made: DrafterArtifacts) -> Path:
     rows = read_table(made.rollout / "trajectories.parquet", TRAJECTORIES).to_pylist()
     different = list({tuple(row["prompt_ids"] + row["response_ids"]): row for row in rows}.values())
     long = [row for row in different if len(row["response_ids"]) > 5][:60]
-    kept = run(folder / "usable", made, write(folder / "all.jsonl", [as_ids(row) for row in long]))
+    kept = run(folder / "usable", made.target, write(folder / "all.jsonl", [as_ids(row) for row in long]))
     usable = [as_ids(row) for row in table(kept)]
     return write(folder / "timed.jsonl", [r | {"timestamp": 1_790_000_000 + 3600 * n} for n, r in enumerate(usable)])
 

@@ -11,18 +11,15 @@ import numpy as np
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.store.manifest import sha256_file
 from draftsmith.artifacts.tables.parquet import read_table
 from draftsmith.artifacts.tables.schemas import ADAPTED_TRAJECTORIES, TRAJECTORIES
-from draftsmith.stages.data.logs.earlier import STAGE as EARLIER
-from draftsmith.stages.data.logs.earlier import TABLE, EarlierConfig
-from draftsmith.stages.data.logs.stage import STAGE as LOGS
-from draftsmith.stages.data.logs.stage import LogsConfig
+from draftsmith.stages.data.logs.earlier import TABLE
 from draftsmith.stages.data.trajectories import load_prompts, load_trajectories, prompt_labels
 from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.info import read_target_info
+from tests.stages.data.logs.logs_run import earlier
+from tests.stages.data.logs.logs_run import run as run_logs
 from tests.stages.data.prompts_run import error, of_classes, run_with_context
 from tests.stages.data.row_files import write
 from tests.testbed.adapters import adapted_artifact
@@ -102,12 +99,9 @@ def test_a_row_that_names_an_unknown_adapter_is_an_error_with_its_place(
     )
 
 
-def logs(folder: Path, target: Path, rows: list[Row], earlier: Path | None = None, **config: Any) -> RecordingContext:
+def logs(folder: Path, target: Path, rows: list[Row], **config: Any) -> RecordingContext:
     path = write(folder / f"{len(list(folder.iterdir()))}.jsonl", rows)
-    inputs = {"target": target} | ({"earlier": earlier} if earlier else {})
-    ctx = RecordingContext.under(folder / path.stem, inputs)
-    LOGS.run(ctx, LogsConfig.model_validate({"paths": [str(path)], "temperature": 0, **config}))
-    return ctx
+    return run_logs(folder / path.stem, target, path, **config)
 
 
 def test_logged_answers_are_read_and_scored_under_their_adapters(adapted: Path, plain: Path, tmp_path: Path) -> None:
@@ -144,11 +138,9 @@ def test_logged_answers_are_read_and_scored_under_their_adapters(adapted: Path, 
              fields={"adapter": "lora"}, scored=0)  # fmt: skip
 
     # mixed into the next refresh
-    origin, before = read_target_info(adapted), RecordingContext.under(tmp_path / "earlier")
-    of: Row = {"target_digest": origin.digest, "tokenizer_digest": origin.tokenizer_digest}
-    EARLIER.run(before, EarlierConfig(folder=str(ctx.out), sha256=sha256_file(ctx.out / TABLE), **of))
+    before = earlier(tmp_path / "before", ctx)
     fresh = [{"prompt_token_ids": [1, 2, i], "completion_token_ids": [3, 4, 5], "adapter": "b"} for i in range(8)]
-    mixed = logs(tmp_path, adapted, fresh, before.out, replay_share=0.5, scored=0)
+    mixed = logs(tmp_path, adapted, fresh, inputs={"earlier": before}, replay_share=0.5, scored=0)
     replayed = read_table(mixed.out / TABLE, ADAPTED_TRAJECTORIES).to_pylist()[8:]
     assert len(replayed) >= 6
     assert all(row["adapter"] == adapter_of[tuple(row["prompt_ids"])] for row in replayed)

@@ -357,7 +357,8 @@ def test_a_renamed_prompt_field_is_read_alike_in_prompts_and_logs(prompt: Any, t
     fields = {"question": prompt, "reply": "Once.", "messages": "of somebody else"}
     (tmp_path / "a.jsonl").write_text(json.dumps(fields) + "\n")
     source = JsonlSource.model_validate({"path": str(tmp_path / "a.jsonl"), "fields": names})
-    ((_, messages, _),) = prompt_rows(source, read_rows([source.path]), RejectLog("prompts.max_bad_share", 0))
+    ((_, candidate),) = prompt_rows(source, read_rows([source.path]), RejectLog("prompts.max_bad_share", 0))
+    messages = candidate.messages
     renamed_row = LoggedRow("log", 1, dict(rename_fields(fields, names)))  # type: ignore[arg-type]
     assert logged_text(renamed_row) == (messages, "Once.")
     assert messages[-1]["content"] == (prompt if prompt in ("Tell a story.", "[not JSON") else CHAT[-1]["content"])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from draftsmith.artifacts.tables.parquet import read_table
+from draftsmith.artifacts.tables.schemas import PROMPTS
 from draftsmith.stages.data.chat_template import TemplateInverter
 from draftsmith.stages.data.held_out import HELDOUT_SHARE, HeldOut, hash_fraction, prompt_identity, read_held_out
-from draftsmith.stages.data.logs import stage as logs
 from draftsmith.stages.data.prompts import PromptsConfig
 from draftsmith.stages.data.row_formats import NOT_TEXT, TOOLS, Message
 from draftsmith.stages.target.info import load_tokenizer, model_path
@@ -25,7 +27,6 @@ from tests.stages.data.logs.logs_run import counts, table
 from tests.stages.data.logs.logs_run import run as run_logs
 from tests.stages.data.prompts_run import Row, error, run, run_with_context
 from tests.stages.data.row_files import write
-from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts
 
 WEATHER: list[Row] = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
@@ -65,13 +66,6 @@ def served(target: Path, conversations: list[list[Row]], **given: Any) -> list[R
     return rows
 
 
-def used(target: Path, folder: Path, log: Path, prompts: Path) -> RecordingContext:
-    context = RecordingContext.under(folder / "logs", {"target": target, "prompts": prompts})
-    config = {"paths": [str(log)], "temperature": 0, "scored": 0}
-    logs.STAGE.run(context, logs.LogsConfig.model_validate(config))
-    return context
-
-
 IDS = ("prompt_token_ids", "completion_token_ids")
 
 
@@ -101,7 +95,7 @@ def test_no_held_out_prompt_is_trained_on_in_any_row_format(
     log = write(tmp_path / "log.jsonl", rows)
 
     held_out_rows = run(target, tmp_path, log, train=0, heldout=16, validation=4)
-    trained = table(used(target, tmp_path, log, tmp_path / "out"))
+    trained = table(run_logs(tmp_path, target, log, inputs={"prompts": tmp_path / "out"}, scored=0))
 
     of = {tuple(row["prompt_token_ids"]): number for number, row in enumerate(rows)}
     asked_here = {of[tuple(row["token_ids"])] for row in held_out_rows}  # each as it was served
@@ -129,7 +123,7 @@ def test_both_stages_reject_rows_with_tools_or_images(target: Path, tmp_path: Pa
     assert f"90 rows rejected: 60 {TOOLS}, 30 {NOT_TEXT}" in context.logs
     reasons = {TOOLS: 60, NOT_TEXT: 30}
     assert json.loads((context.out / "prompts.json").read_text())["set_aside"] == reasons
-    counted = counts(used(target, tmp_path, log, context.out))["set_aside"]
+    counted = counts(run_logs(tmp_path, target, log, inputs={"prompts": context.out}, scored=0))["set_aside"]
     assert {reason: counted[reason] for reason in reasons} == reasons
     assert len((context.out / "set_aside.jsonl").read_text().splitlines()) == 90
 
@@ -159,7 +153,7 @@ def a_week(
     source = {"kind": "jsonl", "path": str(log), **prompts.pop("source", {})}
     settings = {"train": 0, "validation": 2, "heldout": 14, "max_prompt_tokens": 200, **prompts}
     held_out = run(made.target, folder / "prompts", [source], **settings)
-    ctx = run_logs(folder, made, log, inputs={"prompts": folder / "prompts" / "out"}, scored=0)
+    ctx = run_logs(folder, made.target, log, inputs={"prompts": folder / "prompts" / "out"}, scored=0)
     assert counts(ctx)["set_aside"].keys() <= {"prompt of the validation or held-out split"}
     return held_out, {tuple(row["prompt_ids"]) for row in table(ctx)}
 
@@ -199,12 +193,13 @@ def test_by_conversation_all_turns_of_a_held_out_one_are_excluded(
     assert kept["heldout_by"] == by
     openings = {row["messages"][0]["content"].removesuffix(suffix) for row in held_out}
     log = write(tmp_path / "of-these.jsonl", [row for row in rows if row["messages"][0]["content"] in openings])
-    again: dict[str, Any] = {"inputs": {"prompts": tmp_path / "1" / "prompts" / "out"}, "scored": 0}
+    inputs = {"prompts": tmp_path / "1" / "prompts" / "out"}
+    again = partial(run_logs, tmp_path / "2", tiny_drafter.target, log, inputs=inputs, scored=0)
     if by == "conversation":
         with pytest.raises(Exception, match=rf"none of {3 * len(openings)} rows of \S+ can be used"):
-            run_logs(tmp_path / "2", tiny_drafter, log, **again)
+            again()
     else:
-        assert table(run_logs(tmp_path / "2", tiny_drafter, log, **again)), "another turn of theirs is trained on"
+        assert table(again()), "another turn of theirs is trained on"
 
 
 def chat(*turns: str, system: str | None = None) -> list[Message]:
@@ -257,9 +252,6 @@ def test_the_prompts_of_held_out_splits_are_held_out_in_any_class(tiny_drafter: 
     held_out = read_held_out(tiny_drafter.prompts)
     assert held_out.share == 0.25 and read_held_out(None) == HeldOut(0.1)
     outside = HeldOut(1e-9, held_out.identities, held_out.token_digests)
-    from draftsmith.artifacts.tables.parquet import read_table
-    from draftsmith.artifacts.tables.schemas import PROMPTS
-
     for row in read_table(tiny_drafter.prompts / "prompts.parquet", PROMPTS).to_pylist():
         held_out = row["split"] != "train"
         assert outside.is_held_out(row["messages"], [0]) is held_out

@@ -12,8 +12,11 @@ from draftsmith.artifacts.store.manifest import sha256_file
 from draftsmith.artifacts.tables.parquet import read_table
 from draftsmith.artifacts.tables.schemas import TRAJECTORIES
 from draftsmith.stages.data.logs.earlier import STAGE as EARLIER
-from draftsmith.stages.data.logs.earlier import TABLE, EarlierConfig
+from draftsmith.stages.data.logs.earlier import TABLE
+from draftsmith.stages.data.logs.filter import SchemaFilter
 from draftsmith.stages.data.logs.stage import STAGE, LogsConfig
+from draftsmith.stages.data.row_files import RejectLog
+from draftsmith.stages.data.row_files import Row as FileRow
 from draftsmith.stages.target.info import read_target_info
 from tests.stages.data.row_files import write
 from tests.testbed.context import RecordingContext
@@ -25,19 +28,31 @@ Row = dict[str, Any]
 
 def run(
     folder: Path,
-    made: DrafterArtifacts,
+    target: Path,
     *paths: Path | str,
-    prompts: bool = False,
-    stop: bool = False,
     seed: int = 0,
     inputs: Mapping[str, Path] | None = None,
     **config: Any,
 ) -> RecordingContext:
-    inputs = {"target": made.target, **({"prompts": made.prompts} if prompts else {}), **(inputs or {})}
-    ctx = RecordingContext.under(folder / "run", inputs, seed)
-    ctx.stop = stop
-    STAGE.run(ctx, LogsConfig.model_validate({"paths": [str(p) for p in paths], "temperature": 0, **config}))
-    return ctx
+    ctx = RecordingContext.under(folder / "run", {"target": target, **(inputs or {})}, seed)
+    return ctx.run(STAGE, **{"paths": [str(p) for p in paths], "temperature": 0, **config})
+
+
+def schema_filter(max_bad_share: float = 0, **config: Any) -> SchemaFilter:
+    """Return the filter of a log of greedy answers."""
+    fields = {"paths": ["a"], "temperature": 0, **config}
+    return SchemaFilter(LogsConfig.model_validate(fields), RejectLog("logs.max_bad_share", max_bad_share))
+
+
+def accepted(row_filter: SchemaFilter, rows: Sequence[Row]) -> list[bool | None]:
+    return [row_filter.accept(FileRow("log.jsonl", number, row)) for number, row in enumerate(rows, 1)]
+
+
+def earlier(folder: Path, before: RecordingContext, *, replayed: bool = True) -> Path:
+    """Run stage `earlier` in `folder` on the answers of the refresh before; return its artifact."""
+    of = given_by(before.inputs["target"])
+    fields = {"folder": str(before.out), "sha256": sha256_file(before.out / TABLE), "replayed": replayed, **of}
+    return RecordingContext.under(folder).run(EARLIER, **fields).out
 
 
 def given_by(target: Path) -> dict[str, str]:
@@ -62,15 +77,11 @@ class Logs:
         """Run the stage. paths: files, or rows to write to `log.jsonl`."""
         self.runs += 1
         files = [self.write("log.jsonl", each) if isinstance(each, list) else each for each in paths]
-        return run(self.folder / f"run-{self.runs}", self.made, *files, **config)
+        return run(self.folder / f"run-{self.runs}", self.made.target, *files, **config)
 
     def earlier(self, before: RecordingContext, *, replayed: bool = False) -> Path:
         """Run stage `earlier` on the answers of the refresh before; return its artifact."""
-        ctx = RecordingContext.under(self.folder / f"earlier-{self.runs}", {})
-        sha256 = sha256_file(before.out / TABLE)
-        of = given_by(before.inputs["target"])
-        EARLIER.run(ctx, EarlierConfig(folder=str(before.out), sha256=sha256, replayed=replayed, **of))
-        return ctx.out
+        return earlier(self.folder / f"earlier-{self.runs}", before, replayed=replayed)
 
 
 def table(ctx: RecordingContext) -> list[Row]:

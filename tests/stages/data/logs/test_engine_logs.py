@@ -10,9 +10,7 @@ from typing import Any
 
 import pytest
 
-from draftsmith.stages.data.logs.filter import SchemaFilter
-from draftsmith.stages.data.logs.stage import LogsConfig
-from draftsmith.stages.data.row_files import RejectLog, Row
+from tests.stages.data.logs.logs_run import accepted, schema_filter
 
 README = Path(__file__).parents[4] / "configs" / "own-logs.md"
 # Of SGLang 0.5.20 for a chat, shortened: fields that nothing reads are left out.
@@ -65,9 +63,7 @@ def test_it_makes_rows_of_vllms_responses_with_one_whole_answer(tmp_path: Path) 
         ([1, 315], [94, 352]),
         ([1, 316], [94, 352]),
     ]
-    config = LogsConfig(paths=["a"], temperature=0, since="2026-11-29")
-    schema_filter = SchemaFilter(config, RejectLog("logs.max_bad_share", 0))
-    assert [schema_filter.accept(Row("answers.jsonl", n, row)) for n, row in enumerate(rows)] == [True, True]
+    assert accepted(schema_filter(since="2026-11-29"), rows) == [True, True]
 
 
 @NEEDS_JQ
@@ -92,10 +88,8 @@ def test_the_documented_command_makes_rows_with_token_ids_and_sampling(tmp_path:
     ]
     assert [row["adapter"] for row in rows] == ["support", None]
     assert [(row["ended_at"], row["duration_s"]) for row in rows] == [("2026-11-29T11:43:28.869656", 2.5)] * 2
-    schema_filter = SchemaFilter(
-        LogsConfig(paths=["a"], temperature=0, since="2026-11-29"), RejectLog("logs.max_bad_share", 0)
-    )
-    assert [schema_filter.accept(Row("answers.jsonl", n, row)) for n, row in enumerate(rows)] == [True, None]
-    assert dict(schema_filter.rejects.reasons) == {"sampled under a grammar": 1}
-    assert schema_filter.in_flight.shares() == {2: 1.0}
-    assert schema_filter.newest is not None and schema_filter.newest.isoformat() == "2026-11-29T11:43:28.869656+00:00"
+    found = schema_filter(since="2026-11-29")
+    assert accepted(found, rows) == [True, None]
+    assert dict(found.rejects.reasons) == {"sampled under a grammar": 1}
+    assert found.in_flight.shares() == {2: 1.0}
+    assert found.newest is not None and found.newest.isoformat() == "2026-11-29T11:43:28.869656+00:00"

@@ -12,9 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from draftsmith.stages.data.held_out import HeldOut
-from draftsmith.stages.data.logs.filter import AcceptedAnswer, Exclusions, LogFilter, SchemaFilter
+from draftsmith.stages.data.logs.filter import AcceptedAnswer, Exclusions, LogFilter
 from draftsmith.stages.data.logs.stage import LogsConfig
 from draftsmith.stages.data.row_files import RejectLog, Row
+from tests.stages.data.logs.logs_run import accepted, schema_filter
 from tests.testbed.drafter import DrafterArtifacts
 
 TEXT = st.text(st.characters(), max_size=12)
@@ -105,23 +106,16 @@ SAMPLED = {"temperature": 0.7, "top_p": 0.9, "top_k": 20}
 def test_a_row_with_other_sampling_than_configured_is_rejected(
     configured: dict[str, Any], logged: dict[str, Any], reason: str | None
 ) -> None:
-    rejects = RejectLog("logs.max_bad_share", 0)
-    schema_filter = SchemaFilter(LogsConfig(paths=["a"], **({"temperature": 0} | configured)), rejects)
+    found = schema_filter(**configured)
     row = {"prompt_token_ids": [1, 2], "completion_token_ids": [3, 4], **logged}
-    assert schema_filter.accept(Row("log.jsonl", 1, row)) is (True if reason is None else None)
-    assert dict(rejects.reasons) == ({} if reason is None else {reason: 1})
+    assert accepted(found, [row]) == [True if reason is None else None]
+    assert dict(found.rejects.reasons) == ({} if reason is None else {reason: 1})
 
 
-@pytest.mark.parametrize(
-    ("thought", "accepted"), [("First I add 3 and 4.", None), (" ", True), (None, True), (7, True)]
-)
-def test_text_without_its_reasoning_is_rejected_but_token_ids_are_not(thought: Any, accepted: bool | None) -> None:
-    rejects = RejectLog("logs.max_bad_share", 0)
-    schema_filter = SchemaFilter(LogsConfig(paths=["a"], temperature=0), rejects)
+@pytest.mark.parametrize(("thought", "used"), [("First I add 3 and 4.", None), (" ", True), (None, True), (7, True)])
+def test_text_without_its_reasoning_is_rejected_but_token_ids_are_not(thought: Any, used: bool | None) -> None:
+    found = schema_filter()
     text = {"messages": [{"role": "user", "content": "3 + 4?"}], "completion": "7", "reasoning_content": thought}
-    assert schema_filter.accept(Row("log.jsonl", 1, text)) is accepted
-    assert dict(rejects.reasons) == ({} if accepted else {"thinking that is not in the completion": 1})
-    assert (
-        schema_filter.accept(Row("log.jsonl", 2, text | {"prompt_token_ids": [1, 2], "completion_token_ids": [3, 4]}))
-        is True
-    )
+    ids = {"prompt_token_ids": [1, 2], "completion_token_ids": [3, 4]}
+    assert accepted(found, [text, text | ids]) == [used, True]
+    assert dict(found.rejects.reasons) == ({} if used else {"thinking that is not in the completion": 1})

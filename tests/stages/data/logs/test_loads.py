@@ -8,12 +8,9 @@ from typing import Any
 
 import pytest
 
-from draftsmith.stages.data.logs.filter import SchemaFilter
-from draftsmith.stages.data.logs.loads import InFlight
-from draftsmith.stages.data.logs.stage import LogsConfig
-from draftsmith.stages.data.row_files import RejectLog, Row
+from draftsmith.stages.data.logs.filter import InFlight, SchemaFilter
 from draftsmith.stages.evaluation.gate import GateConfig
-from tests.stages.data.logs.logs_run import Logs, as_ids, counts
+from tests.stages.data.logs.logs_run import Logs, accepted, as_ids, counts, schema_filter
 
 NOON = 1772714096
 ROW = {"prompt_token_ids": [1, 2], "completion_token_ids": [3, 4]}
@@ -84,9 +81,8 @@ def test_a_row_without_both_times_counts_nothing(row: dict[str, Any]) -> None:
 
 
 def filtered(rows: list[dict[str, Any]], **config: Any) -> SchemaFilter:
-    row_filter = SchemaFilter(LogsConfig(paths=["a"], temperature=0, **config), RejectLog("logs.max_bad_share", 1))
-    for number, row in enumerate(rows, 1):
-        row_filter.accept(Row("log.jsonl", number, row))
+    row_filter = schema_filter(1, **config)
+    accepted(row_filter, rows)
     return row_filter
 
 

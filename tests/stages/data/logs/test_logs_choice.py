@@ -139,8 +139,8 @@ def earlier(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> Path:
 def test_a_share_of_the_answers_is_replayed_from_an_earlier_refresh(logs: Logs, earlier: Path) -> None:
 
     def mixed(seed: int = 0, **config: Any) -> tuple[list[Row], Row]:
-        inputs = {"earlier": earlier}
-        ctx = logs.run([as_ids(row) for row in logs.answers[:40]], prompts=True, inputs=inputs, seed=seed, **config)
+        inputs = {"earlier": earlier, "prompts": logs.made.prompts}
+        ctx = logs.run([as_ids(row) for row in logs.answers[:40]], inputs=inputs, seed=seed, **config)
         return table(ctx), counts(ctx)
 
     rows, found = mixed(replay_share=0.2)
@@ -197,7 +197,8 @@ def test_earlier_answers_of_another_target_are_left_out(
     path = logs.write("log.jsonl", [as_ids(row) for row in logs.answers[:40]])
     own = counts(logs.run(path))["given_by"]
     (earlier / ORIGIN).write_text(json.dumps(own | digests))
-    ctx = logs.run(path, prompts=True, inputs={"earlier": earlier}, rows=40, replay_share=0.2)
+    inputs = {"earlier": earlier, "prompts": logs.made.prompts}
+    ctx = logs.run(path, inputs=inputs, rows=40, replay_share=0.2)
     found = counts(ctx)
     assert (found["used"], found["replayed"]) == ((40, 0) if changed else (32, 8))
     assert found["replay_left_out"] == changed and ctx.summaries["replay_left_out"] == float(changed is not None)
@@ -226,7 +227,7 @@ def test_memory_is_bounded_for_long_logs(logs: Logs) -> None:
     script = (
         "import resource, sys; from pathlib import Path; from tests.stages.data.logs.logs_run import run, table;"
         "from tests.testbed.drafter import DrafterArtifacts; folder = Path(sys.argv[1]);"
-        "made = DrafterArtifacts(Path(sys.argv[2]));"
+        "made = DrafterArtifacts(Path(sys.argv[2])).target;"
         "import json; (folder / 'one.jsonl').write_text(json.dumps("
         "{'prompt_token_ids': [5, 6], 'completion_token_ids': [7, 8, 9]}) + '\\n');"
         "run(folder / 'small', made, folder / 'one.jsonl', scored=0);"
