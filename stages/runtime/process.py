@@ -151,7 +151,6 @@ def use_expandable_segments() -> None:
 
 
 def load_stage(request: StageRequest) -> tuple[Stage, Config]:
-    """Return the requested stage and its config."""
     stage: Stage = importlib.import_module(request.module).STAGE
     config = stage.config.model_validate(request.config)
     return stage, config if request.listing is None else config.with_pinned_files(request.listing)

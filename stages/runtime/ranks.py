@@ -82,7 +82,6 @@ class Ranks:
         return [objects[rank] for rank in self.target_group]
 
     def barrier(self) -> None:
-        """Wait until every rank is here."""
         self.gather(None)
 
     @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -64,7 +64,7 @@ class Target:
         parameters = inspect.signature(type(self.decoder).forward).parameters
         # renamed in transformers 5.24; 5.40 removes the old name
         self._cache_argument = "cache" if "cache" in parameters else "past_key_values"
-        self._captured: dict[int, torch.Tensor] | None = None
+        self._captured: dict[int, torch.Tensor] = {}  # outputs of the layers that the forward is asked for
         self._deepest: int | None = None  # the layer after which the forward stops
         if CHOOSING in self.layers.kinds:  # only transformers' attention masks the entries that are not chosen
             model.set_attn_implementation("sdpa")
@@ -170,20 +170,23 @@ class Target:
 
     def _hook(self, index: int) -> Any:
         def keep(_module: object, _args: object, output: Any) -> None:
-            if self._captured is not None and index in self._captured:
+            if index in self._captured:
                 self._captured[index] = output[0] if isinstance(output, tuple) else output
                 if index == self._deepest:
                     raise _StopForwardError
 
         return keep
 
-    def _forward(self, layer_ids: Sequence[int], **arguments: Any) -> TargetOutput:
-        self._captured = {layer: torch.empty(0) for layer in layer_ids} if layer_ids else None
+    def _forward(self, layer_ids: Sequence[int], *, stop: bool = False, **arguments: Any) -> TargetOutput:
+        """Run the decoder. stop: no layers after the last of `layer_ids`, and no hidden states."""
+        self._captured, self._deepest = {layer: torch.empty(0) for layer in layer_ids}, max(layer_ids) if stop else None
+        hidden = torch.empty(0)
         try:
-            hidden = self.decoder(**arguments).last_hidden_state
-            features = torch.cat([self._captured[layer] for layer in layer_ids], -1) if self._captured else None
+            with suppress(_StopForwardError):
+                hidden = self.decoder(**arguments).last_hidden_state
+            features = torch.cat([self._captured[layer] for layer in layer_ids], -1) if layer_ids else None
         finally:
-            self._captured = None
+            self._captured = {}
         return TargetOutput(hidden, features)
 
     def _rotary_positions(self, positions: torch.Tensor) -> torch.Tensor:
@@ -228,15 +231,10 @@ class Target:
 
         adapters: as of `read`.
         """
-        self._captured, self._deepest = {layer: torch.empty(0) for layer in layer_ids}, max(layer_ids)
-        try:
-            with self._adapted(self._adapter_rows(adapters)):
-                self.decoder(**self._uncached_arguments(ids))
-        except _StopForwardError:
-            return torch.cat([self._captured[layer] for layer in layer_ids], -1)
-        finally:
-            self._captured = self._deepest = None
-        raise AssertionError(f"layer {max(layer_ids)} of the target did not run")
+        with self._adapted(self._adapter_rows(adapters)):
+            features = self._forward(layer_ids, stop=True, **self._uncached_arguments(ids)).features
+        assert features is not None
+        return features
 
     @torch.no_grad()
     def step(
@@ -277,7 +275,7 @@ class Target:
         with self._adapted(None if cache.adapters is None else cache.adapters[rows]):
             if self._fast is not None and not torch.is_autocast_enabled(ids.device.type):
                 return TargetOutput(*self._fast(ids, self._rotary_positions(positions), masks, cache, layer_ids))
-            arguments = {
+            arguments: dict[str, Any] = {
                 self._cache_argument: cache,
                 "position_ids": self._rotary_positions(positions),
                 "attention_mask": masks,

@@ -112,7 +112,6 @@ def read_target_info(folder: Path) -> TargetInfo:
 
 
 def write_target_info(info: TargetInfo, out: Path) -> None:
-    """Write `origin.json`, then `target.json`."""
     write_text(out / ORIGIN_FILE, info.model_dump_json(indent=2, include=_ORIGIN) + "\n")
     left_out = _ORIGIN if info.adapters else {*_ORIGIN, "adapters"}
     write_text(out / INFO_FILE, info.model_dump_json(indent=2, exclude=left_out) + "\n")
@@ -179,5 +178,4 @@ def tokenizer_digest(folder: Path) -> str:
 
 def _update(digest: Any, path: Path) -> None:
     with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
+        hashlib.file_digest(file, lambda: digest)

@@ -46,7 +46,6 @@ class KeyValueSlots:
         return self.keys[rows, :, :length], self.values[rows, :, :length]
 
     def move_row(self, source: int, to: int) -> None:
-        """Copy a row over another one."""
         if self.keys is not None and self.values is not None:
             self.keys[to] = self.keys[source]
             self.values[to] = self.values[source]
@@ -71,7 +70,6 @@ class StateSlots:
         return self.state[rows]
 
     def move_row(self, source: int, to: int) -> None:
-        """Copy a row over another one."""
         if self.state is not None:
             self.state[to] = self.state[source]
 

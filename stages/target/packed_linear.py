@@ -66,7 +66,6 @@ class PackedSlice(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """Return a copy of the weight."""
         return self.whole.weight[self.start : self.stop]
 
     @property
@@ -123,24 +122,12 @@ def packed_copy(model: Model, names: Names, together: tuple[Names, ...]) -> Mode
     children = [child for name, child in model.named_children() if name in names]
     if not any(type(m) is nn.Linear and can_pack(m.weight) for child in children for m in child.modules()):
         return model
-    copied = _twin(model)
+    copied = copy.copy(model)
+    copied.__dict__["_modules"] = dict(model._modules)
     for name in names:
         if isinstance(child := getattr(model, name, None), nn.Module):
-            holder = nn.ModuleDict({name: _deep_twin(child)})
+            tensors = {id(tensor): tensor for tensor in (*child.parameters(), *child.buffers())}
+            holder = nn.ModuleDict({name: copy.deepcopy(child, tensors)})  # of the modules alone
             pack(holder, together)
             setattr(copied, name, holder[name])
     return copied
-
-
-def _twin(module: Model) -> Model:
-    """Return a module with the same parameters and children, which can be replaced."""
-    twin = copy.copy(module)
-    twin.__dict__["_modules"] = dict(module._modules)
-    return twin
-
-
-def _deep_twin(module: Model) -> Model:
-    twin = _twin(module)
-    for name, child in module.named_children():
-        twin._modules[name] = _deep_twin(child)
-    return twin
