@@ -54,46 +54,21 @@ class HeadSource:
         """Return the heads of one step. needed: token ids that a reduced head must hold, any shape."""
         if self._target_over_own is not None:
             return SoftmaxHeads(self.drafter.head_over(self.target_head, None), self._target_over_own, trained=True)
-        whole = Head(self.target_head, logit_map=self.drafter.logit_map)
-        head = sampled_head(whole, self.drafter.frequent_tokens, self.config, rng, needed)
+        head = self._target_sample(rng, needed)
         if self.drafter.corrects_head:
             corrected = self.drafter.head_over(self.target_head, head.token_ids)
             confidence = self.drafter.confidence if self.drafter.has_confidence else None
             return SoftmaxHeads(corrected, head, trained=True, confidence=confidence)
         return SoftmaxHeads(head, head, trained=False, selector=self.drafter if self.drafter.has_selector else None)
 
-
-def sampled_head(
-    whole: Head,
-    frequent_tokens: torch.Tensor | None,
-    config: TrainingConfig,
-    rng: np.random.Generator,
-    needed: Sequence[torch.Tensor],
-) -> Head:
-    """Return the target's head over a sample of its tokens, or the whole head if the config asks for no sample.
-
-    whole: the target's head. frequent_tokens: [V] ids by frequency. needed: ids that must be in it, any shape.
-    """
-    weight = whole.weight
-    vocab = weight.shape[0]
-    if config.head_tokens is None or frequent_tokens is None or config.head_tokens >= vocab:
-        return whole
-    others = to_device(rng.integers(0, vocab, config.head_negatives), weight.device)
-    ids = torch.cat([frequent_tokens[: config.head_tokens], others, *(tokens.flatten() for tokens in needed)])
-    return Head.over(weight, ids, whole.logit_map)
-
-
-@dataclass(frozen=True)
-class Anchors:
-    """The anchors of B trajectories, A a row; rows with fewer are padded with copies that have valid = False."""
-
-    positions: torch.Tensor  # [B, A] absolute
-    valid: torch.Tensor  # bool [B, A]
-
-    @property
-    def blocks(self) -> int:
-        """Return the number of valid anchors."""
-        return int(self.valid.sum())
+    def _target_sample(self, rng: np.random.Generator, needed: Sequence[torch.Tensor]) -> Head:
+        """Return the target's head over a sample of its tokens, or the whole head if the config asks for no sample."""
+        count, frequent, vocab = self.config.head_tokens, self.drafter.frequent_tokens, len(self.target_head)
+        if count is None or frequent is None or count >= vocab:
+            return Head(self.target_head, logit_map=self.drafter.logit_map)
+        others = to_device(rng.integers(0, vocab, self.config.head_negatives), self.target_head.device)
+        ids = torch.cat([frequent[:count], others, *(tokens.flatten() for tokens in needed)])
+        return Head.over(self.target_head, ids, self.drafter.logit_map)
 
 
 @dataclass(frozen=True)
@@ -113,7 +88,7 @@ class DraftedBlocks:
     """Blocks of K proposals that the drafter drafted after the anchors of a batch."""
 
     batch: Batch
-    anchors: Anchors
+    anchors: torch.Tensor  # [B, A] absolute positions
     hidden: torch.Tensor  # [B, A, K, H] on the trajectories' own tokens, with gradient
     # [B, A, K, H] on the drafter's own proposals, where that is not the same (autoregressive drafters)
     on_proposals: torch.Tensor | None = None
@@ -201,10 +176,10 @@ def encode_batch(drafter: Drafter, batch: Batch) -> Context:
     return drafter.encode(batch.features, batch.tokens, batch.positions)
 
 
-def draft_blocks(drafter: Drafter, context: Context, batch: Batch, anchors: Anchors) -> DraftedBlocks:
+def draft_blocks(drafter: Drafter, context: Context, batch: Batch, anchors: torch.Tensor) -> DraftedBlocks:
     """Draft a block after every anchor of a batch, on the trajectories' own tokens."""
     tokens = tokens_at(batch, anchors, 0, drafter.block_size - 1)
-    return DraftedBlocks(batch, anchors, drafter.block_hidden(context, tokens, anchors.positions))
+    return DraftedBlocks(batch, anchors, drafter.block_hidden(context, tokens, anchors))
 
 
 def hidden_on_proposals(
@@ -212,55 +187,50 @@ def hidden_on_proposals(
 ) -> torch.Tensor:
     """Return the hidden states [B, A, K, H] on the drafter's own proposals [B, A, K], as when it proposed them."""
     before = torch.cat([tokens_at(blocks.batch, blocks.anchors, 0, 1), proposed[..., :-1]], -1)
-    return drafter.block_hidden(context, before, blocks.anchors.positions)
+    return drafter.block_hidden(context, before, blocks.anchors)
 
 
-def block_labels(batch: Batch, anchors: Anchors, K: int) -> tuple[torch.Tensor, torch.Tensor]:
+def block_labels(batch: Batch, anchors: torch.Tensor, K: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the committed token at each offset 1 … K [B, A, K], and whether the trajectory reaches that far."""
-    at = anchors.positions[..., None] + torch.arange(1, K + 1, device=anchors.positions.device)
+    at = anchors[..., None] + torch.arange(1, K + 1, device=anchors.device)
     lengths = to_device([len(t.tokens) for t in batch.trajectories], at.device)
-    return tokens_at(batch, anchors, 1, K), (at < lengths[:, None, None]) & anchors.valid[..., None]
+    return tokens_at(batch, anchors, 1, K), at < lengths[:, None, None]
 
 
-def tokens_at(batch: Batch, anchors: Anchors, first: int, count: int) -> torch.Tensor:
+def tokens_at(batch: Batch, anchors: torch.Tensor, first: int, count: int) -> torch.Tensor:
     """Return the tokens [B, A, count] at the offsets first, first + 1, …; beyond a row's end its last token."""
-    offsets = torch.arange(first, first + count, device=anchors.positions.device)
-    at = (anchors.positions[..., None] + offsets).clamp(max=batch.tokens.shape[1] - 1)
+    offsets = torch.arange(first, first + count, device=anchors.device)
+    at = (anchors[..., None] + offsets).clamp(max=batch.tokens.shape[1] - 1)
     return batch.tokens.gather(1, at.flatten(1)).view_as(at)
 
 
 def count_operations(
-    drafter: Drafter, batch: Batch, anchors: Anchors, positions: int, head: Head, *, prefixes: int = 1
+    drafter: Drafter, batch: Batch, anchors: torch.Tensor, positions: int, head: Head, *, prefixes: int = 1
 ) -> float:
     """Count the operations of a step that trains `positions` block positions, with softmaxes over `head`."""
     rows, width = batch.tokens.shape
-    at = anchors.positions.cpu().numpy()
+    at = anchors.cpu().numpy()
     shape = StepShape(rows, width, at, positions, head.weight.shape[0], prefixes, drafter.adapter_rank)
     return drafter.operations(shape)
 
 
 def position_anchors(
     trajectories: Sequence[Trajectory], per_sequence: int, phases: np.ndarray, device: torch.device
-) -> Anchors:
-    """Return `per_sequence` positions of each answer as anchors, spread evenly at its phase in [0, 1) of `phases` [B].
+) -> torch.Tensor:
+    """Return `per_sequence` positions of each answer as anchors [B, A], spread evenly from its phase in [0, 1) on.
 
-    Positions differ where the answer is long enough.
-    """
-    return pad_anchors(sample_positions(trajectories, per_sequence, phases), device)
-
-
-def sample_positions(trajectories: Sequence[Trajectory], per_sequence: int, phases: np.ndarray) -> list[np.ndarray]:
-    """Return the positions of `position_anchors`, [per_sequence] of each answer.
-
-    Raises DraftsmithError for an answer without a position that has a following token.
+    phases: [B].
+    Positions differ where the answer is long enough. Raises DraftsmithError for an answer without a position that has a
+    following token.
     """
     for t in trajectories:
         if t.last_anchor < t.first_anchor:
             raise DraftsmithError(f"trajectory {t.trajectory_id}: the answer has one token. Leave it out.")
-    return [
+    positions = [
         systematic_sample(np.arange(t.first_anchor, t.last_anchor + 1), per_sequence, phase)
         for t, phase in zip(trajectories, phases, strict=True)
     ]
+    return to_device(np.stack(positions), device)
 
 
 def systematic_sample(candidates: np.ndarray, count: int, phase: float) -> np.ndarray:
@@ -272,11 +242,3 @@ def systematic_sample(candidates: np.ndarray, count: int, phase: float) -> np.nd
     """
     indices = ((np.arange(count) + phase) * len(candidates) / count).astype(np.int64)
     return candidates[np.minimum(indices, len(candidates) - 1)]  # rounding may reach N
-
-
-def pad_anchors(rows: Sequence[np.ndarray], device: torch.device) -> Anchors:
-    """Return the positions of each row as anchors, padded with copies of the last one that are not valid."""
-    A = max(len(row) for row in rows)
-    positions = np.stack([np.pad(row, (0, A - len(row)), mode="edge") for row in rows])
-    valid = np.stack([np.arange(A) < len(row) for row in rows])
-    return Anchors(to_device(positions, device), to_device(valid, device))

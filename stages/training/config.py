@@ -147,22 +147,14 @@ class SftConfig(TrainingConfig):
     ] = "exponential"
 
     @model_validator(mode="after")
-    def _gamma_is_read(self) -> SftConfig:
+    def _fits_together(self) -> SftConfig:
         if self.gamma is not None and self.weights != "exponential":
             raise ValueError("gamma is read by `weights: exponential` only. Leave one of the two out.")
-        return self
-
-    @model_validator(mode="after")
-    def _untrained_only_from_a_checkpoint(self) -> SftConfig:
         if self.steps == 0 and self.init_from is None and not self.adopt:
             raise ValueError(
                 "steps: 0 steps train nothing. Name a drafter in init_from, or train for at least one step."
             )
-        return self
-
-    @model_validator(mode="after")
-    def _about_a_checkpoint(self) -> SftConfig:
-        """Refuse fields of a checkpoint without one; `steps: 0, adopt: true` alone adopts the stage's input."""
+        # `steps: 0, adopt: true` alone adopts the stage's input
         for name in ("adopt", "init_revision"):
             if getattr(self, name) and self.init_from is None and not (name == "adopt" and self.steps == 0):
                 raise ValueError(f"{name} needs a drafter in init_from. Name one, or leave {name} out.")

@@ -61,8 +61,7 @@ def fixed_memory(config: TrainingConfig, use: StageUse) -> dict[str, float]:
     batch, which is read meanwhile unless the target is shared.
     Kept keys and values, where OPD's loss has a rejected stream and features are not kept: those of B · (T + tree)
     positions, feature_memory_mb at most, for as many batches.
-    Logits: 5 to 7 · positions_per_chunk · V · 4; more if the head has weights of the drafter, as its architecture says
-    (`own_logits_bytes`).
+    Logits: 5 to 7 · positions_per_chunk · V · 4; more if the head has weights of the drafter (`LOGIT_COPIES`).
     """
     sizes, longest = use.sizes, use.longest
     drafter, B = sizes.drafter, rows_of_process(config)
@@ -132,8 +131,10 @@ def scoring_logits(sizes: Sizes) -> float:
 
 def _logits(config: TrainingConfig, sizes: Sizes, rows_of_head: int) -> float:
     a, chunk, loss = DTYPE_BYTES[config.compute_dtype], config.positions_per_chunk, _loss(config, sizes.kind)
-    if (own := own_logits_bytes(sizes.kind, sizes.drafter, chunk, a)) is not None:
-        return own
+    drafter = sizes.drafter
+    if sizes.kind in LOGIT_COPIES:
+        gradient = (a + 4) * drafter.vocabulary * drafter.hidden if sizes.kind == "eagle3" else 0  # of the head
+        return float(LOGIT_COPIES[sizes.kind] * chunk * drafter.vocabulary * 4 + gradient)
     return float(_COPIES.get(loss, _COPIES_OF_NAMED) * chunk * rows_of_head * 4)
 
 
@@ -205,17 +206,6 @@ def context_token_bytes(kind: str, size: ModelSize, a: int) -> float:
     if kind == "eagle3":
         return a * H + 2 * 8 * H + _inputs(2, 2 * H, a) + 2 * a * k
     return (8 + a) * H + size.layers * (_inputs(2, H, a) + (4 + 3 * a) * k)
-
-
-def own_logits_bytes(kind: str, size: ModelSize, positions: int, a: int) -> float | None:
-    """Return the bytes of a chunk of positions for a head with trained weights.
-
-    None for the target's head, where the loss decides.
-    """
-    if kind not in LOGIT_COPIES:
-        return None
-    gradient = (a + 4) * size.vocabulary * size.hidden if kind == "eagle3" else 0  # of the head, per chunk
-    return float(LOGIT_COPIES[kind] * positions * size.vocabulary * 4 + gradient)
 
 
 def _inputs(products: int, width: int, a: int) -> int:

@@ -270,41 +270,26 @@ class Accumulation:
         if self._reports[0].is_full_step:
             return self._reports[0]
         trained = list(parameters)
-        own = [_Sums.from_report(report) for report in self._reports]
-        sums = [s for of_rank in ranks.gather(own) for s in of_rank]
+        own = [([s.ratio() for s in r.streams], r.blocks, r.positions, r.metrics, r.operations) for r in self._reports]
+        everything = [of_report for of_rank in ranks.gather(own) for of_report in of_rank]
+        streams, blocks, positions, metrics, operations = zip(*everything, strict=True)
         ranks.sum_gradients(trained)
         factors = [stream.factor for stream in self._reports[0].streams]
-        means = [Ratio.merge(ratios) for ratios in zip(*(s.streams for s in sums), strict=True)]
+        means = [Ratio.merge(ratios) for ratios in zip(*streams, strict=True)]
         if self._reports[0].step_weights is None:
-            weight = max(sum(s.streams[0].denominator for s in sums), 1e-9)
+            weight = max(sum(ratios[0].denominator for ratios in streams), 1e-9)
             for parameter in trained:
                 if parameter.grad is not None:
                     parameter.grad.div_(weight)
-        names = dict.fromkeys(name for s in sums for name in s.metrics)  # a micro-batch may lack one
+        names = dict.fromkeys(name for each in metrics for name in each)  # a micro-batch may lack one
         return LossReport(
             torch.tensor(sum(factor * mean for factor, mean in zip(factors, means, strict=True))),
-            sum(s.blocks for s in sums),
-            sum(s.positions for s in sums),
-            {name: Ratio.merge([s.metrics[name] for s in sums if name in s.metrics]) for name in names},
+            sum(blocks),
+            sum(positions),
+            {name: Ratio.merge([each[name] for each in metrics if name in each]) for name in names},
             {name: sum(report.seconds[name] for report in self._reports) for name in self._reports[0].seconds},
-            sum(s.operations for s in sums),
+            sum(operations),
         )
-
-
-@dataclass(frozen=True)
-class _Sums:
-    """What a step's report needs of a micro-batch, in plain numbers that are sent to other ranks."""
-
-    streams: tuple[Ratio, ...]
-    blocks: int
-    positions: int
-    metrics: dict[str, float]
-    operations: float
-
-    @classmethod
-    def from_report(cls, report: LossReport) -> _Sums:
-        streams = tuple(stream.ratio() for stream in report.streams)
-        return cls(streams, report.blocks, report.positions, report.metrics, report.operations)
 
 
 def make_optimiser(

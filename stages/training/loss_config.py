@@ -129,11 +129,6 @@ class ResponseStream(Config):
             raise ValueError("beyond is read with scope committed only. Leave one of the two out.")
         return self
 
-    @property
-    def reads_target(self) -> bool:
-        """Return whether the loss of a resolved stream reads more of the target than the committed tokens."""
-        return self.loss != "cross_entropy"
-
     def weights(self) -> PositionWeights:
         """Return the position weights of a resolved stream."""
         assert self.positions is not None, "resolve the weights first"

@@ -19,7 +19,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from draftsmith.artifacts.errors import DraftsmithError
@@ -73,11 +72,6 @@ def ce_l1(
     """
     of_token = cross_entropy(at_temperature(logits_q, temperature), column)
     return 0.1 * of_token + 0.9 * 2 * total_variation(logits_q, logits_p)
-
-
-def confidence(logit: torch.Tensor, accepted: torch.Tensor) -> torch.Tensor:
-    """Return the binary cross-entropy of a predicted acceptance probability, its logit [N], and the true one [N]."""
-    return functional.binary_cross_entropy_with_logits(logit, accepted, reduction="none")
 
 
 @torch.no_grad()

@@ -19,10 +19,11 @@ proposed.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
+from torch.nn import functional
 
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.lm_head import Head
@@ -30,7 +31,6 @@ from draftsmith.stages.drafters.sampling import truncation_mask
 from draftsmith.stages.training import losses
 from draftsmith.stages.training.batches import Batch
 from draftsmith.stages.training.blocks import (
-    Anchors,
     DraftedBlocks,
     LossContext,
     Ratio,
@@ -52,7 +52,8 @@ class TargetSignal:
     hidden: torch.Tensor | None  # [N, H] the target's, that predicted these tokens
     context: LossContext
     temperature: float  # of its distribution
-    stored_logprob: torch.Tensor | None = None  # [N] as `token_logprob` returns it
+    # [N] of the committed tokens under the full head, once `with_token_logprobs` has computed it
+    token_logprob: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
     def logits(self) -> torch.Tensor:
         """Return its logits [N, V'] over the tokens of the training heads, at the temperature."""
@@ -75,7 +76,7 @@ class TargetSignal:
 
     @torch.no_grad()
     def with_token_logprobs(self) -> TargetSignal:
-        """Return the same with `token_logprob`, which losses read more than once, some again in their backward."""
+        """Return the same with log-probs of tokens, which losses read more than once, some again in their backward."""
         assert self.hidden is not None, NO_HIDDEN
         with torch.autocast(self.hidden.device.type, enabled=False):
             full = Head(self.context.target_head, logit_map=self.context.heads.target.logit_map)
@@ -84,23 +85,13 @@ class TargetSignal:
                 self.context.positions_per_chunk,
                 lambda h, chunk: -losses.cross_entropy(full.logits(h), self.tokens[chunk]),
             )
-        return replace(self, stored_logprob=logprob)
-
-    @property
-    def token_logprob(self) -> torch.Tensor:
-        """Return the log-probability [N] of the committed tokens under the full head.
-
-        Call `with_token_logprobs` first.
-        """
-        assert self.stored_logprob is not None
-        return self.stored_logprob
+        return replace(self, token_logprob=logprob)
 
     def at(self, chunk: slice) -> TargetSignal:
         """Return the signal at a chunk of the positions."""
-        hidden, logprob = (None if x is None else x[chunk] for x in (self.hidden, self.stored_logprob))
-        return replace(
-            self, tokens=self.tokens[chunk], columns=self.columns[chunk], hidden=hidden, stored_logprob=logprob
-        )
+        hidden = None if self.hidden is None else self.hidden[chunk]
+        tokens, columns, logprob = (x[chunk] for x in (self.tokens, self.columns, self.token_logprob))
+        return replace(self, tokens=tokens, columns=columns, hidden=hidden, token_logprob=logprob)
 
 
 # losses that read the committed token
@@ -161,7 +152,7 @@ def response_loss(
 
     indices = mask.nonzero(as_tuple=True)  # indexing with the mask itself would scan it at every use
     # the target's hidden state that predicts offset k lies at position anchor + k - 1
-    at = (anchors.positions[..., None] + offsets - 1).clamp(max=batch.tokens.shape[1] - 1)
+    at = (anchors[..., None] + offsets - 1).clamp(max=batch.tokens.shape[1] - 1)
     predicted_by = None if batch.hidden is None else batch.hidden[indices[0], at[indices]]
     signal = TargetSignal(labels[indices], columns[indices], predicted_by, context, temperature)
     if stream.loss == "bernoulli_kl":
@@ -173,11 +164,9 @@ def response_loss(
         drafted = PositionLosses(terms, selected.correct, selected.log_q)
     correct = torch.zeros_like(mask)
     correct[indices] = drafted.correct
-    weights = position_weights(stream.weights(), offsets, mask, drafted.log_q, absent)
-    if stream.scope == "committed" and stream.beyond:
-        if committed is None:
-            committed = correct.long().cumprod(-1).sum(-1).clamp(max=K if proposals is None else proposals) + 1
-        weights = weights * _beyond_weights(offsets, committed, stream.beyond)
+    if committed is None:
+        committed = correct.long().cumprod(-1).sum(-1).clamp(max=K if proposals is None else proposals) + 1
+    weights = _stream_weights(stream, mask, drafted.log_q, committed, absent)
     return StreamLoss(WeightedMean.from_values(drafted.terms, weights[indices], stream.weight), mask, correct)
 
 
@@ -203,7 +192,8 @@ def head_loss(hidden: torch.Tensor, signal: TargetSignal, stream: ResponseStream
             if not context.sampling.greedy:
                 scaled = scaled_head.logits(h.detach()) if scaled_head is not head else logits
                 accepted = losses.acceptance(scaled.detach(), here.verifying_logits())
-            terms = terms + losses.confidence(heads.confidence(h.detach()), accepted)
+            predicted = heads.confidence(h.detach())
+            terms = terms + functional.binary_cross_entropy_with_logits(predicted, accepted, reduction="none")
         return terms
 
     terms = losses.chunked_values(hidden, context.positions_per_chunk, values, trained_head=heads.trained)
@@ -211,22 +201,18 @@ def head_loss(hidden: torch.Tensor, signal: TargetSignal, stream: ResponseStream
 
 
 def response_weight(
-    batch: Batch, anchors: Anchors, K: int, head: Head, stream: ResponseStream, committed: torch.Tensor
+    batch: Batch, anchors: torch.Tensor, K: int, head: Head, stream: ResponseStream, committed: torch.Tensor
 ) -> float:
     """Sum the stream's weights, if verify steps are known and no weight depends on the drafter.
 
     head: the drafter's. committed: [B, A] tokens that each verify step committed.
     """
-    offsets = torch.arange(1, K + 1, device=committed.device)
-    _, _, mask, _ = _stream_positions(batch, anchors, K, head, stream, committed)
-    weights = position_weights(stream.weights(), offsets, mask, torch.empty(0))
-    if stream.scope == "committed" and stream.beyond:
-        weights = weights * _beyond_weights(offsets, committed, stream.beyond)
-    return float(weights[mask].sum())
+    _, _, mask, absent = _stream_positions(batch, anchors, K, head, stream, committed)
+    return float(_stream_weights(stream, mask, torch.empty(0), committed, absent)[mask].sum())
 
 
 def _stream_positions(
-    batch: Batch, anchors: Anchors, K: int, head: Head, stream: ResponseStream, committed: torch.Tensor | None
+    batch: Batch, anchors: torch.Tensor, K: int, head: Head, stream: ResponseStream, committed: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return committed tokens, their columns in the head, the mask of the stream's positions, and the mask of those
     that it lacks because the head lacks the token, each [B, A, K]."""
@@ -238,31 +224,33 @@ def _stream_positions(
     return labels, columns, inside & present, inside & ~present
 
 
-def _beyond_weights(offsets: torch.Tensor, committed: torch.Tensor, beyond: float) -> torch.Tensor:
-    """Return weights [B, A, K]: 1 on committed tokens, exp(-d / beyond) at offset d after them."""
-    return torch.exp(-(offsets - committed[..., None]).clamp(min=0) / beyond)
-
-
-def position_weights(
-    config: PositionWeights,
-    offsets: torch.Tensor,
-    mask: torch.Tensor,
-    log_q: torch.Tensor,
-    absent: torch.Tensor | None = None,
+def _stream_weights(
+    stream: ResponseStream, mask: torch.Tensor, log_q: torch.Tensor, committed: torch.Tensor, absent: torch.Tensor
 ) -> torch.Tensor:
-    """Return the weights [B, A, K] of a stream's positions.
+    """Return the weights [B, A, K] of the stream's positions, those of `mask`.
 
-    offsets: [K]. mask: bool [B, A, K], the stream's positions. log_q: [N] of the committed tokens there. absent: bool
-    [B, A, K], positions that the stream lacks because the head lacks the token.
+    log_q: [N] of the committed tokens there. absent: positions that it lacks because the head lacks the token.
     """
-    if config.kind == "d_pace":
+    if stream.weights().kind == "d_pace":
         log_q_at = log_q.new_zeros(mask.shape).masked_scatter(mask, log_q)
-        return losses.d_pace_weights(log_q_at, mask, absent=absent)
-    of_offset = {
-        "uniform": lambda: torch.ones_like(offsets, dtype=torch.float32),
-        "exponential": lambda: losses.decay_weights(offsets, config.gamma),
-        "power": lambda: losses.power_weights(offsets, config.delta),
-    }[config.kind]()
+        weights = losses.d_pace_weights(log_q_at, mask, absent=absent)
+    else:
+        weights = offset_weights(stream.weights(), mask)
+    if stream.scope == "committed" and stream.beyond:
+        offsets = torch.arange(1, mask.shape[2] + 1, device=mask.device)
+        weights = weights * torch.exp(-(offsets - committed[..., None]).clamp(min=0) / stream.beyond)
+    return weights
+
+
+def offset_weights(config: PositionWeights, mask: torch.Tensor) -> torch.Tensor:
+    """Return weights that depend on the offset alone, for all positions of `mask` [B, A, K]."""
+    offsets = torch.arange(1, mask.shape[2] + 1, device=mask.device)
+    if config.kind == "uniform":
+        return torch.ones(mask.shape, device=mask.device)
+    exponential = config.kind == "exponential"
+    of_offset = (
+        losses.decay_weights(offsets, config.gamma) if exponential else losses.power_weights(offsets, config.delta)
+    )
     return of_offset.expand(mask.shape)
 
 
@@ -280,22 +268,19 @@ def _rejected(logits: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
     return 1 - torch.minimum(log_p.exp(), logits.softmax(-1)).sum(-1)
 
 
-@dataclass(frozen=True)
-class _Candidates:
-    """The k candidates at N positions, the committed token always one of them."""
-
-    columns: torch.Tensor  # [N, k] in the head
-    index: torch.Tensor  # [N] of the committed token among them
-    present: torch.Tensor  # bool [N]: the drafter itself has it among its candidates
-
-
 @torch.no_grad()
-def _candidates(drafter: Drafter, hidden: torch.Tensor, columns: torch.Tensor, context: LossContext) -> _Candidates:
-    """Find the candidates at hidden states [N, H]. columns: [N] of the committed tokens in the head."""
+def _candidates(
+    drafter: Drafter, hidden: torch.Tensor, columns: torch.Tensor, context: LossContext
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Find the candidates at hidden states [N, H]. columns: [N] of the committed tokens in the head.
+
+    Returns their columns [N, k], the committed token always one of them; its index [N] among them; and whether the
+    drafter itself has it among its candidates, bool [N].
+    """
     among = drafter.selector_candidates(hidden, context.heads.drafter)
     present = (among == columns[:, None]).any(-1)
     among = torch.cat([among[:, :-1], torch.where(present, among[:, -1], columns)[:, None]], -1)
-    return _Candidates(among, (among == columns[:, None]).long().argmax(-1), present)
+    return among, (among == columns[:, None]).long().argmax(-1), present
 
 
 def selector_loss(hidden: torch.Tensor, previous: torch.Tensor, signal: TargetSignal, loss: str) -> PositionLosses:
@@ -308,8 +293,7 @@ def selector_loss(hidden: torch.Tensor, previous: torch.Tensor, signal: TargetSi
     assert drafter is not None
     # of the target's log-probs of the candidates, which need not sum to 1; `forward_kl` normalises them
     distribution = losses.imported(loss) if ":" in loss else losses.DISTRIBUTION_LOSSES.get(loss)
-    candidates = _candidates(drafter, hidden, signal.columns, context)
-    among, index, present = candidates.columns, candidates.index, candidates.present
+    among, index, present = _candidates(drafter, hidden, signal.columns, context)
     log_p = torch.zeros(among.shape, device=among.device)  # computed once: backward calls `values` again
     for chunk in losses.slices(len(among) if distribution is not None or loss == "ce_l1" else 0, size):
         log_p[chunk] = torch.log_softmax(signal.at(chunk).logits(), -1).gather(-1, among[chunk])
@@ -344,10 +328,9 @@ def selector_logprobs(
     """
     drafter, head = context.heads.selector, context.heads.drafter
     assert drafter is not None
-    candidates = _candidates(drafter, hidden, columns, context)
+    among, index, _ = _candidates(drafter, hidden, columns, context)
 
     def values(h: torch.Tensor, chunk: slice) -> torch.Tensor:
-        logits = drafter.selector_logits(h, previous[chunk], candidates.columns[chunk], head)
-        return -losses.cross_entropy(logits, candidates.index[chunk])
+        return -losses.cross_entropy(drafter.selector_logits(h, previous[chunk], among[chunk], head), index[chunk])
 
     return losses.chunked_values(hidden, context.positions_per_chunk, values, trained_head=True)

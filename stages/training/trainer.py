@@ -79,6 +79,8 @@ class Trainer(ABC, Generic[AnyConfig, AnyData]):
     usable: Sequence[int]  # indices of the trajectories that are trained
     memory: Resumable | None = None  # what is remembered between steps
     adapter: Adapter | None = None  # what is trained in place of the weights
+    reads_target: bool  # batches need the target's hidden states, beside its features
+    scores_proposals = False  # the target scores the drafter's proposals in a step
 
     def __init__(
         self,
@@ -99,16 +101,6 @@ class Trainer(ABC, Generic[AnyConfig, AnyData]):
     @abstractmethod
     def _resolve(self) -> None:
         """Resolve the loss and what it needs; OPD narrows `usable` here."""
-
-    @property
-    def scores_proposals(self) -> bool:
-        """Return whether the target scores the drafter's proposals in a step."""
-        return False
-
-    @property
-    @abstractmethod
-    def reads_target(self) -> bool:
-        """Return whether batches need the target's hidden states, beside its features."""
 
     @abstractmethod
     def micro_batches(self, step: int, limit: int | None) -> Iterator[LossReport]:
@@ -140,10 +132,9 @@ class Trainer(ABC, Generic[AnyConfig, AnyData]):
 
     @cached_property
     def _features(self) -> FeatureSource:
-        layers = self.drafter.target_layer_ids
         return FeatureSource(
             self.target,
-            layers,
+            self.drafter.target_layer_ids,
             self.trajectories,
             self.config,
             with_hidden=self.reads_target,

@@ -41,7 +41,6 @@ from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.training import losses
 from draftsmith.stages.training.batches import Batch, FeatureSource, frequent_tokens, step_rng, token_counts
 from draftsmith.stages.training.blocks import (
-    Anchors,
     HeadSource,
     LossContext,
     LossReport,
@@ -164,7 +163,7 @@ class Step:
         report.seconds["head_and_loss"] += selected - started
         return report
 
-    def _dense_loss(self, batch: Batch, anchors: Anchors) -> LossReport:
+    def _dense_loss(self, batch: Batch, anchors: torch.Tensor) -> LossReport:
         """Compute the value of sft_loss with cross-entropy as other trainers do."""
         started = time.perf_counter()
         with patch.object(dflash_model, "block_attention", dense_attention):
@@ -179,7 +178,7 @@ class Step:
             accuracy = float(((logits.argmax(-1) == labels) & inside).sum() / inside.sum())
         loss = (weights * terms).sum() / weights.sum()
         seconds = {"drafter": drafted - started, "head_and_loss": time.perf_counter() - drafted}
-        return LossReport(loss, anchors.blocks, int(inside.sum()), {"accuracy": accuracy}, seconds)
+        return LossReport(loss, anchors.numel(), int(inside.sum()), {"accuracy": accuracy}, seconds)
 
     def run(self) -> tuple[dict[str, float], int]:
         """Train a step; return the seconds by phase, and the trained positions. Sampling the head counts as head."""

@@ -27,7 +27,6 @@ from draftsmith.stages.runtime.stage import StageContext
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.training.batches import Batch, step_rng
 from draftsmith.stages.training.blocks import (
-    Anchors,
     DraftingView,
     LossContext,
     LossReport,
@@ -89,12 +88,12 @@ class ShuffledAnchors(RandomAnchors):
 
     def sample(self, step: int, indices: Sequence[int], view: DraftingView, phases: np.ndarray) -> StepAnchors:
         found = super().sample(step, indices, view, phases)
-        positions, valid, K = found.anchors.positions, found.anchors.valid, self.drafter.block_size - 1
+        positions, K = found.anchors, self.drafter.block_size - 1
         tokens = committed_tokens(view.batch.trajectories, K, positions.device)
         drafter = PreparedDrafter(self.drafter, view.head, K + 1)
         accepted = draft(drafter, view.context, tokens, positions, view.sampler, with_proposals=False).accepted
-        order = np.random.default_rng(step).permutation(found.anchors.blocks)
-        accepted[valid] = accepted[valid][to_device(order, positions.device)]
+        order = np.random.default_rng(step).permutation(positions.numel())
+        accepted = accepted.flatten()[to_device(order, positions.device)].view_as(accepted)
         nothing = torch.zeros((*positions.shape, K), dtype=torch.int64, device=positions.device)
         steps = VerifySteps(accepted, accepted + 1, torch.zeros_like(accepted), nothing, nothing * torch.nan)
         return replace(found, steps=steps)
@@ -119,14 +118,13 @@ class VisiblePrefix(SftTraining):
             context,
         )
 
-    def loss(self, batch: Batch, anchors: Anchors, context: LossContext) -> LossReport:
+    def loss(self, batch: Batch, anchors: torch.Tensor, context: LossContext) -> LossReport:
         """Return the loss of a step."""
         assert isinstance(self.drafter, DFlashDrafter)
         K = self.drafter.block_size - 1
-        rng = np.random.default_rng([self.seed, int(anchors.positions.sum())])  # the same in a resumed training
+        rng = np.random.default_rng([self.seed, int(anchors.sum())])  # the same in a resumed training
         chance = PREFIX_BASE ** np.arange(1, K + 1)
-        visible = to_device(rng.choice(np.arange(1, K + 1), anchors.positions.shape, p=chance / chance.sum()),
-                            anchors.positions.device)  # fmt: skip
+        visible = to_device(rng.choice(np.arange(1, K + 1), anchors.shape, p=chance / chance.sum()), anchors.device)
         hidden = hidden_after_prefix(self.drafter, encode_batch(self.drafter, batch), batch, anchors, visible)
         labels, inside = block_labels(batch, anchors, K)
         distance = torch.arange(1, K + 1, device=inside.device) - visible[..., None]  # k - l
@@ -136,11 +134,11 @@ class VisiblePrefix(SftTraining):
         losses = head_loss(hidden[mask], TargetSignal(labels, columns, None, context, self._temperature), self.stream)
         sums = WeightedMean.from_values(losses.terms, torch.exp(-distance / self.stream.weights().gamma)[mask])
         operations = count_operations(self.drafter, batch, anchors, len(labels), context.heads.drafter)
-        return LossReport(sums.mean, anchors.blocks, len(labels), operations=operations, streams=(sums,))
+        return LossReport(sums.mean, anchors.numel(), len(labels), operations=operations, streams=(sums,))
 
 
 def hidden_after_prefix(
-    drafter: DFlashDrafter, context: object, batch: Batch, anchors: Anchors, visible: torch.Tensor
+    drafter: DFlashDrafter, context: object, batch: Batch, anchors: torch.Tensor, visible: torch.Tensor
 ) -> torch.Tensor:
     """Return `DFlashDrafter.block_hidden` [B, A, K, H] where the first `visible` [B, A] tokens of a block are known."""
     assert isinstance(context, FeatureContext)
@@ -149,7 +147,7 @@ def hidden_after_prefix(
     block = tokens.masked_fill(offsets >= visible[..., None], drafter.mask_token_id)
     x = functional.embedding(block.flatten(1), drafter._embedding[0]).to(drafter.norm.weight.dtype)
     x = x * drafter.embedding_scale
-    rope = drafter._rope((anchors.positions[..., None] + offsets).flatten(1), x)
+    rope = drafter._rope((anchors[..., None] + offsets).flatten(1), x)
     for layer, span, keys_values in zip(drafter._layers(), drafter.spans, context.layers, strict=True):
-        x = layer(x, rope, keys_values, ContextMask(anchors.positions, None, span.window, span.causal, False))
+        x = layer(x, rope, keys_values, ContextMask(anchors, None, span.window, span.causal, False))
     return drafter.norm(x).unflatten(1, block.shape[1:])[:, :, 1:]

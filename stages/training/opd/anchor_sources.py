@@ -5,9 +5,9 @@ Every source gives `per_sequence` anchors a trajectory, so that kinds are compar
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,15 +19,12 @@ from draftsmith.stages.replay.trace import Trace
 from draftsmith.stages.runtime.memory import to_device
 from draftsmith.stages.runtime.ranks import Ranks
 from draftsmith.stages.training.blocks import (
-    Anchors,
     DraftingView,
     Ratio,
-    pad_anchors,
     position_anchors,
-    sample_positions,
     systematic_sample,
 )
-from draftsmith.stages.training.loop import Resumable, StateDict
+from draftsmith.stages.training.loop import StateDict
 from draftsmith.stages.training.opd.verify_steps import MinedTable, StepKind, TrajectorySteps, VerifySteps, sample_steps
 
 
@@ -35,62 +32,47 @@ from draftsmith.stages.training.opd.verify_steps import MinedTable, StepKind, Tr
 class StepAnchors:
     """The anchors of a step, and what is known of the verify steps there."""
 
-    anchors: Anchors
-    steps: VerifySteps | None  # of the source; None: they are found on the blocks that the step drafts
+    anchors: torch.Tensor  # [B, A] absolute positions
+    steps: VerifySteps | None = None  # None: nobody knows them before the blocks are drafted
+    mined: bool = False  # the steps were found under earlier weights
     metrics: dict[str, float] = field(default_factory=dict)
-    verified: VerifySteps | None = None  # found on these blocks, if the step needs them before it trains the blocks
     unscored: Sequence[int] = ()  # rows of steps that the target has yet to score for a loss
 
-    @property
-    def known_steps(self) -> VerifySteps | None:
-        """Return the verify steps, wherever they come from; None if nobody knows them yet."""
-        return self.steps or self.verified
 
-
-class AnchorSource(Resumable, Protocol):
+class AnchorSource(ABC):
     """A source of anchors. What it remembers goes into the checkpoint: a resumed training has the same anchors."""
 
-    numbers: int  # random numbers that a row takes
+    numbers = 1  # random numbers that a row takes
 
+    @abstractmethod
     def sample(self, step: int, indices: Sequence[int], view: DraftingView, phases: np.ndarray) -> StepAnchors:
         """Return the anchors of the trajectories `indices`, which the view shows.
 
         phases: [B, numbers] in [0, 1); a row has the same ones on any rank.
         """
 
-    def share(self, ranks: Ranks) -> None:
+    def share(self, ranks: Ranks) -> None:  # noqa: B027
         """Exchange with the other ranks what was learnt of trajectories since the last call."""
-
-
-class StatelessSource:
-    """The base of sources that remember nothing between steps."""
 
     def state_dict(self) -> StateDict:
         return {}
 
-    def load_state_dict(self, state: StateDict) -> None:
-        pass
-
-    def share(self, ranks: Ranks) -> None:
+    def load_state_dict(self, state: StateDict) -> None:  # noqa: B027
         pass
 
 
-class RandomAnchors(StatelessSource):
+class RandomAnchors(AnchorSource):
     """Positions of the answer, whatever the drafter does there: the paper's ablation."""
-
-    numbers = 1
 
     def __init__(self, per_sequence: int):
         self.per_sequence = per_sequence
 
     def sample(self, step: int, indices: Sequence[int], view: DraftingView, phases: np.ndarray) -> StepAnchors:  # noqa: ARG002
         batch = view.batch
-        return StepAnchors(
-            position_anchors(batch.trajectories, self.per_sequence, phases[:, 0], batch.tokens.device), None
-        )
+        return StepAnchors(position_anchors(batch.trajectories, self.per_sequence, phases[:, 0], batch.tokens.device))
 
 
-class SuccessorAnchors(StatelessSource):
+class SuccessorAnchors(AnchorSource):
     """Where verification continues: one step of the current weights after positions sampled from the whole answer.
 
     Training on fresh steps then costs one drafted block for each trained one, however long a trajectory is. A successor
@@ -105,12 +87,11 @@ class SuccessorAnchors(StatelessSource):
 
     def sample(self, step: int, indices: Sequence[int], view: DraftingView, phases: np.ndarray) -> StepAnchors:  # noqa: ARG002
         trajectories, device = view.batch.trajectories, view.batch.tokens.device
-        positions = np.stack(sample_positions(trajectories, self.per_sequence, phases[:, 0]))
         following = successors(
             PreparedDrafter(self.drafter, view.head, self.proposals + 1),
             view.context,
             trajectories,
-            to_device(positions, device),
+            position_anchors(trajectories, self.per_sequence, phases[:, 0], device),
             view.sampler,
         )
         # two positions may have the same successor: another one is trained twice then
@@ -118,14 +99,14 @@ class SuccessorAnchors(StatelessSource):
             systematic_sample(np.unique(row), self.per_sequence, phase)
             for row, phase in zip(following.cpu().numpy(), phases[:, 1], strict=True)
         ]
-        return StepAnchors(pad_anchors(chosen, device), None)
+        return StepAnchors(to_device(np.stack(chosen), device))
 
 
 # Steps of the mined trace for each chain. With fewer, chains draft much in vain; with more, rounds are many and small.
 STEPS_PER_CHAIN = 4
 
 
-class TableAnchors:
+class TableAnchors(AnchorSource):
     """Steps of the mined table, mined again with the drafter's current weights when they are too old.
 
     A trajectory is mined again when a batch needs it and its last mining is `every` or more optimiser steps old; 0
@@ -133,8 +114,6 @@ class TableAnchors:
     `every` steps, however many trajectories there are. The fresh steps depend on earlier weights, so they are part of
     the checkpoint.
     """
-
-    numbers = 1
 
     def __init__(
         self, mined: MinedTable, drafter: Drafter, kind: StepKind, per_sequence: int, *, every: int, scored: bool
@@ -150,7 +129,9 @@ class TableAnchors:
         metrics = self.refresh(step, indices, view)
         known = [self.steps(i) for i in indices]  # each read once
         anchors, steps = sample_steps(known, self.kind, self.per_sequence, phases[:, 0], view.batch.tokens.device)
-        return StepAnchors(anchors, steps, metrics, unscored=self.unscored(indices))
+        # a trace has many times the steps that are trained: of fresh ones only sampled steps are scored
+        unscored = [row for row, i in enumerate(indices) if i in self._mined_at] if self.scored else []
+        return StepAnchors(anchors, steps, mined=True, metrics=metrics, unscored=unscored)
 
     def steps(self, index: int) -> TrajectorySteps:
         """Return the newest steps of a trajectory."""
@@ -160,7 +141,8 @@ class TableAnchors:
         """Mine again what is too old among the trajectories `indices` of a view. Return metrics of what changed."""
         if not self.every:
             return {}
-        self._forget(step)
+        for i in [i for i, mined_at in self._mined_at.items() if step - mined_at >= self.every]:  # too old
+            del self._mined_at[i], self._fresh[i]
         rows = {i: row for row, i in enumerate(indices) if i not in self._mined_at and step >= self.every}
         if not rows:
             return {}
@@ -170,17 +152,12 @@ class TableAnchors:
         traces = self._replay(view, list(rows.values()), trajectories, max(1, round(mined_steps / STEPS_PER_CHAIN)))
         changed = total = 0
         for i, before, trace in zip(rows, mined, traces, strict=True):
-            fresh = self._padded(trace)
+            fresh = self._steps_of({name: getattr(trace, name) for name in self._remembered})
             changed += _steps_gone(before, fresh)
             total += len(before.anchors)
             self._fresh[i], self._mined_at[i] = fresh, step
             self._unshared.add(i)
         return {"trace_changed_share": Ratio(changed, total), "remined_trajectories": len(rows)}
-
-    def _forget(self, step: int) -> None:
-        """Drop traces that are too old: a step that needs their trajectories mines them again."""
-        for i in [i for i, mined_at in self._mined_at.items() if step - mined_at >= self.every]:
-            del self._mined_at[i], self._fresh[i]
 
     def share(self, ranks: Ranks) -> None:
         """Send fresh traces to all ranks: the rank that trains an answer next must know how old its trace is."""
@@ -208,23 +185,6 @@ class TableAnchors:
             with_proposals=self.scored,
         )
 
-    def unscored(self, indices: Sequence[int]) -> list[int]:
-        """Return the rows of `indices` whose steps the target has yet to score: those of fresh traces.
-
-        A trace has many times the steps that are trained: only sampled ones are scored.
-        """
-        return [row for row, i in enumerate(indices) if i in self._mined_at] if self.scored else []
-
-    def _padded(self, trace: Trace) -> TrajectorySteps:
-        """Pad a trace to the trained block. Proposals that no loss reads are left out: checkpoints stay small."""
-        shape = (len(trace.anchors), self.drafter.block_size - 1)
-        proposed, unscored = _not_scored(shape)
-        if self.scored:
-            proposed = np.pad(trace.proposed, ((0, 0), (0, shape[1] - trace.proposed.shape[1])))
-        return TrajectorySteps(
-            trace.anchors, trace.accepted, trace.committed, trace.rejected_offset, proposed, unscored
-        )
-
     def state_dict(self) -> StateDict:
         """Return the fresh steps of all trajectories, concatenated."""
         order = sorted(self._mined_at)
@@ -234,7 +194,8 @@ class TableAnchors:
             "mined_at": torch.tensor([self._mined_at[i] for i in order], dtype=torch.int64),
             "counts": torch.tensor([len(s.anchors) for s in fresh], dtype=torch.int64),
         }
-        return state | {name: _joined([getattr(s, name) for s in fresh]) for name in self._remembered}
+        columns = {name: [getattr(s, name) for s in fresh] for name in self._remembered} if fresh else {}
+        return state | {name: torch.from_numpy(np.concatenate(arrays)) for name, arrays in columns.items()}
 
     def load_state_dict(self, state: StateDict) -> None:
         """Restore the fresh steps of a checkpoint."""
@@ -249,26 +210,19 @@ class TableAnchors:
 
     @property
     def _remembered(self) -> tuple[str, ...]:
-        """Return the columns of fresh steps that are stored."""
-        return (*_TRACE, "proposed") if self.scored else _TRACE
+        """Return the columns of fresh steps that are kept: without proposals, if no loss reads them."""
+        names = ("anchors", "accepted", "committed", "rejected_offset")
+        return (*names, "proposed") if self.scored else names
 
     def _steps_of(self, columns: Mapping[str, np.ndarray]) -> TrajectorySteps:
-        """Return steps from the columns that are stored."""
-        proposed, logprobs = _not_scored((len(columns["anchors"]), self.drafter.block_size - 1))
-        anchors, accepted, committed, rejected = (columns[name] for name in _TRACE)
-        return TrajectorySteps(anchors, accepted, committed, rejected, columns.get("proposed", proposed), logprobs)
-
-
-_TRACE = ("anchors", "accepted", "committed", "rejected_offset")
-
-
-def _joined(arrays: list[np.ndarray]) -> torch.Tensor:
-    return torch.from_numpy(np.concatenate(arrays)) if arrays else torch.zeros(0)
-
-
-def _not_scored(shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Return proposals and log-probs of unscored steps; they take no memory, which many trajectories would need."""
-    return np.broadcast_to(np.int64(0), shape), np.broadcast_to(np.float32(np.nan), shape)
+        """Return steps of the trained block from the columns that are kept; what is not takes no memory."""
+        shape = (len(columns["anchors"]), self.drafter.block_size - 1)
+        proposed = np.broadcast_to(np.int64(0), shape)
+        if self.scored:
+            proposed = np.pad(columns["proposed"], ((0, 0), (0, shape[1] - columns["proposed"].shape[1])))
+        return TrajectorySteps(
+            **{**columns, "proposed": proposed}, target_logprobs=np.broadcast_to(np.float32(np.nan), shape)
+        )
 
 
 def _steps_gone(mined: TrajectorySteps, fresh: TrajectorySteps) -> int:

@@ -21,7 +21,6 @@ from draftsmith.stages.target.sampling import GREEDY, SamplingParams
 from draftsmith.stages.training import losses
 from draftsmith.stages.training.batches import Batch, RankSlice
 from draftsmith.stages.training.blocks import (
-    Anchors,
     DraftedBlocks,
     DraftingView,
     HeadSource,
@@ -40,7 +39,7 @@ from draftsmith.stages.training.config import TrainingConfig
 from draftsmith.stages.training.loss_config import LossConfig
 from draftsmith.stages.training.opd.anchor_sources import AnchorSource, StepAnchors
 from draftsmith.stages.training.opd.verify_steps import UnscoredSteps, VerifySteps, score_steps, verify_blocks
-from draftsmith.stages.training.response_loss import position_weights, response_loss, response_weight, selector_logprobs
+from draftsmith.stages.training.response_loss import offset_weights, response_loss, response_weight, selector_logprobs
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ class OpdStep:
                 blocks = draft_blocks(self.drafter, context, batch, anchors.anchors)
                 verified = self._verify(blocks, context, heads, sampler)
                 clock.spent("drafter")
-                anchors = replace(anchors, verified=verified, unscored=range(len(batch.trajectories)))
+                anchors = replace(anchors, steps=verified, unscored=range(len(batch.trajectories)))
         return _MicroBatch(batch, anchors, sampler, context if single else None)
 
     def _score(self, micro_batches: Sequence[_MicroBatch], rank_slice: RankSlice) -> None:
@@ -133,13 +132,10 @@ class OpdStep:
 
         A single batch whose blocks are verified as they are trained has none.
         """
-        known = [(micro_batch, micro_batch.anchors.known_steps) for micro_batch in micro_batches]
         unscored = [
-            UnscoredSteps(
-                steps, micro_batch.batch.trajectories, micro_batch.anchors.anchors, micro_batch.anchors.unscored
-            )
-            for micro_batch, steps in known
-            if steps is not None
+            UnscoredSteps(found.steps, each.batch.trajectories, found.anchors, found.unscored)
+            for each in micro_batches
+            if (found := each.anchors).steps is not None
         ]
         if not unscored:
             return
@@ -147,10 +143,7 @@ class OpdStep:
         kept, ranks = rank_slice.batch.kept, rank_slice.ranks
         scored = score_steps(unscored, self.target, self.options.proposals, tokens, kept, ranks)
         for micro_batch, steps in zip(micro_batches, scored, strict=True):
-            if micro_batch.anchors.verified is None:
-                micro_batch.anchors = replace(micro_batch.anchors, steps=steps)
-            else:
-                micro_batch.anchors = replace(micro_batch.anchors, verified=steps)
+            micro_batch.anchors = replace(micro_batch.anchors, steps=steps)
 
     def _with_rejected(
         self, rng: np.random.Generator, micro_batches: Sequence[_MicroBatch], rank_slice: RankSlice
@@ -186,7 +179,7 @@ class OpdStep:
         context = encode_batch(self.drafter, batch) if micro_batch.context is None else micro_batch.context
         blocks = draft_blocks(self.drafter, context, batch, anchors.anchors)
         clock.spent("drafter")
-        steps = anchors.known_steps
+        steps = anchors.steps
         # else the loss itself finds what was accepted: argmaxes that are the answer's tokens
         needs_steps = self.objective.reads_steps if self.sampling.greedy else self.objective.reads_committed
         if steps is None and needs_steps:
@@ -210,7 +203,7 @@ class OpdStep:
         report.operations = count_operations(self.drafter, batch, anchors.anchors, report.positions, heads.drafter)
         if blocks.on_proposals is not None:  # the chains were drafted twice; nothing more went through the head
             report.operations += count_operations(self.drafter, batch, anchors.anchors, 0, heads.drafter, prefixes=0)
-        if anchors.steps is None or not self.sampling.greedy:  # found by this very forward, not at all, or by sampling
+        if not (anchors.mined and self.sampling.greedy):  # found under these very weights, not at all, or by sampling
             report.metrics.pop("steps_changed_share", None)
         report.metrics |= anchors.metrics
         clock.spent("head_and_loss")
@@ -220,19 +213,13 @@ class OpdStep:
         self, blocks: DraftedBlocks, context: Context, heads: SoftmaxHeads, sampler: TargetSampler | None
     ) -> VerifySteps:
         """Return the verify steps of drafted blocks; the target has not scored them."""
-        own_chains = (self.drafter.autoregressive or sampler is not None) and self.objective.needs_scores
-        proposed = self._propose(blocks, context, heads, sampler) if own_chains else None
+        proposed = None
+        if (self.drafter.autoregressive or sampler is not None) and self.objective.needs_scores:  # on its own chains
+            batch, size = blocks.batch, self.drafter.block_size
+            tokens = committed_tokens(batch.trajectories, size - 1, batch.tokens.device)
+            drafter = PreparedDrafter(self.drafter, heads.drafter, size)
+            proposed = draft(drafter, context, tokens, blocks.anchors, sampler).proposed
         return verify_blocks(blocks, heads, proposals=self.options.proposals, proposed=proposed, sampler=sampler)
-
-    def _propose(
-        self, blocks: DraftedBlocks, context: Context, heads: SoftmaxHeads, sampler: TargetSampler | None
-    ) -> torch.Tensor:
-        """Return the drafter's own proposals [B, A, K] under the current weights."""
-        batch, size = blocks.batch, self.drafter.block_size
-        tokens = committed_tokens(batch.trajectories, size - 1, batch.tokens.device)
-        positions = blocks.anchors.positions
-        drafter = PreparedDrafter(self.drafter, heads.drafter, size)
-        return draft(drafter, context, tokens, positions, sampler).proposed
 
     def _sampler(self, batch: Batch, step: int) -> TargetSampler | None:
         """Return what decides about sampled proposals, with other random numbers in every step; None: argmaxes."""
@@ -246,7 +233,7 @@ class OpdStep:
 
 
 def _known_steps(micro_batch: _MicroBatch) -> VerifySteps:
-    steps = micro_batch.anchors.known_steps
+    steps = micro_batch.anchors.steps
     assert steps is not None, "a rejected stream needs verify steps"
     return steps
 
@@ -283,9 +270,8 @@ def opd_loss(
     """Compute λ_acc · weighted mean(response stream) + λ_rej · weighted mean(rejected stream).
 
     objective: resolved. steps: may be None unless `objective.reads_steps`. proposals: of a served block; left out: K.
-    The caller adds the report's operations: it drafted the blocks.
+    The caller adds the report's operations and seconds: it drafted the blocks.
     """
-    started = time.perf_counter()
     assert objective.temperature is not None, "resolve the objective first"
     committed = None if steps is None else steps.committed
     response = response_loss(blocks, context, objective.response, objective.temperature, committed, proposals)
@@ -296,7 +282,7 @@ def opd_loss(
         "accuracy": response.accuracy,
     }
     if steps is not None:
-        metrics["steps_changed_share"] = _changed_ratio(steps, response.correct, blocks.anchors)
+        metrics["steps_changed_share"] = _changed_ratio(steps, response.correct)
     if objective.needs_scores:
         assert steps is not None, "a rejected stream needs verify steps"
         sums, mask = _rejected_stream(blocks, context, objective, steps)
@@ -304,28 +290,25 @@ def opd_loss(
         streams.append(sums)
         trained = trained | mask
     loss = torch.stack([stream.factor * stream.mean for stream in streams]).sum()
-    seconds = {"head_and_loss": time.perf_counter() - started}
-    return LossReport(loss, blocks.anchors.blocks, int(trained.sum()), metrics, seconds, streams=tuple(streams))
+    return LossReport(loss, blocks.anchors.numel(), int(trained.sum()), metrics, streams=tuple(streams))
 
 
 def stream_weights(
-    batch: Batch, anchors: Anchors, steps: VerifySteps, heads: SoftmaxHeads, objective: LossConfig
+    batch: Batch, anchors: torch.Tensor, steps: VerifySteps, heads: SoftmaxHeads, objective: LossConfig
 ) -> tuple[float, float]:
     """Sum the weights of both streams, which are known without a forward if the objective has a rejected stream."""
     K = steps.proposed.shape[2]
     response = response_weight(batch, anchors, K, heads.drafter, objective.response, steps.committed)
-    mask, _ = _rejected_positions(anchors, steps, heads)
-    offsets = torch.arange(1, K + 1, device=mask.device)
-    weights = position_weights(objective.rejected.positions, offsets, mask, torch.empty(0))
-    return response, float(weights[mask].sum())
+    mask, _ = _rejected_positions(steps, heads)
+    return response, float(offset_weights(objective.rejected.positions, mask)[mask].sum())
 
 
-def _rejected_positions(anchors: Anchors, steps: VerifySteps, heads: SoftmaxHeads) -> tuple[torch.Tensor, torch.Tensor]:
+def _rejected_positions(steps: VerifySteps, heads: SoftmaxHeads) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the mask of the rejected stream's positions, and the proposals' columns in the head, each [B, A, K]."""
     offsets = torch.arange(1, steps.proposed.shape[2] + 1, device=steps.proposed.device)
     columns, present = heads.drafter.to_columns(steps.proposed)
     first = steps.rejected_offset[..., None]
-    scored = steps.target_logprobs.isfinite() & anchors.valid[..., None]
+    scored = steps.target_logprobs.isfinite()
     return (offsets >= first) & (first > 0) & scored & present, columns
 
 
@@ -338,8 +321,7 @@ def _rejected_stream(
     """
     heads = context.heads
     hidden = blocks.hidden if blocks.on_proposals is None else blocks.on_proposals
-    offsets = torch.arange(1, hidden.shape[2] + 1, device=hidden.device)
-    mask, all_columns = _rejected_positions(blocks.anchors, steps, heads)
+    mask, all_columns = _rejected_positions(steps, heads)
     indices = mask.nonzero(as_tuple=True)
     log_p, columns, rejected = steps.target_logprobs[indices], all_columns[indices], hidden[indices]
     if heads.selector is not None:
@@ -354,16 +336,16 @@ def _rejected_stream(
             trained_head=heads.trained,
         )
     terms = losses.k3_reverse_kl(log_q, log_p)
-    weights = position_weights(objective.rejected.positions, offsets, mask, log_p)
+    weights = offset_weights(objective.rejected.positions, mask)
     return WeightedMean.from_values(terms, weights[indices], objective.rejected.weight), mask
 
 
-def _changed_ratio(steps: VerifySteps, correct: torch.Tensor, anchors: Anchors) -> Ratio:
+def _changed_ratio(steps: VerifySteps, correct: torch.Tensor) -> Ratio:
     """Return the share of the trained steps that would no longer accept as many proposals as `steps` has.
 
     It costs nothing: offsets up to the first rejection are in the stream, which shows whether it is still the first.
     correct: bool [B, A, K], as in `StreamLoss`.
     """
     now = correct.long().cumprod(-1).sum(-1)  # a lower bound: nothing is known of offsets outside the stream
-    different = torch.where(steps.rejected_offset > 0, now != steps.accepted, now < steps.accepted) & anchors.valid
-    return Ratio(int(different.sum()), int(anchors.valid.sum()))
+    different = torch.where(steps.rejected_offset > 0, now != steps.accepted, now < steps.accepted)
+    return Ratio(int(different.sum()), different.numel())

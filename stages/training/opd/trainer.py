@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from draftsmith.artifacts.tables.schemas import VERIFY_STEPS
-from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, Trajectory
+from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import lineage_from, load_drafter
 from draftsmith.stages.runtime.ranks import Ranks
@@ -31,25 +31,18 @@ def run(ctx: StageContext, config: OpdConfig) -> None:
     target = Target.load(ctx.inputs["target"], ranks=ranks)
     folder = ctx.inputs["drafter"] / DRAFTER_FOLDER
     drafter = load_drafter(folder, target, torch.float32)
-    mined = _load_mined(ctx, config, stored.trajectories, drafter.block_size, ranks)
-    data = MinedData(trajectories=stored.trajectories, sampling=stored.sampling, mined=mined)
+    mined, whole, reader = ctx.inputs["mined"], config.reads_table, None
+    if whole:  # every step reads verify steps
+        reader = mapped_reader(ctx, ranks, mined / "verify_steps.parquet", VERIFY_STEPS, STEP_COLUMNS)
+    table = load_mined(mined, stored.trajectories, drafter.block_size, whole=whole, reader=reader)
+    data = MinedData(trajectories=stored.trajectories, sampling=stored.sampling, mined=table)
     training = OpdTraining(drafter, target, data, config, seed=ctx.seed, ranks=ranks)
     ctx.log(str(training))
     totals = training.train(ctx)
     if not ranks.is_main:
         return
     training.save(ctx, "opd", lineage_from(folder), totals)
-    ctx.summary(**totals, mined_steps=mined.count(training.kind), passes=training.passes)
-
-
-def _load_mined(
-    ctx: StageContext, config: OpdConfig, trajectories: Sequence[Trajectory], block_size: int, ranks: Ranks
-) -> MinedTable:
-    """Load the verify steps, which every step reads if anchors are some of them."""
-    folder, reader = ctx.inputs["mined"], None
-    if config.reads_table:
-        reader = mapped_reader(ctx, ranks, folder / "verify_steps.parquet", VERIFY_STEPS, STEP_COLUMNS)
-    return load_mined(folder, trajectories, block_size, whole=config.reads_table, reader=reader)
+    ctx.summary(**totals, mined_steps=table.count(training.kind), passes=training.passes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,14 +71,8 @@ class OpdTraining(Trainer[OpdConfig, MinedData]):
         self.memory = anchor_source(config, self.mined, drafter, scored=self.objective.needs_scores)
         options = StepOptions(config, self.objective, self.mined.proposals, self._sampling)
         self._step = OpdStep(drafter, self.target, self.memory, options)
-
-    @property
-    def reads_target(self) -> bool:
-        return self.objective.response.reads_target or self.drafter.has_confidence or not self._sampling.greedy
-
-    @property
-    def scores_proposals(self) -> bool:
-        return self.objective.needs_scores
+        reads = self.objective.response.loss != "cross_entropy" or drafter.has_confidence
+        self.reads_target, self.scores_proposals = reads or not self._sampling.greedy, self.objective.needs_scores
 
     def micro_batches(self, step: int, limit: int | None) -> Iterator[LossReport]:
         return self._step.micro_batches(step, self.rank_slice(step, limit), step_rng(self.seed, step))

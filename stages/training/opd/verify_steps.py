@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
@@ -28,11 +27,9 @@ from draftsmith.stages.runtime.memory import to_device
 from draftsmith.stages.runtime.ranks import ALONE, Ranks
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.training.blocks import (
-    Anchors,
     DraftedBlocks,
     SoftmaxHeads,
     block_labels,
-    pad_anchors,
     systematic_sample,
     tokens_at,
 )
@@ -59,7 +56,7 @@ class UnscoredSteps:
 
     steps: VerifySteps
     trajectories: Sequence[Trajectory]  # B
-    anchors: Anchors  # [B, A]
+    anchors: torch.Tensor  # [B, A] absolute positions
     rows: Sequence[int]
 
 
@@ -90,7 +87,11 @@ def verify_blocks(
     answer, before = torch.where(inside, labels, -1), tokens_at(batch, anchors, 0, K)
     choice = None if selector is None else _choice(hidden, before, head, selector)
     if sampler is None:
-        best = _best(hidden, head, choice)
+        if choice is None:
+            best = argmax_tokens(hidden, head)
+        else:
+            logits, candidates = choice
+            best = candidates.gather(-1, logits.argmax(-1, keepdim=True))[..., 0]
         accepted = ((best == labels) & inside).long().cumprod(-1).sum(-1)
         if selector is not None and proposed is None:
             proposed = selector.selector_propose(hidden, before[..., 0], head)
@@ -101,7 +102,7 @@ def verify_blocks(
         proposed = torch.zeros_like(labels) if proposed is None else proposed
     verified = inside.long().sum(-1)
     lengths = to_device([len(t.tokens) for t in batch.trajectories], hidden.device)
-    committed = torch.minimum(accepted + 1, lengths[:, None] - 1 - anchors.positions)
+    committed = torch.minimum(accepted + 1, lengths[:, None] - 1 - anchors)
     rejected_offset = torch.where(accepted < verified, accepted + 1, 0)
     unscored = torch.full(labels.shape, torch.nan, device=hidden.device)
     return VerifySteps(accepted, committed, rejected_offset, proposed, unscored)
@@ -124,14 +125,6 @@ def _choice(hidden: torch.Tensor, before: torch.Tensor, head: Head, selector: Dr
     return logits.view(columns.shape), head.to_tokens(columns)
 
 
-def _best(hidden: torch.Tensor, head: Head, choice: Choice | None) -> torch.Tensor:
-    """Return the most likely proposals [B, A, K], each after the answer's tokens."""
-    if choice is None:
-        return argmax_tokens(hidden, head)
-    logits, candidates = choice
-    return candidates.gather(-1, logits.argmax(-1, keepdim=True))[..., 0]
-
-
 def _sampled_probability(
     hidden: torch.Tensor, answer: torch.Tensor, head: Head, choice: Choice | None, sampler: TargetSampler
 ) -> torch.Tensor:
@@ -146,12 +139,12 @@ def _sampled_probability(
 
 
 def _sampled_acceptance(
-    q: torch.Tensor, answer: torch.Tensor, anchors: Anchors, sampler: TargetSampler
+    q: torch.Tensor, answer: torch.Tensor, anchors: torch.Tensor, sampler: TargetSampler
 ) -> torch.Tensor:
     """Return the accepted proposals [B, A], as the sampler's numbers decide. q, answer: [B, A, K]."""
-    positions = anchors.positions[..., None] + torch.arange(answer.shape[2], device=answer.device)
+    positions = anchors[..., None] + torch.arange(answer.shape[2], device=answer.device)
     p = sampler.answer_probability(positions.flatten(1), answer.flatten(1)).view_as(q)
-    expectation = ExpectedCommits(sampler, anchors.positions)
+    expectation = ExpectedCommits(sampler, anchors)
     for of_q, of_p, tokens in zip(q.unbind(-1), p.unbind(-1), answer.unbind(-1), strict=True):
         expectation.take(of_q, of_p, tokens)
     return expectation.accepted
@@ -172,7 +165,7 @@ def score_steps(
     traces, indices = [], []  # of each row: its trajectory and trace, and which of the trace's steps its anchors are
     for group in (group for group in unscored if group.rows):
         steps = group.steps.accepted, group.steps.proposed[..., :proposals]
-        positions, accepted, proposed = (x.cpu().numpy() for x in (group.anchors.positions, *steps))
+        positions, accepted, proposed = (x.cpu().numpy() for x in (group.anchors, *steps))
         for row in group.rows:
             length = len(group.trajectories[row].tokens)
             trace, index = _row_trace(length, positions[row], accepted[row], proposed[row])
@@ -233,7 +226,12 @@ class StoredSteps(Sequence[TrajectorySteps]):
         return len(self.errors)
 
     def __getitem__(self, index: int) -> TrajectorySteps:  # type: ignore[override]  # nobody takes a slice
-        return _steps(self.rows.take([index], STEP_COLUMNS), self.proposals)
+        table = self.rows.take([index], STEP_COLUMNS)
+        anchors, accepted, committed, rejected = (table[name].to_numpy().astype(np.int64) for name in _NUMBERS)
+        # blocks that were mined smaller than they are trained are padded
+        proposed = pad_lists(table, "proposed_ids", self.proposals, 0, np.int64)
+        logprobs = pad_lists(table, "target_logprobs", self.proposals, np.nan, np.float32)
+        return TrajectorySteps(anchors, accepted, committed, rejected, proposed, logprobs)
 
 
 @dataclass(frozen=True)
@@ -263,8 +261,10 @@ class MinedTable:
 
 def sample_steps(
     steps: Sequence[TrajectorySteps], kind: StepKind, per_sequence: int, phases: np.ndarray, device: torch.device
-) -> tuple[Anchors, VerifySteps]:
+) -> tuple[torch.Tensor, VerifySteps]:
     """Sample `per_sequence` steps of each of B trajectories, at its phase in [0, 1) of `phases` [B].
+
+    Returns their anchors [B, A], and what is known of them.
 
     A trajectory that has no step of the kind any more gives any of its steps.
     """
@@ -277,9 +277,8 @@ def sample_steps(
         values = [getattr(row, name)[indices] for row, indices in zip(steps, chosen, strict=True)]
         return to_device(np.stack(values), device)
 
-    anchors = pad_anchors([row.anchors[indices] for row, indices in zip(steps, chosen, strict=True)], device)
     names = ("accepted", "committed", "rejected_offset", "proposed", "target_logprobs")
-    return anchors, VerifySteps(*(column(name) for name in names))
+    return column("anchors"), VerifySteps(*(column(name) for name in names))
 
 
 def load_mined(
@@ -316,16 +315,3 @@ def load_mined(
             f"{path}: mined with blocks of {longest + 1} tokens, more than the drafter's {block_size}. Mine again."
         )
     return MinedTable(StoredSteps(rows, errors, block_size - 1), longest)
-
-
-def _steps(table: pa.Table, proposals: int) -> TrajectorySteps:
-    """Convert one trajectory's rows; pad them to `proposals` if blocks were mined smaller than they are trained."""
-    anchors, accepted, committed, rejected = (table[name].to_numpy().astype(np.int64) for name in _NUMBERS)
-    return TrajectorySteps(
-        anchors,
-        accepted,
-        committed,
-        rejected,
-        pad_lists(table, "proposed_ids", proposals, 0, np.int64),
-        pad_lists(table, "target_logprobs", proposals, np.nan, np.float32),
-    )

@@ -28,7 +28,6 @@ from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.sampling import GREEDY
 from draftsmith.stages.training.batches import Batch, frequent_tokens, step_rng, token_counts
 from draftsmith.stages.training.blocks import (
-    Anchors,
     HeadSource,
     LossContext,
     LossReport,
@@ -91,7 +90,7 @@ def _start(ctx: StageContext, config: SftConfig) -> Path | None:
 def sft_loss(
     drafter: Drafter,
     batch: Batch,
-    anchors: Anchors,
+    anchors: torch.Tensor,
     context: LossContext,
     stream: ResponseStream,
     temperature: float,
@@ -107,7 +106,7 @@ def sft_loss(
     positions = int(response.positions.sum())
     return LossReport(
         response.sums.mean,
-        anchors.blocks,
+        anchors.numel(),
         positions,
         {"accuracy": response.accuracy},
         {"drafter": drafted - started, "head_and_loss": time.perf_counter() - drafted},
@@ -125,10 +124,7 @@ class SftTraining(Trainer[SftConfig, TrainingData]):
         self._sampling = sampling if drafter.samples_proposals else GREEDY
         self._temperature = (sampling.temperature or 1.0) if self._sampling.greedy else 1.0
         self._heads = HeadSource(drafter, self.target.head_weight, self.config)
-
-    @property
-    def reads_target(self) -> bool:
-        return self.stream.reads_target or self.drafter.has_confidence
+        self.reads_target = self.stream.loss != "cross_entropy" or drafter.has_confidence
 
     def micro_batches(self, step: int, limit: int | None) -> Iterator[LossReport]:
         rank_slice, rng = self.rank_slice(step, limit), step_rng(self.seed, step)

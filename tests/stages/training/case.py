@@ -14,14 +14,12 @@ from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.sampling import GREEDY, SamplingParams
 from draftsmith.stages.training.batches import Batch, FeatureSource, RankSlice
 from draftsmith.stages.training.blocks import (
-    Anchors,
     DraftedBlocks,
     HeadSource,
     LossContext,
     SoftmaxHeads,
     draft_blocks,
     encode_batch,
-    pad_anchors,
 )
 from draftsmith.stages.training.config import TrainingConfig
 from draftsmith.stages.training.opd.verify_steps import VerifySteps
@@ -33,17 +31,16 @@ CHUNK = 5  # many chunks, the last one smaller
 
 @dataclass
 class Case:
-    """Three trajectories with anchors up to their ends, one of them short of anchors, and steps that fit them."""
+    """Three trajectories with anchors up to their ends, and steps that fit them."""
 
     batch: Batch
-    anchors: Anchors
+    anchors: torch.Tensor  # [B, A]
     steps: VerifySteps
     trajectories: list[Trajectory]
 
     def blocks(self) -> list[tuple[int, int, int]]:
-        """Return (row, index of the anchor, its position) of the valid anchors."""
-        valid, positions = self.anchors.valid.tolist(), self.anchors.positions.tolist()
-        return [(b, a, positions[b][a]) for b in range(len(valid)) for a in range(len(valid[b])) if valid[b][a]]
+        """Return (row, index of the anchor, its position) of the anchors."""
+        return [(b, a, at) for b, row in enumerate(self.anchors.tolist()) for a, at in enumerate(row)]
 
 
 def blocks_of(case: Case, drafter: Drafter) -> DraftedBlocks:
@@ -78,17 +75,17 @@ def make_case(target: Target, layer_ids: Sequence[int]) -> Case:
     trajectories = random_target.trajectories(3, seed=11)
     source = FeatureSource(target, layer_ids, trajectories, TrainingConfig())
     rng = np.random.default_rng(0)
-    chosen = [
-        np.array([t.first_anchor, t.first_anchor + 3, t.last_anchor - 2, t.last_anchor - 1, t.last_anchor])
-        for t in trajectories
-    ]
-    chosen[1] = chosen[1][[1, 4]]
-    anchors = pad_anchors(chosen, torch.device("cpu"))
-    shape = tuple(anchors.positions.shape)
+    anchors = torch.tensor(
+        [
+            [t.first_anchor, t.first_anchor + 3, t.last_anchor - 2, t.last_anchor - 1, t.last_anchor]
+            for t in trajectories
+        ]
+    )
+    shape = tuple(anchors.shape)
     accepted, committed, rejected_offset = (np.zeros(shape, int) for _ in range(3))
     logprobs = rng.uniform(-14, -0.01, (*shape, K)).astype(np.float32)  # some below the floor
     for b, t in enumerate(trajectories):
-        for a, anchor in enumerate(anchors.positions[b].tolist()):
+        for a, anchor in enumerate(anchors[b].tolist()):
             verified = min(K, len(t.tokens) - 1 - anchor)
             count = (b + a) % (verified + 1)  # all kinds: nothing, some, everything, cut by the end
             accepted[b, a] = count

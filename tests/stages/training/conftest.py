@@ -12,7 +12,7 @@ from tests.testbed import random_target
 
 @pytest.fixture(scope="session")
 def case(plain_target: Target, plain_drafter: DFlashDrafter) -> Case:
-    """Return three trajectories with anchors up to their ends, one short of anchors, and steps that fit them."""
+    """Return three trajectories with anchors up to their ends, and steps that fit them."""
     return make_case(plain_target, plain_drafter.target_layer_ids)
 
 

@@ -33,7 +33,6 @@ from draftsmith.stages.target.estimate import ModelSize, Sizes
 from draftsmith.stages.target.sampling import GREEDY, SamplingParams
 from draftsmith.stages.training.batches import Batch
 from draftsmith.stages.training.blocks import (
-    Anchors,
     HeadSource,
     LossContext,
     LossReport,
@@ -181,8 +180,8 @@ class _Rejected(RandomAnchors):
         return StepAnchors(anchors, _steps(anchors, self.proposals))
 
 
-def _steps(anchors: Anchors, K: int) -> VerifySteps:
-    shape = anchors.positions.shape
+def _steps(anchors: torch.Tensor, K: int) -> VerifySteps:
+    shape = anchors.shape
     accepted = torch.full(shape, K // 3)
     proposed = torch.ones(*shape, K, dtype=torch.long)
     return VerifySteps(accepted, accepted + 1, accepted + 1, proposed, torch.full((*shape, K), -1.0))

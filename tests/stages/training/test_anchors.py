@@ -11,7 +11,7 @@ import torch
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.training.batches import step_rng
-from draftsmith.stages.training.blocks import pad_anchors, position_anchors, systematic_sample
+from draftsmith.stages.training.blocks import position_anchors, systematic_sample
 
 CPU = torch.device("cpu")
 
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 def test_an_answer_of_one_token_is_named() -> None:
     answers = [Trajectory("two", [1, 2, 3], 1), Trajectory("one", [1, 2], 1)]
     anchors = position_anchors(answers[:1], 3, np.zeros(1), CPU)
-    assert anchors.positions.tolist() == [[1, 1, 1]]
+    assert anchors.tolist() == [[1, 1, 1]]
     with pytest.raises(DraftsmithError, match="trajectory one"):
         position_anchors(answers, 3, np.zeros(2), CPU)
 
@@ -30,9 +30,9 @@ def test_anchors_are_different_positions_with_a_following_token() -> None:
     seen: Counter[tuple[int, int]] = Counter()
     for step in range(200):
         anchors = position_anchors([short, long], 5, step_rng(0, step).random(2), CPU)
-        assert anchors.valid.all() and anchors.blocks == 10
-        assert len(set(anchors.positions[1].tolist())) == 5
-        seen.update((row, p) for row, positions in enumerate(anchors.positions.tolist()) for p in positions)
+        assert anchors.shape == (2, 5)
+        assert len(set(anchors[1].tolist())) == 5
+        seen.update((row, p) for row, positions in enumerate(anchors.tolist()) for p in positions)
     assert {p for row, p in seen if row == 0} == {4, 5}  # from the first answer token to the last but one
     assert {p for row, p in seen if row == 1} == set(range(4, 29))
 
@@ -47,10 +47,3 @@ def test_every_candidate_is_sampled_equally_often() -> None:
     expected = 4000 * 5 / 23
     assert set(seen) == set(candidates.tolist())
     assert max(abs(count - expected) for count in seen.values()) < 4 * (expected * (1 - 5 / 23)) ** 0.5
-
-
-def test_padding_anchors_are_copies_that_do_not_count() -> None:
-    anchors = pad_anchors([np.array([3, 8]), np.array([5])], CPU)
-    assert anchors.positions.tolist() == [[3, 8], [5, 5]]
-    assert anchors.valid.tolist() == [[True, True], [True, False]]
-    assert anchors.blocks == 3

@@ -278,7 +278,7 @@ def test_steps_that_changed_are_counted(case: Case, plain_drafter: DFlashDrafter
     assert report.metrics["steps_changed_share"] == pytest.approx(sum(different) / len(different))
     verified = VerifySteps(*(x.clone() for x in vars(case.steps).values()))
     for (row, index), accepted in now.items():
-        length = len(case.trajectories[row].tokens) - 1 - int(case.anchors.positions[row, index])
+        length = len(case.trajectories[row].tokens) - 1 - int(case.anchors[row, index])
         verified.accepted[row, index], verified.committed[row, index] = accepted, min(accepted + 1, length)
         verified.rejected_offset[row, index] = accepted + 1 if accepted < min(K, length) else 0
     report = opd(replace(case, steps=verified), plain_drafter, plain_target, OBJECTIVES["matched greedy"])
@@ -297,8 +297,8 @@ def test_verify_steps_of_a_selector_are_those_of_its_proposals(case: Case, plain
     drafter, anchors = RANDOM["dflash2"](plain_target), case.anchors
 
     def proposed(batch: Batch) -> torch.Tensor:
-        at = batch.tokens.gather(1, anchors.positions)
-        return drafter.propose(encode_batch(drafter, batch), at, anchors.positions, 5, Head(plain_target.head_weight))
+        at = batch.tokens.gather(1, anchors)
+        return drafter.propose(encode_batch(drafter, batch), at, anchors, 5, Head(plain_target.head_weight))
 
     tokens, likely = case.batch.tokens.clone(), proposed(case.batch)
     for row, index, anchor in case.blocks():  # answers that accept some of some blocks

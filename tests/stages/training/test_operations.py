@@ -10,11 +10,12 @@ from draftsmith.stages.drafters import block_attention
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.training.batches import FeatureSource, step_rng
-from draftsmith.stages.training.blocks import HeadSource, LossContext, LossReport, position_anchors
+from draftsmith.stages.training.blocks import LossContext, LossReport, position_anchors
 from draftsmith.stages.training.config import LoraOptions, SftConfig, TrainingConfig
 from draftsmith.stages.training.lora import Adapter
 from draftsmith.stages.training.sft.trainer import sft_loss
 from tests.stages.kernel_flops import KERNEL_FLOPS
+from tests.stages.training.case import heads_of
 from tests.testbed import random_target
 from tests.testbed.architectures import RANDOM
 
@@ -38,10 +39,10 @@ def test_the_formula_is_what_torch_counts(
     trajectories = random_target.trajectories(1, seed=5)
     batch = FeatureSource(plain_target, any_drafter.target_layer_ids, trajectories, TrainingConfig()).batch([0])
     anchors = position_anchors(trajectories, 4, step_rng(0, 0).random(1), torch.device("cpu"))
-    heads = HeadSource(any_drafter, plain_target.head_weight, TrainingConfig()).sample(step_rng(0, 0), [batch.tokens])
     stream = SftConfig(loss="cross_entropy").stream(any_drafter.recipe)
 
     def step() -> LossReport:
+        heads = heads_of(any_drafter, plain_target)
         context = LossContext(heads, plain_target.head_weight, positions_per_chunk=1024)
         report = sft_loss(any_drafter, batch, anchors, context, stream, temperature=1.0)
         report.loss.backward()

@@ -20,8 +20,6 @@ from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.sampling import SamplingParams
 from draftsmith.stages.training.batches import FeatureSource, step_rng
 from draftsmith.stages.training.blocks import (
-    Anchors,
-    HeadSource,
     LossContext,
     SoftmaxHeads,
     draft_blocks,
@@ -36,6 +34,7 @@ from draftsmith.stages.training.opd.verify_steps import verify_blocks
 from draftsmith.stages.training.response_loss import TargetSignal, head_loss
 from draftsmith.stages.training.sft.trainer import SftTraining
 from draftsmith.stages.training.trainer import Trainer, TrainingData
+from tests.stages.training.case import heads_of, hidden_of
 from tests.stages.training.test_micro_batches import mined
 from tests.testbed import random_target
 from tests.testbed.calls import recorded
@@ -126,8 +125,9 @@ def test_every_step_of_opd_verifies_with_other_random_numbers(plain_target: Targ
     data = MinedData(trajectories=answers, sampling=sampling, mined=table)
     training = OpdTraining(drafter, plain_target, data, OpdConfig())
     batch = FeatureSource(plain_target, drafter.target_layer_ids, answers, TrainingConfig()).batch([0, 1])
-    assert batch.hidden is not None
-    of_mining = TargetSampler.for_trajectories(plain_target, batch.hidden, answers, sampling, drafter.block_size - 1)
+    of_mining = TargetSampler.for_trajectories(
+        plain_target, hidden_of(batch), answers, sampling, drafter.block_size - 1
+    )
     of_steps = [training._step._sampler(batch, step) for step in (0, 1, 1)]
     numbers = [sampler.numbers for sampler in (of_mining, *of_steps) if sampler is not None]
     assert [torch.equal(a, b) for a, b in itertools.pairwise(numbers)] == [False, False, True]
@@ -181,11 +181,9 @@ def test_a_smaller_served_block_accepts_what_its_offsets_accept(make: Any, plain
     """Blocks overlap: an offset that one block does not serve, another one serves."""
     drafter, answers = make(plain_target), random_target.trajectories(2, seed=5)
     batch = FeatureSource(plain_target, drafter.target_layer_ids, answers, TrainingConfig()).batch([0, 1])
-    positions = torch.tensor([[t.first_anchor + i for i in (4, 3, 2, 1, 0)] for t in answers])
-    anchors = Anchors(positions, torch.ones_like(positions, dtype=torch.bool))
-    heads = HeadSource(drafter, plain_target.head_weight, TrainingConfig()).sample(step_rng(0, 0), [batch.tokens])
-    blocks, of_target = draft_blocks(drafter, encode_batch(drafter, batch), batch, anchors), batch.hidden
-    assert of_target is not None
+    anchors = torch.tensor([[t.first_anchor + i for i in (4, 3, 2, 1, 0)] for t in answers])
+    heads, of_target = heads_of(drafter, plain_target), hidden_of(batch)
+    blocks = draft_blocks(drafter, encode_batch(drafter, batch), batch, anchors)
 
     def accepted(proposals: int, salt: int) -> torch.Tensor:
         sampler = TargetSampler.for_trajectories(
@@ -204,12 +202,11 @@ def test_verification_is_the_same_however_many_distributions_fit_into_memory(
     drafter, answers, sampling = make(plain_target), random_target.trajectories(3, seed=5), SamplingParams(0.8, 0.9, 30)
     batch = FeatureSource(plain_target, drafter.target_layer_ids, answers, TrainingConfig()).batch([0, 1, 2])
     anchors = position_anchors(answers, 5, step_rng(0, 0).random(3), torch.device("cpu"))
-    heads = HeadSource(drafter, plain_target.head_weight, TrainingConfig()).sample(step_rng(0, 0), [batch.tokens])
-    assert batch.hidden is not None
-    sampler = TargetSampler.for_trajectories(plain_target, batch.hidden, answers, sampling, drafter.block_size - 1)
+    sampler = TargetSampler.for_trajectories(plain_target, hidden_of(batch), answers, sampling, drafter.block_size - 1)
 
     def verified() -> tuple[Any, ...]:
         blocks = draft_blocks(drafter, encode_batch(drafter, batch), batch, anchors)
+        heads = heads_of(drafter, plain_target)
         steps = verify_blocks(blocks, heads, proposals=drafter.block_size - 1, sampler=sampler)
         replayer = Replayer(plain_target, ReplayOptions(sampling=sampling))
         return steps.accepted, replayer.traces({"it": drafter}, answers)["it"][0].proposed

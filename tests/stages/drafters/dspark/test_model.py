@@ -11,8 +11,6 @@ from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.sampling import GREEDY, SamplingParams
 from draftsmith.stages.training.batches import FeatureSource, step_rng
 from draftsmith.stages.training.blocks import (
-    Anchors,
-    HeadSource,
     LossContext,
     LossReport,
     block_labels,
@@ -24,6 +22,7 @@ from draftsmith.stages.training.config import SftConfig, TrainingConfig
 from draftsmith.stages.training.sft.trainer import sft_loss
 from tests.stages.drafters.dflash import reference
 from tests.stages.drafters.texts import Texts
+from tests.stages.training.case import heads_of
 from tests.testbed import random_target
 from tests.testbed.dspark import random_dspark
 
@@ -67,12 +66,12 @@ def test_a_reduced_head_has_the_same_logits_for_its_tokens(plain_target: Target)
 
 def loss_of(
     drafter: DSparkDrafter, target: Target, sampling: SamplingParams = GREEDY, **fields: str
-) -> tuple[LossReport, Anchors, FeatureSource]:
+) -> tuple[LossReport, torch.Tensor, FeatureSource]:
     texts = random_target.trajectories(3, seed=5)
     source = FeatureSource(target, drafter.target_layer_ids, texts, TrainingConfig())
     batch = source.batch([0, 1, 2])
     anchors = position_anchors(texts, 3, step_rng(0, 0).random(3), torch.device("cpu"))
-    heads = HeadSource(drafter, target.head_weight, TrainingConfig()).sample(step_rng(0, 0), [batch.tokens])
+    heads = heads_of(drafter, target)
     stream = SftConfig.model_validate(fields).stream(drafter.recipe)
     assert target.head_weight is heads.target.weight
     context = LossContext(heads, target.head_weight, 7, sampling)
@@ -95,7 +94,7 @@ def test_the_loss_equals_the_authors(confidence_head: bool, reads_token: bool, p
     hidden = draft_blocks(drafter, encode_batch(drafter, batch), batch, anchors).hidden
     state, before = hidden.split([32, 6], -1)
     logits = (state @ plain_target.head_weight.T + before @ drafter.markov_head.markov_w2.weight.T).double()
-    at = (anchors.positions[..., None] + torch.arange(K)).clamp(max=batch.tokens.shape[1] - 1)
+    at = (anchors[..., None] + torch.arange(K)).clamp(max=batch.tokens.shape[1] - 1)
     assert batch.hidden is not None
     theirs = torch.stack([row[i] for row, i in zip(batch.hidden, at, strict=True)])
     p, q = plain_target.logits(theirs).double().softmax(-1), logits.softmax(-1)

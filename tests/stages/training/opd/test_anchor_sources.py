@@ -11,22 +11,22 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from draftsmith.stages.drafters.base import PreparedDrafter
-from draftsmith.stages.replay.chains import successors
+from draftsmith.stages.replay.chains import draft, successors
 from draftsmith.stages.replay.replayer import tree_tokens_of
+from draftsmith.stages.replay.sampled import VerifiedBlocks
 from draftsmith.stages.training.batches import FeatureSource
 from draftsmith.stages.training.blocks import (
     draft_blocks,
     encode_batch,
     hidden_on_proposals,
     position_anchors,
-    sample_positions,
 )
 from draftsmith.stages.training.config import TrainingConfig
 from draftsmith.stages.training.loss_config import LossConfig
 from draftsmith.stages.training.opd import step as opd_step
 from draftsmith.stages.training.opd import verify_steps
 from draftsmith.stages.training.opd.anchor_sources import RandomAnchors, TableAnchors
-from draftsmith.stages.training.opd.step import OpdStep, opd_loss
+from draftsmith.stages.training.opd.step import opd_loss
 from draftsmith.stages.training.opd.verify_steps import (
     MinedTable,
     UnscoredSteps,
@@ -82,7 +82,7 @@ def test_only_sampled_steps_are_scored(world: World, monkeypatch: pytest.MonkeyP
     fresh = world.mined_by(world.moved)
     for row, i in enumerate(INDICES):
         table = fresh.steps[i] if row < 2 else world.table.steps[i]
-        for a, anchor in enumerate(sampled.anchors.positions[row].tolist()):
+        for a, anchor in enumerate(sampled.anchors[row].tolist()):
             index = table.anchors.tolist().index(anchor)
             expected = table.target_logprobs[index]
             np.testing.assert_allclose(steps.target_logprobs[row, a].numpy(), expected, atol=1e-4)
@@ -145,7 +145,7 @@ def test_verify_steps_of_a_trainings_blocks_equal_those_of_replay(any_world: Wor
     steps_of_rows = [fresh.steps[i] for i in INDICES]
     anchors, expected = sample_steps(steps_of_rows, "visited", 30, phases(0, 1)[:, 0], torch.device("cpu"))
     context, heads = encode_batch(drafter, batch), heads_of(drafter, world.target)
-    blocks, at = draft_blocks(drafter, context, batch, anchors), anchors.positions
+    blocks, at = draft_blocks(drafter, context, batch, anchors), anchors
     without = verify_blocks(blocks, heads, proposals=K)
     own = drafter.propose(context, batch.tokens.gather(1, at), at, drafter.block_size, world.head_of(drafter))
     steps = verify_blocks(blocks, heads, proposals=K, proposed=own) if drafter.autoregressive else without
@@ -173,17 +173,17 @@ def test_successors_are_where_one_block_of_the_current_weights_leads(world: Worl
     for step in range(10):
         sampled = source.sample(step, INDICES, view, phases(step, 2))
         assert sampled.steps is None  # found on the blocks of the step itself
-        assert sampled.anchors.blocks == len(INDICES) * per_sequence
-        before = np.stack(sample_positions(view.batch.trajectories, per_sequence, phases(step, 2)[:, 0]))
+        assert sampled.anchors.numel() == len(INDICES) * per_sequence
+        before = position_anchors(view.batch.trajectories, per_sequence, phases(step, 2)[:, 0], torch.device("cpu"))
         following = successors(
             PreparedDrafter(world.moved, view.head, 8),
             view.context,
             view.batch.trajectories,
-            torch.from_numpy(before),
+            before,
             None,
         ).numpy()
         for row, i in enumerate(INDICES):
-            chosen = sampled.anchors.positions[row].tolist()
+            chosen = sampled.anchors[row].tolist()
             assert set(chosen) == set(following[row].tolist())
             on_trace += sum(anchor in traces[i].anchors for anchor in chosen)
     by_chance = float(np.mean([len(traces[i].anchors) / world.trajectories[i].answer_length for i in INDICES]))
@@ -226,8 +226,8 @@ def test_blocks_are_verified_only_if_the_loss_needs_it(
 def test_a_trajectory_without_errors_gives_its_other_steps(world: World) -> None:
     steps, right = world.table.steps[0], without_errors(world.table, 0)
     anchors, sampled = sample_steps(right.steps, "errors", PER_SEQUENCE, np.array([0.3]), torch.device("cpu"))
-    assert anchors.blocks == PER_SEQUENCE
-    assert set(anchors.positions.flatten().tolist()) <= set(steps.anchors.tolist())
+    assert anchors.numel() == PER_SEQUENCE
+    assert set(anchors.flatten().tolist()) <= set(steps.anchors.tolist())
     assert (sampled.rejected_offset == 0).all()
 
 
@@ -344,15 +344,14 @@ def test_drafting_in_a_step_leaves_its_gradient_alone(
     """The gradient has the same bits as that of a step that is given its proposals."""
     world = eagle_world
     objective = world.objective("paper")
-    drafted: list[torch.Tensor] = []
-    propose = OpdStep._propose
+    drafted: list[VerifiedBlocks] = []
 
-    def first_drafted(*arguments: Any) -> torch.Tensor:
+    def first_drafted(*arguments: Any) -> VerifiedBlocks:
         if not drafted:
-            drafted.append(propose(*arguments))
+            drafted.append(draft(*arguments))
         return drafted[0]
 
-    monkeypatch.setattr(OpdStep, "_propose", first_drafted)
+    monkeypatch.setattr(opd_step, "draft", first_drafted)
     gradients = []
     for _ in ("drafted in the step", "given"):
         with torch.autocast("cpu", torch.bfloat16):

@@ -16,7 +16,7 @@ from draftsmith.stages.replay.replayer import score
 from draftsmith.stages.replay.trace import Trace
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.training.batches import Batch, FeatureSource, step_rng
-from draftsmith.stages.training.blocks import Anchors, DraftingView, LossReport, encode_batch
+from draftsmith.stages.training.blocks import DraftingView, LossReport, encode_batch
 from draftsmith.stages.training.config import TrainingConfig
 from draftsmith.stages.training.loss_config import LossConfig
 from draftsmith.stages.training.opd.anchor_sources import AnchorSource, RandomAnchors, SuccessorAnchors, TableAnchors
@@ -73,7 +73,7 @@ class World:
         ]
         return MinedTable(steps, drafter.block_size - 1)
 
-    def scored(self, steps: VerifySteps, anchors: Anchors, proposals: int, tokens: int = 2048) -> VerifySteps:
+    def scored(self, steps: VerifySteps, anchors: torch.Tensor, proposals: int, tokens: int = 2048) -> VerifySteps:
         """Score steps at anchors of the batch. tokens: that the target reads in one forward."""
         unscored = UnscoredSteps(steps, self.batch.trajectories, anchors, range(len(INDICES)))
         return score_steps([unscored], self.target, proposals, tokens)[0]
