@@ -74,10 +74,11 @@ class ParallelSampler(BlockSampler):
 class Drafter(nn.Module, ABC):
     """The draft model `q`. The target's embedding and head are frozen, shared and never saved with it."""
 
+    config: Any  # of transformers
     block_size: int  # anchor + proposals, as trained
     target_layer_ids: Sequence[int]  # layer k = hidden state AFTER target layer k
-    frequent_tokens: torch.Tensor | None  # [V] token ids, most frequent first in the training data
-    info: DrafterInfo
+    frequent_tokens: torch.Tensor | None = None  # [V] token ids, most frequent first in the training data
+    info = DrafterInfo()
     adapter_rank: int | None = None  # of the adapter that is trained in place of the weights
     logit_map: LogitMap = IDENTITY  # the target's, for heads that are made from the target's head
     embedding_scale: float = 1.0  # the target's: a factor on the embeddings that its first layer reads
@@ -87,6 +88,7 @@ class Drafter(nn.Module, ABC):
     has_selector: ClassVar[bool] = False  # the token before a proposal selects it among the head's best
     corrects_head: ClassVar[bool] = False  # adds trained terms to the target's head
     samples_proposals: ClassVar[bool] = False  # for sampled requests, from q, which also verifies them
+    float32_weights: ClassVar[tuple[str, ...]] = ()  # beginnings of their names: engines compute these in float32
     recipe: ClassVar[TrainingRecipe]
     layer_names: ClassVar[tuple[str, ...]]  # children whose linear maps read hidden states of the context or a block
 

@@ -59,11 +59,6 @@ class ContextMask:
             first = np.maximum(first, seen - self.window + 1)
         return np.stack([first.clip(min=0), seen])
 
-    @property
-    def local(self) -> bool:
-        """Return whether a block sees only a small part of a long prefix."""
-        return self.window is not None and not self.ring
-
     def visible(
         self, entries: slice, queries: int, rows: slice = slice(None), group: slice = slice(None)
     ) -> torch.Tensor | None:
@@ -135,7 +130,7 @@ class ContextMask:
         """
         if (T, R) not in self._masks:
             B, A = self.seen.shape
-            if self.local:
+            if self.window is not None and not self.ring:  # a block sees only a small part of a long prefix
                 self._masks[T, R] = [chunk for b in range(B) for chunk in self._windows(b, T, R)]
             else:
                 count = max(1, _MASK_ENTRIES // (B * R * T)) if T else A
@@ -204,7 +199,8 @@ class _Merged(torch.autograd.Function):
         S: int,
     ) -> torch.Tensor:
         own = _mask(context_mask.own(S, own_keys.shape[3]), q)
-        out, total = _forward(*(_blocks(x) for x in (q, own_keys, own_values)), attn_mask=own)
+        # blocks and key heads are independent sequences of the kernel
+        out, total = _forward(*(x.flatten(0, 1) for x in (q, own_keys, own_values)), attn_mask=own)
         out, total = out.view(q.shape), total.view(q.shape[:4])  # [B, kv_heads, A, R] float32
         for rows, group, entries in context_mask.chunks(keys.shape[2], q.shape[3]):
             if entries.start >= entries.stop:
@@ -259,11 +255,6 @@ def _own_backward(
         weights = weights.masked_fill(~sees, 0.0)
     of_scores = scale * weights * (grad @ values.mT - (grad * out).sum(-1, keepdim=True))
     return of_scores @ keys, of_scores.mT @ q, weights.mT @ grad
-
-
-def _blocks(x: torch.Tensor) -> torch.Tensor:
-    """Reshape [B, kv_heads, A, …] to independent sequences of the kernel: [B · kv_heads, A, …]."""
-    return x.flatten(0, 1)
 
 
 def _each_query(sees: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | None:

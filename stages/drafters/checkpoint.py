@@ -31,7 +31,7 @@ INFO_FILE, TOKENS_FILE = "drafter.json", "frequent_tokens.npy"
 ARCHITECTURES: dict[str, Architecture] = {
     kind: cast("Architecture", import_module(traits.checkpoint)) for kind, traits in KINDS.items()
 }
-# Kinds that start from the weights of another one: their modules have `upgrade_drafter` and `upgrade_config`.
+# Kinds that start from the weights of another one: their modules have `upgrade_config`.
 UPGRADES: dict[tuple[str, str], Any] = {
     (module.UPGRADES, kind): module for kind, module in ARCHITECTURES.items() if hasattr(module, "UPGRADES")
 }
@@ -101,10 +101,17 @@ def upgrade_drafter(drafter: Drafter, shape: DrafterConfig, target: Target, seed
 
     Otherwise return the drafter itself: a checkpoint's own shape overrides the shape of a new one in a config.
     """
-    upgrade = UPGRADES.get((drafter.kind, shape.kind))
+    upgrade: Any = UPGRADES.get((drafter.kind, shape.kind))
     if upgrade is None:
         return drafter
-    return _with_target_scales(target, upgrade.upgrade_drafter(drafter, shape, target, seed))
+    config = upgrade.upgrade_config(drafter.config, shape)
+    _check_fits(shape.kind, config, target.config, "sft.drafter")
+    upgraded = upgrade.create(config, target)
+    upgraded.load_state_dict(drafter.state_dict(), strict=False)
+    upgraded.initialise_additions(torch.Generator().manual_seed(seed), target.logit_map.scale)
+    checkpoint_format.cast(upgraded, next(drafter.parameters()).dtype, upgraded.float32_weights)
+    upgraded.frequent_tokens, upgraded.info = drafter.frequent_tokens, drafter.info
+    return _with_target_scales(target, upgraded.to(target.device))
 
 
 def kind_after(kind: str, shape: DrafterConfig) -> str:
@@ -220,10 +227,8 @@ def read_info(folder: Path) -> DrafterInfo:
     if not (path := folder / INFO_FILE).exists():
         return DrafterInfo()
     try:
-        raw = json.loads(path.read_text())
-        raw.pop("digest", None)
-        return _INFO.validate_python(asdict(DrafterInfo(**{**raw, "parents": tuple(raw.get("parents", ()))})))
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        return _INFO.validate_json(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise DraftsmithError(
             f"drafter {path}: cannot be read ({one_line(error, 200)}). Remove it to use the checkpoint without its "
             "record."

@@ -121,13 +121,6 @@ _SIZES = (
 )
 
 
-def require_fields(path: Path, fields: Iterable[tuple[str, Any]]) -> None:
-    """Refuse a config in which one of the named values is missing."""
-    for field, value in fields:
-        if value is None:
-            raise DraftsmithError(f"drafter {path}: field {field} is missing, and an engine would guess it. Add it.")
-
-
 def check_equal(where: str, checks: Iterable[tuple[str, Any, Any]]) -> None:
     """Raise DraftsmithError at the first value that differs. checks: (field, the drafter's, the target's)."""
     for field, has, needs in checks:
@@ -223,6 +216,11 @@ def is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def are_integers(value: Any) -> bool:
+    """Return whether a JSON value is a list of integers."""
+    return isinstance(value, list) and all(map(is_integer, value))
+
+
 def is_block(value: Any) -> bool:
     """Return whether a JSON value is a block size: at least the anchor and one proposal."""
     return is_integer(value) and value >= 2
@@ -231,6 +229,8 @@ def is_block(value: Any) -> bool:
 def require_kinds(path: Path, checks: Iterable[tuple[str, Any, bool]]) -> None:
     """Raise DraftsmithError at the first field with a wrong value. checks: (field, value, whether it is valid)."""
     for field, value, right in checks:
+        if not right and value is None:
+            raise DraftsmithError(f"drafter {path}: field {field} is missing, and an engine would guess it. Add it.")
         if not right:
             raise DraftsmithError(f"drafter {path}: {field} is {value!r}. Export the checkpoint again.")
 
@@ -274,14 +274,17 @@ def save(
 ) -> None:
     """Write config.json and model.safetensors, with exactly the tensors that engines expect.
 
-    fields: of config.json, that differ from the model's. others: tensors beside the weights, or in their place.
+    fields: of config.json, that differ from the model's. others: tensors beside the weights.
     """
     raw = drafter.config.to_dict() | {
         "block_size": drafter.block_size,
         "rope_theta": drafter.config.rope_parameters["rope_theta"],  # as older engines read it
         "dtype": str(dtype).removeprefix("torch."),
     }
-    tensors = {name: p.detach().to("cpu", dtype).contiguous() for name, p in drafter.named_parameters()}
+    tensors = {
+        name: p.detach().to("cpu", torch.float32 if name.startswith(drafter.float32_weights) else dtype).contiguous()
+        for name, p in drafter.named_parameters()
+    }
     write_checkpoint(folder, {**raw, **fields}, {**tensors, **others})
 
 
@@ -341,7 +344,7 @@ def check_tensors(
 
 
 def load_tensors(
-    drafter: nn.Module,
+    drafter: Any,
     folder: Path,
     tensors: Mapping[str, torch.Tensor],
     layout: str,
@@ -355,16 +358,17 @@ def load_tensors(
     expected = {name: tuple(p.shape) for name, p in drafter.named_parameters()}
     check_tensors(folder, tensors, {**expected, **others}, layout)
     drafter.load_state_dict(dict(tensors), strict=False)
-    cast(drafter, dtype)
+    cast(drafter, dtype, drafter.float32_weights)
 
 
-def cast(drafter: nn.Module, dtype: torch.dtype) -> None:
-    """Convert the weights to `dtype`, in place.
+def cast(module: nn.Module, dtype: torch.dtype, but: tuple[str, ...] = ()) -> None:
+    """Convert the weights to `dtype`, in place, except those whose names begin with one of `but`.
 
     Rotary frequencies stay float32, as in engines: rounded to bfloat16, angles are off by radians at position 2000.
     """
-    for parameter in drafter.parameters():
-        parameter.data = parameter.data.to(dtype)
+    for name, parameter in module.named_parameters():
+        if not name.startswith(but):
+            parameter.data = parameter.data.to(dtype)
 
 
 def intermediate_size(target_config: Any) -> int:

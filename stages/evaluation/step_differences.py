@@ -185,7 +185,7 @@ def _changes(target: Target, drafter: Drafter, served: ServedAnswers) -> Iterato
     ):
         if other != ids and min(other) >= 0 and max(other) < layers:
             yield Change("other layer ids", f"{other} instead of {ids}, {text}", partial(_copy, target_layer_ids=other))
-    rope = dict(drafter.config.rope_parameters)  # type: ignore[union-attr,arg-type]
+    rope = dict(drafter.config.rope_parameters)
     own = float(rope["rope_theta"])
     ropes = {
         f"rope_theta {theta:g} instead of {own:g}": {**rope, "rope_theta": theta} for theta in THETAS if theta != own

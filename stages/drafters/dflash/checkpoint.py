@@ -95,7 +95,6 @@ def _windows(shape: DFlashConfig) -> RawConfig:
 
 
 def create(config: Qwen3Config, target: Target, frequent: torch.Tensor | None = None) -> DFlashDrafter:  # noqa: ARG001
-    """Create a drafter for this target whose weights are not initialised."""
     return DFlashDrafter(config, target.embedding)
 
 
@@ -137,26 +136,15 @@ def parse(path: Path, raw: RawConfig, architecture: str = ARCHITECTURE, computed
             f"drafter {path}: block_size is {block_size} at the top and {dflash['block_size']} in dflash_config "
             "(engines read either). Keep the trained one."
         )
-    checkpoint_format.require_fields(
-        path,
-        [
-            ("block_size", block_size),
-            ("dflash_config.target_layer_ids", dflash.get("target_layer_ids")),
-            ("dflash_config.mask_token_id", dflash.get("mask_token_id")),
-            ("rope_parameters.rope_theta", (raw.get("rope_parameters") or {}).get("rope_theta")),
-        ],
-    )
-    ids, mask_id = dflash["target_layer_ids"], dflash["mask_token_id"]
+    ids, mask_id = dflash.get("target_layer_ids"), dflash.get("mask_token_id")
+    theta = (raw.get("rope_parameters") or {}).get("rope_theta")
     checkpoint_format.require_kinds(
         path,
         [
             ("block_size", block_size, checkpoint_format.is_block(block_size)),
-            (
-                "dflash_config.target_layer_ids",
-                ids,
-                isinstance(ids, list) and all(map(checkpoint_format.is_integer, ids)),
-            ),
+            ("dflash_config.target_layer_ids", ids, checkpoint_format.are_integers(ids)),
             ("dflash_config.mask_token_id", mask_id, checkpoint_format.is_integer(mask_id)),
+            ("rope_parameters.rope_theta", theta, theta is not None),
         ],
     )
     checkpoint_format.refuse_other_rotations(path, raw)

@@ -44,7 +44,9 @@ class DFlashConfig(DrafterShape):
     ] = None
 
     @model_validator(mode="after")
-    def _windows_fit(self) -> Self:
+    def _fits_together(self) -> Self:
+        if self.target_layer_ids is not None and self.num_target_features is not None:
+            raise ValueError("give target_layer_ids or num_target_features, not both")
         if self.layer_types is None:
             return self
         if len(self.layer_types) != self.num_layers:
@@ -53,12 +55,6 @@ class DFlashConfig(DrafterShape):
             )
         if ("sliding_attention" in self.layer_types) != (self.sliding_window is not None):
             raise ValueError("sliding_window belongs to layers that slide: give both, or neither")
-        return self
-
-    @model_validator(mode="after")
-    def _one_way_to_name_layers(self) -> Self:
-        if self.target_layer_ids is not None and self.num_target_features is not None:
-            raise ValueError("give target_layer_ids or num_target_features, not both")
         return self
 
 

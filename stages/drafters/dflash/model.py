@@ -17,13 +17,7 @@ from torch.nn import functional as F
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding, apply_rotary_pos_emb
 
-from draftsmith.stages.drafters.base import (
-    Context,
-    Drafter,
-    DrafterInfo,
-    argmax_tokens,
-    as_input,
-)
+from draftsmith.stages.drafters.base import Context, Drafter, argmax_tokens, as_input
 from draftsmith.stages.drafters.block_attention import ContextMask, KeysValues, block_attention
 from draftsmith.stages.drafters.compiled import fused
 from draftsmith.stages.drafters.dflash.config import TRAITS
@@ -62,8 +56,7 @@ class AttentionSpan:
         Full layers read a block in both directions, sliding ones only backwards. `is_causal`, if set, decides for all.
         """
         causal = getattr(config, "is_causal", None)
-        types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-        sliding = [kind == "sliding_attention" for kind in types]
+        sliding = [kind == "sliding_attention" for kind in config.layer_types]
         return [cls(config.sliding_window if s else None, s if causal is None else causal) for s in sliding]
 
 
@@ -159,8 +152,6 @@ class DFlashDrafter(Drafter):
         self.block_size: int = config.block_size
         self.target_layer_ids: list[int] = list(config.dflash_config["target_layer_ids"])
         self.mask_token_id: int = config.dflash_config["mask_token_id"]
-        self.frequent_tokens: torch.Tensor | None = None
-        self.info = DrafterInfo()
         self._embedding = (embedding,)  # in a tuple: neither a parameter nor a buffer of this module
         self.fc = nn.Linear(len(self.target_layer_ids) * config.hidden_size, config.hidden_size, bias=False)
         self.hidden_norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)

@@ -13,7 +13,6 @@ from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters import checkpoint_format
 from draftsmith.stages.drafters.dflash import checkpoint as dflash
-from draftsmith.stages.drafters.dflash.model import DFlashDrafter
 from draftsmith.stages.drafters.dflash2.config import DFlash2Config
 from draftsmith.stages.drafters.dflash2.model import DFlash2Drafter
 from draftsmith.stages.drafters.spec import RawConfig
@@ -31,10 +30,11 @@ save, load_weights = dflash.save, dflash.load_weights
 
 def new_config(shape: DFlash2Config, target_config: Any, tokenizer: Callable[[], Any]) -> Qwen3Config:
     """Return the config of a new drafter: DFlash's, with the sizes of what DFlash lacks."""
-    return _with_sizes(dflash.new_config(shape, target_config, tokenizer), shape)
+    return upgrade_config(dflash.new_config(shape, target_config, tokenizer), shape)
 
 
-def _with_sizes(config: Qwen3Config, shape: DFlash2Config) -> Qwen3Config:
+def upgrade_config(config: Qwen3Config, shape: DFlash2Config) -> Qwen3Config:
+    """Return the config of a DFlash drafter that continues as a DFlash2: what both have stays as it is."""
     extended = copy.deepcopy(config)
     extended.architectures = [ARCHITECTURE]
     extended.dflash_config = {**config.dflash_config, **{name: getattr(shape, name) for name in _SIZES}}
@@ -54,17 +54,14 @@ def _with_logits_of(target: Target, config: Qwen3Config) -> Qwen3Config:
 
 def _check_sizes(where: str, config: Qwen3Config) -> None:
     sizes = {name: config.dflash_config.get(name) or 0 for name in _SIZES}
-    checkpoint_format.require_kinds(
-        Path(where),
-        [
-            (f"dflash_config.{name}", value, checkpoint_format.is_integer(value) and value >= 0)
-            for name, value in sizes.items()
-        ],
-    )
     multiplier, softcap = config.dflash_config.get(_MULTIPLIER, 1), config.dflash_config.get(_SOFTCAP) or 0
     checkpoint_format.require_kinds(
         Path(where),
         [
+            *(
+                (f"dflash_config.{name}", value, checkpoint_format.is_integer(value) and value >= 0)
+                for name, value in sizes.items()
+            ),
             (f"dflash_config.{_MULTIPLIER}", multiplier, checkpoint_format.is_number(multiplier) and multiplier > 0),
             (f"dflash_config.{_SOFTCAP}", softcap, checkpoint_format.is_number(softcap) and softcap >= 0),
         ],
@@ -86,7 +83,6 @@ def _check_sizes(where: str, config: Qwen3Config) -> None:
 
 
 def create(config: Qwen3Config, target: Target, frequent: torch.Tensor | None = None) -> DFlash2Drafter:  # noqa: ARG001
-    """Create a drafter for this target whose weights are not initialised."""
     return DFlash2Drafter(_with_logits_of(target, config), target.embedding)
 
 
@@ -106,18 +102,3 @@ def parse(path: Path, raw: RawConfig) -> Qwen3Config:
     config = dflash.parse(path, raw, ARCHITECTURE, computed=(*_SIZES, _MULTIPLIER, _SOFTCAP))
     _check_sizes(str(path), config)
     return config
-
-
-def upgrade_config(config: Qwen3Config, shape: DFlash2Config) -> Qwen3Config:
-    """Return the config of a DFlash drafter that continues as a DFlash2: what both have stays as it is."""
-    return _with_sizes(config, shape)
-
-
-def upgrade_drafter(drafter: DFlashDrafter, shape: DFlash2Config, target: Target, seed: int) -> DFlash2Drafter:
-    """Return a DFlash2 drafter that, until it is trained, proposes what the DFlash drafter does."""
-    upgraded_drafter = DFlash2Drafter(_with_logits_of(target, upgrade_config(drafter.config, shape)), target.embedding)
-    upgraded_drafter.initialise_additions(torch.Generator().manual_seed(seed))
-    upgraded_drafter.load_state_dict(drafter.state_dict(), strict=False)
-    checkpoint_format.cast(upgraded_drafter, drafter.fc.weight.dtype)
-    upgraded_drafter.frequent_tokens, upgraded_drafter.info = drafter.frequent_tokens, drafter.info
-    return upgraded_drafter.to(target.device)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from draftsmith.stages.drafters.dflash.config import DFlashConfig
 from draftsmith.stages.drafters.spec import TrainingRecipe, Traits
@@ -20,14 +20,6 @@ class DFlash2Config(DFlashConfig):
     conv_group_size: Annotated[int, Field(ge=0, description="channels that share a dynamic kernel")] = 16
     selector_rank: Annotated[int, Field(ge=1, description="width of the tokens' codebooks")] = 256
     selector_top_k: Annotated[int, Field(ge=1, description="candidates of an offset")] = 16
-
-    @model_validator(mode="after")
-    def _convolutions_have_groups(self) -> Self:
-        if bool(self.conv_kernel_size) != bool(self.conv_group_size):
-            raise ValueError(
-                "conv_kernel_size and conv_group_size belong to the same convolutions: set both, or both to 0"
-            )
-        return self
 
 
 TRAITS = Traits(

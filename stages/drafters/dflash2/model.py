@@ -218,7 +218,7 @@ class DFlash2Drafter(DFlashDrafter):
         super().initialise(generator, head_weight)
         self.initialise_additions(generator)
 
-    def initialise_additions(self, generator: torch.Generator) -> None:
+    def initialise_additions(self, generator: torch.Generator, scale: float = 1.0) -> None:  # noqa: ARG002
         """Initialise what DFlash lacks so that the proposals are the same as without it."""
         for module in self.modules():
             if isinstance(module, BlockConvolution):

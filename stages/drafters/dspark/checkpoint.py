@@ -16,7 +16,6 @@ from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters import checkpoint_format, speculators
 from draftsmith.stages.drafters.dflash import checkpoint as dflash
-from draftsmith.stages.drafters.dflash.model import DFlashDrafter
 from draftsmith.stages.drafters.dspark.config import DSparkConfig
 from draftsmith.stages.drafters.dspark.model import DSparkDrafter
 from draftsmith.stages.drafters.spec import RawConfig
@@ -73,27 +72,6 @@ def create(config: Qwen3Config, target: Target, frequent: torch.Tensor | None = 
     return DSparkDrafter(config, target.embedding)
 
 
-def upgrade_drafter(drafter: DFlashDrafter, shape: DSparkConfig, target: Target, seed: int) -> DSparkDrafter:
-    """Return a DSpark drafter that proposes what a DFlash drafter does: the same backbone, and a bias of 0."""
-    config = upgrade_config(drafter.config, shape)
-    check_fits(config, target.config, "sft.drafter")
-    upgraded_drafter = DSparkDrafter(config, target.embedding)
-    upgraded_drafter.load_state_dict(drafter.state_dict(), strict=False)
-    upgraded_drafter.initialise_additions(torch.Generator().manual_seed(seed))
-    with torch.no_grad():
-        upgraded_drafter.norm.weight.mul_(target.logit_map.scale)  # its products are the logits: see `BiasedHead`
-    _cast(upgraded_drafter, drafter.fc.weight.dtype)
-    upgraded_drafter.info, upgraded_drafter.frequent_tokens = drafter.info, drafter.frequent_tokens
-    return upgraded_drafter.to(target.device)
-
-
-def _cast(drafter: DSparkDrafter, dtype: torch.dtype) -> None:
-    """Convert the weights to `dtype`, in place, but those of the confidence: SGLang computes it in float32."""
-    checkpoint_format.cast(drafter, dtype)
-    if drafter.confidence_head is not None:
-        drafter.confidence_head.float()
-
-
 def description(config: Qwen3Config, tokenizer: Callable[[], Any]) -> str:
     """Describe the shape in a few words."""
     confidence = "with" if config.enable_confidence_head else "without"
@@ -111,11 +89,8 @@ def parse(path: Path, raw: RawConfig) -> Qwen3Config:
                 f"drafter {path}: {name} is of a drafter inside its target. Give one with its own checkpoint."
             )
     fields = {name: _either(path, raw, name) for name in _EITHER}
-    checkpoint_format.require_fields(
-        path, [(name, fields[name]) for name in ("block_size", "markov_rank", "markov_head_type")]
-    )
     proposals, rank, kind = (fields[name] for name in ("block_size", "markov_rank", "markov_head_type"))
-    if kind != _HEAD:
+    if kind not in (None, _HEAD):
         raise DraftsmithError(f"drafter {path}: markov_head_type is {kind!r}. Only {_HEAD} is supported.")
     flags = {name: raw.get(name, True) for name in _FLAGS}
     checkpoint_format.require_kinds(
@@ -123,6 +98,7 @@ def parse(path: Path, raw: RawConfig) -> Qwen3Config:
         [
             ("block_size", proposals, checkpoint_format.is_integer(proposals) and proposals >= 1),
             ("markov_rank", rank, checkpoint_format.is_integer(rank) and rank >= 1),
+            ("markov_head_type", kind, kind is not None),
             *((name, value, isinstance(value, bool)) for name, value in flags.items()),
         ],
     )
@@ -149,12 +125,10 @@ def _either(path: Path, raw: RawConfig, name: str) -> Any:
 
 
 def save(drafter: DSparkDrafter, folder: Path, dtype: torch.dtype) -> None:
-    """Write the checkpoint, the weights of the confidence in float32."""
+    """Write the checkpoint."""
     proposals = drafter.block_size - 1
     fields = {"block_size": proposals, "dflash_config": drafter.config.dflash_config | {"block_size": proposals}}
-    weights = ((name, p) for name, p in drafter.named_parameters() if name.startswith("confidence_head."))
-    confidence = {name: p.detach().to("cpu", torch.float32).contiguous() for name, p in weights}
-    checkpoint_format.save(drafter, folder, dtype, fields, confidence)
+    checkpoint_format.save(drafter, folder, dtype, fields)
 
 
 def own_name(name: str) -> str | None:
@@ -169,5 +143,4 @@ def load_weights(drafter: DSparkDrafter, folder: Path, target: Target, dtype: to
     if checkpoint_format.is_speculators(folder):
         stored = speculators.own_tensors(stored, target.embedding, target.head_weight, str(folder))
     tensors = {name: tensor for stored_name, tensor in stored.items() if (name := own_name(stored_name)) is not None}
-    checkpoint_format.load_tensors(drafter, folder, tensors, "SGLang's layout of DSpark", torch.float32)
-    _cast(drafter, dtype)
+    checkpoint_format.load_tensors(drafter, folder, tensors, "SGLang's layout of DSpark", dtype)

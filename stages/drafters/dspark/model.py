@@ -98,6 +98,7 @@ class DSparkDrafter(DFlashDrafter):
 
     kind, recipe = TRAITS.kind, TRAITS.recipe
     autoregressive, samples_proposals, corrects_head = True, True, True
+    float32_weights = ("confidence_head.",)
 
     def __init__(self, config: Qwen3Config, embedding: torch.Tensor):
         """Create the model.
@@ -116,12 +117,17 @@ class DSparkDrafter(DFlashDrafter):
         super().initialise(generator, head_weight)
         self.initialise_additions(generator)
 
-    def initialise_additions(self, generator: torch.Generator) -> None:
-        """Initialise what DFlash lacks: no bias, and a confidence of 1/2 for every proposal."""
+    def initialise_additions(self, generator: torch.Generator, scale: float = 1.0) -> None:
+        """Initialise what DFlash lacks: no bias, and a confidence of 1/2 for every proposal.
+
+        scale: of the target's logits. Of a DSpark they are the products themselves (`BiasedHead`).
+        """
+        with torch.no_grad():
+            self.norm.weight.mul_(scale)
         self.markov_head.initialise(generator)
         if self.confidence_head is not None:
-            nn.init.zeros_(self.confidence_head.proj.weight)
-            nn.init.zeros_(self.confidence_head.proj.bias)
+            for parameter in self.confidence_head.parameters():
+                nn.init.zeros_(parameter)
 
     def backbone(self, context: Context, anchor_tokens: torch.Tensor, anchors: torch.Tensor, K: int) -> torch.Tensor:
         """Return hidden states [B, A, K, H] of the offsets, which do not depend on proposals.

@@ -14,13 +14,12 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters import checkpoint_format
 from draftsmith.stages.drafters.digest import WEIGHTS_FILE
 from draftsmith.stages.drafters.eagle3.config import Eagle3Config
-from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter
+from draftsmith.stages.drafters.eagle3.model import FEATURES, Eagle3Drafter
 from draftsmith.stages.drafters.spec import RawConfig
 from draftsmith.stages.target.causal_lm import Target
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 MODEL = Eagle3Drafter
-FEATURES = 3  # low, middle, high
 # Chains of 7, the depth of the paper's training-time test, if a checkpoint does not state how far it drafts.
 DEFAULT_BLOCK_SIZE = 8
 # Variants of the layout under which the same tensors mean another model.
@@ -122,14 +121,9 @@ def parse(path: Path, raw: RawConfig) -> LlamaConfig:
         if raw.get(field) or eagle.get(field):
             raise DraftsmithError(f"drafter {path}: {field} is set, and this variant is not supported. Give another.")
     checkpoint_format.refuse_other_models(path, raw, checkpoint_format.COMPUTED | {"num_aux_hidden_states": FEATURES})
-    checkpoint_format.require_fields(
-        path,
-        [
-            ("vocab_size", raw.get("vocab_size")),
-            ("hidden_size", raw.get("hidden_size")),
-            ("rope_parameters.rope_theta", (raw.get("rope_parameters") or {}).get("rope_theta")),
-        ],
-    )
+    stated = {name: raw.get(name) for name in ("vocab_size", "hidden_size")}
+    stated["rope_parameters.rope_theta"] = (raw.get("rope_parameters") or {}).get("rope_theta")
+    checkpoint_format.require_kinds(path, [(name, value, value is not None) for name, value in stated.items()])
     if raw.get("tie_word_embeddings"):
         raise DraftsmithError(
             f"drafter {path}: tie_word_embeddings is true, but EAGLE-3 has its own head. Set it to false."
@@ -147,11 +141,7 @@ def parse(path: Path, raw: RawConfig) -> LlamaConfig:
         [
             ("block_size", raw["block_size"], checkpoint_format.is_block(raw["block_size"])),
             ("draft_vocab_size", raw["draft_vocab_size"], checkpoint_format.is_block(raw["draft_vocab_size"])),
-            (
-                f"eagle_config.{_LAYER_IDS}",
-                ids,
-                ids is None or (isinstance(ids, list) and all(map(checkpoint_format.is_integer, ids))),
-            ),
+            (f"eagle_config.{_LAYER_IDS}", ids, ids is None or checkpoint_format.are_integers(ids)),
         ],
     )
     config: LlamaConfig = checkpoint_format.parse_config(raw, LlamaConfig, ARCHITECTURE, path)

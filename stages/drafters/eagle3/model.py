@@ -20,20 +20,15 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
-from draftsmith.stages.drafters.base import (
-    BlockSampler,
-    Context,
-    Drafter,
-    DrafterInfo,
-    argmax_tokens,
-    as_input,
-)
+from draftsmith.stages.drafters.base import BlockSampler, Context, Drafter, argmax_tokens, as_input
 from draftsmith.stages.drafters.block_attention import ContextMask, block_attention
 from draftsmith.stages.drafters.compiled import fused
 from draftsmith.stages.drafters.eagle3.config import TRAITS
 from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.drafters.spec import StepShape
 from draftsmith.stages.target.kv_cache import KeyValueSlots, Rows
+
+FEATURES = 3  # low, middle, high
 
 
 @dataclass
@@ -175,14 +170,12 @@ class Eagle3Drafter(Drafter):
         super().__init__()
         self.config = config
         self.block_size: int = config.block_size
-        self.target_layer_ids: list[int] = list(config.eagle_config["eagle_aux_hidden_state_layer_ids"])
-        self.frequent_tokens: torch.Tensor | None = None
-        self.info = DrafterInfo()
+        self.target_layer_ids: list[int] = list(config.eagle_config["eagle_aux_hidden_state_layer_ids"] or ())
         self._embedding = (embedding,)  # in a tuple: neither a parameter nor a buffer of this module
         self.draft_tokens: torch.Tensor
         first = torch.arange(config.draft_vocab_size) if draft_tokens is None else draft_tokens
         self.register_buffer("draft_tokens", first, persistent=False)
-        self.fc = nn.Linear(len(self.target_layer_ids) * config.hidden_size, config.hidden_size, bias=False)
+        self.fc = nn.Linear(FEATURES * config.hidden_size, config.hidden_size, bias=False)
         self.midlayer = EagleLayer(config)
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
@@ -273,7 +266,7 @@ class Eagle3Drafter(Drafter):
         H, K, mlp = c.hidden_size, self.block_size - 1, c.intermediate_size
         q, k = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
         N, entries = shape.prefixes * shape.rows * shape.width, shape.blocks * K
-        maps = shape.linear(N, min(passes, 2), (len(self.target_layer_ids) * H, H))
+        maps = shape.linear(N, min(passes, 2), (FEATURES * H, H))
         maps += shape.linear(N, passes, (2 * H, k), (2 * H, k))
         maps += shape.linear(entries, passes, (2 * H, q), (2 * H, k), (2 * H, k), (q, H), (H, mlp), (H, mlp), (mlp, H))
         attention = K * q * shape.seen_within(None) + entries * q * (K + 1) / 2

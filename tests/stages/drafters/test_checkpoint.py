@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.drafters.base import DrafterInfo
+from draftsmith.stages.drafters.base import Drafter, DrafterInfo
 from draftsmith.stages.drafters.checkpoint import (
     check_drafter,
     create_drafter,
@@ -24,11 +25,13 @@ from draftsmith.stages.drafters.dflash.checkpoint import default_layer_ids
 from draftsmith.stages.drafters.dflash.config import DFlashConfig
 from draftsmith.stages.drafters.dflash.model import AttentionSpan, DFlashDrafter
 from draftsmith.stages.drafters.dflash2.config import DFlash2Config
+from draftsmith.stages.drafters.dspark.config import DSparkConfig
 from draftsmith.stages.drafters.eagle3.config import Eagle3Config
 from draftsmith.stages.target.causal_lm import Target
 from tests.stages.drafters.edits import Edit, edit_config, save, setting, within, without
 from tests.testbed import random_target
 from tests.testbed.dflash2 import SIZES, random_dflash2
+from tests.testbed.dspark import random_dspark
 
 
 @pytest.fixture
@@ -143,11 +146,19 @@ def test_contradictory_windows_of_a_new_drafter_are_refused(fields: dict[str, An
         DFlashConfig(**fields)
 
 
-def test_the_plan_of_an_upgrade_to_dflash2(saved: Path, plain_target: Target) -> None:
-    shape = DFlash2Config(kind="dflash2", **SIZES)
+@pytest.mark.parametrize(
+    ("shape", "make", "words"),
+    [
+        (DFlash2Config(kind="dflash2", **SIZES), random_dflash2, ("DFlash2, 2 layers", "rank 6 over 7 candidates")),
+        (DSparkConfig(kind="dspark", markov_rank=6), random_dspark, ("DSpark", "rank 6")),
+    ],
+)
+def test_the_plan_of_an_upgrade_describes_the_trained_drafter(
+    shape: DFlashConfig, make: Callable[[Target], Drafter], words: tuple[str, str], saved: Path, plain_target: Target
+) -> None:
     plan = plan_of_checkpoint(saved, plain_target.model.config, "here", lambda: plain_target.tokenizer, shape)
-    assert (plan.kind, plan.block_size) == ("dflash2", 5)
-    assert plan.parameters == sum(p.numel() for p in random_dflash2(plain_target).parameters())
-    assert "DFlash2, 2 layers" in plan.description and "rank 6 over 7 candidates" in plan.description
+    assert (plan.kind, plan.block_size) == (shape.kind, 5)
+    assert plan.parameters == sum(p.numel() for p in make(plain_target).parameters())
+    assert all(each in plan.description for each in words)
     as_it_is = plan_of_checkpoint(saved, plain_target.model.config, "here", lambda: plain_target.tokenizer)
     assert as_it_is.kind == "dflash"

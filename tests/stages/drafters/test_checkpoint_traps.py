@@ -60,7 +60,7 @@ DFLASH: dict[str, tuple[Edit, str]] = {
         setting(layer_types=SLIDING, sliding_window=4),
         "use_sliding_window is not true",
     ),
-    "windows of no size": (setting(layer_types=SLIDING, use_sliding_window=True), "sliding_window is None"),
+    "windows of no size": (setting(layer_types=SLIDING, use_sliding_window=True), "field sliding_window is missing"),
     "small windows read both ways": (
         setting(layer_types=SLIDING, sliding_window=4, use_sliding_window=True, is_causal=False),
         "sliding_window 4 is smaller than the block of 5",

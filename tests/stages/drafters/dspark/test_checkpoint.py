@@ -1,4 +1,4 @@
-"""DSpark checkpoints: dtypes, checkpoints of other trainers, and plans of upgrades."""
+"""DSpark checkpoints: dtypes, and checkpoints of other trainers."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from draftsmith.stages.drafters.checkpoint import load_drafter, plan_of_checkpoint, save_drafter
-from draftsmith.stages.drafters.dspark.config import DSparkConfig
+from draftsmith.stages.drafters.checkpoint import load_drafter, save_drafter
 from draftsmith.stages.drafters.dspark.model import DSparkDrafter
 from draftsmith.stages.target.causal_lm import Target
 from tests.stages.drafters.edits import edit_config, save
 from tests.testbed.dspark import random_dspark
-from tests.testbed.random_target import random_drafter
 
 
 def test_in_half_precision_the_confidence_stays_float32(plain_target: Target, tmp_path: Path) -> None:
@@ -49,15 +47,3 @@ def test_the_authors_own_layout_is_read(tmp_path: Path, plain_target: Target) ->
     assert isinstance(loaded, DSparkDrafter)
     assert (loaded.block_size, loaded.from_anchor) == (drafter.block_size, drafter.from_anchor)
     assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.state_dict().items())
-
-
-def test_the_plan_of_an_upgrade_describes_the_trained_drafter(plain_target: Target, tmp_path: Path) -> None:
-    before = random_drafter(plain_target)
-    save_drafter(before, tmp_path, torch.float32)
-    shape = DSparkConfig(kind="dspark", markov_rank=6)
-    tokenizer = lambda: plain_target.tokenizer  # noqa: E731
-    plan = plan_of_checkpoint(tmp_path, plain_target.model.config, "here", tokenizer, shape)
-    assert (plan.kind, plan.block_size) == ("dspark", before.block_size)
-    own = sum(p.numel() for p in before.parameters())
-    assert plan.parameters == own + 2 * 6 * 64 + (32 + 6) + 1
-    assert "DSpark" in plan.description and "rank 6" in plan.description

@@ -15,6 +15,7 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.checkpoint import (
+    check_complete,
     create_drafter,
     load_drafter,
     plan_of_checkpoint,
@@ -136,6 +137,7 @@ def layers_of(checkpoint: Path, target_layers: int) -> list[int]:
 def test_a_checkpoint_without_layer_ids_means_sglangs_choice(saved: Path) -> None:
     without("eagle_config", "num_target_layers")(saved)
     assert layers_of(saved, 28) == [1, 13, 24]
+    check_complete(saved)
     with pytest.raises(DraftsmithError, match=rf"{EAGLE} is missing"):  # there SGLang's choice is not three layers
         layers_of(saved, 6)
 
