@@ -139,7 +139,11 @@ class Bucket:
 
     def _call(self, name: str, doing: str, act: Callable[[], Result]) -> Result:
         """Call the file system, with retries; `doing` completes "cannot be …" in errors."""
-        again = retry_on(Exception, give_up=lambda error, attempts, _seconds: _is_final(error) or attempts == _ATTEMPTS)
+
+        def give_up(error: BaseException, attempts: int, _seconds: float) -> bool:
+            return attempts == _ATTEMPTS or isinstance(error, FileNotFoundError) or _is_local_disk_error(error)
+
+        again = retry_on(Exception, give_up=give_up)
         try:
             return again(act)()
         except Exception as error:  # depends on the package: no credentials, no such bucket, no network
@@ -154,10 +158,6 @@ class Bucket:
                 f"{self.address_of(name)}: cannot be {doing} ({one_line(error)}). Check the address, the credentials "
                 "and the network."
             ) from error
-
-
-def _is_final(error: BaseException) -> bool:
-    return isinstance(error, FileNotFoundError) or _is_local_disk_error(error)
 
 
 def _is_local_disk_error(error: BaseException) -> bool:

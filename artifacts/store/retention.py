@@ -66,7 +66,7 @@ class Leftover:
 def leftovers(home: Path, before: float) -> list[Leftover]:
     """Return a home's leftovers that were last touched before a time (seconds since the epoch), largest first."""
     root = open_store(home).root
-    candidates = list(_logs(home / "logs"))
+    candidates = [_describe("log", path) for pattern in _LOGS for path in (home / "logs").glob(pattern)]
     for folder in root.glob(f"*/{PARTIAL}*"):
         lock = folder.with_name(f".lock-{folder.name.removeprefix(PARTIAL)}")
         complete = (folder / "out" / MANIFEST).exists()  # killed between two renames: the next run finishes it
@@ -81,12 +81,6 @@ def leftovers(home: Path, before: float) -> list[Leftover]:
     candidates += [_describe("copy of an uploaded drafter", folder) for folder in (home / UPLOADED).glob("*/")]
     candidates += [_describe(REPLACED_ARTIFACT, folder) for folder in root.glob(f"*/{REPLACED}*")]
     return sorted((each for each in candidates if each.touched < before), key=lambda each: -each.bytes)
-
-
-def _logs(folder: Path) -> Iterator[Leftover]:
-    for pattern in _LOGS:
-        for path in folder.glob(pattern):
-            yield _describe("log", path)
 
 
 def _attempts(stage: Path) -> bool:
@@ -173,8 +167,8 @@ def unused_artifacts(root: Path, before: float, needed: Collection[str]) -> list
     """
     artifacts = dict(_artifacts(root))
     last_use = {
-        ref: max(_created(manifest), root.joinpath(*ref, MANIFEST).stat().st_mtime)
-        for ref, manifest in artifacts.items()
+        ref: max(datetime.fromisoformat(m.created_at).timestamp(), root.joinpath(*ref, MANIFEST).stat().st_mtime)
+        for ref, m in artifacts.items()
     }
     stays = {ref for ref, m in artifacts.items() if last_use[ref] >= before or m.content_id in needed}
     to_follow = [(root.joinpath(*ref), artifacts[ref]) for ref in stays]
@@ -208,10 +202,6 @@ def _sources(root: Path, folder: Path, manifest: Manifest) -> Iterator[ShortRef]
         with suppress(ValueError):  # outside the store
             stage, key, *_ = Path(path).resolve().relative_to(root).parts
             yield stage, key
-
-
-def _created(manifest: Manifest) -> float:
-    return datetime.fromisoformat(manifest.created_at).timestamp()
 
 
 def _unused(root: Path, ref: ShortRef, manifest: Manifest, last: float) -> UnusedArtifact:

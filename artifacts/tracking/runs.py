@@ -35,7 +35,6 @@ from draftsmith.artifacts.tracking.terms import (
     log_params,
     review_files,
     source_tags,
-    upgrade_database,
 )
 
 if TYPE_CHECKING:
@@ -268,7 +267,9 @@ class Tracking:
         except Exception as error:
             if not self.is_default or "out-of-date database schema" not in str(error):
                 raise
-            upgrade_database(uri)
+            from mlflow.db import upgrade  # here: importing mlflow takes seconds
+
+            upgrade.callback(uri)  # as MLflow's own command does
             return client, self._experiment(client)
 
     def _experiment(self, client: MlflowClient) -> str:

@@ -127,13 +127,6 @@ def review_files(folder: Path) -> list[Path]:
     return [path for path in paths if path.stat().st_size <= REVIEW_BYTES]
 
 
-def upgrade_database(uri: str) -> None:
-    """Migrate a database of an older MLflow, through MLflow's own command."""
-    from mlflow.db import upgrade  # here: importing mlflow takes seconds
-
-    upgrade.callback(uri)
-
-
 def paginate(search: Callable[..., Any]) -> Iterator[Any]:
     """Yield the results of a search of MLflow's client, page by page."""
     token = None

@@ -187,14 +187,11 @@ def check_drafters(findings: Findings, nodes: Sequence[Node], artifact: Path, *,
     by_name = {node.name: node for node in nodes}
     for node in nodes:
         # nodes other than SFT read a champion as it serves
-        known = plans if isinstance(node.config, SftConfig) else {**plans, **_read_by(node, serving)}
+        served_here = {source: serving[source] for source in node.inputs.values() if source in serving}
+        known = plans if isinstance(node.config, SftConfig) else plans | served_here
         for plan in (known[origin.name] for origin in drafter_origins(node, by_name) if origin.name in known):
             _check_drafting(findings, node, plan, read_target_info(artifact).dtype)
     return plans
-
-
-def _read_by(node: Node, plans: DrafterPlans) -> DrafterPlans:
-    return {source: plans[source] for source in node.inputs.values() if source in plans}
 
 
 def _check_drafter(

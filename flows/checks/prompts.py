@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 from draftsmith.artifacts.errors import DraftsmithError, one_line
@@ -13,7 +14,7 @@ from draftsmith.flows.planning.graph import Node
 from draftsmith.stages.data.held_out import HeldOut, hash_fraction, prompt_identity
 from draftsmith.stages.data.logs.filter import Exclusions, LogFilter, SchemaFilter
 from draftsmith.stages.data.logs.stage import LogsConfig
-from draftsmith.stages.data.prompt_streams import PromptStream, load_rows, open_streams, prompt_rows
+from draftsmith.stages.data.prompt_streams import load_rows, open_streams, prompt_rows
 from draftsmith.stages.data.prompts import (
     MORE_LOGS,
     SPLITS,
@@ -69,19 +70,15 @@ def check_prompt_counts(findings: Findings, nodes: Sequence[Node]) -> None:
     for name, rollouts in answered.items():
         prompts = by_name[name].config
         assert isinstance(prompts, PromptsConfig)
-        wanted, used = prompts.prompt_count("train"), _answered(rollouts, prompts.prompt_count("train"))
+        wanted = prompts.prompt_count("train")
+        ranges = [range(each.skip, each.skip + each.counts({"train": wanted})["train"]) for each in rollouts]
+        used = len(set(chain(*ranges)))  # by at least one rollout
         if 0 < used < _MUCH_UNUSED * wanted:
             findings.warn(
                 name,
                 f"train: only {used} of {wanted} prompts are answered. Raise the rollouts' prompts, or lower "
                 f"{name}.train (or the counts of its sources).",
             )
-
-
-def _answered(rollouts: Sequence[RolloutConfig], available: int) -> int:
-    """Return how many of the available training prompts at least one rollout answers."""
-    ranges = [(rollout.skip, rollout.counts({"train": available})["train"]) for rollout in rollouts]
-    return len({row for start, count in ranges for row in range(start, start + count)})
 
 
 def check_max_lengths(findings: Findings, nodes: Sequence[Node], positions: int) -> None:
@@ -138,8 +135,10 @@ def _check_source(
     wanted = _share(config, source)
     match source:
         case ReasoningGymSource():
-            labels = [stream.label for stream in _open_streams(source, config)]
-            findings.ok(name, f"{source.kind} {', '.join(labels)}: made as needed")
+            streams = open_streams(source, config)
+            for stream in streams:
+                stream.next("heldout")  # checks name and options
+            findings.ok(name, f"{source.kind} {', '.join(stream.label for stream in streams)}: made as needed")
         case JsonlSource():
             _check_files(findings, name, source, config, adapters)
         case HuggingFaceSource() if Path(source.id).is_dir():
@@ -172,14 +171,6 @@ def _check_hub(findings: Findings, name: str, source: HuggingFaceSource) -> None
         findings.skip(name, f"data set {source.id}: the hub does not answer ({one_line(error, 80)})", unreachable=True)
     else:
         findings.ok(name, f"data set {source.id} is on the hub")
-
-
-def _open_streams(source: ReasoningGymSource, config: PromptsConfig) -> list[PromptStream]:
-    """Return a procedural source's prompt streams after each has made one prompt, which checks name and options."""
-    streams = open_streams(source, config)
-    for stream in streams:
-        stream.next("heldout")
-    return streams
 
 
 def _check_files(

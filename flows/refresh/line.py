@@ -238,10 +238,11 @@ def with_current_champion(line: RegistryConfig) -> RegistryConfig:
         if not line.restart:
             _check_starts(line.name, versions)
         return current
+    answers = version.tags.get("answers")
     return current.model_copy(
         update={
             "champion": champion_config(version),
-            "answers": _answers_of(version),
+            "answers": EarlierConfig.model_validate_json(answers) if answers else None,
             "history": tuple(history(line.name)),
             "refreshed_at": max(
                 (at for other in versions if (at := other.tags.get(REFRESHED_AT))),
@@ -270,12 +271,6 @@ def _check_starts(line: str, versions: Sequence[Version]) -> None:
             f"Promote a version (`draftsmith promote {last.line}@{last.number}`), or start again without one (`--set "
             "registry.restart=true`)."
         )
-
-
-def _answers_of(version: Version) -> EarlierConfig | None:
-    """Return the logged answers that a version was trained on; None if there were none."""
-    answers = version.tags.get("answers")
-    return EarlierConfig.model_validate_json(answers) if answers else None
 
 
 def check_held_out(line: str, prompts: PromptsConfig) -> None:
