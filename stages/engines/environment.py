@@ -65,8 +65,7 @@ def inspect_environment(config: ServerEngineConfig) -> EngineEnvironment:
         )
         versions = json.loads(done.stdout.splitlines()[-1])
     except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
-        stderr = getattr(error, "stderr", None)
-        reason = (str(stderr).strip().splitlines() or [str(error)])[-1] if stderr else str(error)
+        reason = str(getattr(error, "stderr", None) or error).strip().rpartition("\n")[2]
         raise DraftsmithError(f"engine.python: {python} is not a Python that runs ({reason}). {advice}") from None
     version = next((versions[name] for name in _PACKAGES[config.kind] if versions[name] is not None), None)
     if version is None:

@@ -87,7 +87,6 @@ def test_requests_that_would_wait_in_the_server_are_a_remark_and_in_an_evaluatio
         ({"server": {"max_req_input_len": 100}}, "takes 104 positions a request, the longest needs 200"),
         ({"server": {"max_total_num_tokens": 150}}, "takes 148 positions"),
         ({"generate": lambda p: answer(p | {"input_ids": [895]})}, "another model is served"),
-        ({"generate": lambda p: answer(p) | {"output_ids": []}}, "is empty"),
     ],
 )
 def test_a_wrong_server_is_one_clear_error(wrong: dict[str, Any], what: str, plain: ServerRequirements) -> None:

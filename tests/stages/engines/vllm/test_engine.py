@@ -16,14 +16,11 @@ from draftsmith.stages.drafters.checkpoint_format import is_speculators
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.config import Options, VLLMEngineConfig
-from draftsmith.stages.engines.environment import inspect_environment
 from draftsmith.stages.engines.kinds import identify
 from draftsmith.stages.engines.servers.identity import own_logprobs
 from draftsmith.stages.engines.servers.requirements import ServerRequirements, served_block_size
-from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.engines.vllm.handshake import check_server
 from draftsmith.stages.engines.vllm.server import server_command
-from draftsmith.stages.evaluation.config import EvaluationConfig
 from tests.stages.engines.http_server import HttpServer, serving
 from tests.stages.engines.stand_ins import Opened, with_client
 from tests.stages.engines.stand_ins import check as check_sglang
@@ -202,14 +199,3 @@ def test_the_command_of_a_server_names_an_exported_drafter(
 def test_options_that_a_field_sets_are_refused(option: str) -> None:
     with pytest.raises(ValidationError, match=r"is set by|looks like a secret|would read it"):
         config(Path("python"), options={option: "x"})
-
-
-def test_vllm_is_an_engine_of_rollouts_and_evaluations(tmp_path: Path) -> None:
-    engine = {"kind": "vllm", "launch": {"environment": {"A": "1"}}}
-    assert RolloutConfig.model_validate({"engine": engine}).engine.kind == "vllm"
-    evaluation = EvaluationConfig.model_validate({"engine": engine})
-    assert evaluation.key_material()["engine"]["launch"]["environment"] == {"A": "1"}
-    with pytest.raises(ValidationError, match="router"):
-        RolloutConfig.model_validate({"engine": {"kind": "vllm", "launch": {"router": "random", "servers": 2}}})
-    with pytest.raises(DraftsmithError, match=r"engine\.python"):
-        inspect_environment(config(tmp_path / "none"))

@@ -101,8 +101,6 @@ def test_steps_that_are_only_counted_are_left_out() -> None:
         ({"choices": []}, "a chunk of a streamed answer"),
         ({"choices": body([20])["choices"] * 2}, r"n > 1"),
         (body([20, 21], token_ids=None), "return_token_ids"),
-        (body([20, 21, 900, 3, 4, 5]), "vocabulary ends at 899"),
-        (body([20, 21], reason="stop"), "no end token of the target"),
         (body([20, 2], reason="stop", stop_reason="\n"), "not by its last token"),
         (body([20] * 6, prompt_token_ids=[10]), "is to 1 prompt tokens, 3 were sent"),
         ({}, "has no 'choices'"),
