@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -20,16 +21,14 @@ from draftsmith.flows.execution.display import Display
 from draftsmith.flows.refresh import registry_commands
 from draftsmith.flows.refresh.decisions import resolve
 from draftsmith.flows.refresh.line import registry
-from draftsmith.stages.data.trajectories import ADAPTER_FOLDER, DRAFTER_FOLDER
-from draftsmith.stages.drafters.base import Drafter
+from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.drafters.checkpoint import load_drafter, save_drafter
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.stage import STAGE as CHAMPION
 from draftsmith.stages.engines.servers.drafter_files import read_drafter
 from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.training.config import LoraOptions
-from draftsmith.stages.training.lora import Adapter
 from tests.flows.refresh.line_runs import config_of, finished, gated, serving
+from tests.testbed.adapters import write_adapted_drafter
 from tests.testbed.artifacts import committed
 from tests.testbed.context import RecordingContext
 from tests.testbed.random_target import random_drafter
@@ -76,17 +75,8 @@ def refreshed(store: Store, target: Target, champion: ArtifactRef, key: str) -> 
     )
     for number, stage in enumerate(("sft", "opd")):
         drafter = load_drafter(made.path / DRAFTER_FOLDER, target, torch.float32)
-        adapter = Adapter(drafter, LoraOptions(rank=1), "float32", seed=number)
-        for name, parameter in drafter.named_parameters():
-            if "lora_B" in name:
-                parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(number))
-
-        def fill(out: Path, drafter: Drafter = drafter, adapter: Adapter = adapter) -> None:
-            adapter.save(out / ADAPTER_FOLDER)
-            adapter.merge()
-            save_drafter(drafter, out / DRAFTER_FOLDER, torch.bfloat16)
-
-        made = committed(store, stage, fill, key, inputs={"drafter": made})
+        write = partial(write_adapted_drafter, drafter=drafter, dtype=torch.bfloat16, seed=number, size=0.1)
+        made = committed(store, stage, write, key, inputs={"drafter": made})
     return made
 
 
