@@ -285,12 +285,6 @@ class EvaluationResult(ResultFile, Record):
         """Return the name of the first setting; empty where no speed was measured."""
         return setting_name(self.temperature, self.concurrency)
 
-    def speed_tables(self) -> Sequence[SpeedTable]:
-        """Return the speeds at every setting; those of the first alone where no other was measured."""
-        if self.speed_by_setting or not self.speed:
-            return self.speed_by_setting
-        return [SpeedTable(temperature=self.temperature, concurrency=self.concurrency, arms=self.speed)]
-
     def compared(self, kind: str, arm: str, other: str) -> list[ArmComparison]:
         """Return the comparisons of two arms: of tau by slice, or of speed by setting."""
         return [each for each in self.comparisons if (each.kind, each.arm, each.other) == (kind, arm, other)]

@@ -84,6 +84,8 @@ def screen(folders: Mapping[str, Path], ending: EndedRun) -> list[str]:
 def _review(folders: Mapping[str, Path], version: int | None = None) -> Review | None:
     """Return the review of evaluation and gate. version: the champion's."""
     evaluation = EvaluationResult.read_if_there(folders.get("evaluation"))
+    if evaluation is None:
+        return None
     decision = GateDecision.read_if_there(folders.get("gate"))
     return review_of(evaluation, decision.with_version(version) if decision and version is not None else decision)
 

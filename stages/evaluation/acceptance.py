@@ -51,8 +51,10 @@ def acceptance_table(
     interval.
     """
     keep = ~np.asarray(looping)
-    differences = {pair: _difference(estimate) for pair, estimate in tau_differences(tallies, prompts).items()}
-    table = {}
+    differences, table = {}, {}
+    for pair, estimate in tau_differences(tallies, prompts).items():
+        low, high = estimate.interval() or (None, None)
+        differences[pair] = Difference(value=estimate.value, low=low, high=high)
     for name, tally in tallies.items():
         tau = jackknife(ratio, *_by_prompt(tally, prompts))
         low, high = tau.interval() or (None, None)
@@ -71,22 +73,13 @@ def acceptance_table(
     return table
 
 
-def _difference(estimate: Estimate) -> Difference:
-    low, high = estimate.interval() or (None, None)
-    return Difference(value=estimate.value, low=low, high=high)
-
-
 def tau_differences(tallies: Mapping[str, AcceptanceStats], prompts: Sequence[str]) -> dict[Pair, Estimate]:
     """Return `tau_difference` of each compared pair."""
     return {(arm, other): tau_difference(tallies[arm], tallies[other], prompts) for arm, other in pairs(list(tallies))}
 
 
-def tau_difference(tally: AcceptanceStats, other: AcceptanceStats, prompts: Sequence[str] | None = None) -> Estimate:
-    """Return tau of a drafter minus that of another one on the same answers, paired over prompts.
-
-    prompts: the id of each answer's prompt; left out: every answer has its own.
-    """
-    prompts = [str(index) for index in range(len(tally.steps))] if prompts is None else prompts
+def tau_difference(tally: AcceptanceStats, other: AcceptanceStats, prompts: Sequence[str]) -> Estimate:
+    """Return tau of a drafter minus that of another one on the same answers, paired over prompts."""
     return jackknife(ratio_difference, *_by_prompt(tally, prompts), *_by_prompt(other, prompts))
 
 

@@ -26,7 +26,6 @@ from draftsmith.artifacts.results.evaluation import (
     EvaluationResult,
     Exactness,
     LoadPoint,
-    Parity,
 )
 from draftsmith.artifacts.results.gate import LOAD_RULES, THE_CHAMPION, GateDecision, GateVerdict, RuleResult
 from draftsmith.artifacts.store.local import Store
@@ -196,25 +195,19 @@ def _lossless_as_served(exact: Exactness, *, sampled: bool) -> RuleResult:
 
 def _parity(evaluation: EvaluationResult, challenger: str) -> Iterator[RuleResult]:
     """Record parity: the evaluation itself fails where a server drafts otherwise than replay."""
-    parity = (evaluation.parity or {}).get(challenger)
-    if parity is not None and (metrics := {k: v for k, v in parity.to_json().items() if isinstance(v, int | float)}):
-        yield _rule("parity", True, _parity_text(parity), metrics)
-
-
-def _parity_text(parity: Parity) -> str:
-    parts = []
-    if parity.mismatch_share is not None:
-        parts.append(f"{parity.mismatch_share:.1%} of the served verify steps differ from replay's")
-    if parity.served_tau is not None and parity.replayed_tau is not None:
-        parts.append(f"tau {parity.served_tau:.3f}, by replay {parity.replayed_tau:.3f}")
-    return "; ".join(parts) or "served as replay computes it"
+    if (parity := (evaluation.parity or {}).get(challenger)) is not None:
+        text = f"tau {parity.served_tau:.3f}, by replay {parity.replayed_tau:.3f}"
+        if parity.mismatch_share is not None:
+            text = f"{parity.mismatch_share:.1%} of the served verify steps differ from replay's; {text}"
+        yield _rule("parity", True, text, parity.model_dump(exclude_none=True))
 
 
 def _tau(evaluation: EvaluationResult, challenger: str, config: GateConfig) -> RuleResult:
     (overall,) = (each for each in evaluation.compared("tau", challenger, CHAMPION) if each.set is None)
-    gain, low = _gain(overall, 1 - CONFIDENCE)
+    assert overall.gain is not None
+    gain, low = overall.gain.value, estimate_of(overall.gain).upper(1 - CONFIDENCE)
     wanted = f"above {config.min_tau_gain:+.1%} wanted{', as served' * (evaluation.target_difference is not None)}"
-    if low is None or overall.units < FEWEST_PROMPTS:
+    if overall.units < FEWEST_PROMPTS:
         prompts = f"{overall.units} prompt{'s' * (overall.units != 1)}"
         text = f"{prompts} are too few ({gain:+.1%}, {wanted}): {FEWEST_PROMPTS} are needed"
         return _rule("tau", False, text, {"value": gain, "wanted": config.min_tau_gain}, conclusive=False)
@@ -243,13 +236,6 @@ def _slices(evaluation: EvaluationResult, challenger: str, config: GateConfig) -
         high = gain.upper(level)
         text = f"{gain.value:+.1%}, at most {high:+.1%}; not below {lowest:+.1%}"
         yield _rule(name, high >= lowest, text, {"value": gain.value, "end": high, "wanted": lowest})
-
-
-def _gain(tau: ArmComparison, level: float) -> tuple[float, float | None]:
-    """Return the difference of tau as a share of the other's, and the end of its one-sided interval at `level`."""
-    assert tau.gain is not None
-    estimate = estimate_of(tau.gain)
-    return estimate.value, estimate.upper(level) if estimate.units >= 2 else None
 
 
 def _speed(evaluation: EvaluationResult, challenger: str, config: GateConfig) -> Iterator[RuleResult]:

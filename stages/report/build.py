@@ -6,7 +6,7 @@ import getpass
 import json
 import os
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,9 +14,9 @@ from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.results.base import ResultFile
 from draftsmith.artifacts.results.data import LogsSummary, PromptsSummary
-from draftsmith.artifacts.results.evaluation import AnswerContext, Contexts, DriftResult, EvaluationResult
+from draftsmith.artifacts.results.evaluation import Contexts, DriftResult, EvaluationResult
 from draftsmith.artifacts.results.gate import GateDecision, ReviewResult
-from draftsmith.artifacts.store.manifest import MANIFEST, read_manifest
+from draftsmith.artifacts.store.manifest import read_manifest
 from draftsmith.artifacts.store.mirror import open_store
 from draftsmith.stages.report.metrics import LineageEntry, read_lineage, report_metrics
 from draftsmith.stages.report.page import ReportData, render_report
@@ -39,26 +39,23 @@ def run(ctx: StageContext, config: ReportConfig) -> None:
         decision = decision.with_version(config.champion[1])
     lineage = list(read_lineage(ctx.inputs, config))
     by_stage = {entry.manifest.stage: entry for entry in lineage}
-    prompts, logs = (
-        _fetch_result(PromptsSummary, by_stage.get("prompts")),
-        _fetch_result(LogsSummary, by_stage.get("logs")),
-    )
+    prompts = _fetch_result(PromptsSummary, by_stage.get("prompts"))
+    logs = _fetch_result(LogsSummary, by_stage.get("logs"))
+    contexts = Contexts.read_if_there(folder)
     review = review_of(evaluation, decision)
     target = target_name(str(by_stage["target"].manifest.config.get("source", ""))) if "target" in by_stage else ""
+    against = f"against version {config.champion[1]}" if config.champion is not None else "no champion yet"
+    line = f"line {config.line}, {against}" if config.line is not None else ""
     command = invocation(os.environ.get(COMMAND), config.line)
     seconds = {entry.name: entry.manifest.duration_s for entry in lineage}
     data = ReportData(
-        title=" · ".join(filter(None, ["Draft model refresh", target, _line_text(config)])),
+        title=" · ".join(filter(None, ["Draft model refresh", target, line])),
         evaluation=evaluation,
         decision=decision,
         facts=_facts(evaluation, lineage, logs),
-        steps=next_steps(review, command, seconds) if review is not None else (),
-        history=[
-            *config.history,
-            *_drift_point(ctx.inputs.get("drift")),
-            *_challenger_point(folder, evaluation, decision),
-        ],
-        contexts=_contexts(folder, evaluation),
+        steps=next_steps(review, command, seconds),
+        history=[*config.history, *_measured_now(ctx.inputs, evaluation, decision)],
+        contexts=contexts.root.get(evaluation.challenger, ()) if contexts is not None else (),
         prompts=prompts,
         logs=logs,
         lineage=lineage,
@@ -73,23 +70,15 @@ def run(ctx: StageContext, config: ReportConfig) -> None:
         arm: {name: value for name, value in drafter.items() if name in _HEADLINE} for arm, drafter in drafters.items()
     }
     write_text(ctx.out / "headline.json", json.dumps(headline, indent=2, sort_keys=True) + "\n")
-    if review is not None:
-        ctx.log(f"{review.outcome.label}. {review.outcome.sentence}")
+    ctx.log(f"{review.outcome.label}. {review.outcome.sentence}")
     content = {
-        **({"outcome": None, "doubts": []} if review is None else review.model_dump(by_alias=True)),
+        **review.model_dump(by_alias=True),
         "figures": report_metrics(evaluation, decision, lineage, {"prompts": prompts, "logs": logs}),
         "config": {entry.name: entry.settings for entry in lineage},
         "artifacts": {entry.name: entry.key for entry in lineage},
     }
     write_text(ctx.out / ReviewResult.FILE, json.dumps(content, indent=1, sort_keys=True, default=str) + "\n")
     ctx.summary(**{f"tau_{arm}": drafter.tau for arm, drafter in evaluation.drafters.items()})
-
-
-def _line_text(config: ReportConfig) -> str:
-    if config.line is None:
-        return ""
-    against = f"against version {config.champion[1]}" if config.champion is not None else "no champion yet"
-    return f"line {config.line}, {against}"
 
 
 def _facts(evaluation: EvaluationResult, lineage: Sequence[LineageEntry], logs: LogsSummary | None) -> dict[str, str]:
@@ -135,25 +124,14 @@ def _fetch_result(kind: type[R], entry: LineageEntry | None) -> R | None:
     return kind.read_if_there(entry.folder)
 
 
-def _contexts(folder: Path, evaluation: EvaluationResult) -> Sequence[AnswerContext]:
-    """Return the contexts of the challenger."""
-    contexts = Contexts.read_if_there(folder)
-    return contexts.root.get(evaluation.challenger, ()) if contexts is not None and evaluation.drafters else ()
-
-
-def _drift_point(folder: Path | None) -> Iterator[HistoryPoint]:
-    """Yield what this refresh's drift check measured, if there was one."""
-    if folder is not None and (folder / MANIFEST).is_file():
-        overall = DriftResult.read(folder).overall.to_json()
-        yield HistoryPoint.model_validate({"at": read_manifest(folder).created_at, "what": "checked", **overall})
-
-
-def _challenger_point(
-    folder: Path, evaluation: EvaluationResult, decision: GateDecision | None
+def _measured_now(
+    inputs: Mapping[str, Path], evaluation: EvaluationResult, decision: GateDecision | None
 ) -> Iterator[HistoryPoint]:
-    """Yield the acceptance length of this refresh's challenger, for the history of its line."""
-    if decision is not None and (folder / MANIFEST).is_file():
-        drafter = evaluation.drafters[decision.challenger]
-        yield HistoryPoint(
-            at=read_manifest(folder).created_at, what="now", tau=drafter.tau, low=drafter.tau_low, high=drafter.tau_high
-        )
+    """Yield what this refresh adds to the history of its line: its drift check, and its challenger."""
+    if "drift" in inputs:
+        overall = DriftResult.read(inputs["drift"]).overall.to_json()
+        at = read_manifest(inputs["drift"]).created_at
+        yield HistoryPoint.model_validate({"at": at, "what": "checked", **overall})
+    if decision is not None:
+        drafter, at = evaluation.drafters[decision.challenger], read_manifest(inputs["evaluation"]).created_at
+        yield HistoryPoint(at=at, what="now", tau=drafter.tau, low=drafter.tau_low, high=drafter.tau_high)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,6 @@ from draftsmith.stages.report.stage import ReportConfig
 
 _TRAJECTORIES = "trajectories"  # the input of stages that read answers, which several nodes make
 _ANSWERS_OF = {"evaluation": "heldout", "drift": "heldout", "sft": "rollout"}  # reader -> node; else `assisted`
-_PRODUCTION = ("logs",)  # stages whose answers production generated
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class LineageEntry:
 
         None if it reports nothing, and for tokens that production generated.
         """
-        if metric == "response_tokens" and self.manifest.stage in _PRODUCTION:
+        if metric == "response_tokens" and self.manifest.stage == "logs":
             return None
         return self.manifest.metrics.get(metric)
 
@@ -179,9 +178,8 @@ def _evaluation_metrics(evaluation: EvaluationResult) -> Named:
             for offset, share in enumerate(arms.get(challenger, ()), start=1):
                 yield f"accepted_share.{CHALLENGER}/{name}.{offset}", share
         yield from _champion_metrics(evaluation, challenger)
-        for table in evaluation.speed_tables():
-            if table.name:
-                yield from _speed_metrics(table, challenger)
+        for table in evaluation.speed_by_setting:
+            yield from _speed_metrics(table, challenger)
         for point in evaluation.load:
             if point.arm == challenger:
                 yield from _load_metrics(point)
@@ -210,17 +208,18 @@ def _flatten(name: str, value: object) -> Named:
         yield name, value
 
 
+def _with_ends(name: str, numbers: Iterable[float | None]) -> Named:
+    """Yield a value and the ends of its interval."""
+    return zip((name, f"{name}.low", f"{name}.high"), numbers, strict=True)
+
+
 def _drafter_metrics(role: str, drafter: Acceptance) -> Named:
-    yield f"tau.{role}", drafter.tau
-    yield f"tau.{role}.low", drafter.tau_low
-    yield f"tau.{role}.high", drafter.tau_high
+    yield from _with_ends(f"tau.{role}", (drafter.tau, drafter.tau_low, drafter.tau_high))
     yield f"block_size.{role}", drafter.block_size
     for offset, share in enumerate(drafter.acceptance_by_offset, start=1):
         yield f"accepted_share.{role}.{offset}", share
     for other, difference in drafter.differences.items():
-        yield f"tau_minus.{other}.{role}", difference.value
-        yield f"tau_minus.{other}.{role}.low", difference.low
-        yield f"tau_minus.{other}.{role}.high", difference.high
+        yield from _with_ends(f"tau_minus.{other}.{role}", (difference.value, difference.low, difference.high))
     for length, steps in enumerate(drafter.accepted_histogram):
         yield f"accepted_length.{role}.{length}", steps
     yield f"tau_without_loops.{role}", drafter.tau_without_loops
@@ -230,36 +229,28 @@ def _drafter_metrics(role: str, drafter: Acceptance) -> Named:
 
 def _set_metrics(role: str, arm: str, evaluation: EvaluationResult) -> Named:
     for name, arms in evaluation.sets.items():
-        if arm in arms:
-            metrics = arms[arm]
-            yield f"tau.{role}/{name}", metrics.tau
-            yield f"tau.{role}/{name}.low", metrics.low
-            yield f"tau.{role}/{name}.high", metrics.high
-            yield f"speedup.{role}/{name}", metrics.speedup
-            yield f"speedup.{role}/{name}.low", metrics.speedup_low
-            yield f"speedup.{role}/{name}.high", metrics.speedup_high
+        if (own := arms.get(arm)) is not None:
+            yield from _with_ends(f"tau.{role}/{name}", (own.tau, own.low, own.high))
+            yield from _with_ends(f"speedup.{role}/{name}", (own.speedup, own.speedup_low, own.speedup_high))
 
 
 def _champion_metrics(evaluation: EvaluationResult, challenger: str) -> Named:
     """Yield the challenger's gain of tau and its speed over the champion's, with their intervals."""
     for each in evaluation.compared("tau", challenger, CHAMPION):
         if each.gain is not None and each.base:
-            name, gain = "tau_gain" if each.set is None else f"tau_gain/{each.set}", estimate_of(each.gain)
-            yield name, gain.value
-            for suffix, end in zip(("low", "high"), gain.interval() or (), strict=False):
-                yield f"{name}.{suffix}", end
+            gain = estimate_of(each.gain)
+            name = "tau_gain" if each.set is None else f"tau_gain/{each.set}"
+            yield from _with_ends(name, (gain.value, *(gain.interval() or (None, None))))
     for each in evaluation.compared("speed", challenger, CHAMPION):
+        ends = map(math.exp, estimate_of(each).interval() or (math.nan, math.nan))
         name = f"speed_over_champion.{setting_name(each.temperature, each.concurrency)}"
-        yield name, math.exp(each.value)
-        for suffix, end in zip(("low", "high"), estimate_of(each).interval() or (), strict=False):
-            yield f"{name}.{suffix}", math.exp(end)
+        yield from _with_ends(name, (math.exp(each.value), *ends))
 
 
 def _load_metrics(point: LoadPoint) -> Named:
     where = f"c{point.concurrency}"
-    name = f"load.{'speedup' if point.other == PLAIN else 'speed_over_champion'}.{where}"
-    for suffix, value in zip(("", ".low", ".high"), load_factor(point), strict=True):
-        yield f"{name}{suffix}", value
+    name = "speedup" if point.other == PLAIN else "speed_over_champion"
+    yield from _with_ends(f"load.{name}.{where}", load_factor(point))
     yield f"load.tokens_per_s.{where}", point.tokens_per_s
     yield f"load.block_size.{where}", point.block_size
 

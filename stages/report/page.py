@@ -6,15 +6,16 @@ import html
 import io
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import wraps
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any
 
-import matplotlib
 from jinja2 import Environment
+from matplotlib import style
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
@@ -69,12 +70,12 @@ def render_report(path: Path, data: ReportData) -> None:
         review=review,
         as_served=evaluation.target_difference is not None,
         measured_loads=evaluation.load_is_measured,
-        warnings=[*(review.warnings if review else ()), *_log_warnings(data.logs)],
+        warnings=[*review.warnings, *_log_warnings(data.logs)],
         cost=_cost_sentence(data.lineage) + _saved_sentence(data.lineage, data.decision),
         steps=data.steps,
         choice=presentation.choice_sentence(evaluation) if data.decision is not None else "",
         contexts=_in_order([each for each in data.contexts if each.slice is None]),
-        contexts_by_slice=_by_slice(data.contexts),
+        contexts_by_slice=groupby((each for each in data.contexts if each.slice is not None), attrgetter("slice")),
         shown=2 * _SHOWN,
         data=_json({name: {} if each is None else each.to_json() for name, each in summaries.items()})
         if any(summaries.values())
@@ -82,13 +83,13 @@ def render_report(path: Path, data: ReportData) -> None:
         config=_json(data.config) if data.config else "",
         plots=_plots(data),
         tables={
-            "drafters": presentation.drafters(review, evaluation) if review else None,
-            "by_slice": presentation.by_slice(evaluation) if review else None,
+            "drafters": presentation.drafters(review, evaluation),
+            "by_slice": presentation.by_slice(evaluation),
             "confidence": presentation.confidence(evaluation),
             "by_offset": presentation.by_offset(evaluation),
             "by_setting": presentation.by_setting(evaluation),
             "by_load": presentation.by_load(evaluation),
-            "gate": presentation.gate(review) if review else None,
+            "gate": presentation.gate(review),
             "stages": presentation.stages(data.lineage),
         },
     )
@@ -162,20 +163,9 @@ def _in_order(contexts: Sequence[AnswerContext]) -> list[AnswerContext]:
     return [*worst[:_SHOWN], *typical[:_SHOWN], *worst[_SHOWN:], *typical[_SHOWN:]]
 
 
-def _by_slice(contexts: Sequence[AnswerContext]) -> dict[str, list[AnswerContext]]:
-    found: dict[str, list[AnswerContext]] = {}
-    for each in contexts:
-        if each.slice is not None:
-            found.setdefault(each.slice, []).append(each)
-    return found
-
-
 def _visible_spaces(piece: str) -> str:
     """Return the text with white space at its edges made visible."""
-    piece = piece.replace("\n", "⏎")
-    inner = piece.strip(" ")
-    lead = len(piece) - len(piece.lstrip(" "))
-    return "␣" * lead + inner + "␣" * (len(piece) - lead - len(inner)) if inner else "␣" * len(piece)
+    return re.sub("^ +| +$", lambda spaces: "␣" * len(spaces[0]), piece.replace("\n", "⏎"))
 
 
 COLOURS = {  # also for the colour-blind
@@ -201,20 +191,7 @@ _STYLE: Any = {
     "axes.spines.right": False,
     "legend.frameon": False,
 }
-P = ParamSpec("P")
-
-
-def _styled(draw: Callable[P, str]) -> Callable[P, str]:
-    """Draw in the report's style, whatever the user's matplotlibrc sets."""
-
-    @wraps(draw)
-    def styled(*args: P.args, **kwargs: P.kwargs) -> str:
-        with matplotlib.rc_context():
-            matplotlib.rcdefaults()
-            matplotlib.rcParams.update(_STYLE)
-            return draw(*args, **kwargs)
-
-    return styled
+_styled = style.context(_STYLE, after_reset=True)  # whatever the user's matplotlibrc sets
 
 
 @_styled

@@ -39,16 +39,17 @@ def drafters(review: Review, evaluation: EvaluationResult, *, short: bool = Fals
     for variant in review.variants:
         differences = [variant.differences.get(other) for other in others]
         factors = [variant.speed_over.get(other) for other in timed]
+        speed = evaluation.speed.get(variant.arm)
         rows.append(
             [
                 f"{variant.name} ◂" if variant.is_challenger else variant.name,
-                variant.acceptance.text(digits) if variant.acceptance else ABSENT,
+                variant.acceptance.text(digits),
                 *([number(replayed.get(variant.arm), digits)] if with_replayed else []),
                 *((f"{d.value:+.2f}{d.mark}" if short else d.text("+.3f")) if d else ABSENT for d in differences),
                 number(variant.tokens_per_s, ",.1f"),
                 f"{variant.speedup.text(digits)}{' *' * variant.unreliable}" if variant.speedup else ABSENT,
                 *(factor.text(digits) if factor else ABSENT for factor in factors),
-                *([] if short else [number(_block_size(variant.arm, evaluation), "d")]),
+                *([] if short else [number(speed.block_size if speed is not None else None, "d")]),
             ]
         )
     head = ["", "acceptance length", *(["by replay under transformers"] if with_replayed else [])]
@@ -58,14 +59,6 @@ def drafters(review: Review, evaluation: EvaluationResult, *, short: bool = Fals
     if evaluation.target_difference is not None:
         caption += f"  As served, with {evaluation.target_difference.text}."
     return Table(head, rows, "Drafters", caption.strip())
-
-
-def _block_size(arm: str, evaluation: EvaluationResult) -> int | None:
-    """Return the block size that an arm decoded with, else that it was trained with."""
-    served, trained = evaluation.speed.get(arm), evaluation.drafters.get(arm)
-    if served is not None and served.block_size is not None:
-        return served.block_size
-    return None if trained is None else trained.block_size
 
 
 def _others(differences: Iterable[Mapping[str, MetricDifference]]) -> list[str]:
@@ -80,7 +73,7 @@ def _legend(rows: Sequence[Sequence[str]], review: Review) -> str:
     return "  ".join(meaning for mark, meaning in marks.items() if mark in shown)
 
 
-def by_setting(evaluation: EvaluationResult) -> Table | None:
+def by_setting(evaluation: EvaluationResult) -> Table:
     """Return the speed at every temperature and concurrency."""
     columns = {
         "tokens/s": ("tokens_per_s", ",.1f"),
@@ -100,14 +93,14 @@ def by_setting(evaluation: EvaluationResult) -> Table | None:
             name_of(arm),
             *(number(getattr(metrics, field), form) for field, form in columns.values()),
         ]
-        for table in evaluation.speed_tables()
+        for table in evaluation.speed_by_setting
         for arm, metrics in table.arms.items()
     ]
     head = ["temperature", "in flight", "decoding with", *columns]
-    return Table(head, rows, "Speed by setting", text_columns=3) if rows else None
+    return Table(head, rows, "Speed by setting", text_columns=3)
 
 
-def by_load(evaluation: EvaluationResult) -> Table | None:
+def by_load(evaluation: EvaluationResult) -> Table:
     """Return the speed of each drafter at every number of requests in flight: predicted, or measured on servers."""
     with_champion, rows = evaluation.has_champion, []
     for arm in evaluation.drafters:
@@ -132,13 +125,13 @@ def by_load(evaluation: EvaluationResult) -> Table | None:
     )
     if evaluation.load_is_measured:
         note = f"Measured on servers at temperature {number(evaluation.temperature, 'g')}, with 95 % intervals."
-    if rows and (schedule := evaluation.schedule(evaluation.challenger)):
+    if schedule := evaluation.schedule(evaluation.challenger):
         setting = f"num_speculative_tokens_per_batch_size: {schedule}"
         note += (
             f" If steps of a vLLM server scale like these, set {setting} in its speculative config: `draftsmith "
             "export` prints all of it, and for EAGLE-3 SGLang's."
         )
-    return Table(head, rows, "Speed by load", note) if rows else None
+    return Table(head, rows, "Speed by load", note)
 
 
 @dataclass(frozen=True)
@@ -165,11 +158,9 @@ def slice_gains(evaluation: EvaluationResult) -> list[SliceGain]:
     ]
 
 
-def by_slice(evaluation: EvaluationResult) -> Table | None:
+def by_slice(evaluation: EvaluationResult) -> Table:
     """Return the acceptance length of each drafter on every slice, and the challenger's gain over the champion."""
     slices = {name: arms for name, arms in evaluation.sets.items() if arms}
-    if not slices:
-        return None
     arms = [arm for arm in evaluation.drafters if any(arm in each for each in slices.values())]
     gains = {each.name: each for each in slice_gains(evaluation)}
     rows = []
@@ -184,7 +175,7 @@ def by_slice(evaluation: EvaluationResult) -> Table | None:
     return Table(head, rows, "By slice", note)
 
 
-def by_offset(evaluation: EvaluationResult) -> Table | None:
+def by_offset(evaluation: EvaluationResult) -> Table:
     """Return the acceptance by offset of each drafter on every slice."""
     rows = [
         [name, name_of(arm), *(number(share, ".3f") for share in shares)]
@@ -195,10 +186,10 @@ def by_offset(evaluation: EvaluationResult) -> Table | None:
     head = ["slice", "", *map(str, range(1, widest - 1))]
     note = "Share of the proposals at each offset that are accepted, with all before them."
     rows = [row + [ABSENT] * (widest - len(row)) for row in rows]
-    return Table(head, rows, "Acceptance by offset and slice", note, text_columns=2) if rows else None
+    return Table(head, rows, "Acceptance by offset and slice", note, text_columns=2)
 
 
-def confidence(evaluation: EvaluationResult) -> Table | None:
+def confidence(evaluation: EvaluationResult) -> Table:
     """Return how well each drafter with a confidence head knows what will be accepted, before and after calibration."""
     found = {arm: each.confidence for arm, each in evaluation.drafters.items() if each.confidence is not None}
     fields = {"confidence": ".3f", "accepted": ".3f", "error": ".4f", "error_calibrated": ".4f"}
@@ -212,7 +203,7 @@ def confidence(evaluation: EvaluationResult) -> Table | None:
         "as it is and as scale · logit + shift, fitted on the validation split. `draftsmith export --calibrated` folds "
         "these into the checkpoint."
     )
-    return Table(head, rows, "Confidence", note) if rows else None
+    return Table(head, rows, "Confidence", note)
 
 
 def _gain(gain: SliceGain | None) -> str:
@@ -223,10 +214,10 @@ def _gain(gain: SliceGain | None) -> str:
     return interval((gain.value, *(gain.ends or (None, None))), "+.1%")
 
 
-def gate(review: Review) -> Table | None:
+def gate(review: Review) -> Table:
     """Return every rule with its result, its metrics and the threshold."""
     rows = [[check.name, f"{check.tick} {check.result}", check.text] for check in review.checks]
-    return Table(("rule", "result", "metrics"), rows, "Gate", text_columns=3) if rows else None
+    return Table(("rule", "result", "metrics"), rows, "Gate", text_columns=3)
 
 
 def choice_sentence(evaluation: EvaluationResult) -> str:
@@ -239,10 +230,8 @@ def choice_sentence(evaluation: EvaluationResult) -> str:
     return f"{challenger} is the challenger: it has the highest acceptance length on the validation split ({listed})."
 
 
-def stages(lineage: Sequence[LineageEntry]) -> Table | None:
+def stages(lineage: Sequence[LineageEntry]) -> Table:
     """Return every artifact that the report rests on, with its time and tokens, and the totals."""
-    if not lineage:
-        return None
     rows = [
         [name, where, duration(wall_seconds(group)), duration(device_seconds(group)), *_counts(group)]
         for name, where, group in [*((_name(each), each.key, [each]) for each in lineage), ("total", "", lineage)]

@@ -121,7 +121,7 @@ class Variant(Record):
     arm: str
     name: str
     is_challenger: Annotated[bool, Field(alias="candidate")]
-    acceptance: Metric | None
+    acceptance: Metric
     tokens_per_s: float | None
     speedup: Metric | None
     differences: Mapping[str, MetricDifference]  # of the acceptance length, by the other variant
@@ -168,14 +168,11 @@ class Review(Record):
         return [(tick, group) for group, tick in found.items()]
 
 
-def review_of(evaluation: EvaluationResult | None, decision: GateDecision | None) -> Review | None:
-    """Return the review of an evaluation and its gate; None if nothing was measured."""
-    if evaluation is None or not evaluation.drafters:
-        return None
+def review_of(evaluation: EvaluationResult, decision: GateDecision | None) -> Review:
+    """Return the review of an evaluation and its gate."""
     challenger = decision.challenger if decision is not None else evaluation.challenger
     verdicts = evaluation.verdicts
     level = max([CONFIDENCE, *(verdict.level for verdict in verdicts)])
-    arms = dict.fromkeys((PLAIN, *evaluation.drafters, *evaluation.speed))
     others = [*AGAINST_ALL, *(verdict.other for verdict in verdicts)]
     return Review(
         outcome=outcome_of(evaluation, decision),
@@ -183,11 +180,7 @@ def review_of(evaluation: EvaluationResult | None, decision: GateDecision | None
         other=next((other for other in others if other in evaluation.drafters and verdicts), None),
         level=level,
         comparisons=sum(verdict.different is not None for verdict in verdicts),
-        variants=[
-            _variant(arm, evaluation, challenger, level)
-            for arm in arms
-            if arm in evaluation.speed or arm in evaluation.drafters
-        ],
+        variants=[_variant(arm, evaluation, challenger, level) for arm in (PLAIN, *evaluation.drafters)],
         checks=[_check(rule) for rule in decision.rules] if decision is not None else [],
         warnings=_warnings(evaluation),
         speed_warnings=_speed_warnings(evaluation),
@@ -211,7 +204,7 @@ def _variant(arm: str, evaluation: EvaluationResult, challenger: str, level: flo
         arm=arm,
         name=name_of(arm),
         is_challenger=arm == challenger,
-        acceptance=Metric(value=1.0) if arm == PLAIN else _acceptance(evaluation.drafters.get(arm), level),
+        acceptance=Metric(value=1.0) if arm == PLAIN else _acceptance(evaluation.drafters[arm], level),
         tokens_per_s=None if speed is None else speed.tokens_per_s,
         speedup=_speedup(arm, speed, evaluation, level),
         differences=differences["tau"],
@@ -220,10 +213,8 @@ def _variant(arm: str, evaluation: EvaluationResult, challenger: str, level: flo
     )
 
 
-def _acceptance(drafter: Acceptance | None, level: float) -> Metric | None:
+def _acceptance(drafter: Acceptance, level: float) -> Metric:
     """Return tau with its interval, widened from 95 % by Student's t over prompts."""
-    if drafter is None:
-        return None
     value, low, high = drafter.tau, drafter.tau_low, drafter.tau_high
     if low is None or high is None:
         return Metric(value=value)
@@ -315,13 +306,13 @@ def _headline(evaluation: EvaluationResult, challenger: str, decision: GateDecis
         speeds = f"{_rate(rate / factor)} → {_rate(rate)} tokens/s ({factor - 1:+.0%} over {over})"
         how = "measured" if evaluation.load_is_measured else "predicted"
         found.append(f"at your load, {how}: {speeds}")
-    for table in evaluation.speed_tables():
+    for table in evaluation.speed_by_setting:
         before = CHAMPION if CHAMPION in table.arms else PLAIN
         old, new = table.arms.get(before), table.arms.get(challenger)
         if old is not None and new is not None:
-            where = f"{table.concurrency} in flight: " if table.concurrency is not None else ""
             speeds = f"{_rate(old.tokens_per_s)} → {_rate(new.tokens_per_s)} tokens/s"
-            found.append(f"{where}{speeds} ({new.tokens_per_s / old.tokens_per_s - 1:+.0%} over {in_words(before)})")
+            gain = f"{new.tokens_per_s / old.tokens_per_s - 1:+.0%} over {in_words(before)}"
+            found.append(f"{table.concurrency} in flight: {speeds} ({gain})")
     unreliable = ", unreliable" if found and evaluation.is_unreliable(challenger) else ""
     return "; ".join(dict.fromkeys(found)) + unreliable
 
@@ -342,13 +333,19 @@ def outcome_of(evaluation: EvaluationResult, decision: GateDecision | None) -> O
     if decision is None:
         return _outcome("measured", _measured_sentence(evaluation))
     kind, failed = decision.outcome, decision.failed
-    name, champion = name_of(decision.challenger), _champion(decision.champion)
-    lengths = f" (acceptance length {_lengths(evaluation, decision.challenger)})" if champion else ""
-    followed = None
+    name, champion, followed = name_of(decision.challenger), decision.champion, None
+    if champion:
+        champion = "the champion" if champion == CHAMPION else f"version {champion}"
     if kind == "promoted":
-        is_to, does = ("take", "takes") if champion else ("be", "is")
-        what = f"the place of {champion}" if champion else f"the line's first champion{_first(evaluation, decision)}"
-        sentence, followed = f"{name} is to {is_to} {what}{lengths}.", f"{name} {does} {what}{lengths}."
+        tau = evaluation.drafters[decision.challenger].tau
+        if champion:
+            lengths = f"{tau:.2f} against {evaluation.drafters[CHAMPION].tau:.2f}"
+            verbs, what = ("take", "takes"), f"the place of {champion} (acceptance length {lengths})"
+        else:
+            speedup = next((rule.metrics.get("value") for rule in decision.rules if rule.name == "speed-up"), None)
+            passed_with = f"acceptance length {tau:.2f}" if speedup is None else f"speed-up {speedup:.2f}"
+            verbs, what = ("be", "is"), f"the line's first champion ({passed_with})"
+        sentence, followed = f"{name} is to {verbs[0]} {what}.", f"{name} {verbs[1]} {what}."
         shown = [rule for rule in decision.rules if rule.name == "tau" or rule.name.startswith("speed")]
     elif kind == "refused":
         broken = [rule for rule in failed if rule.broken]
@@ -370,11 +367,6 @@ def rule_name(rule: str) -> str:
     return re.sub(r"^tau( of )?", lambda found: "acceptance length" + (" on " if found[1] else ""), rule)
 
 
-def _champion(champion: str | None) -> str | None:
-    """Return the champion in a sentence, by its version where that is known."""
-    return champion and ("the champion" if champion == CHAMPION else f"version {champion}")
-
-
 def _reason(rule: RuleResult) -> tuple[str, str]:
     """Return the rule's name, and the start of its text: the whole text is among the reasons."""
     text = re.split(r"inconclusive[:,] ", rule.text)[-1]
@@ -392,16 +384,3 @@ def _measured_sentence(evaluation: EvaluationResult) -> str:
             difference = f"{verdict.value:+.2f} against {in_words(verdict.other)}"
             return f"{sentence}, {difference} ({results[verdict.different]})."
     return f"{sentence}."
-
-
-def _first(evaluation: EvaluationResult, decision: GateDecision) -> str:
-    """Return what a line's first champion has passed with."""
-    speedup = next((rule.metrics.get("value") for rule in decision.rules if rule.name == "speed-up"), None)
-    if speedup is not None:
-        return f" (speed-up {speedup:.2f})"
-    return f" (acceptance length {evaluation.drafters[decision.challenger].tau:.2f})"
-
-
-def _lengths(evaluation: EvaluationResult, arm: str) -> str:
-    taus = [evaluation.drafters[each].tau if each in evaluation.drafters else None for each in (arm, CHAMPION)]
-    return " against ".join(number(tau, ".2f") for tau in taus)

@@ -5,7 +5,7 @@ Everything is escaped: names of slices, tokens and answers are not ours.
 
 PAGE = """
 {%- macro table(shown) %}
-{%- if shown and shown.rows %}
+{%- if shown.rows %}
 <figure class="table">
 <div class="wide" role="region" aria-label="{{ shown.title }}" tabindex="0"><table>
 <thead><tr>
@@ -103,7 +103,6 @@ PAGE = """
 </p>
 </header>
 <main id="report" tabindex="-1">
-{%- if review %}
 <section class="verdict {{ review.outcome.kind }}" aria-labelledby="verdict">
 <p class="badge">{{ review.outcome.label }}</p>
 <h2 id="verdict">{{ review.outcome.sentence }}</h2>
@@ -131,21 +130,18 @@ PAGE = """
 </dl>
 {%- endif %}
 </section>
-{%- endif %}
 
 {%- call section("Drafters") %}
 {{ table(tables.drafters) }}
-{%- if review %}
 <p class="quiet">Acceptance length: tokens per verify step, the target's own token included (+1). SGLang logs the same
 as accept length, vLLM as mean acceptance length. Measured by {% if as_served -%}
 the verify steps that servers counted on the same held-out prompts for all drafters
 {%- else %}replay of the same held-out answers for all drafters{% endif %}.</p>
 {{ bullets(review.speed_warnings) }}
-{%- endif %}
 {%- call fold("Acceptance by position in the block") %}{{ plot(plots.by_offset) }}{% endcall %}
 {%- call fold("Confidence") %}{{ table(tables.confidence) }}{% endcall %}
 {%- call fold("Speed by setting") %}{{ table(tables.by_setting) }}{% endcall %}
-{%- call fold("Exactness") %}{{ bullets(review.exactness if review else []) }}{% endcall %}
+{%- call fold("Exactness") %}{{ bullets(review.exactness) }}{% endcall %}
 {%- endcall %}
 
 {%- call section("Speed by load") %}
@@ -182,7 +178,7 @@ the verify steps that servers counted on the same held-out prompts for all draft
 {%- endfor %}
 {%- call fold("More contexts") %}{% for each in contexts[shown:] %}{{ context(each) }}{% endfor %}{% endcall %}
 {%- call fold("Worst contexts of each slice") %}
-{%- for name, worst in contexts_by_slice.items() %}
+{%- for name, worst in contexts_by_slice %}
 <h3>{{ name }}</h3>
 {%- for each in worst %}{{ context(each) }}{% endfor %}
 {%- endfor %}

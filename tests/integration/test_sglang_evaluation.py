@@ -99,7 +99,7 @@ def test_served_steps_are_replayed_steps(metrics: dict[str, Any]) -> None:
 
 def test_timed_runs_are_the_curve_by_requests_in_flight(evaluated: RecordingContext) -> None:
     found = EvaluationResult.read(evaluated.out)
-    curve, tables = found.load_curve("sft"), found.speed_tables()
+    curve, tables = found.load_curve("sft"), found.speed_by_setting
     assert [point.concurrency for point in curve] == [1, 4] and found.load_is_measured
     for point, speed in zip(curve, [table.arms["sft"] for table in tables], strict=True):
         assert (point.tokens_per_s, point.block_size) == (speed.tokens_per_s, speed.block_size)

@@ -247,7 +247,7 @@ def test_comparison_drift_and_gate_use_expected_commits(texts: list[Trajectory],
     tallies = Replayer(plain_target, ReplayOptions(sampling=SAMPLING, with_proposals=False)).acceptance(arms, some)
     prompts, labels = [text.trajectory_id for text in some], [("chat",)] * len(some)
     difference = averaged["opd"] - averaged[CHAMPION]
-    assert tau_difference(tallies["opd"], tallies[CHAMPION]).value == pytest.approx(difference)
+    assert tau_difference(tallies["opd"], tallies[CHAMPION], prompts).value == pytest.approx(difference)
     assert tau_comparisons(tallies, prompts, labels)[0].value == pytest.approx(difference)
     found = tau_by_slice(tallies, prompts, labels)["chat"]
     assert {arm: metrics.tau for arm, metrics in found.items()} == pytest.approx(averaged)

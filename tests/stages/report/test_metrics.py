@@ -17,8 +17,7 @@ def test_answers_of_production_were_not_generated_by_the_refresh() -> None:
         entry("assisted", 60.0, {}, "logs", response_tokens=98_000),
         entry("heldout", 6.0, {}, "rollout", response_tokens=300),
     ]
-    shown = stages(lineage)
-    assert shown is not None and [row[4] for row in shown.rows] == ["—", "300", "300"]
+    assert [row[4] for row in stages(lineage).rows] == ["—", "300", "300"]
     assert report_metrics(EvaluationResult(), None, lineage)["cost.tokens"] == 300
 
 

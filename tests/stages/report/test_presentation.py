@@ -20,9 +20,7 @@ SECONDS = {"evaluation": 120.0, "gate": 1.0}
 
 def steps(asked: Invocation = ASKED, **changes: Any) -> list[Step]:
     evaluation, decision = EvaluationResult.model_validate(OF_A_LINE), GateDecision.model_validate(DECISION | changes)
-    review = review_of(evaluation, decision)
-    assert review is not None
-    return next_steps(review, asked, SECONDS)
+    return next_steps(review_of(evaluation, decision), asked, SECONDS)
 
 
 @pytest.mark.parametrize("outcome", ["promoted", "refused", "inconclusive", "measured"])

@@ -92,12 +92,6 @@ def test_the_headline_does_not_depend_on_timing(tmp_path: Path, inputs: dict[str
     assert "headline.json" not in STAGE.volatile
 
 
-def test_control_is_optional(tmp_path: Path, inputs: dict[str, Path]) -> None:
-    del inputs["control"]
-    ctx = run(tmp_path, inputs)
-    assert '<th scope="row" class="text">control</th>' not in (ctx.out / "report.html").read_text()
-
-
 def test_a_missing_or_broken_evaluation_is_named(tmp_path: Path, inputs: dict[str, Path]) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
