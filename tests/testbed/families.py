@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,12 @@ SHAPE: dict[str, Any] = {
     "pad_token_id": None,
     "tie_word_embeddings": False,
 }
+
+
+def _without(name: str) -> dict[str, Any]:
+    return {field: value for field, value in SHAPE.items() if field != name}
+
+
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
 _DELTA = {  # gated delta rule
@@ -38,8 +44,7 @@ _DELTA = {  # gated delta rule
     "layer_types": ["linear_attention", "full_attention", "linear_attention"],
 }
 # multi-head latent attention: values narrower than keys, of which 4 of 12 numbers rotate
-_HEADS = ("head_dim", "num_key_value_heads")
-_MLA = {name: value for name, value in SHAPE.items() if name not in _HEADS} | {
+_MLA = _without("head_dim") | {
     "num_key_value_heads": 4,
     "kv_lora_rank": 16,
     "q_lora_rank": 12,
@@ -61,224 +66,122 @@ _INDEXER = {"index_topk": WINDOW, "index_n_heads": 8, "index_head_dim": 8}
 _VISION = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "patch_size": 4}
 
 
-def _transformers(name: str, /, **fields: Any) -> Any:
-    import transformers
-
-    return getattr(transformers, f"{name}Config")(**fields)
-
-
-def _qwen3_moe() -> Any:
-    return _transformers("Qwen3Moe", **SHAPE, **_EXPERTS, decoder_sparse_step=1, norm_topk_prob=True)
-
-
-def _gpt_oss() -> Any:
-    yarn = {"rope_type": "yarn", "rope_theta": 150000.0, "factor": 4.0, "original_max_position_embeddings": 64}
-    return _transformers(
-        "GptOss", **SHAPE, num_local_experts=4, num_experts_per_tok=2, sliding_window=WINDOW,
-        layer_types=ALTERNATING, rope_parameters=yarn,
-    )  # fmt: skip
-
-
-def _gemma2() -> Any:
-    shape = SHAPE | {"tie_word_embeddings": True}
-    return _transformers(
-        "Gemma2", **shape, sliding_window=WINDOW, layer_types=ALTERNATING, query_pre_attn_scalar=8,
-        final_logit_softcapping=3.0, attn_logit_softcapping=2.0,
-    )  # fmt: skip
-
-
-_BY_LAYER = {
-    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
-    "full_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0},
-}
-
-
-def _gemma3() -> Any:
-    text = SHAPE | {"tie_word_embeddings": True, "sliding_window": WINDOW, "layer_types": ALTERNATING}
-    text |= {"query_pre_attn_scalar": 8, "rope_parameters": _BY_LAYER, "final_logit_softcapping": None}
-    vision = _VISION | {"num_hidden_layers": 1, "image_size": 8, "vision_use_head": False}
-    return _transformers("Gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4)
-
-
-def _mistral() -> Any:
-    return _transformers("Mistral", **SHAPE, sliding_window=WINDOW)
-
-
-def _cohere2() -> Any:
-    return _transformers("Cohere2", **SHAPE, sliding_window=WINDOW, layer_types=ALTERNATING, logit_scale=0.25)
-
-
-def _qwen3_next() -> Any:
-    return _transformers("Qwen3Next", **SHAPE, **_EXPERTS, **_DELTA, shared_expert_intermediate_size=24)
-
-
 _QWEN3_5_ROPE = {
     "rope_type": "default",
     "rope_theta": 10000.0,
     "partial_rotary_factor": 0.5,
     "mrope_section": [1, 1, 0],
 }
-
-
-def _qwen3_5() -> Any:
-    text = SHAPE | _DELTA | {"rope_parameters": _QWEN3_5_ROPE}
-    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": HIDDEN_SIZE}
-    return _transformers("Qwen3_5", text_config=text, vision_config=vision | {"patch_size": 4})
-
-
-def _lfm2() -> Any:
-    kinds = ["conv", "full_attention", "conv"]
-    return _transformers("Lfm2", **SHAPE, layer_types=kinds, conv_L_cache=3, block_auto_adjust_ff_dim=False)
-
-
-def _granite() -> Any:
-    return _transformers("Granite", **SHAPE, logits_scaling=4.0, embedding_multiplier=2.0)
-
-
-def _granite4() -> Any:
-    shape = {name: value for name, value in SHAPE.items() if name != "head_dim"}
-    mamba = {"n_heads": 4, "d_head": 16, "d_state": 8, "n_groups": 1, "chunk_size": 8}
-    return _transformers(
-        "GraniteMoeHybrid", **shape, **{f"mamba_{name}": value for name, value in mamba.items()},
-        layer_types=["mamba", "attention", "mamba"], num_local_experts=4, num_experts_per_tok=2,
-        shared_intermediate_size=24, logits_scaling=4.0,
-    )  # fmt: skip
-
-
-def _nemotron_h() -> Any:
-    """Return a model with Mamba-2, attention, experts and an MLP, each in a separate layer."""
-    shape = {name: value for name, value in SHAPE.items() if name != "num_hidden_layers"}
-    mamba = {"mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1, "expand": 2}
-    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-    return _transformers(
-        "NemotronH", **shape, **mamba, **experts, chunk_size=8, moe_shared_expert_intermediate_size=24,
-        layers_block_type=["linear_attention", "moe", "full_attention", "mlp"],
-    )  # fmt: skip
-
-
-def _falcon_h1() -> Any:
-    """Return a model with attention and Mamba-2 in parallel in every layer."""
-    mamba = {"n_heads": 4, "d_head": 16, "d_ssm": 64, "d_state": 8, "n_groups": 1, "chunk_size": 8}
-    return _transformers(
-        "FalconH1", **SHAPE, **{f"mamba_{name}": value for name, value in mamba.items()}, lm_head_multiplier=0.25
-    )
-
-
-def _zaya() -> Any:
-    """Return a model with full and sliding attention after a convolution in every layer."""
-    shape = {name: value for name, value in SHAPE.items() if name != "intermediate_size"}
-    return _transformers(
-        "Zaya", **shape, num_experts=4, moe_intermediate_size=24, router_hidden_size=16, sliding_window=WINDOW,
-        layer_types=["hybrid", "hybrid_sliding", "hybrid"],
-    )  # fmt: skip
-
-
-def _kimi_linear() -> Any:
-    """Return a model with low-rank attention and delta-rule states."""
-    shape = {name: value for name, value in SHAPE.items() if name not in ("head_dim", "num_key_value_heads")}
-    heads = {"qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "kv_lora_rank": 16}
-    return _transformers(
-        "KimiLinear", **shape, **heads, num_key_value_heads=4, num_local_experts=4, num_experts_per_tok=2,
-        moe_intermediate_size=24, linear_num_heads=4, linear_head_dim=8, layer_types=_DELTA["layer_types"],
-    )  # fmt: skip
-
-
-def _deepseek_v2() -> Any:
-    shape = _MLA | {"q_lora_rank": None}
-    return _transformers("DeepseekV2", **shape, **_GROUPED, topk_method="group_limited_greedy", first_k_dense_replace=1)
-
-
-def _deepseek_v3() -> Any:
-    return _transformers("DeepseekV3", **_MLA, **_GROUPED, first_k_dense_replace=1, rope_parameters=_YARN)
-
-
-def _kimi_k25() -> Any:
-    text = {"model_type": "kimi_k2", **_MLA, **_ROUTED, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
-    vision = _VISION | {"num_hidden_layers": 1, "pos_emb_height": 4, "pos_emb_width": 4}
-    return _transformers(
-        "Kimi_K25", text_config=text, vision_config=vision, projection_hidden_size=16, tie_word_embeddings=False
-    )
-
-
-def _glm4_moe_lite() -> Any:
-    return _transformers("Glm4MoeLite", **_MLA, **_ROUTED, mlp_layer_types=["dense", "sparse", "sparse"])
-
-
-def _minicpm3() -> Any:
-    return _transformers("MiniCPM3", **_MLA, scale_emb=1, dim_model_base=8)
-
-
-def _mistral4() -> Any:
-    """Return a model whose queries are scaled by their position."""
-    return _transformers("Mistral4", **_MLA, **_ROUTED, rope_parameters=_YARN | {"llama_4_scaling_beta": 0.1})
-
-
-def _deepseek_v32() -> Any:
-    return _transformers("DeepseekV32", **_MLA, **_GROUPED, **_INDEXER, first_k_dense_replace=1)
-
-
-def _glm_moe_dsa() -> Any:
-    """Return a model of which one layer chooses the entries for the next one too."""
-    return _transformers(
-        "GlmMoeDsa", **_MLA, **_ROUTED, **_INDEXER, first_k_dense_replace=1, indexer_types=["full", "shared", "full"]
-    )
-
-
-def _llama4() -> Any:
-    return _transformers(
-        "Llama4Text", **SHAPE, layer_types=["chunked_attention", "full_attention", "chunked_attention"],
-        attention_chunk_size=WINDOW, intermediate_size_mlp=48, num_local_experts=4, moe_layers=[1],
-        no_rope_layers=[1, 0, 1],
-    )  # fmt: skip
-
-
-def _gemma4() -> Any:
-    shape = SHAPE | {"tie_word_embeddings": True, "sliding_window": WINDOW, "use_bidirectional_attention": "vision"}
-    return _transformers(
-        "Gemma4Text", **shape, layer_types=["sliding_attention", "sliding_attention", "full_attention"],
-        attention_k_eq_v=True, global_head_dim=16, num_global_key_value_heads=1, hidden_size_per_layer_input=0,
-        final_logit_softcapping=3.0,
-    )  # fmt: skip
-
-
-def _gemma4_small() -> Any:
-    """Return a model whose last layers reuse earlier keys and values; every layer has its own embedding."""
-    shape = SHAPE | {"num_hidden_layers": 4, "tie_word_embeddings": True, "sliding_window": WINDOW}
-    return _transformers(
-        "Gemma4Text", **shape, layer_types=["sliding_attention", "full_attention"] * 2, num_kv_shared_layers=2,
-        global_head_dim=16, hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCAB_SIZE,
-        final_logit_softcapping=3.0,
-    )  # fmt: skip
-
-
-FAMILIES: dict[str, Callable[[], Any]] = {
-    "Qwen3-MoE": _qwen3_moe,
-    "gpt-oss": _gpt_oss,
-    "Gemma 2": _gemma2,
-    "Gemma 3 with images": _gemma3,
-    "Mistral": _mistral,
-    "Command R7B": _cohere2,
-    "Granite": _granite,
-    "Qwen3-Next": _qwen3_next,
-    "Qwen3.5 with images": _qwen3_5,
-    "LFM2": _lfm2,
-    "Granite 4 hybrid": _granite4,
-    "Nemotron-H": _nemotron_h,
-    "Falcon-H1": _falcon_h1,
-    "ZAYA1": _zaya,
-    "Kimi Linear": _kimi_linear,
-    "DeepSeek-V2": _deepseek_v2,
-    "DeepSeek-V3": _deepseek_v3,
-    "DeepSeek-V3.2": _deepseek_v32,
-    "Kimi K2.5 with images": _kimi_k25,
-    "GLM-4.7-Flash": _glm4_moe_lite,
-    "GLM-5": _glm_moe_dsa,
-    "Mistral 4": _mistral4,
-    "MiniCPM3": _minicpm3,
-    "Llama 4": _llama4,
-    "Gemma 4": _gemma4,
-    "Gemma 4 E2B": _gemma4_small,
+_BY_LAYER = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    "full_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0},
 }
+_MAMBA = {"d_state": 8, "n_groups": 1, "chunk_size": 8}
+_TIED = SHAPE | {"tie_word_embeddings": True}
+
+
+def _mamba(**fields: int) -> dict[str, int]:
+    return {f"mamba_{name}": value for name, value in (_MAMBA | fields).items()}
+
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "Qwen3-MoE": ("Qwen3Moe", {**SHAPE, **_EXPERTS, "decoder_sparse_step": 1, "norm_topk_prob": True}),
+    "gpt-oss": ("GptOss", {
+        **SHAPE, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW, "layer_types": ALTERNATING,
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 150000.0, "factor": 4.0, "original_max_position_embeddings": 64,
+        },
+    }),
+    "Gemma 2": ("Gemma2", {
+        **_TIED, "sliding_window": WINDOW, "layer_types": ALTERNATING, "query_pre_attn_scalar": 8,
+        "final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0,
+    }),
+    "Gemma 3 with images": ("Gemma3", {
+        "text_config": {
+            **_TIED, "sliding_window": WINDOW, "layer_types": ALTERNATING, "query_pre_attn_scalar": 8,
+            "rope_parameters": _BY_LAYER, "final_logit_softcapping": None,
+        },
+        "vision_config": {**_VISION, "num_hidden_layers": 1, "image_size": 8, "vision_use_head": False},
+        "mm_tokens_per_image": 4,
+    }),
+    "Mistral": ("Mistral", {**SHAPE, "sliding_window": WINDOW}),
+    "Command R7B": ("Cohere2", {
+        **SHAPE, "sliding_window": WINDOW, "layer_types": ALTERNATING, "logit_scale": 0.25,
+    }),
+    "Granite": ("Granite", {**SHAPE, "logits_scaling": 4.0, "embedding_multiplier": 2.0}),
+    "Qwen3-Next": ("Qwen3Next", {**SHAPE, **_EXPERTS, **_DELTA, "shared_expert_intermediate_size": 24}),
+    "Qwen3.5 with images": ("Qwen3_5", {
+        "text_config": {**SHAPE, **_DELTA, "rope_parameters": _QWEN3_5_ROPE},
+        "vision_config": {
+            "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": HIDDEN_SIZE,
+            "patch_size": 4,
+        },
+    }),
+    "LFM2": ("Lfm2", {
+        **SHAPE, "layer_types": ["conv", "full_attention", "conv"], "conv_L_cache": 3,
+        "block_auto_adjust_ff_dim": False,
+    }),
+    "Granite 4 hybrid": ("GraniteMoeHybrid", {
+        **_without("head_dim"), **_mamba(n_heads=4, d_head=16), "layer_types": ["mamba", "attention", "mamba"],
+        "num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 24, "logits_scaling": 4.0,
+    }),
+    "Nemotron-H": ("NemotronH", {  # Mamba-2, attention, experts and an MLP, each in a separate layer
+        **_without("num_hidden_layers"), "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1,
+        "expand": 2, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "chunk_size": 8,
+        "moe_shared_expert_intermediate_size": 24,
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
+    }),
+    "Falcon-H1": ("FalconH1", {  # attention and Mamba-2 in parallel in every layer
+        **SHAPE, **_mamba(n_heads=4, d_head=16, d_ssm=64), "lm_head_multiplier": 0.25,
+    }),
+    "ZAYA1": ("Zaya", {  # full and sliding attention after a convolution in every layer
+        **_without("intermediate_size"), "num_experts": 4, "moe_intermediate_size": 24, "router_hidden_size": 16,
+        "sliding_window": WINDOW, "layer_types": ["hybrid", "hybrid_sliding", "hybrid"],
+    }),
+    "Kimi Linear": ("KimiLinear", {  # low-rank attention and delta-rule states
+        **_without("head_dim"), "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "kv_lora_rank": 16,
+        "num_key_value_heads": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+        "linear_num_heads": 4, "linear_head_dim": 8, "layer_types": _DELTA["layer_types"],
+    }),
+    "DeepSeek-V2": ("DeepseekV2", {
+        **_MLA, **_GROUPED, "q_lora_rank": None, "topk_method": "group_limited_greedy", "first_k_dense_replace": 1,
+    }),
+    "DeepSeek-V3": ("DeepseekV3", {**_MLA, **_GROUPED, "first_k_dense_replace": 1, "rope_parameters": _YARN}),
+    "DeepSeek-V3.2": ("DeepseekV32", {**_MLA, **_GROUPED, **_INDEXER, "first_k_dense_replace": 1}),
+    "Kimi K2.5 with images": ("Kimi_K25", {
+        "text_config": {
+            "model_type": "kimi_k2", **_MLA, **_ROUTED, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+        },
+        "vision_config": {**_VISION, "num_hidden_layers": 1, "pos_emb_height": 4, "pos_emb_width": 4},
+        "projection_hidden_size": 16,
+        "tie_word_embeddings": False,
+    }),
+    "GLM-4.7-Flash": ("Glm4MoeLite", {**_MLA, **_ROUTED, "mlp_layer_types": ["dense", "sparse", "sparse"]}),
+    "GLM-5": ("GlmMoeDsa", {  # one layer chooses the entries for the next one too
+        **_MLA, **_ROUTED, **_INDEXER, "first_k_dense_replace": 1, "indexer_types": ["full", "shared", "full"],
+    }),
+    "Mistral 4": ("Mistral4", {  # queries are scaled by their position
+        **_MLA, **_ROUTED, "rope_parameters": _YARN | {"llama_4_scaling_beta": 0.1},
+    }),
+    "MiniCPM3": ("MiniCPM3", {**_MLA, "scale_emb": 1, "dim_model_base": 8}),
+    "Llama 4": ("Llama4Text", {
+        **SHAPE, "layer_types": ["chunked_attention", "full_attention", "chunked_attention"],
+        "attention_chunk_size": WINDOW, "intermediate_size_mlp": 48, "num_local_experts": 4, "moe_layers": [1],
+        "no_rope_layers": [1, 0, 1],
+    }),
+    "Gemma 4": ("Gemma4Text", {
+        **_TIED, "sliding_window": WINDOW, "use_bidirectional_attention": "vision",
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"], "attention_k_eq_v": True,
+        "global_head_dim": 16, "num_global_key_value_heads": 1, "hidden_size_per_layer_input": 0,
+        "final_logit_softcapping": 3.0,
+    }),
+    "Gemma 4 E2B": ("Gemma4Text", {  # the last layers reuse earlier keys and values; every layer has its own embedding
+        **_TIED, "num_hidden_layers": 4, "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2, "global_head_dim": 16,
+        "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB_SIZE, "final_logit_softcapping": 3.0,
+    }),
+}  # fmt: skip
+"""Family -> the name of its classes in transformers, and the fields of its config."""
 RECURRENT = (
     "Qwen3-Next",
     "Qwen3.5 with images",
@@ -292,6 +195,14 @@ RECURRENT = (
 NEWEST = (*RECURRENT, "DeepSeek-V3.2", "GLM-5")  # families that load with transformers 5.24, and not with 5.17
 
 
+def family_config(family: str) -> Any:
+    """Return a new config of transformers."""
+    import transformers
+
+    name, fields = FAMILIES[family]
+    return getattr(transformers, f"{name}Config")(**copy.deepcopy(fields))
+
+
 def write_family(folder: Path, family: str, seed: int = 0) -> None:
     """Write a model folder with weights from one seeded generator, as the family's own class saves them.
 
@@ -301,10 +212,9 @@ def write_family(folder: Path, family: str, seed: int = 0) -> None:
 
     if family in NEWEST:
         pytest.importorskip("transformers", minversion="5.24")
-    config = FAMILIES[family]()
-    name = type(config).__name__.removesuffix("Config").removesuffix("Text")
+    name = FAMILIES[family][0].removesuffix("Text")
     kind = "ForConditionalGeneration" if "with images" in family else "ForCausalLM"
-    model = getattr(transformers, name + kind)(config)
+    model = getattr(transformers, name + kind)(family_config(family))
     fill(model, seed)
     with torch.no_grad():
         for label, parameter in model.named_parameters():

@@ -21,7 +21,7 @@ from draftsmith.stages.target.config import TargetConfig, check_weights, model_f
 from draftsmith.stages.target.describe import describe
 from draftsmith.stages.target.info import TargetInfo
 from tests.stages.drafters.edits import set_fields
-from tests.testbed.families import FAMILIES, SHAPE, WORDS, write_family
+from tests.testbed.families import FAMILIES, WORDS, family_config, write_family
 from tests.testbed.random_target import fill, save, write_artifact, write_model
 
 WEIGHTS = "model.safetensors"
@@ -72,7 +72,7 @@ def test_a_causal_lm_inside_another_model_is_used(tmp_path: Path) -> None:
     vision = {"model_type": "radio", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     vision |= {"num_attention_heads": 2, "patch_size": 4, "image_size": 16, "max_img_size": 64}
     config = NemotronH_Omni_Reasoning_V3_Config(
-        text_config=FAMILIES["Nemotron-H"](), vision_config=vision | {"video_temporal_patch_size": 2},
+        text_config=family_config("Nemotron-H"), vision_config=vision | {"video_temporal_patch_size": 2},
         projector_hidden_size=16, vision_hidden_size=16, image_token_id=0,
     )  # fmt: skip
     model = NemotronH_Omni_Reasoning_V3(config)
@@ -291,7 +291,7 @@ _FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])  # and their negatives
 
 def mxfp4(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensors, str]:
     """Write four-bit experts like gpt-oss: the first of a byte in the lower bits, and a power of two for 32."""
-    monkeypatch.setitem(SHAPE, "intermediate_size", 64)
+    monkeypatch.setitem(FAMILIES["gpt-oss"][1], "intermediate_size", 64)
     write_family(folder, "gpt-oss")
     generator = torch.Generator().manual_seed(0)
     weights, expected = {}, {}
