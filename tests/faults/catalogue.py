@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from tests.faults import configs, damage, disks, inputs, preload, races, servers, sglang, signals
+from tests.faults import configs, damage, disks, preload, races, servers, sglang, signals
 from tests.faults.scene import Play, Scene, Strike
 
 _ALL = configs.NODES[configs.PLAIN] + configs.NODES[configs.LINE]
@@ -38,8 +38,9 @@ def alone(strike: Strike) -> Play:
 
 
 def faults() -> list[Fault]:
-    strikes = signals.FAULTS | disks.FAULTS | preload.STRIKES | inputs.FAULTS
-    all_faults = [Fault(name, alone(strike), strike, inputs.NODES.get(name, _ALL)) for name, strike in strikes.items()]
+    strikes = signals.FAULTS | disks.FAULTS | preload.STRIKES
+    all_faults = [Fault(name, alone(strike), strike) for name, strike in strikes.items()]
+    all_faults += [Fault(name, alone(strike), strike, damage.READ_BY) for name, strike in damage.INPUTS.items()]
     all_faults += [Fault(name, play, nodes=nodes) for name, (play, nodes) in damage.ARTIFACTS.items()]
     all_faults += [Fault(name, play, nodes=damage.SAVING) for name, play in damage.WORK.items()]
     all_faults += [Fault(name, play, nodes=("prompts",)) for name, play in damage.DATABASES.items()]

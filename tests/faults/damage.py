@@ -1,4 +1,7 @@
-"""Files that a disk has damaged: a flipped bit, a lost end; in artifacts, in unfinished work, in databases."""
+"""Files that a disk has damaged: a flipped bit, a lost end; in artifacts, in unfinished work, in databases.
+
+And files outside the store that somebody changes while a stage reads them.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,8 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.faults.home import Home
-from tests.faults.scene import Play, Scene, TooLate, must
+from tests.faults.home import Ended, Home
+from tests.faults.scene import STARTING, WORKING, Play, Scene, Strike, TooLate, must
 from tests.faults.undisturbed import TIMED
 from tests.faults.watch import until
 
@@ -22,6 +25,8 @@ READER = {
 _DAMAGED = (*READER, "report")
 SAVING = ("heldout", "rollout", "sft", "assisted", "opd", "control")
 """Nodes that save parts of their work in separate files."""
+READ_BY = {"prompts": "prompts.jsonl", "logs": "answers.jsonl"}
+"""Nodes that read files outside the store."""
 Damage = Callable[[Path, random.Random], None]
 
 
@@ -151,6 +156,25 @@ def notes(damage: Damage) -> Play:
     return play
 
 
+def input_replaced(scene: Scene) -> Ended:
+    """Replace an input file by one of other rows; the old one comes back for the next attempt."""
+    path = scene.home.folder / READ_BY[scene.node]
+    content = path.read_bytes()
+    running = scene.start()
+    try:
+        scene.reach(running, (STARTING, WORKING))
+        _replace(path, b"".join(content.splitlines(keepends=True)[:-1]))
+        return scene.check_end(running.wait(), [2], "changed while it was read")
+    finally:
+        _replace(path, content)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    other = path.with_suffix(".other")
+    other.write_bytes(content)
+    other.replace(path)
+
+
 def _mlflow(home: Home) -> Path:
     return home.path / "mlflow.db"
 
@@ -191,3 +215,4 @@ DATABASES: dict[str, Play] = {
     "damaged pages: Prefect's database": database(_prefect, "Prefect", pages),
     "truncated: Prefect's database": database(_prefect, "Prefect", truncate),
 }
+INPUTS: dict[str, Strike] = {"input file replaced": input_replaced}

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 from tests.faults.catalogue import Fault
 from tests.faults.scene import Broken, Scene, TooLate
-from tests.faults.table import Row
 from tests.faults.undisturbed import Undisturbed
 from tests.flows.processes import ROOT
 
@@ -33,6 +32,22 @@ class Case:
     @property
     def name(self) -> tuple[str, str, int]:
         return self.fault.name, self.node, self.number
+
+
+@dataclass(frozen=True)
+class Row:
+    """The result of one fault."""
+
+    fault: str
+    node: str
+    number: int
+    seed: int
+    point: str  # phase of the stage, and share of the undisturbed duration of that phase
+    outcome: str  # "ok", or the defect
+    message: str  # what the command reported about the fault
+    seconds: float
+    commit: str
+    at: str
 
 
 def play(case: Case, seed: int, calm: Undisturbed) -> Row:

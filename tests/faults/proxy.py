@@ -1,13 +1,19 @@
-"""A proxy in front of a real server that spoils what passes: late, half, wrong, or not at all."""
+"""A proxy in front of a real SGLang server that spoils what passes: late, half, wrong, or not at all."""
 
 from __future__ import annotations
 
+import functools
 import re
 import socket
 import threading
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from enum import Enum
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from tests.sglang_cpu.server import running_server, sglang_python
+from tests.testbed import target
 
 _CHUNK = 1 << 16
 _SLOW_S = 2.0  # before each piece of an answer
@@ -105,3 +111,17 @@ class _Connection:
             with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
             end.close()
+
+
+SERVERS = ExitStack()  # closed when the series ends
+
+
+@functools.cache
+def proxy(folder: Path) -> Proxy:
+    """Return the proxy in front of the one server of the series, on the CPU. folder: for the server's log."""
+    python = sglang_python()
+    if isinstance(python, str):
+        raise SystemExit(python)
+    url = SERVERS.enter_context(running_server(python, target.target_folder(), log=folder / "sglang.log"))
+    address = urlsplit(url)
+    return Proxy((str(address.hostname), int(address.port or 0)))

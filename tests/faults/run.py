@@ -24,10 +24,9 @@ from draftsmith.flows.execution.display import format_duration
 from tests.faults.catalogue import faults
 from tests.faults.configs import NODES
 from tests.faults.home import SERVER
-from tests.faults.play import Case, play, play_in_turn
-from tests.faults.served import SERVERS
+from tests.faults.play import Case, Row, play, play_in_turn
+from tests.faults.proxy import SERVERS
 from tests.faults.servers import prefect_server
-from tests.faults.table import Row, table
 from tests.faults.undisturbed import undisturbed
 
 _MOUNTED = "FAULTS_MAY_MOUNT"
@@ -82,6 +81,31 @@ def read_rows(path: Path) -> list[Row]:
 def write_rows(path: Path, rows: Sequence[Row], mode: str = "a") -> None:
     with path.open(mode, encoding="utf-8") as file:
         file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Return a Markdown table without the nodes that no fault has met.
+
+    A cell has the number of runs that ended well, and of all runs if some did not.
+    """
+    met = {row.node for row in rows}
+    nodes = list(dict.fromkeys(node for of_kind in NODES.values() for node in of_kind if node in met))
+    head = ["fault", *nodes, "all"]
+    lines = [head, ["---"] * len(head)]
+    for name in sorted({row.fault for row in rows}):
+        mine = [row for row in rows if row.fault == name]
+        cells = [[row for row in mine if row.node == node] for node in nodes]
+        lines.append([name, *(_cell(cell) for cell in [*cells, mine])])
+    broken = [f"- {r.fault}, {r.node} ({r.point}): {r.outcome}" for r in rows if r.outcome != "ok"]
+    counts = f"{len(rows)} runs, {len(rows) - len(broken)} ended well"
+    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", *broken, counts])
+
+
+def _cell(rows: Sequence[Row]) -> str:
+    if not rows:
+        return ""
+    well = sum(row.outcome == "ok" for row in rows)
+    return str(well) if well == len(rows) else f"{well} of {len(rows)}"
 
 
 def main() -> int:

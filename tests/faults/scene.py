@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from tests.faults.configs import LINE
 from tests.faults.home import Ended, Home, Running
 from tests.faults.undisturbed import MEASURES, TIMED, Undisturbed, arguments
-from tests.faults.watch import StageProcess, Watch, until
+from tests.faults.watch import StageProcess, next_stage, until
 
 STARTING, WORKING, COMMITTING = "starting", "working", "committing"
 _GONE_WITHIN_S = 8.0  # for children to end after their parent
@@ -89,7 +89,7 @@ class Scene:
 
     def stage(self, running: Running) -> StageProcess:
         """Wait for the node's stage process, and return it."""
-        stage = Watch(self.home, running).stage()
+        stage = next_stage(self.home, running)
         if stage is None:
             raise Broken(f"the stage did not start: {running.wait().message}")
         must(stage.artifact == self.artifact, f"{stage.artifact} is made where {self.artifact} was expected")

@@ -10,11 +10,12 @@ import time
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
+from draftsmith.stages.engines.servers.process import free_ports
 from tests.faults.scene import WORKING, Play, Scene, must
 from tests.faults.watch import until
-from tests.testbed.team import free_port
 
 _START_LIMIT_S = 120.0
 _BACK_S = (1.0, 10.0)  # how long it is down
@@ -59,7 +60,7 @@ class Server:
 
 @contextmanager
 def mlflow_server(folder: Path) -> Iterator[Server]:
-    port = free_port()
+    (port,) = free_ports(1)
     stored = ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", f"{folder}/files"]
     command = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1", *stored]
     yield from _running(Server(command, port, "/health", folder))
@@ -67,7 +68,7 @@ def mlflow_server(folder: Path) -> Iterator[Server]:
 
 @contextmanager
 def prefect_server(folder: Path) -> Iterator[Server]:
-    port = free_port()
+    (port,) = free_ports(1)
     command = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port), "--no-ui"]
     yield from _running(Server(command, port, "/api/health", folder))
 
@@ -80,74 +81,61 @@ def _running(server: Server) -> Iterator[Server]:
         server.kill()
 
 
-def _lost(scene: Scene, server: Server, *, back: bool, **variables: str) -> None:
-    """Kill the server while the stage works, and check that the stage loses nothing.
+_KINDS = {
+    "MLflow": (mlflow_server, "MLFLOW_TRACKING_URI", ""),
+    "Prefect": (prefect_server, "PREFECT_API_URL", "/api"),
+}
+"""What starts a server, and the variable that names it and the path of its API."""
 
-    With the server started again, the same command succeeds.
-    """
-    running = scene.start(**variables)
-    scene.reach(running, [WORKING])
-    server.kill()
-    if back:
+
+@contextmanager
+def _serving(kind: str, scene: Scene) -> Iterator[tuple[Server, dict[str, str]]]:
+    """Run a server for the scene's commands. Yields it, and what names it in their environment."""
+    serve, variable, path = _KINDS[kind]
+    with serve(scene.home.folder) as server:
+        yield server, {variable: server.url + path}
+
+
+def lost_for_a_while(kind: str, scene: Scene) -> None:
+    """Kill the server while the stage works, and start it again: the command succeeds."""
+    with _serving(kind, scene) as (server, variables):
+        running = scene.start(**variables)
+        scene.reach(running, [WORKING])
+        server.kill()
         time.sleep(scene.chance.uniform(*_BACK_S))
         server.start()
         scene.finished(running.wait())
-        return
-    ended = running.wait()
-    scene.check_end(ended, [0, 75])
-    must(ended.message, "the lost server was not reported")
-    scene.nothing_left()
-    server.start()
-    again = scene.refresh(**variables)
-    scene.finished(again)
-    must(scene.node not in again.nodes("started"), f"{scene.node} was made again although it was complete")
 
 
-def mlflow_back(scene: Scene) -> None:
-    with mlflow_server(scene.home.folder) as server:
-        _lost(scene, server, back=True, MLFLOW_TRACKING_URI=server.url)
+def lost_for_good(kind: str, scene: Scene) -> None:
+    """Kill the server while the stage works, and check that the stage loses nothing."""
+    with _serving(kind, scene) as (server, variables):
+        running = scene.start(**variables)
+        scene.reach(running, [WORKING])
+        server.kill()
+        ended = scene.check_end(running.wait(), [0, 75])
+        must(ended.message, "the lost server was not reported")
+        scene.nothing_left()
+        server.start()
+        again = scene.refresh(**variables)
+        scene.finished(again)
+        must(scene.node not in again.nodes("started"), f"{scene.node} was made again although it was complete")
 
 
-def mlflow_gone(scene: Scene) -> None:
-    with mlflow_server(scene.home.folder) as server:
-        _lost(scene, server, back=False, MLFLOW_TRACKING_URI=server.url)
-
-
-def prefect_back(scene: Scene) -> None:
-    with prefect_server(scene.home.folder) as server:
-        _lost(scene, server, back=True, PREFECT_API_URL=f"{server.url}/api")
-
-
-def prefect_gone(scene: Scene) -> None:
-    with prefect_server(scene.home.folder) as server:
-        _lost(scene, server, back=False, PREFECT_API_URL=f"{server.url}/api")
-
-
-def mlflow_away(scene: Scene) -> None:
+def away(kind: str, scene: Scene) -> None:
     """Start the refresh while the server is down."""
-    with mlflow_server(scene.home.folder) as server:
+    with _serving(kind, scene) as (server, variables):
         server.kill()
-        scene.check_end(scene.refresh(*_IMPATIENT, MLFLOW_TRACKING_URI=server.url), [75], "MLFLOW_TRACKING_URI")
+        scene.check_end(scene.refresh(*_IMPATIENT, **variables), [75], *variables)
         scene.nothing_left()
         server.start()
-        scene.finished(scene.refresh(MLFLOW_TRACKING_URI=server.url))
-
-
-def prefect_away(scene: Scene) -> None:
-    with prefect_server(scene.home.folder) as server:
-        server.kill()
-        api = f"{server.url}/api"
-        scene.check_end(scene.refresh(*_IMPATIENT, PREFECT_API_URL=api), [75], "PREFECT_API_URL")
-        scene.nothing_left()
-        server.start()
-        scene.finished(scene.refresh(PREFECT_API_URL=api))
+        scene.finished(scene.refresh(**variables))
 
 
 FAULTS: dict[str, Play] = {
-    "MLflow's server lost, then back": mlflow_back,
-    "MLflow's server lost for good": mlflow_gone,
-    "MLflow's server away at the start": mlflow_away,
-    "Prefect's server lost, then back": prefect_back,
-    "Prefect's server lost for good": prefect_gone,
-    "Prefect's server away at the start": prefect_away,
-}
+    f"{kind}'s server {what}": partial(play, kind)
+    for kind in _KINDS
+    for what, play in (
+        ("lost, then back", lost_for_a_while), ("lost for good", lost_for_good), ("away at the start", away),
+    )
+}  # fmt: skip

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from tests.faults.proxy import Mood
+from tests.faults.proxy import Mood, proxy
 from tests.faults.scene import WORKING, Play, Scene, TooLate
-from tests.faults.served import proxy
 
 _SPOILED_S = (0.5, 6.0)
 

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from draftsmith.artifacts.store.local import SHORT
 from draftsmith.stages.runtime.stage import INCONCLUSIVE
-from tests.faults import configs, served
+from tests.faults import configs
 from tests.faults.home import Ended, Home, Running, copied
-from tests.faults.watch import Watch
+from tests.faults.proxy import proxy
+from tests.faults.watch import next_stage
 
 # They show durations, which are not part of the evaluation's content. They are made again whenever it is, and their
 # content may differ between two undisturbed refreshes.
@@ -156,14 +157,16 @@ def remembered(folder: Path, config: str, output: str, kept: Path, starting_s: f
 
 def arguments(kind: str, folder: Path) -> list[str]:
     """Return the command's arguments after the config. With a server, only the rollout is made."""
-    return [*served.urls(folder.parent), "--until", "rollout"] if kind == configs.SERVED else []
+    if kind != configs.SERVED:
+        return []
+    return ["--set", f"rollout.engine.urls=[{proxy(folder.parent).url}]", "--until", "rollout"]
 
 
 def watched(home: Home, running: Running) -> tuple[Ended, dict[str, NodeTimes]]:
     """Follow the command's stages to its end. Return the durations of each, by node."""
     times: list[NodeTimes] = []
     while running.process.poll() is None:
-        stage = Watch(home, running).stage()
+        stage = next_stage(home, running)
         if stage is None:
             break
         started = time.monotonic()

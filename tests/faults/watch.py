@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from tests.faults.home import LIMIT_S, Home, Running
 from tests.flows.processes import alive
@@ -43,56 +46,26 @@ class StageProcess:
         until(lambda: not self.alive)
 
 
-@dataclass(frozen=True)
-class Watch:
-    """Looks for the stages of a command."""
+def next_stage(home: Home, running: Running) -> StageProcess | None:
+    """Wait for the next stage that the command runs; None if the command has ended before."""
+    stages: list[StageProcess] = []
 
-    home: Home
-    running: Running
+    def look() -> bool:
+        with suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(running.process.pid).children():
+                if (artifact := _artifact_of(child)) is not None:
+                    stages.append(StageProcess(home, child.pid, artifact, _files(home.partial_of(artifact))))
+        return bool(stages) or running.process.poll() is not None
 
-    def stage(self) -> StageProcess | None:
-        """Wait for the next stage that runs; None if the command has ended before."""
-        running: list[StageProcess] = []
-
-        def look() -> bool:
-            running.extend(self._stages())
-            return bool(running) or self.running.process.poll() is not None
-
-        until(look)
-        return running[0] if running else None
-
-    def _stages(self) -> list[StageProcess]:
-        return [
-            StageProcess(self.home, pid, artifact, _files(self.home.partial_of(artifact)))
-            for pid in children(self.running.process.pid)
-            if (artifact := _artifact_of(pid)) is not None
-        ]
+    until(look)
+    return stages[0] if stages else None
 
 
-def children(parent: int) -> list[int]:
-    """Return the living direct children of a process."""
-    try:
-        listed = [each.read_text().split() for each in Path(f"/proc/{parent}/task").glob("*/children")]
-    except OSError:  # a thread of it has just ended
-        listed = []
-    if listed:
-        return [int(pid) for pids in listed for pid in pids if alive(int(pid))]
-    living = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            status = (folder / "stat").read_text().rpartition(")")[2].split()
-        except OSError:  # it has just ended
-            continue
-        if int(status[1]) == parent and status[0] not in ("Z", "X"):
-            living.append(int(folder.name))
-    return living
-
-
-def _artifact_of(pid: int) -> str | None:
+def _artifact_of(process: psutil.Process) -> str | None:
     """Return the artifact that a stage process makes, from the name of its request; None for any other process."""
     try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
-    except OSError:
+        words = process.cmdline()
+    except psutil.Error:  # it has just ended
         return None
     if "draftsmith.stages" not in words:
         return None

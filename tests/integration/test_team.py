@@ -119,7 +119,6 @@ def form(servers: Team, deployment: str, folder: Path) -> str:
             if "Seconds Each" in text and HELP in text:
                 break
             time.sleep(0.1)
-        page.screenshot(folder / "form.png")
     return text
 
 

@@ -1,4 +1,4 @@
-"""Drives Debian's headless Chromium by the DevTools protocol: screenshots, PDFs and console messages of a page."""
+"""Drives Debian's headless Chromium by the DevTools protocol: scripts, PDFs and console messages of a page."""
 
 from __future__ import annotations
 
@@ -44,9 +44,8 @@ class Browser:
     def call(self, method: str, **params: Any) -> dict[str, Any]:
         number = next(self._numbers)
         message = {"id": number, "method": method, "params": params}
-        os.write(
-            self.write, json.dumps(message | ({"sessionId": self.session} if self.session else {})).encode() + b"\0"
-        )
+        message |= {"sessionId": self.session} if self.session else {}
+        os.write(self.write, json.dumps(message).encode() + b"\0")
         while (answer := self._message()).get("id") != number:
             self._event(answer)
         if "error" in answer:
@@ -54,13 +53,12 @@ class Browser:
         result: dict[str, Any] = answer["result"]
         return result
 
-    def open(self, url: str, *, width: int, height: int = 900, dark: bool = False, media: str = "") -> None:
+    def open(self, url: str, *, width: int, dark: bool = False, media: str = "") -> None:
         """Load a page on a screen of this many CSS pixels. media: `print` to see it as on paper."""
         self.complaints.clear()
         self.requested.clear()
-        self.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
-        )
+        screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+        self.call("Emulation.setDeviceMetricsOverride", **screen)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", media=media, features=[scheme])
         self._events.clear()
@@ -74,21 +72,13 @@ class Browser:
             raise BrowserError(f"{expression}: {found['exceptionDetails']}")
         return found["result"].get("value")
 
-    def screenshot(self, path: Path) -> None:
-        """Write a screenshot of the whole page."""
-        size = self.call("Page.getLayoutMetrics")["cssContentSize"]
-        clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
-        data = self.call("Page.captureScreenshot", format="png", clip=clip, captureBeyondViewport=True)["data"]
-        path.write_bytes(base64.b64decode(data))
-
     def press(self, key: str, code: int) -> None:
         for kind in ("rawKeyDown", "keyUp"):
             self.call("Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=code)
 
     def pdf(self) -> bytes:
-        return base64.b64decode(
-            self.call("Page.printToPDF", printBackground=True, paperWidth=8.27, paperHeight=11.7)["data"]
-        )
+        page = self.call("Page.printToPDF", printBackground=True, paperWidth=8.27, paperHeight=11.7)
+        return base64.b64decode(page["data"])
 
     # -- inside --------------------------------------------------------------------------------------------------
 

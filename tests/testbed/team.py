@@ -8,7 +8,6 @@ import os
 import pwd
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,10 +20,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from draftsmith.stages.engines.servers.process import free_ports
 from tests.flows.processes import ROOT, wait_until
+from tests.testbed.s3 import bucket
 
 POOL, BUCKET = "team", "mlflow"
-_KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")  # which the servers have, and their clients have not
 
 
 def postgres_programs() -> Path | None:
@@ -32,12 +33,6 @@ def postgres_programs() -> Path | None:
     found = [str(path) for path in sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))]
     found += filter(None, [shutil.which("initdb")])
     return Path(found[-1]).resolve().parent if found else None
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def ask(url: str, body: Any = None, method: str | None = None) -> Any:
@@ -76,12 +71,12 @@ def team(folder: Path) -> Iterator[Team]:
         database = stack.enter_context(_postgres())
         called: list[dict[str, Any]] = []
         webhook = stack.enter_context(_webhook(called))
-        s3, mlflow, prefect = (f"http://127.0.0.1:{free_port()}" for _ in range(3))
+        mlflow, prefect = (f"http://127.0.0.1:{port}" for port in free_ports(2))
+        stack.enter_context(bucket(BUCKET))
         plain = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
-        plain |= {"no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1", "HOME": str(folder), **_KEYS}
+        plain |= {"no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1", "HOME": str(folder)}
         script = Path(sys.executable).parent
         run = _Running(folder, stack)
-        run("s3", [script / "moto_server", "-H", "127.0.0.1", "-p", _port(s3)], plain)
         bus = {
             "PREFECT_HOME": str(folder / "prefect"),
             "DO_NOT_TRACK": "1",
@@ -94,16 +89,12 @@ def team(folder: Path) -> Iterator[Team]:
             "PREFECT_UI_URL": prefect,  # what a webhook links to
         }
         run("prefect", [script / "prefect", "server", "start", "--port", _port(prefect)], plain | bus | serving)
-        wait_until(lambda: _answers(s3), "the S3 stand-in answers")
-        _bucket(s3)
         runs = database("mlflow").replace("postgresql", "postgresql+psycopg2", 1)
         tracking = ["--backend-store-uri", runs, "--artifacts-destination", f"s3://{BUCKET}"]
         run(
             "mlflow",
             [script / "mlflow", "server", *tracking, "--port", _port(mlflow), "--workers", "1"],
-            plain
-            | {"MLFLOW_S3_ENDPOINT_URL": s3, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-            | {"MLFLOW_DISABLE_TELEMETRY": "true"},
+            plain | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"},
         )
         without_keys = {name: value for name, value in plain.items() if name not in _KEYS}
         environment = without_keys | bus | {
@@ -117,7 +108,7 @@ def team(folder: Path) -> Iterator[Team]:
         ask(f"{prefect}/api/work_pools/", {"name": POOL, "type": "process"})
         run("worker", [script / "prefect", "worker", "start", "--pool", POOL, "--type", "process"], environment)
         wait_until(lambda: _answers(f"{mlflow}/health"), "MLflow's server answers", limit_s=120)
-        yield Team(folder, prefect, mlflow, s3, webhook, environment, called)
+        yield Team(folder, prefect, mlflow, plain["AWS_ENDPOINT_URL"], webhook, environment, called)
 
 
 class _Running:
@@ -148,23 +139,17 @@ def _postgres() -> Iterator[Callable[[str], str]]:
     programs = postgres_programs()
     assert programs is not None
     user = pwd.getpwnam("postgres").pw_name if os.getuid() == 0 else None
-    folder, port = Path(tempfile.mkdtemp(prefix="draftsmith-postgres-")), free_port()
+    folder, (port,) = Path(tempfile.mkdtemp(prefix="draftsmith-postgres-")), free_ports(1)
     if user is not None:
         shutil.chown(folder, user)
     options: dict[str, Any] = {"user": user, "cwd": folder, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     server = None
     try:
-        initialise: list[str | Path] = [
-            programs / "initdb",
-            "-D",
-            folder / "data",
-            "-U",
-            "team",
-            "-A",
-            "trust",
-            "--no-sync",
-        ]
-        subprocess.run(initialise, check=True, **options)
+        subprocess.run(
+            [programs / "initdb", "-D", folder / "data", "-U", "team", "-A", "trust", "--no-sync"],
+            check=True,
+            **options,
+        )
         settings = ["-c", "fsync=off", "-c", "listen_addresses=127.0.0.1", "-c", f"unix_socket_directories={folder}"]
         server = subprocess.Popen(
             [programs / "postgres", "-D", folder / "data", "-p", str(port), *settings],
@@ -204,10 +189,6 @@ def _webhook(called: list[dict[str, Any]]) -> Iterator[str]:
         yield f"http://127.0.0.1:{server.server_port}/told"
     finally:
         server.shutdown()
-
-
-def _bucket(s3: str) -> None:
-    urllib.request.urlopen(urllib.request.Request(f"{s3}/{BUCKET}", method="PUT"), timeout=10).close()
 
 
 def _port(url: str) -> str:

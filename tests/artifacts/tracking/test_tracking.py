@@ -30,9 +30,9 @@ from draftsmith.artifacts.tracking import terms as mlflow_terms
 from draftsmith.artifacts.tracking.refresh_runs import describe_misplaced_files
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.artifacts.tracking.terms import flatten
+from draftsmith.stages.engines.servers.process import free_ports
 from tests.testbed.artifacts import committed
 from tests.testbed.databases import give_databases
-from tests.testbed.team import free_port
 
 pytestmark = pytest.mark.integration
 KEY = "ab" * 32
@@ -240,7 +240,7 @@ def silent() -> Iterator[int]:
 def test_an_unusable_tracking_uri_is_one_clear_error_within_seconds(
     uri: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, not_mlflow: int, silent: int
 ) -> None:
-    places = {"closed": free_port(), "folder": tmp_path, "not_mlflow": not_mlflow, "silent": silent}
+    places = {"closed": free_ports(1)[0], "folder": tmp_path, "not_mlflow": not_mlflow, "silent": silent}
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.format(**places))
     started = time.monotonic()
     with pytest.raises(DraftsmithError, match=rf"MLFLOW_TRACKING_URI .*{why}.*unset it to use SQLite") as caught:
