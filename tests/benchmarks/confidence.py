@@ -7,7 +7,6 @@ a replay.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -87,17 +86,11 @@ def measure(made: DrafterArtifacts, answers: Path, heldout: Path, steps: int, fo
     }
 
 
-def parse() -> argparse.Namespace:
-    options = harness.parser(__doc__)
-    harness.add_clock(options)
-    options.add_argument("--steps", type=int, nargs="+", default=[50, 500], help="of training")
-    return options.parse_args()
-
-
 def main() -> None:
-    options = parse()
-    harness.set_process(options)
-    harness.set_clock(options.cpu_time)
+    parser = harness.parser(__doc__)
+    harness.add_clock(parser)
+    parser.add_argument("--steps", type=int, nargs="+", default=[50, 500], help="of training")
+    options = harness.parsed(parser)
     made, rows = drafter_artifacts(target_folder(), prompts_file()), []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -110,7 +103,7 @@ def main() -> None:
             answers = answers_of(made, prompts.out, temperature, folder / f"answers-{temperature}")
             for steps in options.steps:
                 rows.append(measure(made, *answers, steps, folder / f"sft-{temperature}-{steps}"))
-                harness.print_table("confidence", list(rows[0]), [list(row.values()) for row in rows])
+                harness.print_rows("confidence", rows)
     harness.report("confidence", {"rows": rows}, options)
 
 

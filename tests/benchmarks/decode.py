@@ -119,9 +119,7 @@ def main() -> None:
     options.add_argument("--batches", type=int, nargs="+", default=[1, 8, 16])
     options.add_argument("--new-tokens", type=int, default=33)
     options.add_argument("--prompt-tokens", type=int, nargs=2, default=[64, 128], metavar=("SHORTEST", "LONGEST"))
-    chosen = options.parse_args()
-    harness.set_process(chosen)
-    harness.set_clock(chosen.cpu_time)
+    chosen = harness.parsed(options)
     target, model = load_models(chosen.target or harness.smollm2_folder())
     rows = []
     for batch in chosen.batches:

@@ -45,22 +45,20 @@ def add_target(options: argparse.ArgumentParser) -> None:
 
 
 def add_clock(options: argparse.ArgumentParser) -> None:
-    """Add the option that counts CPU time instead of seconds."""
+    """Add the option that counts CPU time instead of seconds; of several threads it is their sum."""
     options.add_argument("--cpu-time", action="store_true", help="of the process, for a machine that is shared")
 
 
-def set_clock(cpu_time: bool) -> None:
-    """Use CPU time, also where a stage or an engine measures itself; of several threads it is their sum."""
-    if cpu_time:
-        time.perf_counter = time.process_time
-
-
-def set_process(options: argparse.Namespace) -> None:
-    """Set the number of threads, if one is given; keep freed memory as a stage's process does."""
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Return the options of the command line; the process has threads, clock and memory as they say."""
+    options = parser.parse_args()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     if not options.usual_malloc:
-        keep_freed_memory()
+        keep_freed_memory()  # as a stage's process does
+    if getattr(options, "cpu_time", False):  # also where a stage or an engine measures itself
+        time.perf_counter = time.process_time
+    return options
 
 
 def load_target(folder: Path | None) -> Target:

@@ -38,7 +38,7 @@ from draftsmith.stages.replay.trace import AcceptanceStats
 from draftsmith.stages.target.causal_lm import Target
 from tests.benchmarks import harness
 from tests.testbed.context import RecordingContext
-from tests.testbed.drafter import TINY, drafter_artifacts
+from tests.testbed.drafter import ANSWER_TOKENS, drafter_artifacts
 from tests.testbed.eagle3 import trained_eagle3
 from tests.testbed.target import prompts_file, target_folder
 
@@ -49,7 +49,7 @@ FEWEST_ANSWERS = 8  # of a turn
 def drafter_folders() -> tuple[dict[str, Path], dict[str, Path]]:
     """Return the inputs of an evaluation, and arm -> artifact of three drafters: one good, one weak, one EAGLE-3."""
     made = drafter_artifacts(target_folder(), prompts_file())
-    weak = drafter_artifacts(target_folder(), prompts_file(), replace(TINY, name="weak", steps=100))
+    weak = drafter_artifacts(target_folder(), prompts_file(), steps=100)
     drafters = {"dflash": made.drafter, "weak": weak.drafter, "eagle3": trained_eagle3(made)}
     return {"target": made.target, "prompts": made.prompts, "trajectories": made.heldout}, drafters
 
@@ -162,11 +162,9 @@ def row(point: LoadPoint, runs: Mapping[Cell, EndlessRun]) -> dict[str, Any]:
 def main() -> None:
     options = harness.parser(__doc__, repetitions=8)
     harness.add_clock(options)
-    chosen = options.parse_args()
-    harness.set_process(chosen)
-    harness.set_clock(chosen.cpu_time)
+    chosen = harness.parsed(options)
     inputs, folders = drafter_folders()
-    config = EvaluationConfig.model_validate({"sampling": {"max_new_tokens": TINY.max_new_tokens}})
+    config = EvaluationConfig.model_validate({"sampling": {"max_new_tokens": ANSWER_TOKENS}})
     target = Target.load(inputs["target"])
     drafters = {arm: load_drafter(path / DRAFTER_FOLDER, target) for arm, path in folders.items()}
     answers = load_trajectories(inputs["trajectories"], ["heldout"]).trajectories

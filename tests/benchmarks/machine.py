@@ -43,8 +43,7 @@ def peak_rate(dtype: torch.dtype, repetitions: int = 5) -> float:
 
 
 def main() -> None:
-    options = harness.parser(__doc__, repetitions=5).parse_args()
-    harness.set_process(options)
+    options = harness.parsed(harness.parser(__doc__, repetitions=5))
     products = []
     for name, (k, n) in MAPS.items():
         for rows in ROWS:

@@ -10,7 +10,6 @@ times: it draws answers, and walks through each with the drafter that it serves.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import math
 from collections.abc import Sequence
@@ -183,8 +182,7 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=1000, help="simulations of each case")
     parser.add_argument("--dtype", default="bfloat16", help="of the replay")
     parser.add_argument("--other-dtype", default="float32", help="of the steps whose rounding is compared")
-    options: argparse.Namespace = parser.parse_args()
-    harness.set_process(options)
+    options = harness.parsed(parser)
     target, other = (Target.load(options.target, dtype=dtype) for dtype in (options.dtype, options.other_dtype))
     trajectories = [t for folder in options.trajectories for t in load_trajectories(folder).trajectories]
     drafter = load_drafter(options.drafter / DRAFTER_FOLDER, target)

@@ -7,7 +7,6 @@ replayed as for greedy answers; `of a step` divides the time beyond the target's
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -78,20 +77,14 @@ def measure(
     }
 
 
-def parse() -> argparse.Namespace:
-    options = harness.parser(__doc__)
-    harness.add_target(options)
-    harness.add_clock(options)
-    options.add_argument("--trajectories", type=int, default=8, help="how many")
-    options.add_argument("--tokens", type=int, default=128, help="tokens of each")
-    options.add_argument("--block-size", type=int, default=8)
-    return options.parse_args()
-
-
 def main() -> None:
-    options = parse()
-    harness.set_process(options)
-    harness.set_clock(options.cpu_time)
+    parser = harness.parser(__doc__)
+    harness.add_target(parser)
+    harness.add_clock(parser)
+    parser.add_argument("--trajectories", type=int, default=8, help="how many")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens of each")
+    parser.add_argument("--block-size", type=int, default=8)
+    options = harness.parsed(parser)
     target = harness.load_target(options.target)
     trajectories = make_trajectories(options.trajectories, options.tokens, target.info.vocab_size)
     rows = [

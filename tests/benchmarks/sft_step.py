@@ -20,7 +20,6 @@ the time that the step would take alone, but for caches and memory that are shar
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -244,20 +243,14 @@ def measure(steps: dict[str, Step], repetitions: int) -> list[dict[str, Any]]:
     return rows
 
 
-def parse() -> argparse.Namespace:
-    options = harness.parser(__doc__, repetitions=5)
-    harness.add_target(options)
-    options.add_argument("--sequences", type=int, default=4)
-    options.add_argument("--anchors", type=int, default=16, help="a sequence")
-    options.add_argument("--arms", nargs="+", help="beginnings of the names of those to measure; left out: all")
-    harness.add_clock(options)
-    return options.parse_args()
-
-
 def main() -> None:
-    options = parse()
-    harness.set_process(options)
-    harness.set_clock(options.cpu_time)
+    parser = harness.parser(__doc__, repetitions=5)
+    harness.add_target(parser)
+    parser.add_argument("--sequences", type=int, default=4)
+    parser.add_argument("--anchors", type=int, default=16, help="a sequence")
+    parser.add_argument("--arms", nargs="+", help="beginnings of the names of those to measure; left out: all")
+    harness.add_clock(parser)
+    options = harness.parsed(parser)
     world = make_world(harness.load_target(options.target), options.sequences)
     wanted = ("SFT", *(options.arms or ARMS))
     arms = {name: fields for name, fields in ARMS.items() if name.startswith(wanted)}

@@ -28,19 +28,6 @@ from tests.testbed.drafter import drafter_artifacts
 ABSENT, OFF, ON = "absent", "installed, off", "installed, on"
 
 
-def tiny_prompts(model: Path, count: int) -> list[list[int]]:
-    """Return prompts that the tiny target was not trained on, in its chat template."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    return [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": example.prompt}], add_generation_prompt=True, return_dict=False
-        )
-        for example in target.fresh_prompts(count)
-    ]
-
-
 @contextmanager
 def cpu_servers(logs: Path) -> Iterator[tuple[str, str, Path]]:
     """Start servers; yield their URLs without and with the plug-in, and the folder of the model that both serve."""
@@ -126,7 +113,7 @@ def main() -> None:
             prompts = [json.loads(line) for line in chosen.prompts.read_text().splitlines()][: chosen.requests]
         else:
             without, installed, model = stack.enter_context(cpu_servers(Path(logs)))
-            prompts = tiny_prompts(model, chosen.requests)
+            prompts = target.fresh_prompt_ids(model, chosen.requests)
         for concurrency in chosen.concurrency:
             arms = {
                 name: arm(url, prompts, chosen.new_tokens, concurrency, traced)

@@ -144,8 +144,7 @@ def main() -> None:
     options.add_argument("--tokens", type=int, default=1_000, help="of an answer")
     options.add_argument("--per-step", type=int, default=21, help="answers in a step")
     options.add_argument("--ranks", type=int, nargs="+", default=[1, 8])
-    chosen = options.parse_args()
-    harness.set_process(chosen)
+    chosen = harness.parsed(options)
     with tempfile.TemporaryDirectory(prefix="draftsmith-step-data-") as name:
         folder = Path(name)
         write_tables(folder, chosen.answers, chosen.tokens)

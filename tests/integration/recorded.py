@@ -26,16 +26,10 @@ class Reference:
     """The target in transformers, float32."""
 
     def __init__(self, model: Path):
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
 
         self._model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        self.prompts: list[list[int]] = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": example.prompt}], add_generation_prompt=True, return_dict=False
-            )
-            for example in target.fresh_prompts(24)
-        ]
+        self.prompts = target.fresh_prompt_ids(model, 24)
 
     @torch.no_grad()
     def _logits(self, tokens: list[int]) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from pathlib import Path
@@ -29,12 +28,6 @@ pytestmark = [pytest.mark.integration, pytest.mark.sglang, pytest.mark.timeout(1
 MAX_NEW, PROMPTS = 32, 6
 
 
-def inputs(made: DrafterArtifacts, **changes: Path) -> dict[str, Path]:
-    return {
-        "target": made.target, "prompts": made.prompts, "trajectories": made.heldout, "sft": made.drafter, **changes,
-    }  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def config(sglang_env: Path) -> EvaluationConfig:
     launch = {"options": CPU_OPTIONS, "environment": CPU_ENVIRONMENT}
@@ -54,15 +47,15 @@ def evaluated(
     """Interrupted after the run without a drafter, then run to its end."""
     folder = tmp_path_factory.mktemp("evaluation")
     with pytest.raises(StageInterrupted):
-        STAGE.run(StoppingContext.under(folder, inputs(tiny_drafter), stop_after=1, unit="timed runs"), config)
-    ctx = RecordingContext.under(folder, inputs(tiny_drafter))
+        STAGE.run(StoppingContext.under(folder, tiny_drafter.to_evaluate(), stop_after=1, unit="timed runs"), config)
+    ctx = RecordingContext.under(folder, tiny_drafter.to_evaluate())
     STAGE.run(ctx, config)
     return ctx
 
 
 @pytest.fixture
 def metrics(evaluated: RecordingContext) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((evaluated.out / "evaluation.json").read_text())
+    content: dict[str, Any] = evaluated.json("evaluation.json")
     return content
 
 
@@ -114,7 +107,7 @@ def test_a_target_with_another_cache_is_judged_by_its_own_steps(
     """Keys and values are rounded to bfloat16, everything else is computed in float32."""
     fields = config.model_dump(mode="json", exclude_unset=True) | {"concurrency": [4], "speed_prompts": 2}
     fields["engine"]["launch"]["options"] = {**CPU_OPTIONS, "kv-cache-dtype": "bfloat16"}
-    ctx = RecordingContext.under(tmp_path, inputs(tiny_drafter))
+    ctx = RecordingContext.under(tmp_path, tiny_drafter.to_evaluate())
     STAGE.run(ctx, EvaluationConfig.model_validate(fields))
     found = EvaluationResult.read(ctx.out)
     difference, sft, parity = found.target_difference, found.drafters["sft"], (found.parity or {})["sft"]
@@ -143,7 +136,7 @@ def test_steps_of_another_drafter_are_refused(
 ) -> None:
     """Replay with another checkpoint than the servers had: their answers stay as they are."""
     shutil.copytree(evaluated.work, tmp_path / "work", ignore=shutil.ignore_patterns("replayed"))
-    ctx = RecordingContext.under(tmp_path, inputs(tiny_drafter, sft=other))
+    ctx = RecordingContext.under(tmp_path, tiny_drafter.to_evaluate(sft=other))
     reason = "verify steps served by the engine differ from replay"
     with pytest.raises(DraftsmithError, match=f"^evaluation: drafter sft: .*{reason}.*Check rotary settings") as caught:
         STAGE.run(ctx, config)

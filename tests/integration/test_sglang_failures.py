@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import pytest
 from draftsmith.artifacts.errors import RetryableError
 from draftsmith.artifacts.tables.parquet import read_table
 from draftsmith.artifacts.tables.schemas import TIMINGS, TRACE, TRAJECTORIES
-from draftsmith.stages.engines.stage import STAGE, RolloutConfig
+from draftsmith.stages.engines.stage import STAGE
 from tests.sglang_cpu.options import CPU_ENVIRONMENT, CPU_OPTIONS
 from tests.stages.engines.stand_ins import living
 from tests.testbed.context import StoppingContext
@@ -28,28 +28,20 @@ pytestmark = [pytest.mark.sglang, pytest.mark.integration]
 PROMPTS, KILLED_AFTER = 40, 6
 
 
-def settings(engine: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "splits": ["heldout"],
-        "prompts": PROMPTS,
-        "sampling": {"max_new_tokens": 100},
-        "engine": engine,
-        "rows_per_shard": 4,
-    }
+def roll_out(ctx: StoppingContext, engine: dict[str, Any]) -> None:
+    sampling = {"max_new_tokens": 100}
+    ctx.run(STAGE, splits=["heldout"], prompts=PROMPTS, sampling=sampling, engine=engine, rows_per_shard=4)
 
 
-def launched(python: Path, **fields: Any) -> dict[str, Any]:
-    launch = {"options": CPU_OPTIONS, "environment": CPU_ENVIRONMENT}
-    return {"kind": "sglang", "python": str(python), "launch": launch, "concurrency": 2, **fields}
-
-
-def inputs(made: DrafterArtifacts) -> dict[str, Path]:
-    return {"target": made.target, "prompts": made.prompts, "drafter": made.drafter}
+def launched(python: Path, environment: Mapping[str, str] = CPU_ENVIRONMENT, **launch: Any) -> dict[str, Any]:
+    fields = {"options": CPU_OPTIONS, "environment": environment, **launch}
+    return {"kind": "sglang", "python": str(python), "launch": fields, "concurrency": 2}
 
 
 def context(folder: Path, made: DrafterArtifacts, act: Callable[[], None] | None = None) -> StoppingContext:
     """With `act`, done when so many answers are there."""
-    return StoppingContext.under(folder, inputs(made), stop_after=KILLED_AFTER if act else None, act=act)
+    inputs = {"target": made.target, "prompts": made.prompts, "drafter": made.drafter}
+    return StoppingContext.under(folder, inputs, stop_after=KILLED_AFTER if act else None, act=act)
 
 
 def kill_leader(folder: Path) -> None:
@@ -77,7 +69,7 @@ def result(folder: Path) -> list[list[dict[str, Any]]]:
 def expected(tiny_drafter: DrafterArtifacts, tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
     """What the embedded engine makes of it."""
     ctx = context(tmp_path_factory.mktemp("embedded"), tiny_drafter)
-    STAGE.run(ctx, RolloutConfig.model_validate(settings({"kind": "embedded"})))
+    roll_out(ctx, {"kind": "embedded"})
     return result(ctx.out)
 
 
@@ -96,16 +88,15 @@ def test_the_last_server_killed_is_worth_a_retry_which_asks_only_for_what_is_mis
 ) -> None:
     """The rerun asks a server that is there already: engines may be exchanged in the middle of a rollout."""
     servers = tmp_path / "work" / "servers"
-    config = RolloutConfig.model_validate(settings(launched(sglang_env)))
     first = context(tmp_path, tiny_drafter, lambda: kill_leader(servers))
     with pytest.raises(RetryableError, match=r"was killed \(SIGKILL\)") as caught:
-        STAGE.run(first, config)
+        roll_out(first, launched(sglang_env))
     assert str(servers / "sglang-0.log") in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not living(servers)
     before = generated(sglang_logs / "dflash.log")
     last = context(tmp_path, tiny_drafter)
-    STAGE.run(last, RolloutConfig.model_validate(settings({"kind": "sglang", "urls": [dflash_url]})))
+    roll_out(last, {"kind": "sglang", "urls": [dflash_url]})
     kept = first.progressed[-1][0]
     assert KILLED_AFTER <= kept < PROMPTS
     assert any(line.startswith(f"{kept} answers of an earlier attempt kept") for line in last.logs)

@@ -5,7 +5,6 @@ Mining replays what was served, and a diagnosis finds which drafter it was. The 
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import subprocess
@@ -30,11 +29,9 @@ from draftsmith.stages.engines.kinds import open_servers
 from draftsmith.stages.engines.servers.identity import ServedTarget, check_weights
 from draftsmith.stages.engines.servers.requirements import server_requirements
 from draftsmith.stages.engines.sglang.handshake import served_logprobs, verifies_greedily
-from draftsmith.stages.engines.stage import STAGE, RolloutConfig
+from draftsmith.stages.engines.stage import STAGE
 from draftsmith.stages.evaluation.diagnosis import STAGE as DIAGNOSIS
-from draftsmith.stages.evaluation.diagnosis import DiagnosisConfig
 from draftsmith.stages.replay.stage import STAGE as MINING
-from draftsmith.stages.replay.stage import MiningConfig
 from draftsmith.stages.target.info import read_target_info
 from tests.sglang_cpu.fixtures import ServingTarget
 from tests.stages.drafters.edits import with_another_mask
@@ -49,10 +46,8 @@ LOGPROB_TOLERANCE = 1e-4  # nats, float32
 
 def roll_out(folder: Path, made: DrafterArtifacts, engine: dict[str, Any], *, drafter: bool) -> RecordingContext:
     inputs = {"target": made.target, "prompts": made.prompts, **({"drafter": made.drafter} if drafter else {})}
-    ctx = RecordingContext.under(folder, inputs)
     fields = {"splits": ["heldout"], "prompts": 30, "sampling": {"max_new_tokens": 128}, "engine": engine}
-    STAGE.run(ctx, RolloutConfig.model_validate(fields))
-    return ctx
+    return RecordingContext.under(folder, inputs).run(STAGE, **fields)
 
 
 def rows(ctx: RecordingContext, name: str, schema: TableSchema, *without: str) -> list[dict[str, Any]]:
@@ -92,12 +87,11 @@ def test_assisted_answers_and_verify_steps_are_the_embedded_engines(
     assert len(recorded) == sum(counted[1]) > 200
     assert all(len(row["target_logprobs"]) == 7 and max(row["target_logprobs"]) <= 0 for row in recorded)
     assert theirs.summaries["tau"] == ours.summaries["tau"] > 3
-    traced = json.loads((theirs.out / "trace.json").read_text())
+    traced = theirs.json("trace.json")
     assert (traced["engine"].split()[0], traced["temperature"]) == ("sglang", 0)
 
-    mining = RecordingContext.under(tmp_path / "mining", {**theirs.inputs, "trajectories": theirs.out})
-    MINING.run(mining, MiningConfig())
-    parity = json.loads((mining.out / "summary.json").read_text())["parity"]
+    mining = RecordingContext.under(tmp_path / "mining", {**theirs.inputs, "trajectories": theirs.out}).run(MINING)
+    parity = mining.json("summary.json")["parity"]
     assert (parity["served_steps"], parity["different_steps"], parity["tau_difference"]) == (len(recorded), 0, 0)
     assert parity["largest_logprob_difference"] < 1e-3
 
@@ -162,10 +156,7 @@ def test_servers_of_something_else_are_refused(
     tmp_path: Path, tiny_drafter: DrafterArtifacts, plain_artifact: Path, plain_url: str, dflash_url: str
 ) -> None:
     drafter = tiny_drafter.drafter / DRAFTER_FOLDER
-    other = tmp_path / "other"
-    other.mkdir()
-    for file in drafter.iterdir():
-        (other / file.name).write_bytes(file.read_bytes())
+    other = Path(shutil.copytree(drafter, tmp_path / "other"))
     weights = bytearray((other / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (other / "model.safetensors").write_bytes(weights)
@@ -233,9 +224,9 @@ def test_the_diagnosis_of_a_server(
     results = {}
     for folder in (serving_target.drafter, other):
         inputs = {"target": tiny_drafter.target, "prompts": tiny_drafter.prompts}
-        ctx = RecordingContext.under(tmp_path / f"of-{folder.name}", inputs)
         config = {"prompts": 6, "sampling": {"max_new_tokens": 32}, "max_parity_mismatch": 0.02}
-        DIAGNOSIS.run(ctx, DiagnosisConfig.model_validate({"url": dflash_url, "drafter": str(folder), **config}))
+        ctx = RecordingContext.under(tmp_path / f"of-{folder.name}", inputs)
+        ctx.run(DIAGNOSIS, url=dflash_url, drafter=str(folder), **config)
         results[folder] = DiagnosisResult.read(ctx.out).to_json()
     assert results[serving_target.drafter]["agrees"], results
     assert results[serving_target.drafter]["as_it_is"]["mismatch"] <= 0.02

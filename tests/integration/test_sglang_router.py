@@ -11,7 +11,6 @@ import pytest
 
 from draftsmith.artifacts.tables.parquet import read_table
 from draftsmith.artifacts.tables.schemas import TRAJECTORIES
-from draftsmith.stages.engines.stage import STAGE, RolloutConfig
 from tests.integration.test_sglang_failures import (  # noqa: F401  (a fixture)
     PROMPTS,
     _command_line,
@@ -19,9 +18,9 @@ from tests.integration.test_sglang_failures import (  # noqa: F401  (a fixture)
     expected,
     launched,
     result,
-    settings,
+    roll_out,
 )
-from tests.sglang_cpu.options import CPU_ENVIRONMENT, CPU_OPTIONS
+from tests.sglang_cpu.options import CPU_ENVIRONMENT
 from tests.stages.engines.stand_ins import living
 from tests.testbed.drafter import DrafterArtifacts
 
@@ -31,11 +30,6 @@ pytestmark = [pytest.mark.sglang, pytest.mark.integration]
 def servers_of(folder: Path) -> list[int]:
     """Main processes of the servers that were started there."""
     return [pid for pid in living(folder) if os.getpgid(pid) == pid and b"launch_server" in _command_line(pid)]
-
-
-def engine(python: Path, environment: dict[str, str], **launch: Any) -> dict[str, Any]:
-    config = launched(python)
-    return {**config, "launch": {"options": CPU_OPTIONS, "environment": {**CPU_ENVIRONMENT, **environment}, **launch}}
 
 
 def test_a_server_that_dies_behind_a_router_costs_no_answer(
@@ -50,8 +44,7 @@ def test_a_server_that_dies_behind_a_router_costs_no_answer(
         os.kill(servers[0], signal.SIGKILL)
 
     ctx = context(tmp_path, tiny_drafter, kill_one)
-    two = engine(sglang_env, {}, servers=2, router="cache_aware")
-    STAGE.run(ctx, RolloutConfig.model_validate(settings(two)))
+    roll_out(ctx, launched(sglang_env, servers=2, router="cache_aware"))
     assert result(ctx.out) == expected
     assert any("routes to 2 servers" in line for line in ctx.logs)
     assert any("was killed (SIGKILL)" in line for line in ctx.logs)
@@ -65,8 +58,7 @@ def test_replicas_inside_a_server_share_a_rollout(
     expected: list[list[dict[str, Any]]],  # noqa: F811
 ) -> None:
     ctx = context(tmp_path, tiny_drafter)
-    two = engine(sglang_env, {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}, data_parallel=2)
-    STAGE.run(ctx, RolloutConfig.model_validate(settings(two)))
+    roll_out(ctx, launched(sglang_env, {**CPU_ENVIRONMENT, "SGLANG_CPU_OMP_THREADS_BIND": "0|1"}, data_parallel=2))
     assert result(ctx.out) == expected
     assert len(read_table(ctx.out / "trajectories.parquet", TRAJECTORIES)) == PROMPTS
     log = (ctx.work / "servers" / "sglang-0.log").read_text("utf-8", errors="replace")

@@ -37,19 +37,15 @@ from draftsmith.stages.engines.servers.identity import QUANTISED_TOLERANCE
 from draftsmith.stages.engines.servers.requirements import server_requirements, speculative_algorithm
 from draftsmith.stages.engines.servers.state import NewDrafter
 from draftsmith.stages.engines.stage import STAGE as ROLLOUT
-from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.engines.swap import swap_servers
 from draftsmith.stages.engines.vllm.records import completion_payload, read_completion
 from draftsmith.stages.engines.vllm.server import drafting_options
-from draftsmith.stages.evaluation.config import EvaluationConfig
 from draftsmith.stages.evaluation.diagnosis import STAGE as DIAGNOSIS
-from draftsmith.stages.evaluation.diagnosis import DiagnosisConfig
 from draftsmith.stages.evaluation.stage import STAGE as EVALUATION
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.proof import Proof, chances, log_probabilities, misfit, step_evidence
 from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.replay.stage import STAGE as MINING
-from draftsmith.stages.replay.stage import MiningConfig
 from draftsmith.stages.replay.trace import Trace
 from draftsmith.stages.target.config import TargetConfig
 from draftsmith.stages.target.describe import describe
@@ -316,17 +312,13 @@ def test_a_line_is_swapped_proven_watched_and_rolled_back(
 
 def roll_out(folder: Path, made: DrafterArtifacts, engine: dict[str, Any]) -> RecordingContext:
     inputs = {"target": made.target, "prompts": made.prompts, "drafter": made.drafter}
-    ctx = RecordingContext.under(folder, inputs)
     fields = {"splits": ["heldout"], "prompts": 16, "sampling": {"max_new_tokens": 96}, "engine": engine}
-    ROLLOUT.run(ctx, RolloutConfig.model_validate(fields))
-    return ctx
+    return RecordingContext.under(folder, inputs).run(ROLLOUT, **fields)
 
 
 def mine(folder: Path, made: DrafterArtifacts, trajectories: Path) -> dict[str, Any]:
     inputs = {"target": made.target, "drafter": made.drafter, "trajectories": trajectories}
-    ctx = RecordingContext.under(folder, inputs)
-    MINING.run(ctx, MiningConfig())
-    parity: dict[str, Any] = json.loads((ctx.out / "summary.json").read_text())["parity"]
+    parity: dict[str, Any] = RecordingContext.under(folder, inputs).run(MINING).json("summary.json")["parity"]
     return parity
 
 
@@ -338,8 +330,7 @@ def diagnosed(folder: Path, made: DrafterArtifacts, url: str) -> DiagnosisResult
     ctx = RecordingContext.under(folder, {"target": made.target, "prompts": made.prompts})
     config = {"prompts": 8, "sampling": {"max_new_tokens": 48}, "max_parity_mismatch": 0.02}
     server = {"url": url, "api_key_env": KEY_VARIABLE, "drafter": str(made.drafter / DRAFTER_FOLDER)}
-    DIAGNOSIS.run(ctx, DiagnosisConfig.model_validate({**server, **config}))
-    return DiagnosisResult.read(ctx.out)
+    return DiagnosisResult.read(ctx.run(DIAGNOSIS, **server, **config).out)
 
 
 def test_a_launched_rollout_is_that_of_the_embedded_engine_and_passes_parity(
@@ -407,23 +398,17 @@ def test_the_diagnosis_of_a_right_server(served: Served, tmp_path: Path) -> None
 def test_an_evaluation_times_servers_and_checks_their_steps(
     tmp_path: Path, tiny_drafter: DrafterArtifacts, python: Path
 ) -> None:
-    config = EvaluationConfig.model_validate(
-        {
-            "engine": launched(python), "sampling": {"max_new_tokens": 32}, "concurrency": [1, 2], "speed_prompts": 4,
-            "parity_prompts": 5, "rounds": 1,
-        }
+    ctx = RecordingContext.under(tmp_path, tiny_drafter.to_evaluate()).run(
+        EVALUATION, engine=launched(python), sampling={"max_new_tokens": 32}, concurrency=[1, 2], speed_prompts=4,
+        parity_prompts=5, rounds=1,
     )  # fmt: skip
-    made = tiny_drafter
-    inputs = {"target": made.target, "prompts": made.prompts, "trajectories": made.heldout, "sft": made.drafter}
-    ctx = RecordingContext.under(tmp_path, inputs)
-    EVALUATION.run(ctx, config)
     timed = read_table(ctx.out / "requests.parquet", REQUESTS).to_pylist()
     assert len(timed) == 2 * 2 * 4  # arms, concurrencies, prompts
     for row in timed:
         assert (row["verify_steps"] > 0) == (row["arm"] == "sft")
         assert 0 < row["first_token_seconds"] <= row["latency_seconds"]
         assert row["engine"].startswith("vllm ")
-    evaluation = json.loads((ctx.out / "evaluation.json").read_text())
+    evaluation = ctx.json("evaluation.json")
     assert evaluation["exactness"]["identical_share"] == 1.0
     parity = evaluation["parity"]["sft"]
     assert parity["served_steps"] > 10 and (parity["different_steps"], parity["tau_difference"]) == (0, 0)

@@ -31,9 +31,11 @@ def source_digest(*modules: ModuleType, extra: str = "") -> str:
 def cached(name: str, build: Callable[[Path], None], *, code: Iterable[ModuleType] = (), extra: str = "") -> Path:
     """Return the folder that `build(folder)` fills; build it if it is missing, or if `code` or `extra` changed.
 
-    One process builds while the others wait (flock, dropped by the kernel if the builder dies); a folder gets
-    its final name only when it is complete.
+    It is built with one thread of torch. One process builds while the others wait (flock, dropped by the kernel if the
+    builder dies); a folder gets its final name only when it is complete.
     """
+    import torch
+
     base = root()
     base.mkdir(parents=True, exist_ok=True)
     final = base / f"{name}-{source_digest(*code, extra=extra)}"
@@ -45,6 +47,11 @@ def cached(name: str, build: Callable[[Path], None], *, code: Iterable[ModuleTyp
             partial = base / f".partial-{final.name}"
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
-            build(partial)
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)
+            try:
+                build(partial)
+            finally:
+                torch.set_num_threads(threads)
             partial.rename(final)
     return final

@@ -3,37 +3,32 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from draftsmith.artifacts.tables.parquet import read_table, write_table
 from draftsmith.artifacts.tables.schemas import PROMPTS, TIMINGS, TRAJECTORIES
 from tests.testbed import cache, target, ties
 from tests.testbed.context import RecordingContext
 
-
-@dataclass(frozen=True)
-class DrafterRecipe:
-    """Shape and training of a drafter. The default is the test fixture."""
-
-    name: str = "tiny"
-    layers: int = 1
-    block_size: int = 8
-    target_layer_ids: tuple[int, ...] = (0, 1, 2)  # the default for a target of four layers would repeat one
-    answers: int = 320  # trajectories that it is trained on
-    validation: int = 8
-    heldout: int = 60
-    spare: int = 16  # more of either held-out split, of which those with a near-tie are left out
-    max_new_tokens: int = 128
-    steps: int = 500
-    sequences_per_step: int = 8
-    anchors_per_sequence: int = 12
-    learning_rate: float = 3e-3
-    gamma: float = 4.0
-    seed: int = 0
-
-
-TINY = DrafterRecipe()
+HELDOUT = {"validation": 8, "heldout": 60}  # prompts
+SPARE = 16  # more of either held-out split, of which those with a near-tie are left out
+ANSWER_TOKENS = 128
+TRAINING: dict[str, Any] = {
+    "sequences_per_step": 8,
+    "anchors_per_sequence": 12,
+    "learning_rate": 3e-3,
+    "compute_dtype": "float32",
+}
+SHAPE = {
+    "num_layers": 1,
+    "block_size": 8,
+    "target_layer_ids": (0, 1, 2),  # the default for a target of four layers would repeat one
+    "mask_token": target.MASK,
+}
 
 
 @dataclass(frozen=True)
@@ -70,74 +65,42 @@ class DrafterArtifacts:
         """Return the artifact of sft; the checkpoint is in its folder `drafter`."""
         return self.root / "drafter"
 
+    def to_evaluate(self, **drafters: Path) -> dict[str, Path]:
+        """Return the inputs of an evaluation of the drafter as `sft`, and of others."""
+        inputs = {"target": self.target, "prompts": self.prompts, "trajectories": self.heldout}
+        return {**inputs, "sft": self.drafter, **drafters}
 
-def _run_stage(stage: str, config: dict[str, object], out: Path, seed: int, inputs: dict[str, Path]) -> None:
+
+def _run_stage(stage: str, out: Path, inputs: Mapping[str, Path], **config: Any) -> None:
     """Run a stage's body in this process, with its artifact in `out`."""
     import importlib
     import shutil
 
     from draftsmith.stages.catalog import STAGES
 
-    declared = importlib.import_module(STAGES[stage]).STAGE
     work = out.with_name(f"{out.name}.work")
-    declared.run(RecordingContext(out, work, inputs, seed), declared.config.model_validate(config))
+    RecordingContext(out, work, inputs).run(importlib.import_module(STAGES[stage]).STAGE, **config)
     shutil.rmtree(work)
 
 
-def build_drafter(folder: Path, target_model: Path, prompts: Path, recipe: DrafterRecipe = TINY) -> None:
+def build_drafter(folder: Path, target_model: Path, prompts: Path, steps: int) -> None:
     """Run the stages in order, each into its folder of `DrafterArtifacts`."""
-    import torch
-
     made = DrafterArtifacts(folder)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        _run_stage("target", {"source": str(target_model), "dtype": "float32"}, made.target, recipe.seed, {})
-        counts = {"train": recipe.answers} | {
-            split: wanted + recipe.spare for split, wanted in _heldout(recipe).items()
-        }
-        _run_stage(
-            "prompts",
-            {"sources": [{"kind": "jsonl", "path": str(prompts)}], "heldout_share": 0.25, "seed": 1, **counts},
-            made.prompts,
-            recipe.seed,
-            {"target": made.target},
-        )
-        answered = {"target": made.target, "prompts": made.prompts}
-        sampling = {"max_new_tokens": recipe.max_new_tokens, "temperature": 0.0}
-        for out, splits in ((made.rollout, ["train"]), (made.heldout, ["validation", "heldout"])):
-            config: dict[str, object] = {"splits": splits, "sampling": sampling, "engine": {"slots": 32}}
-            _run_stage("rollout", config, out, recipe.seed, answered)
-        _run_stage(
-            "sft",
-            {
-                "drafter": {
-                    "num_layers": recipe.layers,
-                    "block_size": recipe.block_size,
-                    "target_layer_ids": recipe.target_layer_ids,
-                    "mask_token": target.MASK,
-                },
-                "steps": recipe.steps,
-                "learning_rate": recipe.learning_rate,
-                "sequences_per_step": recipe.sequences_per_step,
-                "anchors_per_sequence": recipe.anchors_per_sequence,
-                "gamma": recipe.gamma,
-                "compute_dtype": "float32",
-            },
-            made.drafter,
-            recipe.seed,
-            {"target": made.target, "trajectories": made.rollout},
-        )
-        _leave_out_near_ties(made, recipe)
-    finally:
-        torch.set_num_threads(threads)
+    _run_stage("target", made.target, {}, source=str(target_model), dtype="float32")
+    counts = {"train": 320, **{split: wanted + SPARE for split, wanted in HELDOUT.items()}}
+    sources = [{"kind": "jsonl", "path": str(prompts)}]
+    inputs = {"target": made.target}
+    _run_stage("prompts", made.prompts, inputs, sources=sources, heldout_share=0.25, seed=1, **counts)
+    answered = {**inputs, "prompts": made.prompts}
+    sampling = {"max_new_tokens": ANSWER_TOKENS, "temperature": 0.0}
+    for out, splits in ((made.rollout, ["train"]), (made.heldout, list(HELDOUT))):
+        _run_stage("rollout", out, answered, splits=splits, sampling=sampling, engine={"slots": 32})
+    trained = {**inputs, "trajectories": made.rollout}
+    _run_stage("sft", made.drafter, trained, **TRAINING, drafter=SHAPE, steps=steps, gamma=4.0)
+    _leave_out_near_ties(made)
 
 
-def _heldout(recipe: DrafterRecipe) -> dict[str, int]:
-    return {"validation": recipe.validation, "heldout": recipe.heldout}
-
-
-def _leave_out_near_ties(made: DrafterArtifacts, recipe: DrafterRecipe) -> None:
+def _leave_out_near_ties(made: DrafterArtifacts) -> None:
     """Reduce the held-out splits to prompts whose answers have no near-tie of target or drafter."""
     from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, load_trajectories
     from draftsmith.stages.drafters.checkpoint import load_drafter
@@ -146,7 +109,7 @@ def _leave_out_near_ties(made: DrafterArtifacts, recipe: DrafterRecipe) -> None:
     target = Target.load(made.target, device="cpu")
     drafter = load_drafter(made.drafter / DRAFTER_FOLDER, target)
     kept: set[str] = set()
-    for split, wanted in _heldout(recipe).items():
+    for split, wanted in HELDOUT.items():
         clear = [
             trajectory.trajectory_id.split("/")[0]
             for trajectory in load_trajectories(made.heldout, [split]).trajectories
@@ -166,34 +129,38 @@ def keep_prompts(prompts: Path, folder: Path, heldout: set[str]) -> Path:
     """Write the artifact of `prompts` to `folder` with only these prompts in its held-out splits."""
     rows = read_table(prompts / "prompts.parquet", PROMPTS).to_pylist()
     folder.mkdir(parents=True, exist_ok=True)
-    write_table(
-        folder / "prompts.parquet",
-        PROMPTS,
-        [row for row in rows if row["split"] == "train" or row["prompt_id"] in heldout],
-    )
+    kept = [row for row in rows if row["split"] == "train" or row["prompt_id"] in heldout]
+    write_table(folder / "prompts.parquet", PROMPTS, kept)
     return folder
 
 
-def drafter_artifacts(target_model: Path, prompts: Path, recipe: DrafterRecipe = TINY) -> DrafterArtifacts:
-    """Return the artifacts, cached.
-
-    Built again when the target, the prompts, the recipe, or the code that shapes or trains a drafter changes; a change
-    of engine, store or flow leaves them: what those do to an artifact is for their own tests.
-    """
+def training_code() -> tuple[ModuleType, ...]:
+    """Return the modules that train a drafter of any kind."""
     from draftsmith.artifacts.tables import schemas
     from draftsmith.stages.drafters import checkpoint_format, lm_head
-    from draftsmith.stages.drafters.dflash import checkpoint, model
-    from draftsmith.stages.target import config, info
     from draftsmith.stages.training import batches, blocks, loop, losses, response_loss, trainer
     from draftsmith.stages.training.sft import trainer as sft_trainer
+
+    shapes = (schemas, lm_head, checkpoint_format)
+    return (*shapes, batches, blocks, loop, losses, response_loss, trainer, sft_trainer)
+
+
+def drafter_artifacts(target_model: Path, prompts: Path, steps: int = 500) -> DrafterArtifacts:
+    """Return the artifacts of a drafter that has learned for so many steps, cached.
+
+    Built again when the target, the prompts, or the code that shapes or trains a drafter changes; a change of engine,
+    store or flow leaves them: what those do to an artifact is for their own tests.
+    """
+    from draftsmith.stages.drafters.dflash import checkpoint, model
+    from draftsmith.stages.target import config, info
     from tests.testbed import drafter
 
     def build(folder: Path) -> None:
-        build_drafter(folder, target_model, prompts, recipe)
+        build_drafter(folder, target_model, prompts, steps)
 
-    shapes = (schemas, lm_head, checkpoint_format, checkpoint, model, drafter, ties)
-    trains = (batches, blocks, loop, losses, response_loss, trainer, sft_trainer)
     # both folders are named by a digest of what made them; the path counts because target.json refers to it
     made_from = f"{os.fspath(target_model)} {info.model_digest(target_model, config.weight_files(target_model))}"
-    extra = f"{asdict(recipe)} {made_from} {prompts.parent.name}"
-    return DrafterArtifacts(cache.cached(f"drafter-{recipe.name}", build, code=(*shapes, *trains), extra=extra))
+    code = (*training_code(), checkpoint, model, drafter, ties)
+    return DrafterArtifacts(
+        cache.cached(f"drafter-{steps}", build, code=code, extra=f"{made_from} {prompts.parent.name}")
+    )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from tests.testbed.random_target import randomise
+
 if TYPE_CHECKING:
     from draftsmith.stages.drafters.dspark.model import DSparkDrafter
     from draftsmith.stages.target.causal_lm import Target
@@ -18,8 +20,6 @@ def random_dspark(
     confidence_reads_token: bool = True,
 ) -> DSparkDrafter:
     """Return a drafter of 2 layers, block 5, target layers 2 and 0, a bias of rank 6, with large random weights."""
-    import torch
-
     from draftsmith.stages.drafters.dspark import checkpoint
     from draftsmith.stages.drafters.dspark.config import DSparkConfig
 
@@ -35,10 +35,5 @@ def random_dspark(
     config = checkpoint.new_config(shape, target.model.config, lambda: target.tokenizer)
     config.sample_from_anchor, config.confidence_head_with_markov = from_anchor, confidence_reads_token
     drafter = checkpoint.create(config, target)
-    generator = torch.Generator().manual_seed(seed + 1)
-    with torch.no_grad():
-        for name, parameter in drafter.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            large = 1.0 if "markov_w" in name else 0.3
-            parameter.copy_(large * noise if parameter.dim() == 2 else 1 + 0.3 * noise)
+    randomise(drafter, seed, large="markov_w")
     return drafter.eval()

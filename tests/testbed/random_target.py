@@ -86,24 +86,24 @@ def resolved(folder: Path, **fields: Any) -> Path:
     return context.out
 
 
-def random_target(folder: Path, seed: int = 0) -> Target:
+def random_target(folder: Path) -> Target:
     """Write the artifact and load it."""
-    return Target.load(write_artifact(folder, seed), device="cpu")
+    return Target.load(write_artifact(folder), device="cpu")
 
 
-def trajectories(count: int, seed: int = 0, prompt_length: int = 4) -> list[Trajectory]:
+def trajectories(count: int, seed: int = 0) -> list[Trajectory]:
     """Return token sequences of different lengths by a rule that a drafter can learn: mostly y' = 3y + 7 (mod 50)."""
     r = random.Random(seed)
     made = []
     for index in range(count):
-        tokens = [r.randrange(50) for _ in range(prompt_length)]
+        tokens = [r.randrange(50) for _ in range(4)]
         for _ in range(r.randint(6, 30)):
             tokens.append((3 * tokens[-1] + 7) % 50 if r.random() < 0.9 else r.randrange(TEXT_TOKENS))
-        made.append(Trajectory(f"p{index}/0", tokens, prompt_length))
+        made.append(Trajectory(f"p{index}/0", tokens, 4))
     return made
 
 
-def write_trajectories(folder: Path, made: list[Trajectory], temperature: float = 0.0, split: str = "train") -> Path:
+def write_trajectories(folder: Path, made: list[Trajectory], temperature: float = 0.0) -> Path:
     """Write the artifact of a rollout with these trajectories; return the folder."""
     from draftsmith.artifacts.tables.parquet import write_table
     from draftsmith.artifacts.tables.schemas import TRAJECTORIES
@@ -112,7 +112,7 @@ def write_trajectories(folder: Path, made: list[Trajectory], temperature: float 
         {
             "trajectory_id": t.trajectory_id,
             "prompt_id": t.trajectory_id.split("/")[0],
-            "split": split,
+            "split": "train",
             "sample": 0,
             "prompt_ids": t.tokens[: t.prompt_length],
             "response_ids": t.tokens[t.prompt_length :],
@@ -147,12 +147,16 @@ def random_drafter(target: Target, seed: int = 0, *, is_causal: bool | None = No
     return drafter.eval()
 
 
-def randomise(drafter: Drafter, seed: int) -> None:
-    """Set random weights that all matter: matrices of deviation 0.3, others about 1."""
+def randomise(drafter: Drafter, seed: int, large: str = "") -> None:
+    """Set random weights that all matter: matrices of deviation 0.3, others about 1.
+
+    large: part of the names of matrices of deviation 1.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
-        for parameter in drafter.parameters():
+        for name, parameter in drafter.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(0.3 * noise if parameter.dim() == 2 else 1 + 0.3 * noise)
+            size = 1.0 if large and large in name else 0.3
+            parameter.copy_(size * noise if parameter.dim() == 2 else 1 + 0.3 * noise)

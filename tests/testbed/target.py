@@ -9,7 +9,7 @@ from tests.testbed import cache
 from tests.testbed.procedural import text, training
 from tests.testbed.procedural.training import MASK, ShapeConfig, TrainingTextConfig, train_target, training_examples
 
-__all__ = ["MASK", "SHAPE", "TAUGHT", "fresh_prompts", "prompts_file", "target_folder"]
+__all__ = ["MASK", "SHAPE", "TAUGHT", "fresh_prompt_ids", "fresh_prompts", "prompts_file", "target_folder"]
 
 PROMPT_SEED = 1001
 SHAPE = ShapeConfig(hidden_size=128, layers=4, heads=4, kv_heads=2, intermediate_size=256)
@@ -21,10 +21,20 @@ TAUGHT = TrainingTextConfig(
 )
 
 
-def fresh_prompts(count: int, seed: int = PROMPT_SEED) -> list[text.Example]:
+def fresh_prompts(count: int) -> list[text.Example]:
     """Return examples whose prompts the target was not trained on."""
     seen = frozenset(example.prompt for example in training_examples(TAUGHT))
-    return list(text.examples(seed, count, exclude=seen))
+    return list(text.examples(PROMPT_SEED, count, exclude=seen))
+
+
+def fresh_prompt_ids(model: Path, count: int) -> list[list[int]]:
+    """Return the token ids of such prompts in the chat template of a model of the test bed."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    messages = [[{"role": "user", "content": example.prompt}] for example in fresh_prompts(count)]
+    ids: list[list[int]] = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    return ids
 
 
 def prompts_file() -> Path:
@@ -49,17 +59,11 @@ def target_folder(
 ) -> Path:
     """Return the trained target, another one, or one trained from `parent`, as a Hugging Face folder.
 
-    It comes from the cache, or is built with one thread.
+    It comes from the cache.
     """
-    import torch
 
     def build(folder: Path) -> None:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            train_target(folder, taught, shape, parent=parent)
-        finally:
-            torch.set_num_threads(threads)
+        train_target(folder, taught, shape, parent=parent)
 
     start = f" {parent.name}" if parent is not None else ""
     return cache.cached(name, build, code=(text, training), extra=f"{shape} {taught}{start}")
