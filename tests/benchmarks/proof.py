@@ -1,8 +1,8 @@
 """How many answers prove which of two drafters served, and how often that is wrong (`stages/replay/proof.py`).
 
-A drafter is compared with others that are 2, 5 and 20 % apart in tau: its weights, moved towards those of a second
-drafter. Both are replayed at all anchors of stored answers, in the target's dtype. Then a server is simulated many
-times: it draws answers, and walks through each with the drafter that it serves. Its steps are
+A drafter is compared with others that are 2, 5 and 20 % apart in tau: its weights, moved towards noise. Both are
+replayed at all anchors of stored answers, in the target's dtype. Then a server is simulated many times: it draws
+answers, and walks through each with the drafter that it serves. Its steps are
 
 - those of the same drafter with the noise of the parity gate on its logits, or
 - with `--other-dtype`, those of the same drafter computed in another dtype: rounding as it is.
@@ -177,7 +177,6 @@ def main() -> None:
     parser = harness.parser(__doc__)
     harness.add_target(parser)
     parser.add_argument("--drafter", type=Path, required=True, help="artifact of stage `sft` or `opd`")
-    parser.add_argument("--towards", type=Path, help="another, whose weights the first is moved to; left out: noise")
     parser.add_argument("--trajectories", type=Path, nargs="+", required=True, help="artifacts of `rollout`, greedy")
     parser.add_argument("--times", type=int, default=1000, help="simulations of each case")
     parser.add_argument("--dtype", default="bfloat16", help="of the replay")
@@ -186,7 +185,7 @@ def main() -> None:
     target, other = (Target.load(options.target, dtype=dtype) for dtype in (options.dtype, options.other_dtype))
     trajectories = [t for folder in options.trajectories for t in load_trajectories(folder).trajectories]
     drafter = load_drafter(options.drafter / DRAFTER_FOLDER, target)
-    towards = load_drafter(options.towards / DRAFTER_FOLDER, target) if options.towards else scrambled(drafter)
+    towards = scrambled(drafter)
     rows = []
     for share in shares_apart(target, drafter, towards, trajectories):
         old = moved(drafter, towards, share)
