@@ -171,22 +171,14 @@ def run(config: RefreshConfig, store: Store) -> list[dict[str, Any]]:
             node.name, manifest.duration_s, manifest.metrics.get("tokens_per_s"), peak, estimated,
             peak / estimated if estimated else None, ref.content_id[:12],
         )  # fmt: skip
-        print(
-            "  ".join(f"{_cell(value):>{max(12, len(c))}}" for c, value in zip(COLUMNS, values, strict=True)),
-            flush=True,
-        )
+        cells = ("-" if value is None else harness._cell(value) for value in values)
+        print("  ".join(f"{cell:>{max(12, len(c))}}" for c, cell in zip(COLUMNS, cells, strict=True)), flush=True)
         metrics = dict(manifest.metrics)
         if node.name == "evaluation":
             exactness = EvaluationResult.read(ref.path).exactness.model_dump()
             metrics |= {name: value for name, value in exactness.items() if isinstance(value, int | float)}
         rows.append({**dict(zip(COLUMNS, values, strict=True)), "metrics": metrics})
     return rows
-
-
-def _cell(value: object) -> str:
-    return (
-        "-" if value is None else f"{value:,.3g}" if isinstance(value, float) and value < 100 else harness._cell(value)
-    )
 
 
 def _build(node: Node, inputs: Mapping[str, ArtifactRef], config: RefreshConfig, store: Store) -> ArtifactRef:
