@@ -91,6 +91,6 @@ class ReviewResult(ResultFile, Record):
 
     FILE: ClassVar[str] = "review.json"
 
-    outcome: Outcome | None = None  # None: nothing was measured
+    outcome: Outcome
     speed_warnings: Annotated[Sequence[str], Field(alias="doubts")] = ()
     metrics: Annotated[Mapping[str, float], Field(alias="figures")] = {}

@@ -183,12 +183,12 @@ def review(folders: Mapping[str, Path]) -> RunReview | None:
     if review is None:
         return None
     verdict = promoted = review.outcome
-    if verdict is not None and verdict.followed:
+    if verdict.followed:
         promoted = verdict.model_copy(update={"label": "Promoted", "sentence": verdict.followed})
     description, concluded = (_description(review, outcome, folders["report"]) for outcome in (verdict, promoted))
     evaluation = EvaluationResult.read_if_there(folders.get("evaluation"))
     metrics = metric_names(review.metrics, evaluation.setting if evaluation is not None else "")
-    return RunReview(metrics, description, concluded, {OUTCOME: verdict.kind} if verdict is not None else {})
+    return RunReview(metrics, description, concluded, {OUTCOME: verdict.kind})
 
 
 def compared(folders: Mapping[str, Path]) -> dict[str, tuple[Manifest, Metrics]]:
@@ -218,12 +218,10 @@ def metric_names(metrics: Mapping[str, float], setting: str = "") -> dict[str, f
     return {name if name in headlines else f"{DETAIL}{name}": value for name, value in metrics.items()}
 
 
-def _description(review: ReviewResult, outcome: Outcome | None, folder: Path) -> str:
+def _description(review: ReviewResult, outcome: Outcome, folder: Path) -> str:
     """Return the outcome with its reasons, speed warnings and the report's path, in Markdown."""
-    lines = []
-    if outcome is not None:
-        lines += [f"**{outcome.label}.** {escape_markdown(outcome.sentence)}", ""]
-        lines += [f"- {escape_markdown(reason)}" for reason in outcome.reasons]
+    lines = [f"**{outcome.label}.** {escape_markdown(outcome.sentence)}", ""]
+    lines += [f"- {escape_markdown(reason)}" for reason in outcome.reasons]
     if review.speed_warnings:
         lines += ["", "Unreliable:", "", *(f"- {escape_markdown(warning)}" for warning in review.speed_warnings)]
     return "\n".join([*lines, "", f"Report: `{folder / 'report.html'}`"]).strip()

@@ -24,22 +24,11 @@ from draftsmith.stages.evaluation.verdicts import Pair, comparison, estimate_rec
 from draftsmith.stages.replay.trace import DEPTHS, EVERY, AcceptanceStats, Trace, depth_of
 from draftsmith.stages.runtime.statistics import Estimate, jackknife, ratio, ratio_difference, ratio_gain, sum_by_key
 
-_MULTIPLIER = np.uint64(6364136223846793005)  # odd; products wrap
 
-
-def has_loop(tokens: Sequence[int], n: int = 6, times: int = 3) -> bool:
-    """Return whether the answer repeats an n-gram `times` times (at least twice), so that its tau is untypical."""
-    ids, count = np.asarray(tokens, dtype=np.uint64), len(tokens) - n + 1
-    if count < times:
-        return False
-    hashes = np.zeros(count, dtype=np.uint64)
-    for k in range(n):
-        hashes = hashes * _MULTIPLIER + ids[k : k + count]
-    hashes.sort()
-    if not (hashes[times - 1 :] == hashes[: count - times + 1]).any():  # equal n-grams have equal hashes
-        return False
-    grams = Counter(tuple(tokens[i : i + n]) for i in range(count))
-    return max(grams.values()) >= times
+def has_loop(tokens: Sequence[int]) -> bool:
+    """Return whether the answer has six tokens three times, so that its tau is untypical."""
+    grams = Counter(zip(*(tokens[k:] for k in range(6)), strict=False))
+    return max(grams.values(), default=0) >= 3
 
 
 def acceptance_table(

@@ -16,6 +16,7 @@ from typing import Any
 
 from jinja2 import Environment
 from matplotlib import style
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
@@ -197,8 +198,7 @@ _styled = style.context(_STYLE, after_reset=True)  # whatever the user's matplot
 @_styled
 def acceptance_by_offset(drafters: Mapping[str, Sequence[float]], names: Mapping[str, str]) -> str:
     """Plot the share of proposals accepted at each position, a line for each drafter."""
-    figure = _figure(7.2, 3.4)
-    axes = figure.add_subplot()
+    figure, axes = _axes(3.4)
     for arm, shares in drafters.items():
         offsets = range(1, len(shares) + 1)
         axes.plot(offsets, shares, marker="o", markersize=4, color=COLOURS.get(arm, _OTHER), label=names[arm])
@@ -211,8 +211,7 @@ def acceptance_by_offset(drafters: Mapping[str, Sequence[float]], names: Mapping
 @_styled
 def gain_by_slice(gains: Sequence[SliceGain], allowed: float | None) -> str:
     """Plot the challenger's gain over the champion on each slice, as a forest plot. allowed: the loss that is."""
-    figure = _figure(7.2, 0.9 + 0.26 * len(gains))
-    axes = figure.add_subplot()
+    figure, axes = _axes(0.9 + 0.26 * len(gains))
     for row, gain in enumerate(gains):
         low, high = gain.ends or (gain.value, gain.value)
         colour = COLOURS["plain"] if gain.problem else COLOURS["opd"] if high < 0 else COLOURS["control"]
@@ -231,8 +230,7 @@ def gain_by_slice(gains: Sequence[SliceGain], allowed: float | None) -> str:
 def tau_by_slice(slices: Mapping[str, Mapping[str, SetMetrics]]) -> str:
     """Plot each drafter's acceptance length on every slice with its interval, where there is no champion."""
     arms = list(dict.fromkeys(arm for each in slices.values() for arm in each))
-    figure = _figure(7.2, 0.9 + (0.12 + 0.14 * len(arms)) * len(slices))
-    axes = figure.add_subplot()
+    figure, axes = _axes(0.9 + (0.12 + 0.14 * len(arms)) * len(slices))
     for place, arm in enumerate(arms):
         shift = 0.7 * ((place + 0.5) / len(arms) - 0.5)
         found = [(row + shift, each[arm], tau) for row, each in enumerate(slices.values())
@@ -252,8 +250,7 @@ def tau_by_slice(slices: Mapping[str, Mapping[str, SetMetrics]]) -> str:
 @_styled
 def speed_by_load(curves: Mapping[str, Sequence[LoadPoint]]) -> str:
     """Plot each drafter's speed-up over the number of requests in flight, with its interval as a band."""
-    figure = _figure(7.2, 3.4)
-    axes = figure.add_subplot()
+    figure, axes = _axes(3.4)
     for arm, points in curves.items():
         colour, numbers = COLOURS.get(arm, _OTHER), [point.concurrency for point in points]
         values, lows, highs = zip(*(load_factor(point) for point in points), strict=True)
@@ -276,8 +273,7 @@ def _cut(name: str) -> str:
 @_styled
 def tau_over_time(history: Sequence[HistoryPoint]) -> str:
     """Plot acceptance lengths of a line's drafters: at promotions (with the version), drift checks and refusals."""
-    figure = _figure(7.2, 3.1)
-    axes = figure.add_subplot()
+    figure, axes = _axes(3.1)
     for what, marker, colour, label in (
         ("promoted", "D", COLOURS["opd"], "at its promotion"),
         ("checked", "o", COLOURS["sft"], "at a drift check"),
@@ -303,8 +299,9 @@ def tau_over_time(history: Sequence[HistoryPoint]) -> str:
     return _svg(figure, "line", "Acceptance length of the line's drafters over time")
 
 
-def _figure(width: float, height: float) -> Figure:
-    return Figure(figsize=(width, height), layout="constrained")
+def _axes(height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(7.2, height), layout="constrained")
+    return figure, figure.add_subplot()
 
 
 def _svg(figure: Figure, name: str, title: str) -> str:
