@@ -112,7 +112,8 @@ def _damage(folder: Path) -> str | None:
 def decide(evaluation: EvaluationResult, config: GateConfig, damage: Sequence[str] = ()) -> GateDecision:
     """Decide about the challenger of an evaluation. damage: to the files of challenger or champion."""
     challenger = evaluation.challenger
-    rules = [_checksums(damage), *_lossless(evaluation, config), *_parity(evaluation, challenger)]
+    rules = [_rule("checksums", not damage, "; ".join(damage) or "every file is as it was written")]
+    rules += [*_lossless(evaluation, config), *_parity(evaluation, challenger)]
     if evaluation.has_champion:
         rules += [_tau(evaluation, challenger, config), *_slices(evaluation, challenger, config)]
     if config.judge_speed:
@@ -155,10 +156,6 @@ def _rule(
 ) -> RuleResult:
     """Return a rule's result. metrics: value, end (of its interval) and wanted (the threshold)."""
     return RuleResult(name=name, passed=passed, text=text, metrics=metrics or {}, conclusive=conclusive)
-
-
-def _checksums(damage: Sequence[str]) -> RuleResult:
-    return _rule("checksums", not damage, "; ".join(damage) or "every file is as it was written")
 
 
 def _lossless(evaluation: EvaluationResult, config: GateConfig) -> Iterator[RuleResult]:

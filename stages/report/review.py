@@ -97,12 +97,9 @@ class Metric(Record):
         return interval((self.value, self.low, self.high), form)
 
 
-class MetricDifference(Record):
+class MetricDifference(Metric):
     """A variant beside another one: acceptance length minus the other's, or speed as a factor of the other's."""
 
-    value: float
-    low: float | None = None
-    high: float | None = None
     significant: bool | None = None  # None: inconclusive, too little was measured or the speeds are unreliable
 
     @property
@@ -112,7 +109,7 @@ class MetricDifference(Record):
 
     def text(self, form: str) -> str:
         """Return the value, its interval and its mark, formatted."""
-        return interval((self.value, self.low, self.high), form) + self.mark
+        return super().text(form) + self.mark
 
 
 class Variant(Record):
