@@ -12,7 +12,7 @@ from draftsmith.artifacts.errors import DraftsmithError, one_line
 from draftsmith.flows.checks.findings import Findings
 from draftsmith.flows.planning.graph import Node
 from draftsmith.stages.data.held_out import HeldOut, hash_fraction, prompt_identity
-from draftsmith.stages.data.logs.filter import Exclusions, LogFilter, SchemaFilter
+from draftsmith.stages.data.logs.filter import LogFilter, SchemaFilter
 from draftsmith.stages.data.logs.stage import LogsConfig
 from draftsmith.stages.data.prompt_streams import load_rows, open_streams, prompt_rows
 from draftsmith.stages.data.prompts import (
@@ -267,7 +267,7 @@ def _check_log(findings: Findings, name: str, config: LogsConfig, target: Path |
     rejects = RejectLog(f"{name}.max_bad_share", config.max_bad_share)
     row_filter: LogFilter | SchemaFilter = SchemaFilter(config, rejects)
     if target is not None:
-        row_filter = LogFilter(config, target, Exclusions(held_out), rejects)
+        row_filter = LogFilter(config, target, held_out, rejects)
     used, whole, end = 0, True, time.monotonic() + _LOG_SECONDS
     for row in read_rows(config.files()):
         if rejects.rows >= _LOG_ROWS or time.monotonic() > end:

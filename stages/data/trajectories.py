@@ -250,7 +250,6 @@ class Prompt:
     """A tokenised prompt."""
 
     prompt_id: str
-    split: str
     token_ids: list[int]
     adapter: str = ""  # of the target, that answers; "": the target alone
 
@@ -281,7 +280,7 @@ class PromptRows(Sequence[Prompt]):
             return PromptRows(self.reader, places, self.ids[index], self.splits[index], lengths, self.adapters[index])
         row = int(self.places[index])
         (tokens,) = self.reader.rows(row, row + 1, ["token_ids"])["token_ids"]
-        return Prompt(self.ids[index], self.splits[index], tokens.values.to_pylist(), self.adapters[index])
+        return Prompt(self.ids[index], tokens.values.to_pylist(), self.adapters[index])
 
 
 def load_prompts(folder: Path, splits: Collection[str]) -> PromptRows:

@@ -74,7 +74,7 @@ class Conversations:
         found = []
         for prompt_id, questions in self.questions.items():
             tokens = len(self._render(prompt_id, [""] * len(questions))) + len(questions) * (max_new_tokens + _SEAM)
-            found.append(Prompt(prompt_id, "", [0] * tokens))
+            found.append(Prompt(prompt_id, [0] * tokens))
         return found
 
     def _render(self, prompt_id: str, answers: Sequence[str]) -> list[int]:

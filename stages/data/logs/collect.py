@@ -24,7 +24,6 @@ from draftsmith.stages.data.logs.filter import (
     USED_BEFORE,
     AcceptedAnswer,
     EarlierAnswers,
-    Exclusions,
     LogFilter,
     read_earlier_answers,
 )
@@ -58,7 +57,7 @@ def run(ctx: StageContext, config: LogsConfig) -> None:
     ):
         rejects = RejectLog("logs.max_bad_share", config.max_bad_share, lines)
         used_before = read_contents(ctx.inputs["earlier"]) if config.overlaps else frozenset()
-        log_filter = LogFilter(config, ctx.inputs["target"], Exclusions(held_out, used_before), rejects)
+        log_filter = LogFilter(config, ctx.inputs["target"], held_out, rejects, used_before)
         earlier, changed = _earlier_answers(ctx, config, log_filter)
         max_new = _max_new_answers(config, earlier)
         contents: set[bytes] = set()  # of the answers that are used

@@ -191,7 +191,7 @@ class RowFilter(ABC, Generic[T]):
         future = time is not None and time > self._latest
         if time is not None and not future:
             self.newest = max(self.newest or time, time)
-        if not self._config.needs_time:
+        if self._config.since is None and self._config.after is None:
             return True
         if time is None:
             raise RejectedRow(f"no time that can be read in {', '.join(TIME_FIELDS)} (logs.fields names another)")
@@ -211,21 +211,20 @@ class SchemaFilter(RowFilter[bool]):
         return True
 
 
-@dataclass(frozen=True)
-class Exclusions:
-    """The answers that are not trained on: those to held-out prompts, and those that the champion has seen."""
-
-    held_out: HeldOut
-    used_before: Set[bytes] = frozenset()  # `answer_content` of the answers that the champion's refresh used
-
-
 class LogFilter(RowFilter[AcceptedAnswer]):
     """Accepts the answers that may be trained on, each once."""
 
-    def __init__(self, config: LogsConfig, target: Path, exclusions: Exclusions, rejects: RejectLog):
-        """Load the tokenizer. target: folder of its artifact."""
+    def __init__(
+        self,
+        config: LogsConfig,
+        target: Path,
+        held_out: HeldOut,
+        rejects: RejectLog,
+        used_before: Set[bytes] = frozenset(),
+    ):
+        """Load the tokenizer. target: folder of its artifact. used_before: `answer_content` of answers to leave out."""
         super().__init__(config, rejects)
-        self._exclusions = exclusions
+        self._held_out, self._used_before = held_out, used_before
         self.info = read_target_info(target)
         self.reader = AnswerReader(load_tokenizer(model_path(target)), self.info, config)
         self._inverter = TemplateInverter(self.reader.tokenizer, config.chat_template_kwargs)
@@ -249,7 +248,7 @@ class LogFilter(RowFilter[AcceptedAnswer]):
         content = answer_content(prompt_ids, answer_ids)
         if content in self._seen:
             raise RejectedRow(DUPLICATE)
-        if content in self._exclusions.used_before and self._config.may_have_been_read(time):
+        if content in self._used_before and self._config.may_have_been_read(time):
             raise RejectedRow(USED_BEFORE)
         self._seen.add(content)
         stopped = answer.response_ids[-1] in self.reader.eos_ids
@@ -259,7 +258,7 @@ class LogFilter(RowFilter[AcceptedAnswer]):
     def is_held_out(self, prompt_ids: np.ndarray, messages: Sequence[Message] | None = None) -> bool:
         """Return whether the prompt must not be trained on. messages: of the row; None: decode them from the ids."""
         known = self._inverter.messages(prompt_ids) if messages is None else messages
-        return self._exclusions.held_out.is_held_out(known, prompt_ids)
+        return self._held_out.is_held_out(known, prompt_ids)
 
     def fits(self, prompt_ids: np.ndarray, answer_ids: np.ndarray) -> bool:
         """Return whether an answer has a usable length and the target's vocabulary."""

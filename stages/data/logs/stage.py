@@ -114,11 +114,6 @@ class LogsConfig(Config):
         return SamplingParams(self.temperature, self.top_p, self.top_k)
 
     @property
-    def needs_time(self) -> bool:
-        """Return whether rows without a time are rejected."""
-        return self.since is not None or self.after is not None
-
-    @property
     def since_time(self) -> datetime | None:
         """Return the beginning of the window, if `since` is a time."""
         return window_start(self.since, self._listing)

@@ -254,7 +254,7 @@ def test_every_arm_gets_the_same_requests_at_every_setting() -> None:
     )
     settings = settings_of(config)
     assert settings == [Setting(0, 1), Setting(0, 16), Setting(0.7, 1), Setting(0.7, 16)]
-    prompts = [Prompt("a", "heldout", [1, 2]), Prompt("b", "heldout", [3])]
+    prompts = [Prompt("a", [1, 2]), Prompt("b", [3])]
     (a, b), (_, hot) = requests_for(prompts, config, settings[0], 5), requests_for(prompts, config, settings[2], 5)
     assert (a.prompt_ids, a.max_new_tokens, a.sampling) == ([1, 2], 9, GREEDY)
     assert hot == Request("b", [3], 9, SamplingParams(0.7, 0.9, 20), b.seed) and a.seed != b.seed

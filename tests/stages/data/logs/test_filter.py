@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from draftsmith.stages.data.held_out import HeldOut
-from draftsmith.stages.data.logs.filter import AcceptedAnswer, Exclusions, LogFilter
+from draftsmith.stages.data.logs.filter import AcceptedAnswer, LogFilter
 from draftsmith.stages.data.logs.stage import LogsConfig
 from draftsmith.stages.data.row_files import RejectLog, Row
 from tests.stages.data.logs.logs_run import accepted, schema_filter
@@ -62,7 +62,7 @@ def lines() -> io.StringIO:
 @pytest.fixture(scope="module")
 def log_filter(tiny_drafter: DrafterArtifacts, lines: io.StringIO) -> LogFilter:
     config = LogsConfig(paths=["a"], temperature=0, max_bad_share=1)
-    return LogFilter(config, tiny_drafter.target, Exclusions(HeldOut()), RejectLog("logs.max_bad_share", 1, lines))
+    return LogFilter(config, tiny_drafter.target, HeldOut(), RejectLog("logs.max_bad_share", 1, lines))
 
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
