@@ -133,5 +133,5 @@ def test_no_process_outlives_whoever_started_it(end: str, tmp_path: Path) -> Non
     else:
         stage.stdin.write("\n")
         stage.stdin.flush()
-    stage.wait(30)
+    stage.wait(120)
     wait_until(lambda: not living(tmp_path), "all have ended")
