@@ -70,9 +70,13 @@ DRAFTERS: dict[str, tuple[dict[str, Any], str, str]] = {
     "dflash2": ({**_SHAPE, "kind": "dflash2"}, "auto", "ce_l1"),
     "dspark": ({**_SHAPE, "kind": "dspark"}, "auto", "ce_l1"),
     "eagle3": ({"kind": "eagle3", "block_size": 8, "target_layer_ids": [0, 1, 2]}, "auto", "forward_kl"),
+    "two-layers": ({**_SHAPE, "num_layers": 2}, "cross_entropy", "forward_kl"),
 }
 # steps of the first champion, of a week, and of a week of `sft-longest`: for equal seconds, as `bars.md` says
-STEPS = {DFLASH: (600, 150, 245), "dflash2": (600, 150, 275), "dspark": (600, 150, 265), "eagle3": (600, 150, 225)}
+STEPS = {
+    DFLASH: (600, 150, 245), "dflash2": (600, 150, 275), "dspark": (600, 150, 265), "eagle3": (600, 150, 225),
+    "two-layers": (355, 75, 155),
+}  # fmt: skip
 
 
 def arms_of(
