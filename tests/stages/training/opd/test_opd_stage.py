@@ -115,21 +115,6 @@ def test_the_papers_pair_trains_both_streams(answers: Answers, bench: Bench, tmp
     load_drafter(ctx.out / DRAFTER_FOLDER, bench.target)
 
 
-def test_mining_again_reports_how_much_of_the_trace_has_changed(greedy: Answers, tmp_path: Path) -> None:
-    """16 trajectories, 4 a step: from step 8 on, every second epoch is mined again."""
-    ctx = train(tmp_path, greedy, remine_every=8, learning_rate=3e-3, anchors="visited")
-    curve = {step: values["trace_changed_share"] for step, values in ctx.measured if "trace_changed_share" in values}
-    counts = {step: values["remined_trajectories"] for step, values in ctx.measured if "trace_changed_share" in values}
-    assert min(curve) == 8
-    assert sum(counts[step] for step in counts if step < 12) == 16  # one epoch
-    assert all(0 <= share <= 1 for share in curve.values())
-    assert np.mean(list(curve.values())) > 0.05  # weights that move this fast leave the mined trace
-    assert ctx.summaries["mining_s"] > 0
-    never = train(tmp_path / "never", greedy, steps=12, remine_every=0, anchors="visited")
-    assert not any("trace_changed_share" in values for _, values in never.measured)
-    assert all(0 <= values["steps_changed_share"] <= 1 for _, values in never.measured)
-
-
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
