@@ -119,7 +119,8 @@ class ContextMask:
                 of_own = ((k - prefix) // own == block) & (j <= s + ahead) & (s - j < window)
                 return torch.where(k < prefix, of_prefix, of_own)
 
-            self._masks[T, S, J] = _flex().mask(sees, B, None, A * S, T + A * J, device)
+            _, create_mask = _flex()
+            self._masks[T, S, J] = create_mask(sees, B, None, A * S, T + A * J, device)
         return self._masks[T, S, J]
 
     def chunks(self, T: int, R: int) -> list[tuple[slice, slice, slice]]:
@@ -291,7 +292,8 @@ def _with_flex(q: torch.Tensor, prefix: KeysValues, own: KeysValues, context_mas
     keys, values = (
         torch.cat([of_prefix, of_own.flatten(2, 3)], 2) for of_prefix, of_own in zip(prefix, own, strict=True)
     )
-    out = _flex().attention(
+    attend, _ = _flex()
+    out = attend(
         q.flatten(2, 3),
         keys,
         values,
@@ -308,17 +310,12 @@ def _with_flex(q: torch.Tensor, prefix: KeysValues, own: KeysValues, context_mas
 _KERNEL = {"BACKEND": "TRITON"}
 
 
-@dataclass(frozen=True)
-class _Flex:
-    attention: Any
-    mask: Any
-
-
 @cache
-def _flex(eager: bool = False) -> _Flex:
+def _flex(eager: bool = False) -> tuple[Any, Any]:
+    """Return flex attention, and what creates its mask."""
     # imported here: it loads torch's compiler, which only CUDA needs
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     if eager:
-        return _Flex(flex_attention, create_block_mask)
-    return _Flex(compiled(flex_attention), compiled(create_block_mask))
+        return flex_attention, create_block_mask
+    return compiled(flex_attention), compiled(create_block_mask)

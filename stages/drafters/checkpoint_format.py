@@ -297,13 +297,13 @@ def check_weights(folder: Path, expected: Mapping[str, tuple[int, ...]], own_nam
     try:
         with safe_open(path, framework="pt") as file:
             names = {own: name for name in file.keys() if (own := own_name(name)) is not None}  # noqa: SIM118
-            shapes = {own: torch.empty(file.get_slice(name).get_shape(), device="meta") for own, name in names.items()}
+            shapes = {own: tuple(file.get_slice(name).get_shape()) for own, name in names.items()}
     except (OSError, SafetensorError) as error:
         raise DraftsmithError(
             f"drafter {path}: cannot be read ({error}): the file is missing or cut short. Export the drafter as one "
             f"{WEIGHTS_FILE}."
         ) from error
-    check_tensors(folder, shapes, expected, "those of its config.json")
+    _check_shapes(folder, shapes, expected, "those of its config.json")
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -327,15 +327,14 @@ def _must_be_finite(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         )
 
 
-def check_tensors(
-    folder: Path, tensors: Mapping[str, torch.Tensor], expected: Mapping[str, tuple[int, ...]], layout: str
+def _check_shapes(
+    folder: Path, shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], layout: str
 ) -> None:
     """Check that all tensors and no others are there, with their shapes: engines ignore names that they do not know."""
-    shared = expected.keys() & tensors.keys()
     for problem, names in (
-        ("lacks tensor", expected.keys() - tensors.keys()),
-        ("has the unknown tensor", tensors.keys() - expected.keys()),
-        ("has the wrong shape for", {name for name in shared if tuple(tensors[name].shape) != expected[name]}),
+        ("lacks tensor", expected.keys() - shapes.keys()),
+        ("has the unknown tensor", shapes.keys() - expected.keys()),
+        ("has the wrong shape for", {name for name, shape in expected.items() if shapes.get(name, shape) != shape}),
     ):
         if names:
             raise DraftsmithError(
@@ -356,7 +355,7 @@ def load_tensors(
     others: shapes of the tensors that the checkpoint has beside the weights.
     """
     expected = {name: tuple(p.shape) for name, p in drafter.named_parameters()}
-    check_tensors(folder, tensors, {**expected, **others}, layout)
+    _check_shapes(folder, {name: tuple(t.shape) for name, t in tensors.items()}, {**expected, **others}, layout)
     drafter.load_state_dict(dict(tensors), strict=False)
     cast(drafter, dtype, drafter.float32_weights)
 

@@ -97,10 +97,6 @@ class TrainingConfig(OptimiserConfig):
             )
         return self
 
-    def passes(self, trajectories: int) -> float:
-        """Return how often the whole training sees each of so many trajectories; SFT memorises few answers."""
-        return self.steps * self.sequences_per_step / trajectories
-
 
 class SftConfig(TrainingConfig):
     """A loss at every offset of blocks after anchors anywhere in an answer, weighted by offset."""

@@ -55,27 +55,23 @@ class MicroBatches:
     def __call__(self, step: int) -> Iterable[LossReport]:
         return self._make(step, self.limit)
 
-    def halve(self) -> bool:
-        """Make smaller micro-batches from here on. Return False if each is one row already."""
+    def halve(self, ranks: Ranks) -> bool:
+        """Make smaller micro-batches from here on. Return False if each is one row already.
+
+        Several ranks end, so that another attempt continues with them: the others cannot know that this one begins its
+        step again. Raises RetryableError then.
+        """
         if self.limit <= self._smallest:
             return False
+        if ranks.world > 1:
+            self._note.write_text(str(self.limit // 2), "utf-8")
+            raise RetryableError(
+                f"rank {ranks.rank} of {ranks.world}: out of memory with micro-batches of {self.limit} tokens. Run the "
+                f"same command to continue from the checkpoint with {self.limit // 2}."
+            )
         self._log(f"out of memory with micro-batches of {self.limit} tokens. Trying {self.limit // 2} tokens.")
         self.limit //= 2
         return True
-
-    def halve_for_all(self, ranks: Ranks) -> None:
-        """End the training of several ranks, so that another attempt continues with smaller micro-batches.
-
-        The other ranks cannot know that this one begins its step again. Returns if each micro-batch is one row already.
-        Raises RetryableError.
-        """
-        if self.limit <= self._smallest:
-            return
-        self._note.write_text(str(self.limit // 2), "utf-8")
-        raise RetryableError(
-            f"rank {ranks.rank} of {ranks.world}: out of memory with micro-batches of {self.limit} tokens. Run the "
-            f"same command to continue from the checkpoint with {self.limit // 2}."
-        )
 
 
 def cosine(step: int, config: OptimiserConfig) -> float:
@@ -128,11 +124,8 @@ def train(
                     accumulation, backward_s = _accumulate(micro_batches, step, device_type, config)
                     break
                 except Exception as error:
-                    if not (isinstance(micro_batches, MicroBatches) and out_of_memory(error)):
-                        raise
-                    if ranks.world > 1:
-                        micro_batches.halve_for_all(ranks)
-                    if ranks.world > 1 or not micro_batches.halve():
+                    some = micro_batches if isinstance(micro_batches, MicroBatches) and out_of_memory(error) else None
+                    if some is None or not some.halve(ranks):
                         raise
                 optimiser.zero_grad(set_to_none=True)  # the gradient of micro-batches before the failed one
                 release_memory()  # outside `except`: the error's frames hold the memory that is to be freed
@@ -144,10 +137,12 @@ def train(
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
             done = time.perf_counter()
-            _add(totals, blocks=report.blocks, positions=report.positions, seconds=done - started)
-            _add(totals, tflop=report.operations / 1e12)
-            _add(totals, **{f"{name}_s": value for name, value in report.seconds.items()})
-            _add(totals, backward_and_update_s=backward_s + done - before_update)
+            spent = {"blocks": report.blocks, "positions": report.positions, "seconds": done - started}
+            spent |= {"tflop": report.operations / 1e12}
+            spent |= {f"{name}_s": value for name, value in report.seconds.items()}
+            spent |= {"backward_and_update_s": backward_s + done - before_update}
+            for name, value in spent.items():
+                totals[name] = totals.get(name, 0.0) + value
             ctx.metrics(
                 step, loss=loss, grad_norm=norm, learning_rate=optimiser.param_groups[0]["lr"], **report.metrics,
                 trained_positions=totals["positions"],
@@ -187,11 +182,6 @@ def _accumulate(
 def _check_finite(name: str, value: float, step: int) -> None:
     if not math.isfinite(value):
         raise DraftsmithError(f"training: the {name} is {value} at step {step}. Lower learning_rate, then run again.")
-
-
-def _add(totals: dict[str, float], **values: float) -> None:
-    for name, value in values.items():
-        totals[name] = totals.get(name, 0.0) + value
 
 
 @dataclass

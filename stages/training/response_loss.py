@@ -263,11 +263,6 @@ class PositionLosses:
     log_q: torch.Tensor  # [N] of the committed token, without gradient; -inf where it cannot be proposed
 
 
-def _rejected(logits: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
-    """Return the probability [n] that a sampled proposal is rejected: half of the L1 distance over all tokens."""
-    return 1 - torch.minimum(log_p.exp(), logits.softmax(-1)).sum(-1)
-
-
 @torch.no_grad()
 def _candidates(
     drafter: Drafter, hidden: torch.Tensor, columns: torch.Tensor, context: LossContext
@@ -311,7 +306,9 @@ def selector_loss(hidden: torch.Tensor, previous: torch.Tensor, signal: TargetSi
         if loss == "bernoulli_kl":
             return losses.bernoulli_forward_kl(-losses.cross_entropy(logits, at), signal.token_logprob[chunk])
         if loss == "ce_l1":
-            return 0.1 * of_token + 0.9 * 2 * _rejected(logits, log_p[chunk])
+            # half of the L1 distance over all tokens: the probability that a sampled proposal is rejected
+            rejected = 1 - torch.minimum(log_p[chunk].exp(), logits.softmax(-1)).sum(-1)
+            return 0.1 * of_token + 0.9 * 2 * rejected
         assert distribution is not None
         return distribution(logits, log_p[chunk])
 

@@ -108,8 +108,8 @@ class Trainer(ABC, Generic[AnyConfig, AnyData]):
 
     @property
     def passes(self) -> float:
-        """Return how often a trajectory is trained, on average."""
-        return self.config.passes(len(self.usable))
+        """Return how often a trajectory is trained, on average; SFT memorises few answers."""
+        return self.config.steps * self.config.sequences_per_step / len(self.usable)
 
     def rank_slice(self, step: int, limit: int | None) -> RankSlice:
         """Return what this rank trains in a step, and start to read what it trains next."""

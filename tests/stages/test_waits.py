@@ -87,12 +87,12 @@ def test_forwards_of_a_drafter_do_not_wait(
     blocks: int, drafter: Drafter, target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Blocks after a context that was read in one forward, as in replay, and training, and after one that grew."""
-    plain = block_attention._flex(eager=True)
+    _, create_mask = block_attention._flex(eager=True)
 
     def attention(q: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:  # flex attention refuses the device
         return torch.empty_like(q)
 
-    monkeypatch.setattr(block_attention, "_flex", lambda: block_attention._Flex(attention, plain.mask))
+    monkeypatch.setattr(block_attention, "_flex", lambda: (attention, create_mask))
     width = target.info.hidden_size * len(drafter.target_layer_ids)
     features = torch.zeros(ROWS, PROMPT, width, dtype=torch.bfloat16, device="meta")
     ids, positions, anchors = zeros(ROWS, PROMPT), count(ROWS, PROMPT), zeros(ROWS, blocks)

@@ -6,6 +6,8 @@ hidden states of a block, which do not depend on its proposals; the selector the
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -61,15 +63,10 @@ class CandidateSelector(nn.Module):
         columns = torch.cat([chunk.indices for chunk in chunks]).view(shape)
         return columns, self.unary_map(torch.cat([chunk.values for chunk in chunks]).float()).view(shape)
 
-    def gates(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return W h [..., r] of hidden states [..., H]."""
-        projected: torch.Tensor = self.hidden_projection(hidden)
-        return projected
-
     def pairs(self, gates: torch.Tensor, previous: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """Return float32 [..., p, k]: the scores of candidate tokens [..., k] after each of the tokens [..., p].
 
-        gates: [..., r] of the hidden states.
+        gates: [..., r], W h of the hidden states.
         """
         before = F.embedding(previous, self.predecessor_codebook) * gates[..., None, :]
         keys = F.embedding(tokens, self.successor_codebook)
@@ -77,18 +74,14 @@ class CandidateSelector(nn.Module):
 
     def best(self, hidden: torch.Tensor, anchor_tokens: torch.Tensor, head: Head) -> torch.Tensor:
         """Return the best path [B, A, K] through the candidates. hidden: [B, A, K, H]; anchor_tokens: [B, A]."""
-
-        def propose(hidden: torch.Tensor, anchor_tokens: torch.Tensor) -> torch.Tensor:
-            return self._best(hidden, anchor_tokens, head)
-
         of_block = hidden.shape[2] * self.top_k * self.successor_codebook.shape[1]
-        return propose_in_chunks(propose, hidden, anchor_tokens, of_block)
+        return propose_in_chunks(partial(self._best, head=head), hidden, anchor_tokens, of_block)
 
     def _best(self, hidden: torch.Tensor, anchor_tokens: torch.Tensor, head: Head) -> torch.Tensor:
         columns, unary = self.candidates(hidden, head)
         tokens = head.to_tokens(columns)
         first = anchor_tokens[..., None, None].expand_as(tokens[..., :1, :])
-        pairs = self.pairs(self.gates(hidden), torch.cat([first, tokens[..., :-1, :]], -2), tokens)
+        pairs = self.pairs(self.hidden_projection(hidden), torch.cat([first, tokens[..., :-1, :]], -2), tokens)
         scores = unary[..., None, :] + pairs  # [B, A, K, k before it, k]
         best, path = scores.argmax(-1), [torch.zeros_like(anchor_tokens)[..., None]]
         for k in range(hidden.shape[-2]):
@@ -103,7 +96,7 @@ class SelectorSampler(BlockSampler):
         """Find the candidates of all offsets. hidden: [B, A, K, H]."""
         self._selector, self.head, self._drafted = selector, head, 0
         self._columns, self._unary = selector.candidates(hidden, head)
-        self._tokens, self._gates = head.to_tokens(self._columns), selector.gates(hidden)
+        self._tokens, self._gates = head.to_tokens(self._columns), selector.hidden_projection(hidden)
 
     def _scores(self, tokens: torch.Tensor) -> tuple[int, torch.Tensor]:
         """Return the next offset, and the scores [B, A, k] of its candidates."""
@@ -252,7 +245,7 @@ class DFlash2Drafter(DFlashDrafter):
         rows = head.weight[columns].to(hidden.dtype)
         unary = (rows @ hidden[..., None])[..., 0].float()
         selector = self.candidate_selector
-        pairs = selector.pairs(selector.gates(hidden), previous[..., None], head.to_tokens(columns))
+        pairs = selector.pairs(selector.hidden_projection(hidden), previous[..., None], head.to_tokens(columns))
         return selector.unary_map(unary) + pairs[..., 0, :]
 
     def operations(self, shape: StepShape, *, training: bool = True) -> float:
