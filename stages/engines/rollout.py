@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pyarrow.compute as pc
 
@@ -14,16 +17,17 @@ from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
 from draftsmith.artifacts.results.drafting import TraceSource
 from draftsmith.artifacts.results.evaluation import TargetDifference
 from draftsmith.artifacts.store.manifest import write_versions
-from draftsmith.artifacts.tables.parquet import TableWriter
+from draftsmith.artifacts.tables.parquet import TableWriter, read_table
 from draftsmith.artifacts.tables.readers import BATCH_ROWS
-from draftsmith.artifacts.tables.schemas import TRAJECTORIES
-from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, PromptRows, positions_needed, request_seed
+from draftsmith.artifacts.tables.schemas import PROMPTS, QUESTIONS, TRAJECTORIES
+from draftsmith.stages.data.chat_template import token_ids
+from draftsmith.stages.data.row_formats import Message, TemplateKwargs
+from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, Prompt, PromptRows, positions_needed, request_seed
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.spec import NO_FREQUENT_TOKENS
 from draftsmith.stages.engines.base import Completion, Engine, Request
 from draftsmith.stages.engines.config import EmbeddedEngineConfig, SamplingConfig, ServerEngineConfig
-from draftsmith.stages.engines.conversations import Conversations
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.engines.kinds import open_servers
 from draftsmith.stages.engines.partial_answers import SCHEMAS, PartialAnswers, store_logged_answers
@@ -31,15 +35,16 @@ from draftsmith.stages.engines.servers.requirements import server_requirements
 from draftsmith.stages.engines.stage import RolloutConfig, prompts_to_answer
 from draftsmith.stages.runtime.stage import StageContext
 from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.info import read_target_info
+from draftsmith.stages.target.info import load_tokenizer, model_path, read_target_info
 
+_SEAM = 16  # tokens by which an answer may become longer when its text is tokenised again
 _WRITTEN_ROWS = 64  # written to the final tables in one step; traces have many short rows: BATCH_ROWS
 
 
 def run(ctx: StageContext, config: RolloutConfig) -> None:
     """Answer the prompts that have no answer yet; write the tables and, with a drafter, the source of its trace."""
     prompts = prompts_to_answer(config, ctx.inputs["prompts"])
-    conversations = Conversations.read(ctx.inputs["prompts"], prompts.ids, ctx.inputs["target"])
+    conversations = _Conversations.read(ctx.inputs["prompts"], prompts.ids, ctx.inputs["target"])
     requests = _RequestList(prompts, conversations, config.sampling, ctx.seed)
     drafter = ctx.inputs["drafter"] / DRAFTER_FOLDER if "drafter" in ctx.inputs else None
     answers = PartialAnswers(ctx.work)
@@ -74,13 +79,77 @@ def run(ctx: StageContext, config: RolloutConfig) -> None:
         TraceSource.model_validate(served).write(ctx.out)
 
 
+@dataclass
+class _Conversations:
+    """The prompts of a rollout that have further questions, and the answers so far."""
+
+    questions: Mapping[str, Sequence[str]] = field(default_factory=dict)  # prompt -> after the first
+    messages: Mapping[str, list[Message]] = field(default_factory=dict)  # prompt -> up to the first
+    tokenizer: Any = None
+    template_kwargs: TemplateKwargs = field(default_factory=dict)
+    answers: dict[str, list[int]] = field(default_factory=dict)  # request -> tokens
+
+    @classmethod
+    def read(cls, prompts: Path, prompt_ids: Sequence[str], target: Path) -> _Conversations:
+        """Read the conversations that these prompts begin. prompts, target: folders of artifacts."""
+        if not (path := prompts / "questions.parquet").is_file():
+            return cls()
+        asked, rows = set(prompt_ids), read_table(path, QUESTIONS).to_pylist()
+        questions = {row["prompt_id"]: row["questions"] for row in rows if row["prompt_id"] in asked}
+        table = read_table(prompts / "prompts.parquet", PROMPTS, ["prompt_id", "messages"]).to_pylist()
+        messages = {row["prompt_id"]: row["messages"] for row in table if row["prompt_id"] in questions}
+        template_kwargs = json.loads(rows[0]["chat_template_kwargs"])
+        return cls(questions, messages, load_tokenizer(model_path(target)), template_kwargs)
+
+    def turns(self, prompt_id: str) -> int:
+        """Return the number of questions of a prompt: 1 unless it begins a conversation."""
+        return 1 + len(self.questions.get(prompt_id, ()))
+
+    def load(self, answers: PartialAnswers, finished: Collection[str]) -> None:
+        """Load the answers of an earlier attempt."""
+        ids = [f"{prompt}/{turn}" for prompt in self.questions for turn in range(self.turns(prompt))]
+        if stored := [name for name in ids if name in finished]:
+            for table in answers.rows(stored)["trajectories"].batches(["trajectory_id", "response_ids"]):
+                self.answers |= dict(
+                    zip(table["trajectory_id"].to_pylist(), table["response_ids"].to_pylist(), strict=True)
+                )
+
+    def add(self, completion: Completion) -> None:
+        """Take an answer, if it is one of a conversation."""
+        name = completion.request.request_id
+        if name.rpartition("/")[0] in self.questions:
+            self.answers[name] = completion.response_ids
+
+    def prompt(self, prompt_id: str, turn: int) -> list[int]:
+        """Return the tokens of a question with everything before it, rendered as a chat server does. turn: from 1."""
+        texts = [
+            self.tokenizer.decode(self.answers[f"{prompt_id}/{earlier}"], skip_special_tokens=True)
+            for earlier in range(turn)
+        ]
+        return self._render(prompt_id, texts)
+
+    def whole(self, max_new_tokens: int) -> list[Prompt]:
+        """Return the longest possible last prompt of each conversation; its tokens are placeholders."""
+        found = []
+        for prompt_id, questions in self.questions.items():
+            tokens = len(self._render(prompt_id, [""] * len(questions))) + len(questions) * (max_new_tokens + _SEAM)
+            found.append(Prompt(prompt_id, [0] * tokens))
+        return found
+
+    def _render(self, prompt_id: str, answers: Sequence[str]) -> list[int]:
+        messages = list(self.messages[prompt_id])
+        for answer, question in zip(answers, self.questions[prompt_id], strict=False):
+            messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": question}]
+        return token_ids(self.tokenizer, messages, f"prompt {prompt_id}", self.template_kwargs)
+
+
 class _RequestList:
     """The requests of a rollout by index. Each is made when it is sent, so that only the ids stay in memory.
 
     The questions of a conversation follow each other: a round of requests has one of each.
     """
 
-    def __init__(self, prompts: PromptRows, conversations: Conversations, sampling: SamplingConfig, seed: int):
+    def __init__(self, prompts: PromptRows, conversations: _Conversations, sampling: SamplingConfig, seed: int):
         self.prompts, self.conversations, self._seed = prompts, conversations, seed
         self._max_new_tokens, self._sampling = sampling.max_new_tokens, sampling.params()
         self._rows = [

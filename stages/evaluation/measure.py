@@ -46,6 +46,7 @@ from draftsmith.stages.evaluation.acceptance import (
     ContextCollector,
     acceptance_table,
     as_served,
+    calibration,
     has_loop,
     served_tallies,
     slices,
@@ -53,7 +54,6 @@ from draftsmith.stages.evaluation.acceptance import (
     tau_comparisons,
     tau_differences,
 )
-from draftsmith.stages.evaluation.confidence import calibration
 from draftsmith.stages.evaluation.config import DRAFTERS, PREFIX, EvaluationConfig, prompts_to_decode
 from draftsmith.stages.evaluation.load import from_timed_runs, measure_times, predict, step_table
 from draftsmith.stages.evaluation.speed_embedded import EmbeddedSpeedTest, measure_embedded, one_thread

@@ -20,7 +20,7 @@ from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, load_trajectorie
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.engines.stage import STAGE as ROLLOUT
 from draftsmith.stages.engines.stage import RolloutConfig
-from draftsmith.stages.evaluation.confidence import calibration, expected_calibration_error
+from draftsmith.stages.evaluation.acceptance import calibration, expected_calibration_error
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.target.causal_lm import Target

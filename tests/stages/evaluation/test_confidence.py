@@ -7,7 +7,7 @@ import pytest
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyped]
 
-from draftsmith.stages.evaluation.confidence import calibration, expected_calibration_error, fit
+from draftsmith.stages.evaluation.acceptance import calibration, expected_calibration_error, fit
 from draftsmith.stages.replay.trace import AcceptanceStats, Decisions, Trace
 
 
