@@ -98,7 +98,7 @@ def test_a_missing_or_broken_evaluation_is_named(tmp_path: Path, inputs: dict[st
     with pytest.raises(DraftsmithError, match=r"evaluation\.json: missing"):
         run(tmp_path, inputs | {"evaluation": broken})
     (broken / "evaluation.json").write_text("{")
-    with pytest.raises(DraftsmithError, match=r"evaluation\.json: not JSON"):
+    with pytest.raises(DraftsmithError, match=r"evaluation\.json: content: Invalid JSON"):
         run(tmp_path, inputs | {"evaluation": broken})
 
 
