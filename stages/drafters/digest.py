@@ -29,7 +29,7 @@ def drafter_digest(folder: Path) -> str:
 
 
 def content_digest(content: Mapping[str, bytes]) -> str:
-    """Return the same of files in memory, by name."""
+    """Return the `drafter_digest` of files in memory. content: by name."""
     digest = hashlib.sha256()
     for name in DIGESTED:
         if name in content:

@@ -185,8 +185,8 @@ class EmbeddedSpeedTest:
         seconds = dict.fromkeys(arms, 0.0)
         meter, done = LoadMeter(), before[0]
         for index, batch in enumerate(batches):
-            # random: in a fixed order, other programs' time slices may meet the same arm again and again; reversed
-            # every second time: an arm is faster or slower by what was decoded before it
+            # in a fixed order, time slices of other programs may meet the same arm again and again; every second round
+            # is reversed, since what was decoded before makes an arm faster or slower
             order = random.Random(f"{self.seed} {round // 2} {index}").sample(names, len(names))
             for arm in order[:: -1 if round % 2 else 1]:
                 answered, wall = self.decode(self.target, arms[arm], batch, setting, round=round)

@@ -128,9 +128,8 @@ def read_steps(request: Request, tokens: list[int], meta: Json) -> list[VerifySt
         if [*block[:accepted], record["bonus"]][:committed] != tokens[at : at + committed]:
             raise _incomplete(request, f"the step at token {at} has other tokens than the answer")
         logprobs = record.get("logprobs")
-        if any(
-            each is None or not math.isfinite(each) for each in logprobs or ()
-        ):  # JSON has no NaN: SGLang writes null
+        # JSON has no NaN: SGLang writes null
+        if any(each is None or not math.isfinite(each) for each in logprobs or ()):
             raise BadAnswerError(
                 f"request {request.request_id}: the server's log-probs at token {index} are NaN, and so are its "
                 "logits. Look for a dtype or a kernel that overflows."
