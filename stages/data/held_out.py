@@ -22,8 +22,10 @@ from draftsmith.artifacts.results.data import PromptsSummary
 from draftsmith.artifacts.tables.readers import RowReader
 from draftsmith.artifacts.tables.schemas import PROMPTS
 from draftsmith.stages.data.row_formats import Message
+from draftsmith.stages.runtime.statistics import Unit
 
 HELDOUT_SHARE = 0.1  # of all prompts, unless a config sets it
+LOGS_SET = "logs"  # the prompt set of a prompt that is in no artifact of stage `prompts`
 HeldOutBy: TypeAlias = Literal["prompt", "conversation"]
 
 
@@ -79,19 +81,24 @@ def read_held_out(prompts: Path | None) -> HeldOut:
     return HeldOut(share, frozenset(identities), frozenset(digests), by)
 
 
-def independent_units(prompts: Path, prompt_ids: Sequence[str]) -> list[str]:
-    """Return the independent unit that each prompt's answers belong to, for statistics.
+def independent_units(prompts: Path, prompt_ids: Sequence[str]) -> list[Unit]:
+    """Return the independent unit that each prompt's answers belong to, for statistics; its prompt set is the stratum.
 
-    The unit is the prompt itself, or its conversation if the artifact of stage `prompts` holds out whole conversations.
+    The unit is the prompt itself, or its conversation if the artifact of stage `prompts` holds out whole conversations:
+    then its set is that of the conversation's first prompt.
     """
-    if _class(prompts)[1] == "prompt":
-        return list(prompt_ids)
-    units = {}
-    for batch in RowReader(prompts / "prompts.parquet", PROMPTS).row_groups(["prompt_id", "split", "messages"]):
+    whole, columns = _class(prompts)[1] == "conversation", ["prompt_id", "split", "source"]
+    sets: dict[str, str] = {}
+    names: dict[str, str] = {}
+    for batch in RowReader(prompts / "prompts.parquet", PROMPTS).row_groups(columns + ["messages"] * whole):
         for row in batch.filter(pc.not_equal(batch["split"], "train")).to_pylist():
-            if any(message["role"] == "user" for message in row["messages"]):  # else its conversation is not known
-                units[row["prompt_id"]] = prompt_identity(row["messages"], "conversation").hex()
-    return [units.get(prompt_id, prompt_id) for prompt_id in prompt_ids]
+            name = row["prompt_id"]
+            if whole and any(message["role"] == "user" for message in row["messages"]):  # else it is not known
+                name = prompt_identity(row["messages"], "conversation").hex()
+            names[row["prompt_id"]] = name
+            sets.setdefault(name, row["source"])
+    found = [names.get(prompt_id, prompt_id) for prompt_id in prompt_ids]
+    return [Unit(sets.get(name, LOGS_SET), name) for name in found]
 
 
 def _class(prompts: Path) -> tuple[float, HeldOutBy]:

@@ -17,6 +17,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.tables.parquet import read_table
 from draftsmith.artifacts.tables.readers import RowReader
 from draftsmith.artifacts.tables.schemas import ADAPTERS, LABELS, PROMPTS, TRAJECTORIES
+from draftsmith.stages.data.held_out import LOGS_SET
 from draftsmith.stages.runtime.memory import to_device
 from draftsmith.stages.target.info import read_target_info
 from draftsmith.stages.target.sampling import SamplingParams
@@ -242,7 +243,7 @@ def prompt_labels(folder: Path, prompt_ids: Sequence[str]) -> list[tuple[str, ..
     if (path := folder / "labels.parquet").is_file():
         table = read_table(path, LABELS)
         labels = dict(zip(table["prompt_id"].to_pylist(), table["labels"].to_pylist(), strict=True))
-    return [(sources.get(prompt_id, "logs"), *labels.get(prompt_id, ())) for prompt_id in prompt_ids]
+    return [(sources.get(prompt_id, LOGS_SET), *labels.get(prompt_id, ())) for prompt_id in prompt_ids]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -24,7 +24,15 @@ from draftsmith.artifacts.results.evaluation import (
 from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.evaluation.verdicts import Pair, comparison, estimate_record, pairs, too_small
 from draftsmith.stages.replay.trace import DEPTHS, EVERY, AcceptanceStats, Decisions, Trace, depth_of
-from draftsmith.stages.runtime.statistics import Estimate, jackknife, ratio, ratio_difference, ratio_gain, sum_by_key
+from draftsmith.stages.runtime.statistics import (
+    Estimate,
+    jackknife,
+    ratio,
+    ratio_difference,
+    ratio_gain,
+    strata_of,
+    sum_by_key,
+)
 
 
 def has_loop(tokens: Sequence[int]) -> bool:
@@ -34,12 +42,11 @@ def has_loop(tokens: Sequence[int]) -> bool:
 
 
 def acceptance_table(
-    tallies: Mapping[str, AcceptanceStats], prompts: Sequence[str], looping: Sequence[bool]
+    tallies: Mapping[str, AcceptanceStats], prompts: Units, looping: Sequence[bool]
 ) -> dict[str, Acceptance]:
     """Return the metrics of each drafter, with 95 % intervals over prompts; differences to others are paired.
 
-    prompts, looping: for each answer, the id of its prompt, and whether it repeats itself. A single prompt has no
-    interval.
+    looping: for each answer, whether it repeats itself. A single prompt has no interval.
     """
     keep = ~np.asarray(looping)
     differences, table = {}, {}
@@ -47,12 +54,13 @@ def acceptance_table(
         low, high = estimate.interval() or (None, None)
         differences[pair] = Difference(value=estimate.value, low=low, high=high)
     for name, tally in tallies.items():
-        tau = jackknife(ratio, *_by_prompt(tally, prompts))
+        tau = jackknife(ratio, *_by_prompt(tally, prompts), strata=strata_of(prompts))
         low, high = tau.interval() or (None, None)
         table[name] = Acceptance(
             tau=tau.value,
             tau_low=low,
             tau_high=high,
+            tau_degrees=tau.degrees,
             prompts=tau.units,
             verify_steps=int(tally.steps.sum()),
             block_size=tally.block_size,
@@ -64,17 +72,19 @@ def acceptance_table(
     return table
 
 
-def tau_differences(tallies: Mapping[str, AcceptanceStats], prompts: Sequence[str]) -> dict[Pair, Estimate]:
+def tau_differences(tallies: Mapping[str, AcceptanceStats], prompts: Units) -> dict[Pair, Estimate]:
     """Return `tau_difference` of each compared pair."""
     return {(arm, other): tau_difference(tallies[arm], tallies[other], prompts) for arm, other in pairs(list(tallies))}
 
 
-def tau_difference(tally: AcceptanceStats, other: AcceptanceStats, prompts: Sequence[str]) -> Estimate:
+def tau_difference(tally: AcceptanceStats, other: AcceptanceStats, prompts: Units) -> Estimate:
     """Return tau of a drafter minus that of another one on the same answers, paired over prompts."""
-    return jackknife(ratio_difference, *_by_prompt(tally, prompts), *_by_prompt(other, prompts))
+    sums = (*_by_prompt(tally, prompts), *_by_prompt(other, prompts))
+    return jackknife(ratio_difference, *sums, strata=strata_of(prompts))
 
 
 Sums: TypeAlias = tuple[np.ndarray, np.ndarray]  # committed tokens and verify steps of each prompt, or of each answer
+Units: TypeAlias = Sequence[Hashable]  # of each answer, the unit of its prompt (`independent_units`)
 Labels: TypeAlias = Sequence[Sequence[str]]  # of each answer: its prompt set, then its labels
 
 
@@ -83,6 +93,7 @@ class Slice(NamedTuple):
 
     name: str | None  # None: everything
     sums: Mapping[str, Sums]  # drafter -> [prompts]
+    strata: Sequence[Hashable]  # [prompts]
     by_offset: Mapping[str, Sequence[float]]  # drafter -> `AcceptanceStats.acceptance_by_offset`
 
 
@@ -91,10 +102,10 @@ def slice_names(labels: Labels) -> list[str]:
     return list(dict.fromkeys([*(each[0] for each in labels), *sorted({n for each in labels for n in each[1:]})]))
 
 
-def slices(tallies: Mapping[str, AcceptanceStats], prompts: Sequence[str], labels: Labels) -> Iterator[Slice]:
+def slices(tallies: Mapping[str, AcceptanceStats], prompts: Units, labels: Labels) -> Iterator[Slice]:
     """Yield everything, each label, and each depth if there are several.
 
-    A slice has the answers in which every drafter has a verify step there. prompts: the id of each answer's prompt.
+    A slice has the answers in which every drafter has a verify step there.
     """
 
     def slice_of(name: str | None, sums: Mapping[str, Sums], depths: slice = EVERY) -> Slice | None:
@@ -105,7 +116,7 @@ def slices(tallies: Mapping[str, AcceptanceStats], prompts: Sequence[str], label
             for arm, (committed, steps) in sums.items()
         }
         by_offset = {arm: tally.acceptance_by_offset(indices, depths) for arm, tally in tallies.items()}
-        return Slice(name, found, by_offset) if chosen else None
+        return Slice(name, found, strata_of(chosen), by_offset) if chosen else None
 
     masks: dict[str | None, np.ndarray] = {None: np.ones(len(labels))}
     masks |= {name: np.array([float(name in each) for each in labels]) for name in slice_names(labels)}
@@ -126,7 +137,7 @@ def slices(tallies: Mapping[str, AcceptanceStats], prompts: Sequence[str], label
 
 
 def tau_by_slice(
-    tallies: Mapping[str, AcceptanceStats], prompts: Sequence[str], labels: Labels
+    tallies: Mapping[str, AcceptanceStats], prompts: Units, labels: Labels
 ) -> dict[str, dict[str, SetMetrics]]:
     """Return slice -> drafter -> tau with its 95 % interval over prompts; `ALL` stands for all prompts.
 
@@ -135,7 +146,7 @@ def tau_by_slice(
     found: dict[str, dict[str, SetMetrics]] = {}
     for each in slices(tallies, prompts, labels):
         for arm, sums in each.sums.items():
-            tau = jackknife(ratio, *sums)
+            tau = jackknife(ratio, *sums, strata=each.strata)
             interval = tau.interval() if each.name is None or not too_small(tau) else None
             low, high = interval or (None, None)
             metrics = SetMetrics(tau=tau.value, low=low, high=high, prompts=tau.units)
@@ -143,9 +154,7 @@ def tau_by_slice(
     return found
 
 
-def tau_comparisons(
-    tallies: Mapping[str, AcceptanceStats], prompts: Sequence[str], labels: Labels
-) -> list[ArmComparison]:
+def tau_comparisons(tallies: Mapping[str, AcceptanceStats], prompts: Units, labels: Labels) -> list[ArmComparison]:
     """Compare every drafter with the champion, on all prompts (set None) and each slice; empty without a champion."""
     if CHAMPION not in tallies:
         return []
@@ -155,8 +164,8 @@ def tau_comparisons(
         base = float(ratio(*(sums.sum() for sums in champion)))
         for arm, own in each.sums.items():
             if arm != CHAMPION:
-                gain = estimate_record(jackknife(ratio_gain, *own, *champion))
-                difference = jackknife(ratio_difference, *own, *champion)
+                gain = estimate_record(jackknife(ratio_gain, *own, *champion, strata=each.strata))
+                difference = jackknife(ratio_difference, *own, *champion, strata=each.strata)
                 found.append(comparison("tau", (arm, CHAMPION), difference, set=each.name, base=base, gain=gain))
     return found
 
@@ -177,11 +186,11 @@ def served_tallies(requests: Sequence[Mapping[str, Any]], arms: Sequence[str]) -
 
 
 def as_served(
-    replayed: EvaluationResult, tallies: Mapping[str, AcceptanceStats], prompts: Sequence[str], labels: Labels
+    replayed: EvaluationResult, tallies: Mapping[str, AcceptanceStats], prompts: Units, labels: Labels
 ) -> EvaluationResult:
     """Return the result with tau, its differences and its slices as served, and that of replay beside it."""
     counted = acceptance_table(tallies, prompts, [False] * len(prompts))
-    fields = ("tau", "tau_low", "tau_high", "prompts", "verify_steps", "differences")
+    fields = ("tau", "tau_low", "tau_high", "tau_degrees", "prompts", "verify_steps", "differences")
     drafters = {
         arm: own.model_copy(update={name: getattr(counted[arm], name) for name in fields} | {"tau_replayed": own.tau})
         for arm, own in replayed.drafters.items()
@@ -191,7 +200,7 @@ def as_served(
     return replayed.model_copy(update={"drafters": drafters, "sets": sets, "comparisons": comparisons})
 
 
-def _by_prompt(tally: AcceptanceStats, prompts: Sequence[str]) -> Sums:
+def _by_prompt(tally: AcceptanceStats, prompts: Units) -> Sums:
     """Return [prompts] committed tokens and verify steps of the answers to each prompt."""
     return sum_by_key(prompts, tally.committed), sum_by_key(prompts, tally.steps)
 

@@ -15,7 +15,7 @@ refill(k): the time of reading k prompts, as many as `PREFILL_TOKENS` allow in o
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import TypeAlias, TypeVar
@@ -40,7 +40,14 @@ from draftsmith.stages.evaluation.timed_runs import Row, Setting
 from draftsmith.stages.evaluation.verdicts import estimate_of, estimate_record
 from draftsmith.stages.replay.trace import AcceptanceStats
 from draftsmith.stages.runtime.memory import out_of_memory, release_memory
-from draftsmith.stages.runtime.statistics import Estimate, combine_errors, jackknife, mean_estimate, sum_by_key
+from draftsmith.stages.runtime.statistics import (
+    Estimate,
+    combine_errors,
+    jackknife,
+    mean_estimate,
+    strata_of,
+    sum_by_key,
+)
 
 IN_FLIGHT: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)
 PASSES = 5  # over all arms and widths, after one that is not counted
@@ -210,18 +217,23 @@ class _Speed:
         return self.tokens / float(self.per_pass.mean())
 
 
-def _log_ratio(own: _Speed, other: _Speed) -> Estimate:
-    """Return the logarithm of how many times as fast the first is as the other: the error of the passes and of tau."""
+def _log_ratio(own: _Speed, other: _Speed, strata: Sequence[Hashable]) -> Estimate:
+    """Return the logarithm of how many times as fast the first is as the other: the error of the passes and of tau.
+
+    strata: [units].
+    """
 
     def ratio(committed: np.ndarray, steps: np.ndarray, others: np.ndarray, other_steps: np.ndarray) -> np.ndarray:
         return np.log(other.by_tau(others, other_steps) / own.by_tau(committed, steps))
 
     timed = mean_estimate(np.log(other.per_pass / own.per_pass))
-    return combine_errors(timed, jackknife(ratio, own.committed, own.steps, other.committed, other.steps))
+    return combine_errors(
+        timed, jackknife(ratio, own.committed, own.steps, other.committed, other.steps, strata=strata)
+    )
 
 
 def predict(
-    steps: StepSeconds, tallies: Mapping[str, AcceptanceStats], units: Sequence[str], answer: AverageAnswer
+    steps: StepSeconds, tallies: Mapping[str, AcceptanceStats], units: Sequence[Hashable], answer: AverageAnswer
 ) -> list[LoadPoint]:
     """Return the speed of each drafter at every measured number of requests in flight, at its fastest width.
 
@@ -246,7 +258,7 @@ def predict(
         }
         for arm in tallies:
             for other in [PLAIN, *([CHAMPION] if CHAMPION in tallies and arm != CHAMPION else [])]:
-                estimate = estimate_record(_log_ratio(best[arm], best[other]))
+                estimate = estimate_record(_log_ratio(best[arm], best[other], strata_of(units)))
                 points.append(
                     LoadPoint(
                         **dict(estimate),

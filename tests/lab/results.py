@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +55,7 @@ def show_results(display: Display, made: Mapping[str, Path], _mlflow: str = "") 
 def rows(
     tallies: Mapping[Group, Sequence[AcceptanceStats]],
     costs: Mapping[Group, Sequence[Sequence[float]]],
-    units: Sequence[str],
+    units: Sequence[Hashable],
 ) -> list[list[str]]:
     """Return a row for every arm and number of steps: tau of each seed, and the paired difference to the control.
 

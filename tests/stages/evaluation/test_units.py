@@ -14,6 +14,7 @@ from draftsmith.artifacts.tables.schemas import LABELS, PROMPTS
 from draftsmith.stages.data.held_out import independent_units
 from draftsmith.stages.evaluation.drift import STAGE as DRIFT
 from draftsmith.stages.evaluation.stage import STAGE as EVALUATION
+from draftsmith.stages.runtime.statistics import Unit
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts
 
@@ -37,12 +38,15 @@ def prompts(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> Path:
 def test_a_prompt_is_its_own_unit_or_its_conversation_s(prompts: Path, tiny_drafter: DrafterArtifacts) -> None:
     rows = read_table(prompts / "prompts.parquet", PROMPTS).to_pylist()
     names = [row["prompt_id"] for row in rows if row["split"] == "heldout"]
-    assert independent_units(tiny_drafter.prompts, names) == names
-    assert set(Counter(independent_units(prompts, names)).values()) == {3}
-    assert independent_units(prompts, ["of logs"]) == ["of logs"]
+    (source,) = {row["source"] for row in rows}
+    of_prompts = [Unit(source, name) for name in names]
+    assert independent_units(tiny_drafter.prompts, names) == of_prompts
+    conversations = independent_units(prompts, names)
+    assert set(Counter(conversations).values()) == {3} and {unit.stratum for unit in conversations} == {source}
+    assert independent_units(prompts, ["of logs"]) == [Unit("logs", "of logs")]
     bare = [row | {"messages": []} for row in rows]
     write_table(prompts / "prompts.parquet", PROMPTS, bare)
-    assert independent_units(prompts, names) == names, "of token ids alone nothing is known"
+    assert independent_units(prompts, names) == of_prompts, "of token ids alone nothing is known"
 
 
 def test_drift_and_evaluation_measure_conversations(
