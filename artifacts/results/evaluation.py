@@ -44,6 +44,7 @@ class Acceptance(Record):
     tau: float
     tau_low: float | None = None
     tau_high: float | None = None
+    tau_degrees: float | None = None  # of freedom of its error
     prompts: int = 0
     verify_steps: int = 0
     block_size: int | None = None
@@ -232,6 +233,15 @@ class TargetDifference(ResultFile, Record):
         )
 
 
+class Look(Record):
+    """Which look at the speeds this is, of how many at most: each adds prompts to those of the earlier ones."""
+
+    number: int = 1
+    of: int = 1
+    prompts: int = 0  # that one look decodes
+    seconds: float = 0.0  # of one look's timed runs
+
+
 class EvaluationResult(ResultFile, Record):
     """The metrics of an evaluation. `acceptance.json` is the part that does not depend on time."""
 
@@ -250,6 +260,7 @@ class EvaluationResult(ResultFile, Record):
     speed: Mapping[str, SpeedMetrics] = {}  # at the first setting
     speed_by_setting: Sequence[SpeedTable] = ()
     speed_warnings: Annotated[Sequence[SpeedWarning], Field(alias="doubts")] = ()
+    look: Look = Look()
     machine: Machine = Machine()
     exactness: Exactness = Exactness()
     target_difference: TargetDifference | None = None  # then tau is that of served answers

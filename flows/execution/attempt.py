@@ -45,6 +45,7 @@ class StageJob:
     node_key: str  # cache key of the node's artifact
     external: Mapping[str, str] = field(default_factory=dict)  # `external_digests` that the key was made of
     shard: Shard | None = None  # None: the whole node
+    earlier: Path | None = None  # the inconclusive artifact that this one replaces
     forced_attempt: str = ""  # of a node that is built again: its shards are too, each once
 
     @property
@@ -118,6 +119,7 @@ def run_attempt(
             listing=node.config.list_inputs(),
             shard=job.shard,
             shards=[ref.path for ref in shards],
+            earlier=job.earlier,
         )
         process = ProcessOptions(
             log_path=home / "logs" / f"{claim.stage}-{claim.key[:16]}-{time.strftime('%Y%m%d-%H%M%S')}.log",

@@ -115,6 +115,9 @@ def build_node(
     # An artifact that another run or the commit of an earlier attempt has completed may be outdated too.
     while ref is None or is_outdated(store, node, ref, inputs) or (reused and is_inconclusive(store, ref)):
         force = force or ref is not None
+        if ref is not None and is_inconclusive(store, ref):
+            store.fetch(ref)
+            job = replace(job, earlier=ref.path)
         wait = config.stages.lock_wait(context.check, _report_artifact_wait(context, node))
         with store.claim(job.stage, key, force=force, run=config.name, wait=wait) as claim:
             reused = not isinstance(claim, Claim)

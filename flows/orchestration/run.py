@@ -128,7 +128,8 @@ def _run(
     whole = not selection.until
     checks = pipeline.checks() if pipeline.checks is not None else None
     forced = selection.forced(nodes)
-    full_policy = pipeline.policy(config, requested.forced(nodes)) if pipeline.policy is not None else None
+    asked = {*requested.forced(nodes), *requested.start}
+    full_policy = pipeline.policy(config, asked) if pipeline.policy is not None else None
     policy = full_policy if whole else None
     context.display.newer_files(planned)
     context.display.lines(checks.before(planned) if checks is not None else [])

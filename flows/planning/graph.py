@@ -430,7 +430,7 @@ def is_outdated(store: Store, node: Node, ref: ArtifactRef, inputs: Mapping[str,
 
 
 def is_inconclusive(store: Store, ref: ArtifactRef) -> bool:
-    """Return whether the artifact holds an inconclusive measurement, which the next run repeats."""
+    """Return whether the artifact holds an inconclusive measurement, which the next run adds to."""
     return bool(store.manifest(ref).metrics.get(INCONCLUSIVE))
 
 

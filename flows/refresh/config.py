@@ -253,6 +253,12 @@ def drift_config(config: RefreshConfig) -> DriftConfig:
     return config.drift.model_copy(update={"drafting": config.evaluation.drafted()})
 
 
+def evaluation_config(config: RefreshConfig) -> EvaluationConfig:
+    """Return the config of the evaluation, which takes another look if the gate could not decide about the speed."""
+    judged = config.registry is not None and config.gate.judge_speed
+    return config.evaluation.model_copy(update={"min_speedup": config.gate.min_speedup if judged else None})
+
+
 # settings of `measured_with` for versions that were registered before a field existed
 DEFAULT_SAMPLING = {
     f"heldout.sampling.{name}": value for name, value in SamplingConfig().model_dump(mode="json").items()

@@ -62,7 +62,8 @@ class RefreshPolicy:
     def __init__(self, config: RefreshConfig, force: Collection[str]) -> None:
         """Take a resolved config with a registry.
 
-        force: nodes. With `drift` or a later one, the refresh continues whatever the drift check finds.
+        force: nodes to make again or to start from. With `drift` or a later one, the refresh continues whatever the
+        drift check finds.
         """
         assert config.registry is not None
         self.config, self.line = config, config.registry
@@ -119,7 +120,7 @@ class RefreshPolicy:
         """Return why the refresh continues; empty if there is no reason."""
         champion, config = self.line.champion, self.config.drift
         assert champion is not None
-        reasons = [f"{name} is forced" for name in self._forced]
+        reasons = [f"{name} is asked for (--force or --from)" for name in self._forced]
         if self.line.restart:
             reasons.append("the line starts again (registry.restart)")
         if target_changed:

@@ -8,6 +8,7 @@ from draftsmith.flows.refresh.config import (
     RefreshConfig,
     control_config,
     drift_config,
+    evaluation_config,
     mining_config,
     report_config,
     sft_config,
@@ -96,7 +97,7 @@ def refresh_nodes(config: RefreshConfig) -> list[Node]:
         nodes.append(Node("control", STAGES["sft"], control_config(config), training, seed))
     measured = {**asked, "trajectories": "heldout", **champion, **drafters}
     reported = {"mining": "mining", "evaluation": "evaluation", **drafters}
-    nodes.append(Node("evaluation", STAGES["evaluation"], config.evaluation, measured))
+    nodes.append(Node("evaluation", STAGES["evaluation"], evaluation_config(config), measured))
     if config.registry is not None:
         gated = {"evaluation": "evaluation", **champion, **drafters}
         nodes.append(Node("gate", STAGES["gate"], config.gate, gated))

@@ -20,7 +20,7 @@ from draftsmith.stages.engines.config import (
 )
 from draftsmith.stages.engines.environment import engine_programs
 from draftsmith.stages.replay.options import PARITY_MISMATCH, MaxParityMismatch, TokensPerForward
-from draftsmith.stages.runtime.stage import Config
+from draftsmith.stages.runtime.stage import Config, FilledIn, NotInKey
 
 DRAFTERS = ("champion", "sft", "control", "opd")  # of a refresh
 PREFIX = "drafter:"  # of the inputs of a comparison of any other drafters; the rest of the name is the arm's
@@ -65,8 +65,9 @@ class EvaluationConfig(Config):
         Field(
             ge=1,
             description="held-out prompts decoded in every timed run, a sample of all that are served. Where a "
-            "drafter's speed differs by 30 % from prompt to prompt, 16 prompts give its speed-up within 16 %, 64 "
-            "within 8 % (at 95 %). With several requests in flight at least twice as many prompts are needed",
+            "drafter's speed differs by 30 % from prompt to prompt of a set, 16 prompts give its speed-up within 16 %, "
+            "64 within 8 % (at 95 %). With several requests in flight at least twice as many prompts are needed. Up to "
+            "two further looks add as many prompts each, as long as the held-out prompts suffice",
         ),
     ] = 16
     validation_prompts: Annotated[
@@ -92,6 +93,8 @@ class EvaluationConfig(Config):
     ] = 8
     max_parity_mismatch: MaxParityMismatch = PARITY_MISMATCH
     tokens_per_target_forward: TokensPerForward = 2048
+    min_speedup: Annotated[float | None, FilledIn(), NotInKey()] = None
+    """The gate's, so that an undecided speed-up gets another look; None: no gate judges speed."""
 
     @model_validator(mode="after")
     def _servers_can_take_the_drafters(self) -> EvaluationConfig:

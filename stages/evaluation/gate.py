@@ -1,10 +1,11 @@
 """Stage `gate`: the rules by which a challenger takes the champion's place.
 
 Every rule has metrics, a threshold and a result. A rule that says "better" needs evidence for it (the lower end of a
-one-sided interval), a rule that says "not worse" is broken by evidence against it (the upper end). A rule is
-inconclusive, and not passed, if too little was measured or the speeds cannot be trusted (`validity.py`). The rules of
-one kind share their error rate (Bonferroni): a challenger that is as good as the champion is promoted in at most 5 % of
-cases.
+one-sided interval), and is broken by evidence against it (the upper end); a rule that says "not worse" is broken by
+evidence against it, and passed without. A rule is inconclusive, and not passed, if its interval holds the threshold,
+too little was measured, or the speeds cannot be trusted (`validity.py`). The rules of one kind share their error rate
+(Bonferroni), and so do the looks at the speeds (`looks.py`): a challenger that is as good as the champion is promoted
+in at most 5 % of cases.
 """
 
 from __future__ import annotations
@@ -30,11 +31,13 @@ from draftsmith.artifacts.results.evaluation import (
 from draftsmith.artifacts.results.gate import LOAD_RULES, THE_CHAMPION, GateDecision, GateVerdict, RuleResult
 from draftsmith.artifacts.store.local import Store
 from draftsmith.artifacts.store.manifest import read_manifest
+from draftsmith.stages.evaluation.looks import decides, level_of, prompts_wanted
 from draftsmith.stages.evaluation.validity import FEWEST_PROMPTS, NOISE, PROMPTS, TAU, TURNS, few_runs
 from draftsmith.stages.evaluation.verdicts import FEWEST_RUNS, at_loads, comparison, estimate_of, too_small
 from draftsmith.stages.runtime.stage import Config, Stage, StageContext
-from draftsmith.stages.runtime.statistics import CONFIDENCE, simultaneous_level
+from draftsmith.stages.runtime.statistics import CONFIDENCE, Estimate, simultaneous_level
 
+_NO_DIFFERENCE = "no measurable difference"
 _TIE_OF_FLOAT32 = 0.01  # logits that two orders of the same sums differ by at most
 
 
@@ -140,7 +143,7 @@ def _decision(challenger: str, champion: str | None, rules: Sequence[RuleResult]
         sentence = f"promoted: {challenger} {verb} {other} ({main.text if main else ''})"
     else:
         failed = "; ".join(f"{rule.name}: {rule.text}" for rule in rules if not rule.passed)
-        label = "refused by the gate" if outcome == "refused" else "inconclusive"
+        label = "refused by the gate" if outcome == "refused" else "inconclusive, which is no defect of the drafter"
         sentence = f"{label}: {challenger} against {other}: {failed}"
     return GateDecision(
         promote=promote, outcome=outcome, challenger=challenger, champion=champion, sentence=sentence, rules=rules
@@ -202,22 +205,29 @@ def _parity(evaluation: EvaluationResult, challenger: str) -> Iterator[RuleResul
 def _tau(evaluation: EvaluationResult, challenger: str, config: GateConfig) -> RuleResult:
     (overall,) = (each for each in evaluation.compared("tau", challenger, CHAMPION) if each.set is None)
     assert overall.gain is not None
-    gain, low = overall.gain.value, estimate_of(overall.gain).upper(1 - CONFIDENCE)
+    estimate = estimate_of(overall.gain)
+    gain, low = estimate.value, estimate.upper(1 - CONFIDENCE)
     wanted = f"above {config.min_tau_gain:+.1%} wanted{', as served' * (evaluation.target_difference is not None)}"
     if overall.units < FEWEST_PROMPTS:
         prompts = f"{overall.units} prompt{'s' * (overall.units != 1)}"
         text = f"{prompts} are too few ({gain:+.1%}, {wanted}): {FEWEST_PROMPTS} are needed"
         return _rule("tau", False, text, {"value": gain, "wanted": config.min_tau_gain}, conclusive=False)
-    text = f"{gain:+.1%} of the champion's, at least {low:+.1%} at 95 %; {wanted}"
-    return _rule("tau", low > config.min_tau_gain, text, {"value": gain, "end": low, "wanted": config.min_tau_gain})
+    better = decides(estimate, config.min_tau_gain, CONFIDENCE)
+    text = f"{gain:+.1%} of the champion's, {_end(better, low, estimate.upper(), '+.1%')} at 95 %; {wanted}"
+    metrics = {"value": gain, "end": low, "wanted": config.min_tau_gain}
+    if better is None:
+        text = f"{text}, inconclusive: {_NO_DIFFERENCE}"
+    return _rule("tau", better is True, text, metrics, conclusive=better is not None)
 
 
 def _tau_alone(evaluation: EvaluationResult, challenger: str) -> RuleResult:
     """Check that drafting helps at all, where there is no champion and speed is not judged."""
-    tau, low = evaluation.drafters[challenger].tau, evaluation.drafters[challenger].tau_low
+    drafter = evaluation.drafters[challenger]
+    tau, low, high = drafter.tau, drafter.tau_low, drafter.tau_high
     text = f"{tau:.3f}{'' if low is None else f', at least {low:.3f}'}; above 1.000 wanted"
     metrics = {"value": tau, "end": low, "wanted": 1.0}
-    return _rule("tau", low is not None and low > 1, text, metrics, conclusive=low is not None)
+    undecided = low is None or high is None or low <= 1 < high
+    return _rule("tau", low is not None and low > 1, text, metrics, conclusive=not undecided)
 
 
 def _slices(evaluation: EvaluationResult, challenger: str, config: GateConfig) -> Iterator[RuleResult]:
@@ -238,11 +248,12 @@ def _slices(evaluation: EvaluationResult, challenger: str, config: GateConfig) -
 def _speed(evaluation: EvaluationResult, challenger: str, config: GateConfig) -> Iterator[RuleResult]:
     """Check for more speed than without a drafter at the first setting, and none lost to the champion at any."""
     over_plain, *_ = evaluation.compared("speed", challenger, PLAIN)
-    yield _speed_rule(evaluation, "speed-up", over_plain, config.min_speedup, CONFIDENCE, [over_plain.concurrency])
+    of_look = level_of(evaluation.look)
+    yield _speed_rule(evaluation, "speed-up", over_plain, config.min_speedup, of_look, [over_plain.concurrency])
     over_champion = evaluation.compared("speed", challenger, CHAMPION)
     for each in over_champion:
         name = f"speed at temperature {each.temperature:g}, {each.concurrency} in flight"
-        level = 1 - (1 - CONFIDENCE) / len(over_champion)
+        level = simultaneous_level(len(over_champion), of_look)
         yield _speed_rule(evaluation, name, each, 1 - config.max_speed_loss, level, [each.concurrency])
 
 
@@ -266,7 +277,7 @@ def _at_loads(evaluation: EvaluationResult, challenger: str, config: GateConfig)
         estimate, tokens_per_s = found
         speed = comparison("speed", (challenger, other), estimate, temperature=evaluation.temperature)
         settings = _around(curve, config.loads or {}) if evaluation.load_is_measured else []
-        rule = _speed_rule(evaluation, name, speed, wanted, CONFIDENCE, settings)
+        rule = _speed_rule(evaluation, name, speed, wanted, level_of(evaluation.look), settings)
         more = {"tokens_per_s": tokens_per_s} if rule.conclusive else {}
         yield rule.model_copy(update={"metrics": {**rule.metrics, **more}})
 
@@ -304,17 +315,39 @@ def _speed_rule(
         reasons = [few_runs(estimate.units)]
     elif not reasons and math.isnan(estimate.error):
         reasons = ["one conversation or prompt outweighs all others: raise evaluation.speed_prompts"]
-    if not reasons:
-        end = math.exp(estimate.upper(1 - level) if better else estimate.upper(level))
-        passed = end > wanted if better else end >= wanted
-        if not passed:  # noise widens intervals: a rule that passes in spite of it passes
-            reasons = warnings(NOISE)
+    low, high = math.exp(estimate.upper(1 - level)), math.exp(estimate.upper(level))
+    logarithm = math.log(wanted) if wanted else -math.inf
+    passed = None if reasons else decides(estimate, logarithm, level) if better else high >= wanted
+    if not reasons and not passed:  # noise widens intervals: a rule that passes in spite of it passes
+        reasons = warnings(NOISE)
     if reasons:
         text = f"{value:.3f} {times}, inconclusive: {'; '.join(reasons)}"
         return _rule(name, False, text, {"value": value, "wanted": wanted}, conclusive=False)
-    text = f"{value:.3f} {times}, {'at least' if better else 'at most'} {end:.3f} at {100 * level:.3g} %"
+    text = f"{value:.3f} {times}, {_end(passed if better else False, low, high, '.3f')} at {100 * level:.4g} %"
     text += f"; {'above' if better else 'at least'} {wanted:.3f} wanted"
-    return _rule(name, passed, text, {"value": value, "end": end, "wanted": wanted})
+    metrics = {"value": value, "end": low if better else high, "wanted": wanted}
+    if passed is None:
+        text = f"{text}, inconclusive: {_more_prompts(evaluation, name, estimate, logarithm)}"
+    return _rule(name, passed is True, text, metrics, conclusive=passed is not None)
+
+
+def _end(better: bool | None, low: float, high: float, form: str) -> str:
+    """Return the ends of an interval that a rule rests on. better: that it shows; None: its interval shows nothing."""
+    if better is None:
+        return f"from {low:{form}} to {high:{form}}"
+    return f"at least {low:{form}}" if better else f"at most {high:{form}}"
+
+
+def _more_prompts(evaluation: EvaluationResult, name: str, estimate: Estimate, wanted: float) -> str:
+    """Return how many more prompts would decide, as long as further looks can measure them."""
+    look = evaluation.look
+    if name != "speed-up" or look.number == look.of:
+        return _NO_DIFFERENCE
+    following = look.model_copy(update={"number": look.number + 1})
+    more = prompts_wanted(estimate, wanted, level_of(following)) - estimate.units
+    left = (look.of - look.number) * look.prompts
+    about = f"about {max(1, math.ceil(more))} more prompts" if more <= left else f"more than {left} more prompts"
+    return f"{about} would decide at this spread"
 
 
 STAGE = Stage(

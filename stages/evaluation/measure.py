@@ -23,6 +23,7 @@ from draftsmith.artifacts.results.evaluation import (
     ArmComparison,
     Contexts,
     EvaluationResult,
+    Look,
     SpeedMetrics,
     SpeedTable,
 )
@@ -56,9 +57,17 @@ from draftsmith.stages.evaluation.acceptance import (
 )
 from draftsmith.stages.evaluation.config import DRAFTERS, PREFIX, EvaluationConfig, prompts_to_decode
 from draftsmith.stages.evaluation.load import from_timed_runs, measure_times, predict, step_table
+from draftsmith.stages.evaluation.looks import Looks, needs_another, open_look
 from draftsmith.stages.evaluation.speed_embedded import EmbeddedSpeedTest, measure_embedded, one_thread
 from draftsmith.stages.evaluation.speed_servers import ServerSpeedTest, measure_servers
-from draftsmith.stages.evaluation.speed_table import alternates, at_setting, log_ratios, speed_by_slice, speed_tables
+from draftsmith.stages.evaluation.speed_table import (
+    Units,
+    alternates,
+    at_setting,
+    log_ratios,
+    speed_by_slice,
+    speed_tables,
+)
 from draftsmith.stages.evaluation.timed_runs import Setting, SpeedMeasurement, machine, settings_of
 from draftsmith.stages.evaluation.validity import AGAIN, speed_warnings
 from draftsmith.stages.evaluation.verdicts import Pair, comparison, pairs, verdicts
@@ -68,7 +77,7 @@ from draftsmith.stages.replay.sampled import truncation_warning
 from draftsmith.stages.replay.trace import AcceptanceStats
 from draftsmith.stages.runtime.memory import release_memory
 from draftsmith.stages.runtime.stage import INCONCLUSIVE, WHOLE, Shard, StageContext, progress_callback
-from draftsmith.stages.runtime.statistics import Estimate
+from draftsmith.stages.runtime.statistics import Estimate, Unit
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.sampling import SamplingParams
 
@@ -91,7 +100,10 @@ def run(ctx: StageContext, config: EvaluationConfig) -> None:
 
     `acceptance.json` depends on the cache key alone; `evaluation.json` adds what depends on time.
     """
-    speed, acceptance, tau_estimates, load = _measure(ctx, config)
+    looks = open_look(config, prompts_to_decode(config, ctx.inputs["prompts"])[0], ctx.earlier)
+    if looks.of > 1:
+        ctx.log(f"look {looks.number} of at most {looks.of} at the speeds: {len(looks.prompts)} prompts")
+    speed, acceptance, tau_estimates, load = _measure(ctx, config, looks)
     acceptance.write(ctx.out, EvaluationResult.ACCEPTANCE_FILE)
     settings, arms = settings_of(config), list(acceptance.drafters)
     definition, difference = _DEFINITION_OF_TAU, speed.target_difference
@@ -115,7 +127,7 @@ def run(ctx: StageContext, config: EvaluationConfig) -> None:
     for warning in warnings:
         ctx.log(f"unreliable speeds, {warning.concurrency} in flight: {warning.text}")
 
-    acceptance.model_copy(
+    result = acceptance.model_copy(
         update={
             "definition_of_tau": definition,
             "engine": speed.engine,
@@ -129,6 +141,12 @@ def run(ctx: StageContext, config: EvaluationConfig) -> None:
             "speed": first,
             "speed_by_setting": tables,
             "speed_warnings": warnings,
+            "look": Look(
+                number=looks.number,
+                of=looks.of,
+                prompts=len(looks.prompts),
+                seconds=sum(run["wall_seconds"] for run in speed.runs) / looks.number,
+            ),
             "machine": machine(),
             "exactness": speed.exactness,
             "parity": speed.parity,
@@ -137,13 +155,15 @@ def run(ctx: StageContext, config: EvaluationConfig) -> None:
             **({} if difference is None else {"target_difference": difference}),
             **(load or {"load": from_timed_runs(compared, tables)}),
         }
-    ).write(ctx.out)
+    )
+    result.write(ctx.out)
     kind, _, version = speed.engine.partition(" ")
     if version:
         write_versions(ctx.out, **{kind: version})
     write_table(ctx.out / "requests.parquet", REQUESTS, speed.requests)
     write_table(ctx.out / "turns.parquet", TURNS, speed.runs)
-    if any(warning.kind in AGAIN for warning in warnings):
+    undecided = config.min_speedup is not None and needs_another(result, config.min_speedup)
+    if undecided or any(warning.kind in AGAIN for warning in warnings):
         ctx.summary(**{INCONCLUSIVE: 1.0})
     ctx.summary(**_summary(acceptance, tables))
 
@@ -177,7 +197,7 @@ def _with_speed(
 
 
 def speed_comparisons(
-    speed: SpeedMeasurement, settings: Sequence[Setting], arms: Sequence[str], units: Mapping[str, str]
+    speed: SpeedMeasurement, settings: Sequence[Setting], arms: Sequence[str], units: Units
 ) -> list[ArmComparison]:
     """Compare every drafter with decoding without one and with the champion, at every setting."""
     others = [PLAIN, *([CHAMPION] if CHAMPION in arms else [])]
@@ -204,7 +224,7 @@ def _training_seed(folder: Path) -> int | None:
 
 
 def _measure(
-    ctx: StageContext, config: EvaluationConfig
+    ctx: StageContext, config: EvaluationConfig, looks: Looks
 ) -> tuple[SpeedMeasurement, EvaluationResult, dict[Pair, Estimate], dict[str, object]]:
     """Measure speed and acceptance; also return the estimated differences of tau, and what is predicted by load.
 
@@ -228,14 +248,14 @@ def _measure(
     tau_estimates = tau_differences(replayed.tallies, replayed.units)
     if not isinstance(config.engine, ServerEngineConfig):
         test = EmbeddedSpeedTest(ctx, target, config, ctx.seed)
-        speed = measure_embedded(test, folders, drafters, heldout, validation)
+        speed = measure_embedded(test, folders, drafters, heldout, validation, looks)
         return speed, acceptance, tau_estimates, _load(test, drafters, replayed, speed)
 
     trained, dtype = {arm: drafter.block_size for arm, drafter in drafters.items()}, target.info.dtype
     del target, drafters  # servers need the memory
     release_memory()
     served = ServerSpeedTest(ctx, config, config.engine, folders, trained, longest, dtype)
-    return measure_servers(served, heldout, validation), acceptance, tau_estimates, {}
+    return measure_servers(served, heldout, validation, looks), acceptance, tau_estimates, {}
 
 
 @dataclass(frozen=True)
@@ -243,7 +263,7 @@ class _Replayed:
     """What the replays of held-out answers show of each drafter."""
 
     tallies: Mapping[str, AcceptanceStats]
-    units: Sequence[str]  # of each answer
+    units: Sequence[Unit]  # of each answer
     answers: Sequence[Trajectory]
 
 

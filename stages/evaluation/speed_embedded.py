@@ -30,6 +30,7 @@ from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.engines.base import Completion
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.evaluation.config import EvaluationConfig
+from draftsmith.stages.evaluation.looks import Looks
 from draftsmith.stages.evaluation.timed_runs import (
     LoadMeter,
     Row,
@@ -64,18 +65,19 @@ def measure_embedded(
     drafters: Mapping[str, Drafter],
     heldout: Sequence[Prompt],
     validation: Sequence[Prompt],
+    looks: Looks,
 ) -> SpeedMeasurement:
     """Choose each drafter's block size on validation prompts, time all arms on held-out ones, compare the outputs.
 
-    folders: the drafters' checkpoints.
+    folders: the drafters' checkpoints. A further look keeps the block sizes of the first.
     """
     ctx, config, target = test.ctx, test.config, test.target
     settings = settings_of(config)
     with one_thread(target):
-        sizes, candidates = choose_block_sizes(test, drafters, validation, settings[0])
+        sizes, candidates = looks.chosen() or choose_block_sizes(test, drafters, validation, settings[0])
         ctx.log(describe_block_sizes(sizes))
         arms = {PLAIN: Decoder()} | {arm: Decoder(drafter, sizes[arm]) for arm, drafter in drafters.items()}
-        requests, runs = test.time_arms(arms, heldout[: config.speed_prompts], settings)
+        requests, runs = test.time_arms(arms, looks, settings)
     # with a drafter that samples its proposals, sampled answers have the same distribution, not the same tokens
     sampled = any(drafter.samples_proposals for drafter in drafters.values())
     compare_with_plain(requests, sampled=not sampled)
@@ -140,17 +142,18 @@ class EmbeddedSpeedTest:
         self.decode(self.target, decoder, prompts[: setting.concurrency], setting, max_new=4)
 
     def time_arms(
-        self, arms: Mapping[str, Decoder], prompts: Sequence[Prompt], settings: Sequence[Setting]
+        self, arms: Mapping[str, Decoder], looks: Looks, settings: Sequence[Setting]
     ) -> tuple[list[Row], list[Row]]:
-        """Return rows of `requests` and `turns`, of `rounds` rounds or, if repetitions disagree, twice as many.
+        """Return rows of `requests` and `turns` of all looks; this one has `rounds` rounds.
 
-        A round at one setting is stored when all arms are timed: an interrupted evaluation goes on with the next one.
+        If repetitions disagree it has twice as many. A round at one setting is stored when all arms are timed: an
+        interrupted evaluation goes on with the next one.
         """
-        requests: list[Row] = []
-        runs: list[Row] = []
+        requests, runs, prompts = list(looks.requests), list(looks.runs), looks.prompts
         warm: set[Setting] = set()
         answers_a_round = len(settings) * len(arms) * len(prompts)
-        for round, most in rounds_of(self.ctx, self.config, partial(steady, runs, requests, settings)):
+        for of_look, most in rounds_of(self.ctx, self.config, partial(steady, runs, requests, settings)):
+            round = looks.first_round + of_look
             for index, setting in enumerate(settings):
                 folder = self.ctx.work / "rounds" / f"{round}-{index}"
                 if not (folder / "turns.parquet").exists():
@@ -158,13 +161,13 @@ class EmbeddedSpeedTest:
                         for decoder in arms.values():
                             self.warm_up(decoder, prompts, setting)
                         warm.add(setting)
-                    before = (len(requests), most * answers_a_round)
+                    before = (len(requests) - len(looks.requests), most * answers_a_round)
                     new_requests, new_runs = self._round(round, arms, prompts, setting, before)
                     write_table(folder / "requests.parquet", REQUESTS, new_requests)
                     write_table(folder / "turns.parquet", TURNS, new_runs)  # last: a folder that has it is complete
                 requests += read_table(folder / "requests.parquet", REQUESTS).to_pylist()
                 runs += read_table(folder / "turns.parquet", TURNS).to_pylist()
-                self.ctx.progress(len(requests), most * answers_a_round, "answers")
+                self.ctx.progress(len(requests) - len(looks.requests), most * answers_a_round, "answers")
                 self.ctx.check_interrupted()
         return requests, runs
 

@@ -34,6 +34,7 @@ from draftsmith.stages.engines.kinds import open_servers
 from draftsmith.stages.engines.servers.engine import ServerEngine
 from draftsmith.stages.engines.servers.requirements import server_requirements
 from draftsmith.stages.evaluation.config import EvaluationConfig
+from draftsmith.stages.evaluation.looks import Looks
 from draftsmith.stages.evaluation.speed_embedded import add_margins, compare_with_plain, exactness
 from draftsmith.stages.evaluation.timed_runs import (
     LoadMeter,
@@ -137,30 +138,34 @@ class ServerSpeedTest:
         )
 
 
-def measure_servers(test: ServerSpeedTest, heldout: Sequence[Prompt], validation: Sequence[Prompt]) -> SpeedMeasurement:
-    """Choose block sizes on validation prompts, time all arms, check parity after the first round.
+def measure_servers(
+    test: ServerSpeedTest, heldout: Sequence[Prompt], validation: Sequence[Prompt], looks: Looks
+) -> SpeedMeasurement:
+    """Choose block sizes on validation prompts, time all arms, check parity after the look's first round.
+
+    A further look keeps the block sizes of the first.
 
     Raises DraftsmithError if the served steps are not those of replay.
     """
     ctx, config = test.ctx, test.config
-    sizes, candidates = _choose_block_sizes(test, validation)
+    sizes, candidates = looks.chosen() or _choose_block_sizes(test, validation)
     ctx.log(describe_block_sizes(sizes))
     arms = [PLAIN, *test.drafters]
-    requests: list[Row] = []
-    runs: list[Row] = []
+    requests, runs = list(looks.requests), list(looks.runs)
     parity: dict[str, Parity] = {}
-    for round, most in rounds_of(ctx, config, partial(steady, runs, requests, test.settings)):
+    for of_look, most in rounds_of(ctx, config, partial(steady, runs, requests, test.settings)):
+        round = looks.first_round + of_look
         _start_round(ctx.work / f"round-{round}", arms)
         first = round % len(arms)
         for order, arm in enumerate(arms[first:] + arms[:first]):
-            new_requests, new_runs = _time_arm(test, (round, order), arm, sizes.get(arm, 1), heldout)
+            new_requests, new_runs = _time_arm(test, looks, (round, order), arm, sizes.get(arm, 1), heldout)
             requests += new_requests
             runs += new_runs
-            ctx.progress(round * len(arms) + order + 1, most * len(arms), "timed runs")
+            ctx.progress(of_look * len(arms) + order + 1, most * len(arms), "timed runs")
             ctx.check_interrupted()
         # no server is running: the machine is free for replay, and a wrong drafter costs no more rounds
-        if round == 0:
-            parity = _check_parity(test, sizes, heldout)
+        if of_look == 0:
+            parity = _check_parity(test, sizes, heldout, round)
     compare_with_plain(requests, sampled=False)
     _add_margins(test, requests, heldout)
     result, difference = exactness(requests, test.target_dtype), TargetDifference.read_if_there(ctx.work)
@@ -207,9 +212,9 @@ def _add_margins(test: ServerSpeedTest, requests: Sequence[Row], heldout: Sequen
 
 
 def _time_arm(
-    test: ServerSpeedTest, when: tuple[int, int], arm: str, block_size: int, heldout: Sequence[Prompt]
+    test: ServerSpeedTest, looks: Looks, when: tuple[int, int], arm: str, block_size: int, heldout: Sequence[Prompt]
 ) -> tuple[list[Row], list[Row]]:
-    """Time one arm at every setting, on its server; in the first round also decode its traced answers.
+    """Time one arm at every setting, on its server; in the look's first round also decode its traced answers.
 
     when: the round, and the arm's order in it. Returns rows of the tables `requests` and `turns`.
     """
@@ -220,16 +225,15 @@ def _time_arm(
         return read_table(requests_file, REQUESTS).to_pylist(), read_table(runs_file, TURNS).to_pylist()
     test.ctx.log(f"round {round + 1}: {arm}")
     drafter = test.drafters.get(arm)
-    prompts = heldout[: test.config.speed_prompts]
     requests: list[Row] = []
     runs: list[Row] = []
     with test.server(drafter, block_size, folder) as engine:
         can_trace = engine.records_trace
-        test.warm_up(engine, prompts)
-        if drafter and round == 0:
+        test.warm_up(engine, looks.prompts)
+        if drafter and round == looks.first_round:
             _trace(test, engine, arm, block_size, heldout, can_trace)
         for setting in test.settings:
-            asked = requests_for(prompts, test.config, setting, test.ctx.seed, round=round)
+            asked = requests_for(looks.prompts, test.config, setting, test.ctx.seed, round=round)
             answers, wall, others = test.decode(engine, asked, setting)
             run = TimedRun(engine.name, round, order, arm, block_size, setting)
             requests += [run.request_row(answer) for answer in answers]
@@ -260,8 +264,10 @@ def _trace(
     write_table(folder / f"{arm}-answers.parquet", REQUESTS, rows)
 
 
-def _check_parity(test: ServerSpeedTest, sizes: Mapping[str, int], heldout: Sequence[Prompt]) -> dict[str, Parity]:
-    """Return the parity of each arm. sizes: the block of each.
+def _check_parity(
+    test: ServerSpeedTest, sizes: Mapping[str, int], heldout: Sequence[Prompt], round: int
+) -> dict[str, Parity]:
+    """Return the parity of each arm in a round. sizes: the block of each.
 
     Raises DraftsmithError for a drafter that was not served as replay computes it.
     """
@@ -315,7 +321,7 @@ def _check_parity(test: ServerSpeedTest, sizes: Mapping[str, int], heldout: Sequ
                 np.array([len(trace.anchors) for trace in traces]),
             )
         except DraftsmithError:  # repaired servers must be measured anew
-            for stale in ("round-0", "block-sizes", "replayed/parity"):
+            for stale in (f"round-{round}", "block-sizes", "replayed/parity"):
                 shutil.rmtree(work / stale, ignore_errors=True)
             raise
         parity[arm] = Parity.model_validate(by_step | by_tau)

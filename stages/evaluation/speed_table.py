@@ -23,9 +23,17 @@ from draftsmith.artifacts.results.base import SetMetrics
 from draftsmith.artifacts.results.evaluation import PLAIN, Difference, SpeedMetrics, SpeedTable
 from draftsmith.stages.evaluation.timed_runs import Row, Setting
 from draftsmith.stages.evaluation.verdicts import Pair, pairs
-from draftsmith.stages.runtime.statistics import Estimate, combine_errors, jackknife, mean_estimate, sum_by_key
+from draftsmith.stages.runtime.statistics import (
+    Estimate,
+    combine_errors,
+    jackknife,
+    mean_estimate,
+    strata_of,
+    stratum_indices,
+    sum_by_key,
+)
 
-Units = Mapping[str, str]  # prompt -> unit that it is an observation of; without one, it is its own unit
+Units = Mapping[str, Hashable]  # prompt -> unit that it is an observation of; without one, it is its own unit
 
 
 def speed_tables(
@@ -62,7 +70,7 @@ def speed_metrics(runs: Sequence[Row], requests: Sequence[Row], units: Units) ->
         metrics: dict[str, object] = {
             "tokens_per_s": tokens / wall,
             "turns": len(own_runs),
-            "prompts": own_runs[0]["prompts"],
+            "prompts": len({row["prompt_id"] for row in own_requests}) or own_runs[0]["prompts"],
             **_latencies(own_requests),
         }
         if arm != PLAIN:
@@ -168,7 +176,9 @@ def _over_prompts(requests: Sequence[Row], pair: Pair, units: Units, in_flight: 
         for arm in pair
         for name in ("tokens", "latency_seconds")
     ]
-    found = jackknife(lambda t, s, other_t, other_s: np.log(t / s) - np.log(other_t / other_s), *sums)
+    found = jackknife(
+        lambda t, s, other_t, other_s: np.log(t / s) - np.log(other_t / other_s), *sums, strata=strata_of(keys)
+    )
     if found.degrees < 1:  # fewer than two units in effect
         return replace(found, error=math.nan)
     return found if in_flight == 1 else replace(found, error=error_over_prompts(timed, pair, keys, in_flight))
@@ -210,6 +220,7 @@ def error_over_prompts(
 ) -> float:
     """Return the bootstrap's standard error of the logarithm of how many times as fast the first arm is.
 
+    Units are resampled within their stratum, and within the rounds that asked them: looks have prompts of their own.
     requests: of these two arms, in the order in which they were sent. keys: the unit of each request.
     """
     first_sent = {row["prompt_id"]: index for index, row in reversed(list(enumerate(requests)))}
@@ -217,18 +228,24 @@ def error_over_prompts(
     rounds = {n: index for index, n in enumerate(dict.fromkeys(row["round"] for row in requests))}
     sums = np.zeros((2, 2, len(rounds), len(order) + 1))  # arm, tokens/seconds, round, prompt; the last is empty
     units: dict[Hashable, dict[int, None]] = {}
+    first_round: dict[Hashable, int] = {}
     for row, key in zip(requests, keys, strict=True):
         prompt = order[row["prompt_id"]]
         units.setdefault(key, {})[prompt] = None
+        first_round[key] = min(row["round"], first_round.get(key, row["round"]))
         sums[pair.index(row["arm"]), :, rounds[row["round"]], prompt] = [row["tokens"], row["latency_seconds"]]
     members = np.full((len(units), max(map(len, units.values()))), len(order))  # filled up with the empty prompt
     for index, unit in enumerate(units.values()):
         members[index, : len(unit)] = list(unit)
-    sampled = np.random.default_rng(0).integers(len(units), size=(_RESAMPLES, len(units)))
-    prompts = members[sampled].reshape(_RESAMPLES, -1)
+    rng, strata = (
+        np.random.default_rng(0),
+        stratum_indices(list(zip(strata_of(keys), first_round.values(), strict=True))),
+    )
+    sampled = np.concatenate([own[rng.integers(len(own), size=(_RESAMPLES, len(own)))] for own in strata], axis=1)
+    prompts = members[rng.permuted(sampled, axis=1)].reshape(_RESAMPLES, -1)
     speeds = [tokens[:, prompts].sum(-1) / _wall(seconds[:, prompts], in_flight) for tokens, seconds in sums]
     ratios = np.log(speeds[0] / speeds[1]).mean(0)
-    return float(ratios.std(ddof=1)) * (len(units) / max(1, len(units) - 1)) ** 0.5
+    return float(ratios.std(ddof=1)) * (len(units) / (len(units) - len(strata))) ** 0.5
 
 
 def _wall(seconds: np.ndarray, in_flight: int) -> np.ndarray:

@@ -116,7 +116,7 @@ def settings_of(config: EvaluationConfig) -> list[Setting]:
 
 
 def rounds_of(ctx: StageContext, config: EvaluationConfig, is_steady: Callable[[], bool]) -> Iterator[tuple[int, int]]:
-    """Yield every round with the number of rounds, which doubles if repetitions disagree after the config's rounds."""
+    """Yield every round of a look with the number of them, which doubles if repetitions disagree after the config's."""
     most = config.rounds
     for round in itertools.count():
         if round == config.rounds and not is_steady():

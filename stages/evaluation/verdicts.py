@@ -79,7 +79,9 @@ def too_small(estimate: Estimate) -> str:
     prompts = f"{estimate.units} prompt{'s' * (estimate.units != 1)}"
     if estimate.units < FEWEST_IN_SLICE:
         return f"{prompts}, {FEWEST_IN_SLICE} are needed"
-    return f"too few of its {prompts} have most of the tokens"
+    return (
+        f"its {prompts} count as {round(estimate.degrees + 1)}: few have most of the tokens, or its sets have few each"
+    )
 
 
 def estimate_record(estimate: Estimate) -> EstimateRecord:

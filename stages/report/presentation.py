@@ -325,7 +325,11 @@ def next_steps(review: Review, command: Invocation, seconds: Mapping[str, float]
             Step("next refresh: measures drift first, trains if there is any", command.run()),
         ]  # fmt: skip
     if kind == "inconclusive":
-        first = Step("measure again", command.run(), seconds.get("evaluation")) if review.measured_again else look
+        purpose = (
+            f"measure {review.more_prompts} more prompts, and decide again" if review.more_prompts else "measure again"
+        )
+        again = Step(purpose, command.run("--from", "evaluation"), seconds.get("evaluation"))
+        first = again if review.more_prompts is not None else look
         tau_only = Step(
             "judge by acceptance length", command.run("--set", "gate.judge_speed=false"), seconds.get("gate")
         )

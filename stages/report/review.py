@@ -152,7 +152,7 @@ class Review(Record):
     checks: Sequence[Check]
     warnings: Sequence[str]  # on data and outputs
     speed_warnings: Annotated[Sequence[str], Field(alias="doubts")]
-    measured_again: bool  # by the next run: this one was inconclusive
+    more_prompts: int | None  # that the next run from `evaluation` measures, as this one was inconclusive; 0: the same
     exactness: Sequence[str]
     headline: str  # tokens/s before and after
     machine: str
@@ -181,11 +181,19 @@ def review_of(evaluation: EvaluationResult, decision: GateDecision | None) -> Re
         checks=[_check(rule) for rule in decision.rules] if decision is not None else [],
         warnings=_warnings(evaluation),
         speed_warnings=_speed_warnings(evaluation),
-        measured_again=any(warning.kind in AGAIN for warning in evaluation.speed_warnings),
+        more_prompts=_more_prompts(evaluation, decision),
         exactness=exactness_sentences(evaluation),
         headline=_headline(evaluation, challenger, decision),
         machine=machine_text(evaluation),
     )
+
+
+def _more_prompts(evaluation: EvaluationResult, decision: GateDecision | None) -> int | None:
+    if any(warning.kind in AGAIN for warning in evaluation.speed_warnings):
+        return 0
+    look, rules = evaluation.look, decision.rules if decision is not None else ()
+    undecided = any(rule.name == "speed-up" and not rule.conclusive for rule in rules)
+    return look.prompts if undecided and look.number < look.of else None
 
 
 def _variant(arm: str, evaluation: EvaluationResult, challenger: str, level: float) -> Variant:
@@ -211,11 +219,11 @@ def _variant(arm: str, evaluation: EvaluationResult, challenger: str, level: flo
 
 
 def _acceptance(drafter: Acceptance, level: float) -> Metric:
-    """Return tau with its interval, widened from 95 % by Student's t over prompts."""
+    """Return tau with its interval, widened from 95 % by Student's t."""
     value, low, high = drafter.tau, drafter.tau_low, drafter.tau_high
     if low is None or high is None:
         return Metric(value=value)
-    degrees = max(1, drafter.prompts - 1)
+    degrees = drafter.tau_degrees or max(1, drafter.prompts - 1)
     wider = float(stdtrit(degrees, 0.5 + level / 2) / stdtrit(degrees, 0.5 + CONFIDENCE / 2))
     return Metric(value=value, low=value - wider * (value - low), high=value + wider * (high - value))
 

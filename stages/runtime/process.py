@@ -75,6 +75,7 @@ class ProcessContext:
         self.out, self.work = request.out, request.work
         self.inputs: Mapping[str, Path] = request.inputs
         self.shards: Sequence[Path] = request.shards
+        self.earlier = request.earlier
         self.seed = request.seed
         self._events = events
         self._stop = stop

@@ -17,7 +17,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 
 SOURCES = "sources"  # the stage that lists input files, and the input of the stages that read those files
 LISTING_FILE = "sources.json"  # its artifact's file
-INCONCLUSIVE = "inconclusive"  # in a stage's summary: the measurement decides nothing, so the next run repeats it
+INCONCLUSIVE = "inconclusive"  # in a stage's summary: the measurement decides nothing, so the next run adds to it
 NOT_FETCHED = "not fetched"  # version of a hub repository whose commit could not be looked up yet
 CHECKPOINTS_KEPT = 2  # of a training; `runtime/checkpoint.py` writes them
 RENDEZVOUS = "DRAFTSMITH_RENDEZVOUS"  # environment variable: HOST:PORT of the node that runs the flow
@@ -189,6 +189,7 @@ class StageRequest(BaseModel):
     listing: InputListing | None = None  # the files to read; None: whatever files exist
     shard: Shard | None = None  # the shard to make; None: the whole artifact
     shards: list[Path] = []  # folders of all shards that the whole is put together from
+    earlier: Path | None = None  # the inconclusive artifact that this one replaces
 
 
 class StageContext(Protocol):
@@ -199,6 +200,7 @@ class StageContext(Protocol):
     inputs: Mapping[str, Path]  # input name -> folder of a complete artifact
     seed: int
     shards: Sequence[Path]  # artifacts of all shards of this stage's work; empty if it was not divided
+    earlier: Path | None  # the inconclusive artifact of the same key that this one replaces; it may be added to
 
     def log(self, message: str) -> None:
         """Write one line to the log of the run."""

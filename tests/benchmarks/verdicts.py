@@ -28,6 +28,7 @@ from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.evaluation import speed_embedded as embedded
 from draftsmith.stages.evaluation.config import DRAFTERS, EvaluationConfig
 from draftsmith.stages.evaluation.gate import GateConfig, decide
+from draftsmith.stages.evaluation.looks import open_look
 from draftsmith.stages.evaluation.measure import speed_comparisons
 from draftsmith.stages.evaluation.speed_embedded import Decoder, EmbeddedSpeedTest, choose_block_sizes, one_thread
 from draftsmith.stages.evaluation.speed_table import log_ratios
@@ -69,14 +70,14 @@ def measured_rounds(
     target = Target.load(inputs["target"])
     drafters = {arm: load_drafter(folder / DRAFTER_FOLDER, target) for arm, folder in arms.items()}
     validation = load_prompts(inputs["prompts"], ["validation"])[: config.validation_prompts]
-    prompts = load_prompts(inputs["prompts"], ["heldout"])[: config.speed_prompts]
+    prompts = load_prompts(inputs["prompts"], ["heldout"])
     with tempfile.TemporaryDirectory() as folder, one_thread(target):
         ctx = RecordingContext.under(Path(folder), inputs, seed)
         test = EmbeddedSpeedTest(ctx, target, config.model_copy(update={"rounds": rounds}), seed)
         sizes, _ = choose_block_sizes(test, drafters, validation, settings_of(config)[0])
         embedded.steady = lambda *_: True
         decoders = {PLAIN: Decoder()} | {arm: Decoder(drafter, sizes[arm]) for arm, drafter in drafters.items()}
-        rows, turns = test.time_arms(decoders, prompts, settings_of(config))
+        rows, turns = test.time_arms(decoders, open_look(config, prompts, None), settings_of(config))
     return turns, rows
 
 

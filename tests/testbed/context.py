@@ -25,6 +25,7 @@ class RecordingContext:
     measured: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     summaries: dict[str, float] = field(default_factory=dict)
     shards: Sequence[Path] = ()
+    earlier: Path | None = None
     stop: bool = False  # set it to ask the stage to stop
 
     def __post_init__(self) -> None:

@@ -204,7 +204,7 @@ def test_a_node_is_rebuilt_after_its_input_was_measured_again(toy: Toy) -> None:
     assert build_node(toy.context, toy.left(), {"first": toy.target}).reused
 
 
-def test_an_inconclusive_measurement_is_repeated_by_the_next_run(tmp_path: Path, toy: Toy) -> None:
+def test_the_next_run_adds_to_an_inconclusive_measurement(tmp_path: Path, toy: Toy) -> None:
     quiet = tmp_path / "quiet"
     config = ToyConfig.model_validate({"name": "t", "target": {"inconclusive_until": str(quiet)}})
     nodes = {node.name: node for node in toy_nodes(config)}
@@ -218,6 +218,9 @@ def test_an_inconclusive_measurement_is_repeated_by_the_next_run(tmp_path: Path,
     assert statuses()["target"] is Status.RUN
     again = build_node(toy.context, nodes["target"], {})
     assert not again.reused and again.ref.content_id == first.ref.content_id
+    assert (again.ref.path / "metrics.jsonl").read_text().count("\n") == 2 * 5, "it was given the first one"
+    build_node(toy.context, nodes["target"], {}, force=True)
+    assert (again.ref.path / "metrics.jsonl").read_text().count("\n") == 5, "forced, it begins anew"
     quiet.touch()
     assert not build_node(toy.context, nodes["target"], {}).reused
     assert build_node(toy.context, nodes["target"], {}).reused

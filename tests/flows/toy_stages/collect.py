@@ -41,6 +41,8 @@ def run(context: StageContext, config: CollectConfig) -> None:
     saved = context.work / "saved.json"
     numbers: list[int] = json.loads(saved.read_text()) if saved.exists() else []
     context.log(f"going on from {len(numbers)}")
+    if context.earlier is not None:
+        write_text(context.out / "metrics.jsonl", (context.earlier / "metrics.jsonl").read_text())
     while len(numbers) < config.count:
         if context.interrupted:
             time.sleep(config.seconds_to_save)

@@ -212,10 +212,14 @@ def test_without_a_champion_decoding_without_a_drafter_must_be_beaten() -> None:
     chosen = found | {"validation_tau": {"sft": 1.4, "opd": 1.2}}  # the choice is the validation split's
     decision = decide(chosen, GateConfig())
     assert decision.challenger == "sft"
-    assert not decision.promote and "speed-up: 0.900 times, at least 0." in decision.sentence
+    assert not decision.promote and "speed-up: 0.900 times, at most 0." in decision.sentence
     assert decide(chosen, GateConfig(judge_speed=False)).promote
-    for low, outcome in ((0.99, "refused"), (None, "inconclusive")):
-        unsure = chosen | {"drafters": {"sft": {"tau": 1.1, "tau_low": low}}}
+    for tau, ends, outcome in (
+        (0.9, (0.8, 0.99), "refused"),
+        (1.1, (0.99, 1.2), "inconclusive"),
+        (1.1, (None, None), "inconclusive"),
+    ):
+        unsure = chosen | {"drafters": {"sft": {"tau": tau, "tau_low": ends[0], "tau_high": ends[1]}}}
         assert decide(unsure, GateConfig(judge_speed=False)).outcome == outcome, "better needs evidence"
 
 
@@ -324,7 +328,8 @@ def test_the_champion_is_never_its_own_challenger(arm: str) -> None:
     ("factor", "turns", "text", "broken", "inconclusive"),
     [
         (1.2, 6, "passed  speed-up: 1.200 times, at least 1.176 at 95 %; above 1.000 wanted", 0, 0),
-        (0.9, 6, "failed  speed-up: 0.900 times, at least 0.882 at 95 %; above 1.000 wanted", 1, 0),
+        (0.9, 6, "failed  speed-up: 0.900 times, at most 0.918 at 95 %; above 1.000 wanted", 1, 0),
+        (1.01, 6, "inconclusive  speed-up: 1.010 times, from 0.990 to 1.031 at 95 %; above 1.000 wanted", 0, 1),
         (1.2, 1, "inconclusive  speed-up: 1.200 times, inconclusive", 0, 1),
     ],
 )

@@ -24,6 +24,7 @@ from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.evaluation import speed_servers as served_module
 from draftsmith.stages.evaluation.config import EvaluationConfig, prompts_to_decode
 from draftsmith.stages.evaluation.gate import GateConfig, decide
+from draftsmith.stages.evaluation.looks import open_look
 from draftsmith.stages.evaluation.speed_servers import ServerSpeedTest, measure_servers
 from draftsmith.stages.evaluation.speed_table import speed_tables
 from draftsmith.stages.evaluation.timed_runs import SpeedMeasurement, requests_for
@@ -115,7 +116,8 @@ def served(ctx: RecordingContext, made: DrafterArtifacts, config: Any = None, **
 
 
 def measure(stand_in: StandIn, made: DrafterArtifacts) -> SpeedMeasurement:
-    return measure_servers(stand_in, *prompts_to_decode(stand_in.config, made.prompts))
+    heldout, validation = prompts_to_decode(stand_in.config, made.prompts)
+    return measure_servers(stand_in, heldout, validation, open_look(stand_in.config, heldout, None))
 
 
 def test_every_arm_has_its_block_size_and_no_timed_run_is_repeated(

@@ -18,8 +18,8 @@ ASKED = Invocation("my configs/it's.yaml", ["sft.steps=3", "name=a b"], "weekly"
 SECONDS = {"evaluation": 120.0, "gate": 1.0}
 
 
-def steps(asked: Invocation = ASKED, **changes: Any) -> list[Step]:
-    evaluation, decision = EvaluationResult.model_validate(OF_A_LINE), GateDecision.model_validate(DECISION | changes)
+def steps(found: Any = OF_A_LINE, asked: Invocation = ASKED, **changes: Any) -> list[Step]:
+    evaluation, decision = EvaluationResult.model_validate(found), GateDecision.model_validate(DECISION | changes)
     return next_steps(review_of(evaluation, decision), asked, SECONDS)
 
 
@@ -28,7 +28,7 @@ def test_every_command_is_one(outcome: str) -> None:
     made = (
         steps(outcome=outcome, rules=[rule("tau", passed=False)])
         if outcome != "measured"
-        else steps(Invocation("a.yaml"))
+        else steps(asked=Invocation("a.yaml"))
     )
     assert made
     for step in [*made, refresh_anyway(ASKED)]:
@@ -39,10 +39,17 @@ def test_every_command_is_one(outcome: str) -> None:
             assert (str(options.config), options.overrides[:2]) == (ASKED.config, list(ASKED.overrides))
 
 
-def test_an_inconclusive_speed_is_measured_again_or_left_out() -> None:
+def test_an_inconclusive_speed_is_measured_again_or_not_judged() -> None:
     again, by_acceptance, by_hand = steps()
-    assert again.command == ASKED.run() and "2 min" in again.label
+    assert again.command == ASKED.run("--from", "evaluation")
+    assert again.label.startswith("measure again") and "2 min" in again.label
     assert "gate.judge_speed=false" in by_acceptance.command
+    another = {"look": {"number": 1, "of": 3, "prompts": 18}, "doubts": []}
+    undecided = rule("speed-up", passed=False, judged=False)
+    first, *_ = steps(OF_A_LINE | another, rules=[undecided])
+    assert first.label.startswith("measure 18 more prompts, and decide again")
+    first, *_ = steps(OF_A_LINE | another | {"look": {"number": 3, "of": 3, "prompts": 18}}, rules=[undecided])
+    assert first.label == "see why", "the last look was taken"
     assert "weekly@4" in by_hand.command
     assert not any("judge_speed" in step.command for step in steps(rules=[rule("tau", passed=False, judged=False)]))
 
