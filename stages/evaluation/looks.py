@@ -1,9 +1,10 @@
 """Looks at the speed of a challenger: where one look cannot decide, the next measures more prompts and adds them.
 
 An evaluation whose speed-up is neither measurably above the gate's threshold nor measurably below it is inconclusive,
-and the next run of the same command takes another look. Looks share the gate's error rate: the first may spend half of
-it, the others the rest in equal parts (Bonferroni, so the whole rate holds however the looks depend on each other).
-Look k decodes the k-th `evaluation.speed_prompts` held-out prompts, so their number is fixed before anything is seen.
+and the next run from `evaluation` takes another look. Look k of K decodes the k-th `evaluation.speed_prompts` held-out
+prompts, so the number of prompts is fixed before anything is seen. Looks share the gate's error rate α by the spending
+function α·∛(k/K) of Kim and DeMets (1987): up to look k, that much of it may be spent. Most is spent at the first look,
+since a refresh should rarely need another.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
-from scipy.special import stdtrit  # of scipy.stats, which takes a second to load
+import numpy as np
+from scipy.special import ndtr, stdtrit  # of scipy.stats, which takes a second to load
 
 from draftsmith.artifacts.results.evaluation import PLAIN, EvaluationResult, Look
 from draftsmith.artifacts.tables.parquet import read_table
@@ -26,15 +29,33 @@ from draftsmith.stages.evaluation.verdicts import estimate_of
 from draftsmith.stages.runtime.statistics import CONFIDENCE, Estimate
 
 MOST_LOOKS = 3
-_FIRST_SHARE = 0.5  # of the error rate
+_POWER = 1 / 3  # of the spending function
+_GRID = np.linspace(-12.0, 12.0, 4801)  # sums of up to three standard normal values
 
 
 def level_of(look: Look) -> float:
     """Return the level of one-sided bounds at this look."""
-    if look.of == 1:
-        return CONFIDENCE
-    share = _FIRST_SHARE if look.number == 1 else (1 - _FIRST_SHARE) / (look.of - 1)
-    return 1 - (1 - CONFIDENCE) * share
+    return _levels(look.of)[look.number - 1]
+
+
+@cache
+def _levels(looks: int) -> list[float]:
+    """Return the level of each look, for estimates that are sums of as many independent parts as there were looks.
+
+    Lan and DeMets (1983): the bound of look k is where the sum's density among lines that no earlier look has passed
+    has the tail that the look may spend. Levels are then used with Student's t (Jennison and Turnbull 2000, 3.8).
+    """
+    step = _GRID[1] - _GRID[0]
+    normal = np.exp(-(_GRID**2) / 2) / math.sqrt(2 * math.pi)
+    density, levels, before = normal, [], 0.0
+    for number in range(1, looks + 1):
+        spent = (1 - CONFIDENCE) * (number / looks) ** _POWER
+        tail = (np.cumsum(density[::-1])[::-1] - density / 2) * step
+        bound = float(np.interp(before - spent, -tail, _GRID))
+        levels.append(float(ndtr(bound / math.sqrt(number))))
+        density = np.convolve(np.where(bound > _GRID, density, 0.0), normal, mode="same") * step
+        before = spent
+    return levels
 
 
 def decides(estimate: Estimate, wanted: float, level: float) -> bool | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +27,18 @@ from draftsmith.stages.runtime.statistics import Unit
 from tests.benchmarks.verdicts import LOADS, beside, measured_rounds
 
 
-def rescaled(rows: list[Row], arm: str, speedup: float) -> list[Row]:
-    """Return the rows of `arm` and of decoding without a drafter, the former as fast as the speed-up says."""
-    seconds, tokens = Counter[str](), Counter[str]()
+def rescaled(rows: list[Row], arm: str, speedup: float, units: dict[str, Unit]) -> list[Row]:
+    """Return the rows of `arm` and of decoding without a drafter, the former as fast as the speed-up says.
+
+    The speed-up is that of equal shares of the sets, as they are drawn.
+    """
+    sizes = Counter(unit.stratum for unit in units.values())
+    seconds: dict[str, float] = defaultdict(float)
+    tokens: dict[str, float] = defaultdict(float)
     for row in rows:
-        seconds[row["arm"]] += row["latency_seconds"]
-        tokens[row["arm"]] += row["tokens"]
+        weight = 1 / sizes[units[row["prompt_id"]].stratum]
+        seconds[row["arm"]] += weight * row["latency_seconds"]
+        tokens[row["arm"]] += weight * row["tokens"]
     measured = tokens[arm] / seconds[arm] / (tokens[PLAIN] / seconds[PLAIN])
     factor = {arm: measured / speedup, PLAIN: 1.0}
     return [r | {"latency_seconds": r["latency_seconds"] * factor[r["arm"]]} for r in rows if r["arm"] in factor]
@@ -103,7 +109,7 @@ def main() -> None:
     print(json.dumps({"prompts": len(asked), "load": options.load, "plain_tokens_per_s": round(speed, 1)}))
     for size in options.prompts or [config.speed_prompts]:
         for speedup in options.speedups:
-            at_speedup, count, widths = rescaled(rows, arm, speedup), Counter[str](), []
+            at_speedup, count, widths = rescaled(rows, arm, speedup, units), Counter[str](), []
             for draw in range(options.draws):
                 found = looks_of(at_speedup, arm, units, size, np.random.default_rng(draw))
                 widths.append(found[0][1])
