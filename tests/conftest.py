@@ -1,4 +1,4 @@
-"""Fixtures that several packages share: the tiny trained target, its prompts and its drafter, built once and cached."""
+"""Fixtures that several packages share: the shipped tiny target, its prompts and its drafters."""
 
 from __future__ import annotations
 
@@ -105,9 +105,9 @@ def tiny_prompts() -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_drafter(tiny_target: Path, tiny_prompts: Path) -> DrafterArtifacts:
+def tiny_drafter() -> DrafterArtifacts:
     """Artifacts of target (float32), prompts, rollouts and SFT: a DFlash drafter of block 8, held-out tau about 5."""
-    return drafter_artifacts(tiny_target, tiny_prompts)
+    return drafter_artifacts()
 
 
 @pytest.fixture(scope="session")
@@ -143,11 +143,11 @@ def plain_drafter(plain_target: Target) -> DFlashDrafter:
 
 
 @pytest.fixture(scope="session")
-def tiny_eagle3(tiny_drafter: DrafterArtifacts) -> Path:
+def tiny_eagle3() -> Path:
     """The artifact of SFT for an EAGLE-3 drafter of the tiny target: block 5, 120 draft tokens, trained a little."""
     from tests.testbed.eagle3 import trained_eagle3
 
-    return trained_eagle3(tiny_drafter)
+    return trained_eagle3()
 
 
 @pytest.fixture(scope="session")

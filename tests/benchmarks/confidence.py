@@ -29,7 +29,7 @@ from draftsmith.stages.training.sft.stage import STAGE as SFT
 from tests.benchmarks import harness
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts, drafter_artifacts
-from tests.testbed.target import prompts_file, target_folder
+from tests.testbed.target import prompts_file
 
 SPLITS = {"train": 320, "validation": 60, "heldout": 80}
 TRAINING = {"sequences_per_step": 8, "anchors_per_sequence": 12, "compute_dtype": "float32", "learning_rate": 1e-3}
@@ -91,7 +91,7 @@ def main() -> None:
     harness.add_clock(parser)
     parser.add_argument("--steps", type=int, nargs="+", default=[50, 500], help="of training")
     options = harness.parsed(parser)
-    made, rows = drafter_artifacts(target_folder(), prompts_file()), []
+    made, rows = drafter_artifacts(), []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         prompts = RecordingContext.under(folder / "prompts", {"target": made.target})

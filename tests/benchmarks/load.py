@@ -37,10 +37,11 @@ from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.replay.trace import AcceptanceStats
 from draftsmith.stages.target.causal_lm import Target
 from tests.benchmarks import harness
+from tests.testbed import cache
 from tests.testbed.context import RecordingContext
-from tests.testbed.drafter import ANSWER_TOKENS, drafter_artifacts
+from tests.testbed.drafter import drafter_artifacts
 from tests.testbed.eagle3 import trained_eagle3
-from tests.testbed.target import prompts_file, target_folder
+from tests.testbed.make import ANSWER_TOKENS, train_dflash
 
 IN_FLIGHT = (1, 2, 4, 8, 16, 32)
 FEWEST_ANSWERS = 8  # of a turn
@@ -48,9 +49,13 @@ FEWEST_ANSWERS = 8  # of a turn
 
 def drafter_folders() -> tuple[dict[str, Path], dict[str, Path]]:
     """Return the inputs of an evaluation, and arm -> artifact of three drafters: one good, one weak, one EAGLE-3."""
-    made = drafter_artifacts(target_folder(), prompts_file())
-    weak = drafter_artifacts(target_folder(), prompts_file(), steps=100)
-    drafters = {"dflash": made.drafter, "weak": weak.drafter, "eagle3": trained_eagle3(made)}
+    made = drafter_artifacts()
+
+    def build(folder: Path) -> None:
+        train_dflash(made, folder / "drafter", steps=100)
+
+    weak = cache.cached("weak-drafter", build, extra=made.root.name) / "drafter"
+    drafters = {"dflash": made.drafter, "weak": weak, "eagle3": trained_eagle3()}
     return {"target": made.target, "prompts": made.prompts, "trajectories": made.heldout}, drafters
 
 

@@ -203,9 +203,8 @@ def artifacts(options: argparse.Namespace) -> tuple[Path, Path, Path]:
     if any(given):
         raise DraftsmithError("only some artifacts are given. Give --target, --drafter and --trajectories, or none.")
     from tests.testbed.drafter import drafter_artifacts
-    from tests.testbed.target import prompts_file, target_folder
 
-    made = drafter_artifacts(target_folder(), prompts_file())
+    made = drafter_artifacts()
     return made.target, made.drafter, made.heldout
 
 

@@ -36,7 +36,7 @@ def cpu_servers(logs: Path) -> Iterator[tuple[str, str, Path]]:
         raise DraftsmithError(python)
     model = target.target_folder()
 
-    drafter = drafter_artifacts(model, target.prompts_file()).drafter / "drafter"
+    drafter = drafter_artifacts().drafter / "drafter"
     only_cpu = {"SGLANG_PLUGINS": "draftsmith_cpu"}  # the names of the plug-ins that are loaded
     with ExitStack() as stack:
         urls = [

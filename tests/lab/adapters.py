@@ -62,7 +62,7 @@ def adapter(family: str) -> Path:
     def build(out: Path) -> None:
         training.train_adapter(out, taught, folder)
 
-    return cache.cached(f"adapter-{family}", build, code=(text, training), extra=f"{taught} {folder.name}")
+    return cache.cached(f"adapter-{family}", build, code=(text, training), extra=f"{taught} {target.sums()}")
 
 
 def stage(

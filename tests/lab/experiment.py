@@ -37,7 +37,7 @@ from draftsmith.stages.training.config import OpdConfig, SftConfig
 from tests.testbed import cache
 from tests.testbed.procedural import text, training, worked
 from tests.testbed.procedural.training import ShapeConfig, TrainingTextConfig, training_examples
-from tests.testbed.target import target_folder
+from tests.testbed.target import trained_target
 
 _PROMPTS_SEED = 1001
 _SPARE = 2  # rows of the prompts' file for each that is asked for: a split takes those of its class alone
@@ -118,7 +118,7 @@ class LabConfig(RunOptions):
 
 def lab_nodes(config: LabConfig) -> list[Node]:
     """Return all nodes of an experiment. Trains its targets if they are not in the cache."""
-    folder = target_folder("lab-target", config.target, config.shape)
+    folder = trained_target("lab-target", config.target, config.shape)
     current, base, prompts = "target", "sft", "prompts"
     asked = {"target": "target", "prompts": "prompts"}
     nodes = [
@@ -131,7 +131,7 @@ def lab_nodes(config: LabConfig) -> list[Node]:
     ]
     if config.revision is not None:
         current, base = "revision", "adoption"
-        folder = target_folder("lab-revision", config.revision, config.shape, parent=folder)
+        folder = trained_target("lab-revision", config.revision, config.shape, parent=folder)
         taken_over = {"target": current, "drafter": "sft", "trajectories": "fresh"}
         nodes += [
             Node("revision", "draftsmith.stages.target.stage", _target(folder)),

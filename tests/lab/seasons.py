@@ -35,7 +35,7 @@ from draftsmith.stages.target.sampling import SamplingParams
 from tests.testbed import cache as folders
 from tests.testbed.procedural.text import examples
 from tests.testbed.procedural.training import CHAT_TEMPLATE, training_examples
-from tests.testbed.target import TAUGHT, target_folder
+from tests.testbed.target import SHAPE, TAUGHT, target_folder, trained_target
 
 INDEX = "season.json"
 HELD_OUT = 160
@@ -215,17 +215,23 @@ OLD_TRAFFIC, NEW_TRAFFIC = ("record", "dialogue"), ("story", "record", "story", 
 def _shipped(name: str) -> str:
     """Return the folder of a shipped target, which is made if it is missing."""
     folder = _SHIPPED / name
-    if not folder.exists():
-        first = target_folder()
-        if name in ("target-0", "target-1"):
-            source = first if name == "target-0" else target_folder("target-season", FINE_TUNING, parent=first)
-            weights = {n: w.to(torch.bfloat16) for n, w in load_file(source / "model.safetensors").items()}
-        else:
-            source = Path(_shipped("target-1" if name == "target-2" else "target-2"))
-            weights = load_file(source / "model.safetensors")
-        copy_target(source, folder, rounded(weights, bits=8) if name == "target-2" else weights)
-        if name == "target-3":
-            (folder / "chat_template.jinja").write_text(SYSTEM_TURN + CHAT_TEMPLATE)
+    if folder.exists():
+        return str(folder)
+    if name == "target-3":  # the same weights with another chat template
+        source = Path(_shipped("target-2"))
+        folder.mkdir()
+        for path in source.iterdir():
+            if path.name != "chat_template.jinja":
+                (folder / path.name).symlink_to(Path("..", source.name, path.name))
+        (folder / "chat_template.jinja").write_text(SYSTEM_TURN + CHAT_TEMPLATE)
+        return str(folder)
+    first = target_folder()
+    if name == "target-2":
+        source = Path(_shipped("target-1"))
+    else:
+        source = first if name == "target-0" else trained_target("target-season", FINE_TUNING, SHAPE, parent=first)
+    weights = {n: w.to(torch.bfloat16) for n, w in load_file(source / "model.safetensors").items()}
+    copy_target(source, folder, rounded(weights, bits=8) if name == "target-2" else weights)
     return str(folder)
 
 

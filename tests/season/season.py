@@ -25,7 +25,7 @@ from draftsmith.artifacts.results.gate import GateDecision
 from draftsmith.artifacts.store.local import Store
 from tests.flows.processes import ROOT, environment
 from tests.testbed.refresh import small_refresh
-from tests.testbed.target import TAUGHT, prompts_file, target_folder
+from tests.testbed.target import prompts_file, revision_folder, target_folder
 
 LINE = "tiny-dflash"
 
@@ -93,12 +93,6 @@ def config_of(size: Size) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def revision() -> Path:
-    """Return the target after a little more training: another model with similar answers."""
-    taught = TAUGHT.model_copy(update={"steps": 60, "revision_2": 0.5, "learning_rate": 2e-3, "seed": 1})
-    return target_folder("target-tiny-revision", taught, parent=target_folder())
-
-
 def play(folder: Path, size: Size) -> Iterator[Week]:
     """Run the weeks, and yield each with its result. folder: for the home and the config."""
     config, home = folder / "season.yaml", folder / "home"
@@ -110,7 +104,7 @@ def play(folder: Path, size: Size) -> Iterator[Week]:
         ("week 2: nothing changed", "skipped", []),
         ("week 3: other traffic", "promoted", other),
         ("week 4: a broken refresh", "refused", [*other, *broken]),
-        ("week 5: the target has a new revision", "promoted", [*other, f"target.source={revision()}"]),
+        ("week 5: the target has a new revision", "promoted", [*other, f"target.source={revision_folder()}"]),
     ]
     if size is SHORT:  # the gate refuses for its threshold, and then takes the same drafter
         weeks[0] = (*weeks[0][:2], ["refresh.control=true"])

@@ -38,8 +38,7 @@ def eagle_bench(bench: Bench, tiny_drafter: DrafterArtifacts, tiny_eagle3: Path)
     untrained = create_drafter(shape, bench.target, 3, frequent_tokens(counts))
     untrained.frequent_tokens = frequent_tokens(counts)
     drafters: dict[str, Drafter] = {"trained": trained, "untrained": untrained.eval()}
-    made_of = f"{tiny_drafter.root.name} {tiny_eagle3.parent.name}"
-    greedy = cached_answers("answers-eagle3", made_of, lambda: bench.with_drafters(drafters))
+    greedy = cached_answers("answers-eagle3", tiny_drafter.root.name, lambda: bench.with_drafters(drafters))
     return bench.with_answers(drafters, greedy)
 
 

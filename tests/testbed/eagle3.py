@@ -1,13 +1,11 @@
-"""EAGLE-3 drafters for the test bed: one of random weights, and one that the real stage sft has trained a little."""
+"""EAGLE-3 drafters for the test bed: one of random weights, and one that is shipped, trained a little."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tests.testbed import cache, random_target
-from tests.testbed.context import RecordingContext
-from tests.testbed.drafter import TRAINING, DrafterArtifacts, training_code
+from tests.testbed import random_target, target
 
 if TYPE_CHECKING:
     from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter
@@ -42,22 +40,6 @@ def random_eagle3(target: Target, seed: int = 0) -> Eagle3Drafter:
     return drafter.eval()
 
 
-def trained_eagle3(made: DrafterArtifacts) -> Path:
-    """Return the artifact of sft, cached; the checkpoint is in its folder `drafter`.
-
-    Trained again when the target, its answers or the code that shapes or trains the drafter changes.
-    """
-    from draftsmith.stages.drafters.eagle3 import checkpoint, model
-    from draftsmith.stages.training.sft import stage as sft
-    from tests.testbed import eagle3
-
-    def build(folder: Path) -> None:
-        shape = {"kind": "eagle3", "block_size": 5, "target_layer_ids": (0, 1, 2), "draft_vocab_size": 120}
-        inputs = {"target": made.target, "trajectories": made.rollout}
-        RecordingContext(folder / "drafter", folder / "work", inputs).run(
-            sft.STAGE, **TRAINING, drafter=shape, steps=120
-        )
-
-    # the folder of the artifacts is named by a digest of target and answers
-    code = (*training_code(), checkpoint, model, eagle3, sft)
-    return cache.cached("eagle3-tiny", build, code=code, extra=str(made.root)) / "drafter"
+def trained_eagle3() -> Path:
+    """Return the artifact of sft; the checkpoint is in its folder `drafter`."""
+    return target.shipped() / "eagle3"
