@@ -77,6 +77,29 @@ def test_tau_as_served_by_hand() -> None:
     assert of_set.set == "set" and found.sets["set"]["sft"].tau == 2.0
 
 
+def test_differences_are_paired_over_prompts() -> None:
+    """Simulated: prompts differ far more than two drafters do, which find the same ones easy.
+
+    By the deviations of the simulation, the interval of the difference is a third of that of a single tau.
+    """
+    rng, found = np.random.default_rng(0), {}
+    easy = rng.uniform(0.2, 0.9, 60)
+    for name, better in (("sft", 0.0), ("opd", 0.02)):
+        tally = found[name] = AcceptanceStats(60)
+        tally.steps[:], tally.committed[:] = 40, 40 + rng.binomial(40 * 3, easy + better)
+    prompts = [str(i) for i in range(60)]
+    table = acceptance_table(found, prompts, [False] * 60)
+    paired, single = table["opd"].differences["sft"], table["opd"]
+    assert paired.low is not None and paired.high is not None and paired.low < paired.value < paired.high
+    assert single.tau_low is not None and single.tau_high is not None
+    assert paired.value == pytest.approx(table["opd"].tau - table["sft"].tau)
+    assert paired.high - paired.low < (single.tau_high - single.tau_low) / 2
+    other = rng.permutation(60)
+    found["opd"].committed[:] = found["opd"].committed[other]
+    unpaired = tau_differences(found, prompts)["opd", "sft"].interval()
+    assert unpaired is not None and unpaired[1] - unpaired[0] > single.tau_high - single.tau_low
+
+
 def test_answers_to_one_prompt_are_one_observation() -> None:
     """Eight answers to two prompts say as much as two answers of four times the length."""
     ours = [trace(13, [4, 8], [3, 3]), trace(8, [4, 5], [0, 2])]

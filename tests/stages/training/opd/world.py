@@ -65,6 +65,15 @@ class World:
         """Replay one block after the other."""
         return replace(self.bench, drafters={"it": drafter}).sequential_traces(self.trajectories, "it", block_size)
 
+    def steps_gone(self) -> int:
+        """Return how many of the mined steps of `INDICES` the moved weights do not have: anchor and accepted."""
+        traces, gone = self.traces(self.moved), 0
+        for i in INDICES:
+            now = set(zip(traces[i].anchors.tolist(), traces[i].accepted.tolist(), strict=True))
+            mined = self.table.steps[i]
+            gone += sum(step not in now for step in zip(mined.anchors.tolist(), mined.accepted.tolist(), strict=True))
+        return gone
+
     def mined_by(self, drafter: Drafter) -> MinedTable:
         traces = self.traces(drafter)
         steps = [
@@ -119,7 +128,19 @@ class World:
 
 
 def make_world(bench: Bench, moved_by: float) -> World:
-    """Make a world without near-ties. moved_by: noise on the weights, as a share of each parameter's deviation."""
+    """Make a world without near-ties, in which some of the mined steps of `INDICES` are none of the moved weights.
+
+    moved_by: noise on the weights, as a share of each parameter's deviation. It is doubled until it has that effect:
+    how much is enough depends on the weights.
+    """
+    while True:
+        world = _moved_world(bench, moved_by)
+        if world.steps_gone():
+            return world
+        moved_by *= 2
+
+
+def _moved_world(bench: Bench, moved_by: float) -> World:
     moved = copy.deepcopy(bench.drafters["trained"])
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
