@@ -86,6 +86,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    """What was kept is freed at the end, or libraries report it as leaked."""
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _databases() -> Iterator[None]:
     with given_to_new_homes():

@@ -147,7 +147,7 @@ def test_a_correct_engine_passes(replayed: list[Blocks], noise: float) -> None:
 
 
 def test_a_correct_engine_passes_since_only_decisive_proposals_count() -> None:
-    """By all 15 it would be refused: of seven 18 % of the blocks change, and so of 15 at least 1 - 0.82^(15/7) = 35 %."""
+    """By all 15 it would be refused: 18 % of blocks of 7 change, so of 15 at least 1 - 0.82^(15/7) = 35 %."""
     rng = np.random.default_rng(2)
     blocks = [Blocks.drawn(f"p{i}", rng) for i in range(40)]
     noise = noise_of(blocks)
