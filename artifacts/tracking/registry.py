@@ -177,11 +177,14 @@ class Registry:
             raise DraftsmithError(f"{text}: {line} has no {which}. Its versions are {numbers}.")
         return version
 
+    def names(self) -> list[str]:
+        """Return the names of all lines."""
+        with self._client() as client:
+            return sorted(model.name for model in paginate(client.search_registered_models))
+
     def unknown_line(self, line: str) -> DraftsmithError:
         """Return the error for a line that does not exist."""
-        with self._client() as client:
-            names = sorted(model.name for model in client.search_registered_models())
-        existing = ", ".join(names) or "no line yet"
+        existing = ", ".join(self.names()) or "no line yet"
         return DraftsmithError(
             f"{line}: no refresh has registered a drafter under this name (registry.name). {self._tracking.uri} has "
             f"{existing}."

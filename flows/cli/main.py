@@ -86,7 +86,9 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("--open", action="store_true", help="show the page in the browser")
 
     champions = commands.add_parser("champions", help="show a model line: which version serves, since when and why")
-    champions.add_argument("line", metavar="NAME", help="as in registry.name of a config")
+    champions.add_argument(
+        "line", metavar="NAME", nargs="?", help="as in registry.name of a config; by default all lines"
+    )
 
     promote = commands.add_parser("promote", help="make a version of a line the champion")
     promote.add_argument("version", metavar="NAME@VERSION", help="such as smollm2@3 or smollm2@challenger")

@@ -43,9 +43,21 @@ log = logging.getLogger(__name__)
 _WIDE = 120  # columns of a terminal that shows more
 
 
-def champions(display: Display, line: str) -> None:
-    """Print the versions of a line with their metrics, then its promotions, rollbacks and drift checks by time."""
+def champions(display: Display, line: str | None) -> None:
+    """Print the versions of a line with their metrics, then its promotions, rollbacks and drift checks by time.
+
+    line: None: print all lines with their champions instead.
+    """
     lines = registry()
+    if line is None:
+        rows = []
+        for name in lines.names():
+            version = lines.champion(name)
+            rows.append(
+                [name, "-", "-"] if version is None else [name, str(version.number), version.tags.get("tau") or "-"]
+            )
+        display.table(["line", "champion", "tau"], rows, text_columns=2)
+        return
     versions = lines.versions(line)
     if not versions:
         raise lines.unknown_line(line)

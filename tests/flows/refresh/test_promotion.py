@@ -21,6 +21,7 @@ from draftsmith.artifacts.store.retention import leftovers
 from draftsmith.artifacts.tracking.registry import PREVIOUS
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.cli.commands import prune
+from draftsmith.flows.cli.main import main
 from draftsmith.flows.execution.display import Display
 from draftsmith.flows.planning.graph import OutdatedPlanError
 from draftsmith.flows.refresh import decisions, registry_commands
@@ -175,6 +176,18 @@ def test_the_decision_names_the_champions_version_in_its_line(
     assert ended.tags["version"] == f"{line}@3"
     assert json.loads(note.read_text())["champion"] == "2"
     assert registry().version(line, 3).tags["decision"] == "promoted: opd beats version 2"
+
+
+def test_champions_without_a_name_lists_the_lines(
+    line: str, home: Path, drafters: list[ArtifactRef], capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = gated(Store(home / "store"), drafters[0])
+    finished(config_of(line), made)
+    registry().register("without-champion", made["gate"], {})
+    assert main(["champions"]) == 0
+    rows = [row.split() for row in capsys.readouterr().out.splitlines()]
+    tau = registry().version(line, 1).tags["tau"]
+    assert [line, "1", tau] in rows and ["without-champion", "-", "-"] in rows
 
 
 def test_a_version_that_was_rolled_back_is_not_promoted_again(
