@@ -83,6 +83,7 @@ def render_report(path: Path, data: ReportData) -> None:
         else "",
         config=_json(data.config) if data.config else "",
         plots=_plots(data),
+        single=presentation.single_points(evaluation),
         tables={
             "drafters": presentation.drafters(review, evaluation),
             "by_slice": presentation.by_slice(evaluation),
@@ -100,7 +101,9 @@ def render_report(path: Path, data: ReportData) -> None:
 def _plots(data: ReportData) -> dict[str, str]:
     found = {}
     drafters = data.evaluation.drafters
-    if offsets := {arm: each.acceptance_by_offset for arm, each in drafters.items() if each.acceptance_by_offset}:
+    if offsets := {
+        arm: each.acceptance_by_offset for arm, each in drafters.items() if len(each.acceptance_by_offset) > 1
+    }:
         found["by_offset"] = acceptance_by_offset(offsets, {arm: name_of(arm) for arm in offsets})
     if gains := presentation.slice_gains(data.evaluation):
         rules = data.decision.rules if data.decision is not None else ()
@@ -108,7 +111,7 @@ def _plots(data: ReportData) -> dict[str, str]:
         found["by_slice"] = gain_by_slice(gains, allowed[0] if allowed else None)
     elif slices := {name: arms for name, arms in data.evaluation.sets.items() if arms}:
         found["tau_by_slice"] = tau_by_slice(slices)
-    if curves := {arm: curve for arm in drafters if (curve := data.evaluation.load_curve(arm))}:
+    if curves := {arm: curve for arm in drafters if len(curve := data.evaluation.load_curve(arm)) > 1}:
         found["by_load"] = speed_by_load(curves)
     if len(data.history) > 1:
         found["trend"] = tau_over_time(data.history)

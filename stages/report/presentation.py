@@ -100,6 +100,22 @@ def by_setting(evaluation: EvaluationResult) -> Table:
     return Table(head, rows, "Speed by setting", text_columns=3)
 
 
+def single_points(evaluation: EvaluationResult) -> dict[str, str]:
+    """Return a sentence in place of each plot that would have one point: by name of the plot."""
+    found = {}
+    drafters, curves = evaluation.drafters, {arm: evaluation.load_curve(arm) for arm in evaluation.drafters}
+    if drafters and all(len(each.acceptance_by_offset) == 1 for each in drafters.values()):
+        shares = (f"{name_of(arm)} {each.acceptance_by_offset[0]:.0%}" for arm, each in drafters.items())
+        found["by_offset"] = f"A block has one proposal. Share accepted: {', '.join(shares)}."
+    if curves and all(len(curve) == 1 for curve in curves.values()):
+        points = {arm: point for arm, (point,) in curves.items()}
+        speeds = (f"{name_of(arm)} {interval(load_factor(point), '.2f')}" for arm, point in points.items())
+        in_flight = next(iter(points.values())).concurrency
+        requests = f"{in_flight} request{'s' * (in_flight != 1)} in flight"
+        found["by_load"] = f"Speed-up with {requests}: {', '.join(speeds)}.".replace("\n", " ")
+    return found
+
+
 def by_load(evaluation: EvaluationResult) -> Table:
     """Return the speed of each drafter at every number of requests in flight: predicted, or measured on servers."""
     with_champion, rows = evaluation.has_champion, []

@@ -41,6 +41,12 @@ PAGE = """
 {%- endif %}
 {%- endmacro %}
 
+{%- macro sentence(text) %}
+{%- if text %}
+<p>{{ text }}</p>
+{%- endif %}
+{%- endmacro %}
+
 {%- macro bullets(sentences) %}
 {%- if sentences %}
 <ul>{% for each in sentences %}<li>{{ each }}</li>{% endfor %}</ul>
@@ -138,13 +144,16 @@ as accept length, vLLM as mean acceptance length. Measured by {% if as_served -%
 the verify steps that servers counted on the same held-out prompts for all drafters
 {%- else %}replay of the same held-out answers for all drafters{% endif %}.</p>
 {{ bullets(review.speed_warnings) }}
-{%- call fold("Acceptance by position in the block") %}{{ plot(plots.by_offset) }}{% endcall %}
+{%- call fold("Acceptance by position in the block") %}
+{{ plot(plots.by_offset) }}{{ sentence(single.by_offset) }}
+{%- endcall %}
 {%- call fold("Confidence") %}{{ table(tables.confidence) }}{% endcall %}
 {%- call fold("Speed by setting") %}{{ table(tables.by_setting) }}{% endcall %}
 {%- call fold("Exactness") %}{{ bullets(review.exactness) }}{% endcall %}
 {%- endcall %}
 
 {%- call section("Speed by load") %}
+{{ sentence(single.by_load) }}
 {{ plot(plots.by_load, ("Measured" if measured_loads else "Predicted, each drafter at its fastest block size") +
 ", with 95 % intervals.") }}
 {%- call fold("Table") %}{{ table(tables.by_load) }}{% endcall %}

@@ -69,6 +69,21 @@ def render(tmp_path: Path, data: ReportData) -> Page:
     return Page((tmp_path / "report.html").read_text(encoding="utf-8"))
 
 
+def test_a_plot_of_one_point_is_a_sentence(tmp_path: Path) -> None:
+    """One number of requests in flight, and blocks of one proposal."""
+    found = {
+        **EVALUATION,
+        "drafters": {arm: {"tau": 1.5, "acceptance_by_offset": [0.52]} for arm in EVALUATION["drafters"]},
+        "load": [load_point(arm, PLAIN, 1, 1.25, 60.0) for arm in EVALUATION["drafters"]],
+        "sets": {},
+        "compared": [],
+    }
+    page = render(tmp_path, sample(evaluation=found, history=[]))
+    assert "svg" not in [tag for tag, _ in page.tags]
+    assert "Speed-up with 1 request in flight: SFT 1.25 [" in page.text
+    assert "A block has one proposal. Share accepted: SFT 52%" in page.text
+
+
 def test_every_part_of_a_refresh_of_a_line_is_there_and_the_verdict_is_first(tmp_path: Path) -> None:
     page = render(tmp_path, of_a_line())
     sections = [attributes.get("class") or attributes.get("id") for tag, attributes in page.tags if tag == "section"]
