@@ -24,7 +24,7 @@ NUMERICAL := $(addprefix tests/stages/,drafters replay training target $(patsubs
 # of an environment's Python: pip, with a line for each download
 PIP_INSTALL := tests/pip_install.py
 
-.PHONY: install quickstart season faults test test-core test-sglang test-sglang-oldest test-vllm test-speculators test-oldest test-newest sglang-cpu sglang-gpu vllm-cpu speculators lint bench gpu-check gpu-test gpu-measure clean
+.PHONY: install quickstart season faults test test-core test-kernels test-sglang test-sglang-oldest test-vllm test-speculators test-oldest test-newest sglang-cpu sglang-gpu vllm-cpu speculators lint bench gpu-check gpu-test gpu-measure clean
 
 install: $(INSTALLED)
 
@@ -62,6 +62,12 @@ test: $(INSTALLED) sglang-cpu
 
 test-core: $(INSTALLED)
 	$(PYTEST) -m "not sglang" $(PYTEST_ARGS)
+
+# the numerics with other kernels, whose float32 sums have another order: torch's for processors without vector
+# instructions
+test-kernels: export ATEN_CPU_CAPABILITY = default
+test-kernels: $(INSTALLED)
+	$(PYTEST) -m "not smollm2" $(NUMERICAL) $(PYTEST_ARGS)
 
 test-sglang: $(INSTALLED) sglang-cpu
 	$(TESTING) -m sglang $(PYTEST_ARGS)

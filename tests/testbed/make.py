@@ -36,7 +36,7 @@ from tests.testbed.procedural.training import MASK, train_target
 
 HELDOUT = {"validation": 8, "heldout": 60}  # prompts
 SPARE = 16  # more of either held-out split, of which those with a near-tie are left out
-LEAST_TAU = 3.0  # of the DFlash drafter on held-out answers: tests may rely on it
+TAU = {"dflash": (5.0, 7.5), "eagle3": (2.5, 4.5)}  # on held-out answers: tests may rely on it
 ANSWER_TOKENS = 128
 DFLASH_STEPS, EAGLE3_STEPS = 500, 120
 DFLASH = {
@@ -82,6 +82,7 @@ def make(folder: Path, seed: int) -> None:
     answered = {**inputs, "trajectories": made.rollout}
     _run(SFT, folder / "eagle3", answered, seed, **TRAINING, drafter=EAGLE3, steps=EAGLE3_STEPS)
     _keep_clear_answers(made)
+    _check_tau(made, {"dflash": made.drafter, "eagle3": folder / "eagle3"})
     shutil.rmtree(made.target)  # names a folder of this machine
     for info in folder.rglob("drafter.json"):
         info.write_text(info.read_text().replace(f"{folder}/", ""))
@@ -128,17 +129,24 @@ def _keep_clear_answers(made: DrafterArtifacts) -> None:
             raise SystemExit(
                 f"{split}: {len(clear)} answers without a near-tie, {wanted} are wanted. Use another seed."
             )
-        traces = Replayer(model).traces({"it": drafter}, clear[:wanted])["it"]
-        tau = sum(trace.expected_committed.sum() for trace in traces) / sum(len(trace.anchors) for trace in traces)
-        print(f"{split}: {len(clear)} answers without a near-tie, tau {tau:.2f}")
-        if split == "heldout" and tau < LEAST_TAU:
-            raise SystemExit(f"The drafter reaches tau {tau:.2f}, tests want {LEAST_TAU}. Use another seed.")
         kept |= {trajectory.trajectory_id.split("/")[0] for trajectory in clear[:wanted]}
     keep_prompts(made.prompts, made.prompts, kept)
     for name, schema in (("trajectories", TRAJECTORIES), ("timings", TIMINGS)):
         path = made.heldout / f"{name}.parquet"
         rows = read_table(path, schema).to_pylist()
         write_table(path, schema, [row for row in rows if row["trajectory_id"].split("/")[0] in kept])
+
+
+def _check_tau(made: DrafterArtifacts, artifacts: dict[str, Path]) -> None:
+    model = Target.load(made.target, device="cpu")
+    drafters = {name: load_drafter(artifact / DRAFTER_FOLDER, model) for name, artifact in artifacts.items()}
+    answers = load_trajectories(made.heldout, ["heldout"]).trajectories
+    for name, traces in Replayer(model).traces(drafters, answers).items():
+        tau = sum(trace.committed.sum() for trace in traces) / sum(len(trace.anchors) for trace in traces)
+        print(f"{name}: tau {tau:.2f}")
+        low, high = TAU[name]
+        if not low < tau < high:
+            raise SystemExit(f"{name}: tau {tau:.2f}, tests rely on {low} to {high}. Use another seed.")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

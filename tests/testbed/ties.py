@@ -1,7 +1,6 @@
 """Margins to near-ties, which another processor or kernel shape may decide differently.
 
-The test bed's models are trained where the tests run, so no choice of seeds avoids near-ties for good. Tests that
-compare two programs token by token leave out answers with a margin below these bounds.
+Tests that compare two programs token by token leave out answers with a margin below these bounds.
 """
 
 from __future__ import annotations

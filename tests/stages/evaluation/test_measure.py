@@ -390,10 +390,13 @@ def test_every_drafter_decodes_with_its_own_block(
     assert [v["different"] for v in metrics_of(ctx)["verdicts"] if v["kind"] == "speed"] == [None]  # of one turn
 
 
-def test_one_drafter_and_a_reduced_head(tmp_path: Path, few: DrafterArtifacts) -> None:
+def test_one_drafter_and_a_reduced_head(tmp_path: Path, few: DrafterArtifacts, bench: Bench) -> None:
     found = metrics_of(RecordingContext.under(tmp_path, inputs(few)).run(STAGE, **QUICK, head_tokens=150))
     assert found["drafters"].keys() == {"sft"}
-    assert found["drafters"]["sft"]["tau"] <= found["drafters"]["sft"]["tau_full_head"] + 0.05
+    stored = load_trajectories(few.heldout, ["heldout"]).trajectories
+    for name, head_tokens in (("tau", 150), ("tau_full_head", None)):
+        traces = bench.sequential_traces(stored, "trained", head_tokens=head_tokens)
+        assert found["drafters"]["sft"][name] == pytest.approx(tau(traces))
     assert found["block_size_candidates"] == {}
     assert found["speed"]["sft"]["block_size"] == 8
     assert found["exactness"]["fp32_prompts"] == 0 and found["exactness"]["identical_share"] == 1
