@@ -6,7 +6,7 @@ import errno
 import os
 import re
 
-from draftsmith.artifacts.redaction import redacted
+from draftsmith.artifacts.redaction import shown
 
 EXIT_USER_ERROR = 2  # bad config, data, checkpoint or disk: a retry does not help
 EXIT_RETRYABLE = 75  # EX_TEMPFAIL: something outside this process went away (an engine, a server)
@@ -16,14 +16,14 @@ EXIT_INTERRUPTED = 130
 class DraftsmithError(Exception):
     """Bad input or environment. The message is one line that names the file, field or row and says what to do.
 
-    The message is logged, stored and shown in many places, so secrets and line breaks (names from a file may contain
-    them) are replaced.
+    The message is logged, stored and shown in many places, and may quote text from a file or a server, so it is `shown`
+    and its line breaks are replaced.
     """
 
     exit_code = EXIT_USER_ERROR
 
     def __init__(self, message: object = "") -> None:
-        super().__init__(re.sub(r"\s*[\r\n]+\s*", " ", redacted(str(message)).strip()))
+        super().__init__(" ".join(filter(None, map(str.strip, shown(str(message)).split("\n")))))
 
 
 class RetryableError(DraftsmithError):
@@ -45,8 +45,8 @@ class StageInterrupted(DraftsmithError):
 
 
 def one_line(error: BaseException, max_chars: int | None = None) -> str:
-    """Return the error's message on one line, cut between words to `max_chars`; the class name if there is none."""
-    message = " ".join(str(error).split()) or type(error).__name__
+    """Return the error's message, `shown` on one line, cut between words to `max_chars`; or the class name."""
+    message = " ".join(shown(str(error)).split()) or type(error).__name__
     if max_chars is None or len(message) <= max_chars:
         return message
     return f"{message[:max_chars].rpartition(' ')[0] or message[:max_chars]} …"

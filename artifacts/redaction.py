@@ -1,9 +1,11 @@
 """Detection and masking of secrets, and escaping of control characters.
 
 A config is written to manifests, MLflow, Prefect's database and the report, so one that holds anything like a secret is
-refused (`find_secrets`). Text that is shown, logged or stored passes through `redacted`. Secrets belong in the
-environment, which stage processes and servers inherit. Text from others, such as a model's answer, passes through
-`printable`.
+refused (`find_secrets`). Secrets belong in the environment, which stage processes and servers inherit.
+
+Messages of errors and logs quote text from others, such as a row of a log. They pass through `shown`, which cuts them,
+masks secrets (`redacted`) and escapes control characters (`printable`). Every pattern takes time proportional to the
+length of the text: what it goes through has a limited length, or no second place where it could begin.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 MASK = "***"
+MAX_SHOWN = 2000  # characters of a message
 _MIN_SECRET_CHARS = 8  # shorter values of environment variables are not masked: they occur in ordinary text
 
 _SECRET_WORDS = {
@@ -30,11 +33,11 @@ _TOKENS_OF_TEXT = {
 }
 _SIGNATURES = {"SIG", "SIGNATURE", "AUTH", "KEY", "AUTHORIZATION"}  # URL parameters
 
-_AUTHORITY = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^/?#\s'\"<>]+@", re.IGNORECASE)
-_DATABASE = re.compile(r"(\b(?:postgres|mysql|mariadb|mssql|oracle)[a-z0-9+]*://)[^\s'\"]+@", re.IGNORECASE)
+_AUTHORITY = re.compile(r"://[^/?#\s'\"<>]+@")
+_DATABASE = re.compile(r"(\b(?:postgres|mysql|mariadb|mssql|oracle)[a-z0-9+]{0,20}://)[^\s'\"]{1,300}@", re.IGNORECASE)
 _PARAMETER = re.compile(r"([?&#;])([\w.~%-]+)=([^&#;\s'\"<>]+)")
 _ASSIGNED = re.compile(
-    r"(?i)\b([\w-]*(?:api[_-]?key|password|passwd|passphrase|secret|access[_-]?key|(?:auth|access|bearer|hf)[_-]?token)"
+    r"(?i)((?:api[_-]?key|password|passwd|passphrase|secret|access[_-]?key|(?:auth|access|bearer|hf)[_-]?token)"
     r"['\"]?\s*[=:]\s*['\"]?)(?!\*\*\*|None\b|null\b|true\b|false\b)([^\s'\",;&}\])]{4,})"
 )
 _HEADER = re.compile(r"(?i)\b(bearer|basic)\s+(?=[\w~+/.-]*[\d+/=_-])[\w~+/.=-]{12,}")
@@ -46,7 +49,7 @@ _KNOWN = {
     "AWS": re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"),
     "Google": re.compile(r"\bAIza[\w-]{35}"),
     "Slack": re.compile(r"\bxox[abprs]-[\w-]{10,}|hooks\.slack\.com/services/\S+"),
-    "JSON web tokens": re.compile(r"\beyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*"),
+    "JSON web tokens": re.compile(r"(?<![\w-])(?>[\w-]*?eyJ)[\w-]{10,}\.[\w-]{10,}\.[\w-]*"),
     "private keys": re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----[^-]*(?:-----END [A-Z ]*PRIVATE KEY-----)?"),
 }
 
@@ -105,13 +108,34 @@ def redacted(text: str) -> str:
         text = text.replace(value, MASK)
     for pattern in _KNOWN.values():
         text = pattern.sub(MASK, text)
-    text = _DATABASE.sub(rf"\1{MASK}@", _AUTHORITY.sub(rf"\1{MASK}@", text))
+    text = _DATABASE.sub(rf"\1{MASK}@", _AUTHORITY.sub(f"://{MASK}@", text))
     text = _PARAMETER.sub(_mask_parameter, text)
     return _HEADER.sub(rf"\1 {MASK}", _ASSIGNED.sub(rf"\1{MASK}", text))
 
 
+def shown(text: str) -> str:
+    """Return a text as errors, logs and screens show it: of `MAX_SHOWN` characters at most, redacted and printable.
+
+    A longer text loses its middle: a message begins with the place and ends with the remedy. Line breaks stay.
+    """
+    text = text.replace("\r\n", "\n")
+    begin = printable(redacted(text[:MAX_SHOWN]))
+    if len(text) <= MAX_SHOWN and len(begin) <= MAX_SHOWN:
+        return begin
+    end, half = (
+        printable(redacted(text[-MAX_SHOWN:])),
+        MAX_SHOWN // 2 - 2,
+    )  # the halves are cut after secrets are masked
+    return f"{begin[:half]} … {end[-half:]}"
+
+
+def shown_traceback(error: BaseException) -> str:
+    """Return the traceback of an error, every entry as `shown`."""
+    return "".join(map(shown, traceback.format_exception(error)))
+
+
 def redact_logs() -> None:
-    """Redact every log record of this process, including tracebacks and records of libraries."""
+    """Make every log record of this process, including those of libraries, and its traceback `shown`."""
     make = logging.getLogRecordFactory()
     if getattr(make, "redacts", False):
         return
@@ -119,11 +143,11 @@ def redact_logs() -> None:
     def redacting_factory(*args: Any, **kwargs: Any) -> logging.LogRecord:
         record = make(*args, **kwargs)
         try:
-            record.msg, record.args = redacted(record.getMessage()), None
+            record.msg, record.args = shown(record.getMessage()), None
         except Exception:  # its arguments do not fit its format: the handler reports that
             return record
         if record.exc_info and record.exc_info[1] is not None:
-            record.exc_text = redacted("".join(traceback.format_exception(record.exc_info[1]))).rstrip()
+            record.exc_text = shown_traceback(record.exc_info[1]).rstrip()
         return record
 
     redacting_factory.redacts = True  # type: ignore[attr-defined]

@@ -64,7 +64,7 @@ def run_request(request: StageRequest, events: EventStream, stop: threading.Even
                 stage.shard(context, config, request.shard)
             context.summary(peak_memory_gb=peak_memory_gb())
     except BaseException as error:
-        print_traceback()
+        print_traceback(error)
         known = expected_error(error, request)
         code = 1 if known is None else known.exit_code
         message = error_line(error) if known is None else str(known)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from draftsmith.artifacts.errors import DraftsmithError, RetryableError, from_os_error
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError, from_os_error, one_line
 from draftsmith.flows.execution.display import Display, escape
 
 
@@ -60,11 +60,11 @@ class Findings:
         except RetryableError as error:
             self.skip(name, str(error), unreachable=True)
         except DraftsmithError as error:
-            self.error(name, " ".join(str(error).split()))
+            self.error(name, str(error))
         except OSError as error:
             self.error(name, str(from_os_error(error, "reading")))
         except Exception as error:  # a defect of the check or of a library: the other checks are still useful
-            self.error(name, f"unexpected {type(error).__name__}: {' '.join(str(error).split())}")
+            self.error(name, f"unexpected {type(error).__name__}: {one_line(error)}")
 
     @property
     def errors(self) -> int:

@@ -8,7 +8,6 @@ import math
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING
 from draftsmith.artifacts.errors import EXIT_INTERRUPTED, DraftsmithError, RefusedError, from_os_error, one_line
 from draftsmith.artifacts.home import home, home_umask
 from draftsmith.artifacts.host import bypass_proxy_for_localhost
-from draftsmith.artifacts.redaction import printable, redact_logs, redacted
+from draftsmith.artifacts.redaction import redact_logs, shown, shown_traceback
 from draftsmith.stages.runtime.memory import relax_gc
 
 if TYPE_CHECKING:
@@ -301,8 +300,8 @@ def _fail(message: str, code: int, error: BaseException | None = None, prefix: s
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: os._exit(code))
     if error is not None and os.environ.get("DRAFTSMITH_DEBUG") == "1":
-        print(redacted("".join(traceback.format_exception(error))), end="", file=sys.stderr)
-    print(f"draftsmith: {prefix}{printable(' '.join(redacted(message).split()))}", file=sys.stderr)
+        print(shown_traceback(error), end="", file=sys.stderr)
+    print(f"draftsmith: {prefix}{' '.join(shown(message).split())}", file=sys.stderr)
     return code
 
 

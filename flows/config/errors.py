@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from draftsmith.artifacts.redaction import redacted
+from draftsmith.artifacts.redaction import shown
 
 PathKey = tuple[int | str, ...]  # of a field: names of sections, and indices in lists
 OVERRIDE = "--set"
@@ -253,5 +253,5 @@ def show_value(value: Any) -> str:
     """Return a value of a config as errors show it: short, on one line, without secrets."""
     if value is None:
         return "nothing"
-    text = redacted(repr(value))
+    text = shown(repr(value))
     return text if len(text) <= 60 else text[:57] + "..."

@@ -21,7 +21,6 @@ from pathlib import Path
 from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError, one_line
 from draftsmith.artifacts.locks import user_name
-from draftsmith.artifacts.redaction import redacted
 from draftsmith.artifacts.store.local import Claim, Store
 from draftsmith.artifacts.store.manifest import SHARD, ArtifactRef, Provenance, local_time
 from draftsmith.artifacts.store.mirror import open_store
@@ -271,7 +270,7 @@ class AttemptNote:
 
     def failed(self, error: BaseException) -> None:
         """Write why the attempt failed."""
-        self._note = replace(self._note, at=time.time(), error=redacted(one_line(error)))
+        self._note = replace(self._note, at=time.time(), error=one_line(error))
         self._write()
 
     def _write(self) -> None:

@@ -17,7 +17,7 @@ from prefect.states import Cancelled, Completed, Failed
 from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted, one_line
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.host import bypass_proxy_for_localhost
-from draftsmith.artifacts.redaction import redact_logs, redacted
+from draftsmith.artifacts.redaction import redact_logs
 from draftsmith.artifacts.store.manifest import ArtifactRef
 from draftsmith.artifacts.store.retention import artifacts_in_use
 from draftsmith.artifacts.tracking.refresh_runs import (
@@ -164,7 +164,7 @@ def _run(
         status = "FINISHED"
         raise
     except Exception as error:
-        status, ending = "FAILED", f"**Failed.** {redacted(one_line(error))}"
+        status, ending = "FAILED", f"**Failed.** {one_line(error)}"
         raise
     finally:
         metrics, tags = _metrics_and_tags(context, results, conclusion, concludes=full_policy is not None)

@@ -169,7 +169,7 @@ def _in_order(contexts: Sequence[AnswerContext]) -> list[AnswerContext]:
 
 def _visible_spaces(piece: str) -> str:
     """Return the text with white space at its edges made visible."""
-    return re.sub("^ +| +$", lambda spaces: "␣" * len(spaces[0]), piece.replace("\n", "⏎"))
+    return re.sub("^ +|(?<! ) +$", lambda spaces: "␣" * len(spaces[0]), piece.replace("\n", "⏎"))
 
 
 COLOURS = {  # also for the colour-blind

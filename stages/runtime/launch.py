@@ -39,7 +39,7 @@ from draftsmith.artifacts.errors import (
     from_os_error,
 )
 from draftsmith.artifacts.host import visible_gpus
-from draftsmith.artifacts.redaction import redact_logs, redacted
+from draftsmith.artifacts.redaction import redact_logs, shown
 from draftsmith.stages.runtime.memory import peak_memory_gb, relax_gc
 from draftsmith.stages.runtime.process import (
     EventStream,
@@ -270,11 +270,11 @@ def run_rank(request: StageRequest | None, notes: Path | None, events_path: str)
     except StageInterrupted as error:
         return error.exit_code
     except BaseException as error:
-        print_traceback()
+        print_traceback(error)
         known = None if request is None else expected_error(error, request)
         code = 1 if known is None else known.exit_code
         if notes is not None:
-            message = redacted(error_line(error) if known is None else str(known))
+            message = shown(error_line(error) if known is None else str(known))
             RankReport(rank, message, code, time.time()).write(notes)
         raise SystemExit(code) from error
     return 0

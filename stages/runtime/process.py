@@ -23,7 +23,7 @@ from typing import Any
 
 from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted, find_disk_error, from_os_error
-from draftsmith.artifacts.redaction import redacted
+from draftsmith.artifacts.redaction import shown, shown_traceback
 from draftsmith.stages.runtime.memory import restore_gc
 from draftsmith.stages.runtime.stage import Config, Stage, StageRequest
 
@@ -55,8 +55,8 @@ class EventStream:
 
     def send(self, event: str, **fields: Any) -> None:
         """Write one whole line."""
-        shown = {name: redacted(value) if isinstance(value, str) else value for name, value in fields.items()}
-        line = (json.dumps({"event": event, **shown}, ensure_ascii=False, default=float) + "\n").encode()
+        values = {name: shown(value) if isinstance(value, str) else value for name, value in fields.items()}
+        line = (json.dumps({"event": event, **values}, default=float) + "\n").encode("ascii")
         with self._lock, contextlib.suppress(BrokenPipeError):  # the runner has ended, which is no error of the stage
             while line:
                 line = line[os.write(self._descriptor, line) :]
@@ -170,10 +170,10 @@ def error_line(error: BaseException) -> str:
     return traceback.format_exception_only(error)[-1].strip().replace("\n", " ")
 
 
-def print_traceback() -> None:
+def print_traceback(error: BaseException) -> None:
     """Write the traceback to the log, best effort: if the disk is full, the error is reported without it."""
     with contextlib.suppress(OSError):
-        os.write(sys.stderr.fileno(), redacted(traceback.format_exc()).encode("utf-8", "replace"))
+        os.write(sys.stderr.fileno(), shown_traceback(error).encode())
 
 
 def install_stop_handlers() -> threading.Event:

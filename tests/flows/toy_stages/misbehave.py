@@ -10,7 +10,9 @@ from typing import Literal
 
 from draftsmith.stages.runtime.stage import Config, Stage, StageContext
 
-Way = Literal["raise", "full-disk", "print", "ignore-sigterm", "kill-itself", "exit", "threads", "rewind", "nan"]
+Way = Literal[
+    "raise", "quote", "full-disk", "print", "ignore-sigterm", "kill-itself", "exit", "threads", "rewind", "nan"
+]
 
 
 class MisbehaveConfig(Config):
@@ -21,6 +23,8 @@ def run(context: StageContext, config: MisbehaveConfig) -> None:
     match config.way:
         case "raise":
             raise ValueError("the matrix\nis singular")
+        case "quote":
+            raise ValueError("a field is named \ud83d\x1b[2J")
         case "full-disk":
             Path("/dev/full").write_text("x")
         case "print":

@@ -119,6 +119,7 @@ def test_garbage_collection_is_relaxed_until_the_first_progress(
     [
         (COLLECT, {"fail_at": 1}, 2, "number 1 is bad: remove it"),
         (MISBEHAVE, {"way": "raise"}, 1, "ValueError: the matrix is singular"),
+        (MISBEHAVE, {"way": "quote"}, 1, "ValueError: a field is named \\ud83d\\x1b[2J"),
         (MISBEHAVE, {"way": "full-disk"}, 2, "the disk is full"),
         (MISBEHAVE, {"way": "sing"}, 1, "way"),
     ],
@@ -132,7 +133,7 @@ def test_a_failed_stage_ends_with_one_error_event_and_its_traceback_in_the_log(
     assert events[-1]["event"] == "error"
     assert message in events[-1]["message"]
     assert "\n" not in events[-1]["message"]
-    assert "Traceback" in log
+    assert "Traceback" in log and "\x1b" not in log
 
 
 @pytest.mark.parametrize(("way", "code"), [("full-disk", 2), ("raise", 1)])
