@@ -192,9 +192,11 @@ def _write_holder(fd: int, holder: Holder) -> None:
 
 def _parse_holder(note: bytes) -> Holder | None:
     try:
-        return Holder(**json.loads(note[:_NOTE_BYTES]))
-    except (ValueError, TypeError):
+        holder = Holder(**json.loads(note[:_NOTE_BYTES]))
+        str(holder)  # so that whoever shows it later can
+    except (ValueError, TypeError, OverflowError, RecursionError):
         return None
+    return holder
 
 
 def _try_lock(fd: int, shared: bool = False) -> bool:
