@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ from draftsmith.flows.config.errors import OVERRIDE, PathKey, describe_errors, s
 ModelT = TypeVar("ModelT", bound=BaseModel)
 Fields = dict[str, Any]  # of a config, as YAML gives them
 FROM_FILE = {"from_file": True}  # validation context: a person wrote this config, the run has filled in nothing
+_MAX_VALUES = 100_000  # of a file, with its aliases written out
 _DEFAULT_KINDS = {"drafter": "dflash", "engine": "embedded"}  # of sections that may leave `kind` out
 
 _TEXT, _MERGE, _INTEGER = (f"tag:yaml.org,2002:{name}" for name in ("str", "merge", "int"))  # merge: of `<<`
@@ -23,6 +25,14 @@ _TEXT, _MERGE, _INTEGER = (f"tag:yaml.org,2002:{name}" for name in ("str", "merg
 
 class _Loader(yaml.SafeLoader):
     """Loads YAML in which a repeated field is an error, and `1e-3` is a number as in YAML 1.2."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        """Return the file's values. Raises before aliases are written out if they stand for too many."""
+        node = super().get_single_node()
+        if node is not None and _count_values(node, {}) > _MAX_VALUES:
+            problem = f"with its aliases written out it has over {_MAX_VALUES:,} values. Use fewer aliases."
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Any] = set()
@@ -39,6 +49,15 @@ class _Loader(yaml.SafeLoader):
                 raise _name_error(key, f"field {name!r} stands twice. Keep one.")
             seen.add(name)
         return super().construct_mapping(node, deep)
+
+
+def _count_values(node: yaml.Node, counts: dict[yaml.Node, int]) -> int:
+    """Return the number of values under a node, aliases written out. counts: of the nodes that are counted already."""
+    if node not in counts:
+        inner = () if isinstance(node, yaml.ScalarNode) else node.value
+        inner = chain(*inner) if isinstance(node, yaml.MappingNode) else inner
+        counts[node] = 1 + sum(_count_values(each, counts) for each in inner)
+    return counts[node]
 
 
 def _name_error(key: yaml.Node, message: str) -> yaml.constructor.ConstructorError:
@@ -166,10 +185,7 @@ def _read_mapping(path: Path) -> Fields:
         raise DraftsmithError(
             f"{path}: cannot read the config: {reason}. Give the path of a readable YAML file."
         ) from None
-    try:
-        data = _unshared(_parse(text, str(path)))
-    except RecursionError:
-        raise DraftsmithError(f"{path}: an alias contains itself, or is nested too deep. Write it out.") from None
+    data = _parse(text, str(path))
     if not isinstance(data, dict):
         raise DraftsmithError(
             f"{path}: expected a mapping of fields, got {show_value(data)}. Write fields such as 'name: my-run'."
@@ -186,7 +202,9 @@ def _unshared(value: Any) -> Any:
 
 def _parse(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)
+        return _unshared(yaml.load(text, Loader=_Loader))
+    except RecursionError:
+        raise DraftsmithError(f"{where}: an alias contains itself, or is nested too deep. Write it out.") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         line = f", line {mark.line + 1}, column {mark.column + 1}" if mark and where != OVERRIDE else ""

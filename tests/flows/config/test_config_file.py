@@ -102,6 +102,11 @@ def test_the_error_of_a_bad_override_names_it_with_a_remedy(file: Path, override
     assert "\n" not in str(caught.value)
 
 
+# Each level has nine aliases of the one before.
+REPEATED = "a0: &a0 x\n" + "".join(f"a{n + 1}: &a{n + 1} [{', '.join([f'*a{n}'] * 9)}]\n" for n in range(6))
+MERGED = "a0: &a0 {x: 1}\n" + "".join(f"a{n + 1}: &a{n + 1} {{<<: [{', '.join([f'*a{n}'] * 9)}]}}\n" for n in range(6))
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -111,6 +116,15 @@ def test_the_error_of_a_bad_override_names_it_with_a_remedy(file: Path, override
         ("name: [a]\n", "name: expected a text (put it in quotes), got ['a']"),
         ("name: a\nname: b\n", "line 2, column 1: not valid YAML: field 'name' stands twice"),
         ("name: 2026-13-45\n", "not valid YAML: month must be in 1..12"),
+        (
+            REPEATED,
+            "line 1, column 1: not valid YAML: with its aliases written out it has over 100,000 values. Use fewer",
+        ),
+        (
+            MERGED,
+            "line 1, column 1: not valid YAML: with its aliases written out it has over 100,000 values. Use fewer",
+        ),
+        ("name: &own [*own]\n", "bad.yaml: an alias contains itself, or is nested too deep. Write it out."),
         ("- name\n", "expected a mapping of fields, got ['name']. Write fields such as 'name: my-run'."),
     ],
 )
