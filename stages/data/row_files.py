@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError, one_line
+from draftsmith.artifacts.redaction import MAX_SHOWN
 
 KINDS = ".jsonl, .ndjson or .json with an object a line, also with .gz or .zst, or .parquet"
 # names of files in a folder; a number or a date may follow the suffix, as logrotate writes them
@@ -30,6 +31,7 @@ _ROW_FILE = re.compile(r".*(\.(jsonl|ndjson|json)([.-]\d[\d.T_-]*)?(\.gz|\.zst)?
 _CSV = re.compile(rb"[^{}\[\],;\t]+([,;\t][^{}\[\],;\t]+)+")
 Fields: TypeAlias = dict[str, Any]  # a row as it was written: JSON of any shape
 _CHUNK = 1 << 18  # bytes
+_MAX_LINE_MB = 16  # far above the longest answer: a million token ids are 7 MB
 _REPORT_EVERY_S = 1.0
 _PARQUET_ROWS = 256  # converted to Python objects together
 
@@ -94,8 +96,8 @@ def match_files(patterns: Sequence[str], field: str, only: Collection[str] | Non
     for pattern in patterns:
         names |= dict.fromkeys(_remote(pattern, field) if is_remote(pattern) else _local(pattern, field))
     for name in names:
-        if (shown := name.encode("utf-8", "backslashreplace").decode()) != name:
-            raise DraftsmithError(f"{field}: {shown}: its name is not UTF-8 text. Rename the file.")
+        if name.encode("utf-8", "replace").decode() != name:
+            raise DraftsmithError(f"{field}: {name}: its name is not UTF-8 text. Rename the file.")
     return [name for name in names if only is None or canonical_name(name) in only]
 
 
@@ -246,23 +248,27 @@ def _json_rows(file: str, raw: IO[bytes]) -> Iterator[Row | BadRow]:
 
 
 def _lines(file: str, raw: IO[bytes]) -> Iterator[bytes]:
-    """Yield lines without their ends. Raises _TruncatedError after the last whole line of truncated compressed data."""
+    """Yield lines without their ends, of a line longer than the limit only a part that is longer too.
+
+    Raises _TruncatedError after the last whole line of truncated compressed data.
+    """
     read: Any = raw.read
     compression = ""
     if file.endswith(".gz"):
         compression, read = "gzip", gzip.GzipFile(fileobj=raw).read1  # `read` loses its data at a truncation
     elif file.endswith(".zst"):
         compression, read = "zstd", pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd").read
-    partial: list[bytes] = []  # of one line
+    partial = bytearray()  # of one line
     while chunk := _chunk(read, compression):
         first, *rest = chunk.split(b"\n")
-        partial.append(first)
+        if len(partial) <= _MAX_LINE_MB << 20:
+            partial += first
         if rest:
-            yield b"".join(partial)
+            yield bytes(partial)
             yield from rest[:-1]
-            partial = [rest[-1]]
-    if last := b"".join(partial):
-        yield last
+            partial = bytearray(rest[-1])
+    if partial:
+        yield bytes(partial)
 
 
 def _chunk(read: Any, compression: str) -> bytes:
@@ -278,12 +284,14 @@ def _chunk(read: Any, compression: str) -> bytes:
 
 def _parsed(line: bytes) -> Fields | str:
     """Return the row, or the reason why there is none."""
+    if len(line) > _MAX_LINE_MB << 20:
+        return f"longer than {_MAX_LINE_MB} MB: every line must be one JSON object"
     try:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         return f"not UTF-8 text ({error.reason}): convert the file, or name it .gz or .zst if compressed"
     except (ValueError, RecursionError) as error:
-        if _CSV.fullmatch(line):
+        if _CSV.fullmatch(line[:MAX_SHOWN]):
             return "looks like CSV, not JSON: convert the file to JSON Lines"
         return f"not JSON ({one_line(error)}): every line must be one JSON object"
     if not isinstance(row, dict):

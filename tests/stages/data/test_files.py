@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,20 @@ def test_a_bad_line_leaves_the_other_rows_readable(suffix: str, tmp_path: Path) 
     for row, number, message in ((half, 2, "not JSON"), (encoding, 3, "not UTF-8"), (array, 5, "a JSON array, not an")):
         assert isinstance(row, BadRow) and row.number == number and message in row.reason
     assert isinstance(deep, BadRow)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
+def test_a_line_without_an_end_takes_no_memory_beyond_the_limit(suffix: str, tmp_path: Path) -> None:
+    (path := tmp_path / f"rows{suffix}").write_bytes(packed(b'{"n": 1}\n' + b"x" * 10**8 + b'\n{"n": 3}', suffix))
+    assert suffix == ".jsonl" or path.stat().st_size < 200_000
+    tracemalloc.start()
+    try:
+        first, long, last = read(path)
+        assert tracemalloc.get_traced_memory()[1] < 50e6
+    finally:
+        tracemalloc.stop()
+    assert isinstance(first, Row) and isinstance(last, Row) and (last.fields, last.number) == ({"n": 3}, 3)
+    assert long == BadRow(str(path), 2, "longer than 16 MB: every line must be one JSON object")
 
 
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
