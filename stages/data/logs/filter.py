@@ -7,7 +7,7 @@ from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -115,8 +115,7 @@ class RowFilter(ABC, Generic[T]):
         self._previous: tuple[str, bool] = "", False  # of the row before: its file, and whether outside the window
         self.newest: datetime | None = None  # of all rows read
         self.in_flight = InFlight()  # rows inside the window that `filter` lets through, whether usable or not
-        # a row from a wrong clock must not make `since: last` skip the rows of days to come
-        self._latest = datetime.now(UTC) + timedelta(days=1)
+        self._now = datetime.now(UTC)  # a row from a clock ahead of it must not make `since: last` skip rows to come
 
     def describe_unselected(self) -> str:
         """Return how many rows the config does not select, in words; empty if there are none."""
@@ -188,7 +187,7 @@ class RowFilter(ABC, Generic[T]):
         return None
 
     def _in_window(self, time: datetime | None) -> bool:
-        future = time is not None and time > self._latest
+        future = time is not None and time > self._now
         if time is not None and not future:
             self.newest = max(self.newest or time, time)
         if self._config.since is None and self._config.after is None:

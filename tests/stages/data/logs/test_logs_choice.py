@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -19,11 +20,23 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.tables.parquet import read_table, write_table
 from draftsmith.artifacts.tables.schemas import TRAJECTORIES
 from draftsmith.stages.data.logs.earlier import ORIGIN
+from draftsmith.stages.data.logs.filter import SchemaFilter
 from draftsmith.stages.data.logs.stage import LogsConfig
 from draftsmith.stages.data.time_window import parse_time, to_iso
 from draftsmith.stages.data.trajectories import load_trajectories
 from draftsmith.stages.target.sampling import SamplingParams
-from tests.stages.data.logs.logs_run import Logs, Row, as_ids, counts, given_by, set_aside, table, write
+from tests.stages.data.logs.logs_run import (
+    Logs,
+    Row,
+    accepted,
+    as_ids,
+    counts,
+    given_by,
+    schema_filter,
+    set_aside,
+    table,
+    write,
+)
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts
 
@@ -95,6 +108,24 @@ def test_a_row_from_the_future_does_not_move_the_next_window(logs: Logs) -> None
     ctx = logs.run([timed(logs.answers[0], "2026-03-05"), timed(logs.answers[1], "2999-01-01")], since="2026-03-01")
     assert counts(ctx)["window"]["newest"] == "2026-03-05T00:00:00Z"
     assert counts(ctx)["set_aside"] == {"time in the future": 1}
+
+
+def test_a_clock_that_is_ahead_loses_no_row_of_the_next_week(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two refreshes a week apart, on rows of every hour; the last row of the first week is dated 23 hours ahead."""
+
+    def refresh(now: datetime, **window: Any) -> SchemaFilter:
+        monkeypatch.setattr("draftsmith.stages.data.logs.filter.datetime", SimpleNamespace(now=lambda _zone: now))
+        row_filter = schema_filter(lateness_hours=0, since="last", **window)
+        times = [*(now - timedelta(hours=hours) for hours in range(168)), monday + timedelta(hours=23)]
+        ids = {"prompt_token_ids": [1, 2], "completion_token_ids": [3, 4]}
+        accepted(row_filter, [ids | {"timestamp": to_iso(time)} for time in times])
+        return row_filter
+
+    monday = datetime(2026, 3, 9, tzinfo=UTC)
+    first = refresh(monday)
+    assert (first.accepted, first.newest, dict(first.rejects.reasons)) == (168, monday, {"time in the future": 1})
+    second = refresh(monday + timedelta(days=7), after=to_iso(monday))
+    assert (second.accepted, second.outside_window, second.rejects.reasons.total()) == (168 + 1, 0, 0)
 
 
 def test_a_window_before_another_one_is_read_completely(logs: Logs) -> None:
