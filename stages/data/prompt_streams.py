@@ -11,7 +11,7 @@ import hashlib
 import math
 import random
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TextIO, TypeAlias
 
@@ -143,8 +143,10 @@ def open_streams(
     unchanged = not (source.suffix or config.system)
 
     def candidates(rows: Iterable[Row | BadRow], rejects: RejectLog) -> Iterator[tuple[Row, PromptCandidate]]:
-        for row, candidate in prompt_rows(source, rows, rejects, read_ids, unchanged=unchanged, adapters=adapters):
-            yield row, replace(finish(candidate), labels=row_labels(row.fields, config.slices))
+        for row, candidate in prompt_rows(
+            source, rows, rejects, read_ids, unchanged=unchanged, adapters=adapters, slices=config.slices
+        ):
+            yield row, finish(candidate)
 
     if isinstance(source, HuggingFaceSource):
         stream = (candidate for _, candidate in candidates(_dataset_rows(source, config.seed), rejects))
@@ -223,13 +225,14 @@ def prompt_rows(
     *,
     unchanged: bool = True,
     adapters: Collection[str] = (),
+    slices: Sequence[str] = (),
 ) -> Iterator[tuple[Row, PromptCandidate]]:
     """Yield the rows that pass the filter, with their prompts, before suffix and system prompt are added.
 
     The others are counted in `rejects`, which is checked at the end.
     read_ids: without it, prompts of token ids alone have no messages. unchanged: nothing will be added to a prompt;
     otherwise a prompt of token ids is built again from its messages, which have no tools. adapters: names of the
-    target's; a row that names another cannot be read.
+    target's; a row that names another cannot be read. slices: fields whose values are the labels of a prompt.
     """
     for row in rows:
         rejects.rows += 1
@@ -249,14 +252,15 @@ def prompt_rows(
             else:
                 known = messages_beside_ids(fields, tools=unchanged)
                 messages = read_ids(ids, known) if read_ids is not None else known or []
-            if not is_unicode(*(message["content"] for message in messages)):
+            labels = row_labels(row.fields, slices)
+            if not is_unicode(*(message["content"] for message in messages), *later, *labels):
                 raise DraftsmithError("not valid Unicode (half a surrogate pair): correct the row")
         except RejectedRow as reason:
             rejects.add_unusable(row.file, row.number, None, str(reason))
         except DraftsmithError as error:
             rejects.add_unreadable(BadRow(row.file, row.number, str(error).removeprefix(f"{row.where}: ")))
         else:
-            yield row, PromptCandidate(source.set_name, messages, row.where, b"", ids, (), later, adapter)
+            yield row, PromptCandidate(source.set_name, messages, row.where, b"", ids, labels, later, adapter)
     if not rejects.rows:
         raise DraftsmithError(no_rows_error([source.location]))
     rejects.check()

@@ -7,6 +7,7 @@ A row is rejected if its text alone cannot reproduce the prompt.
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Collection, Sequence
 from typing import Any, Literal, TypeAlias
 
@@ -86,8 +87,8 @@ def row_adapter(row: Fields, adapters: Collection[str], where: str) -> str:
         return ""
     if not isinstance(name, str) or name not in adapters:
         raise DraftsmithError(
-            f"{where}: adapter {name!r} is none of the target's ({', '.join(adapters)}). Add it to target.adapters, or "
-            "leave its rows out by filter."
+            f"{where}: adapter {reprlib.repr(name)} is none of the target's ({', '.join(adapters)}). Add it to "
+            "target.adapters, or leave its rows out by filter."
         )
     return name
 
@@ -210,7 +211,9 @@ def token_ids_field(row: Fields, name: str, where: str) -> list[int]:
         return value
     for index, token in enumerate(value):
         if isinstance(token, bool) or not isinstance(token, int) or token < 0:
-            raise DraftsmithError(f"{where}: {name}[{index}] is {token!r}, not a token id. Correct the row.")
+            raise DraftsmithError(
+                f"{where}: {name}[{index}] is {reprlib.repr(token)}, not a token id. Correct the row."
+            )
     return value
 
 
@@ -275,11 +278,14 @@ def _messages(value: Any, where: str) -> list[Message]:
             )
         role, content = entry.get("role", entry.get("from")), entry.get("content", entry.get("value"))
         if not isinstance(role, str) or role.lower() not in _ROLES:
-            raise DraftsmithError(f"{entry_name}: role {role!r} is not one of {', '.join(_ROLES)}. Correct the row.")
+            raise DraftsmithError(
+                f"{entry_name}: role {reprlib.repr(role)} is not one of {', '.join(_ROLES)}. Correct the row."
+            )
         if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") for part in content):
             if any(part["type"] != "text" for part in content):
                 raise RejectedRow(NOT_TEXT)
-            content = "".join(str(part.get("text", "")) for part in content)
+            texts = [part.get("text", "") for part in content]
+            content = "".join(texts) if all(isinstance(text, str) for text in texts) else content
         if content is None and _calls(entry):
             content = ""
         if not isinstance(content, str):

@@ -74,7 +74,8 @@ class InFlight:
             self.untimed += 1
             return
         self.timed += 1
-        self._spans[str(fields.get("server"))].extend(span)
+        server = fields.get("server")
+        self._spans[str(server) if isinstance(server, str | int | float) else ""].extend(span)
 
     def shares(self) -> dict[int, float]:
         """Return requests in flight, to the nearest power of two -> share of the time in which there are any."""

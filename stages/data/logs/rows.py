@@ -7,10 +7,12 @@ if tokenising it again gives the same text and the same boundary between prompt 
 from __future__ import annotations
 
 import math
+import reprlib
 from dataclasses import dataclass, replace
 from typing import Any
 
 from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.redaction import MAX_SHOWN
 from draftsmith.stages.data.chat_template import text_after_answer, token_ids
 from draftsmith.stages.data.logs.stage import LogsConfig
 from draftsmith.stages.data.row_files import Row
@@ -47,9 +49,9 @@ class LoggedRow(Row):
 
     @property
     def log_id(self) -> str | None:
-        """Return the service's id of the answer."""
+        """Return the service's id of the answer, a text or number."""
         value = self.fields.get("id")
-        return None if value is None else str(value)
+        return str(value)[:MAX_SHOWN] if isinstance(value, str | int | float) else None
 
     @property
     def temperature(self) -> float | None:
@@ -58,7 +60,9 @@ class LoggedRow(Row):
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < _MAX_TEMPERATURE:
-            raise DraftsmithError(f"{self.where}: temperature {value!r} is not a number of 0 or more. Correct the row.")
+            raise DraftsmithError(
+                f"{self.where}: temperature {reprlib.repr(value)} is not a number of 0 or more. Correct the row."
+            )
         return float(value)
 
     def sampling_difference(self, sampling: SamplingParams) -> str | None:

@@ -15,7 +15,7 @@ from draftsmith.stages.data.chat_template import PromptCandidate
 from draftsmith.stages.data.held_out import HELDOUT_SHARE, hash_fraction, prompt_identity
 from draftsmith.stages.data.prompt_streams import PromptStream, open_streams
 from draftsmith.stages.data.prompts import SPLITS, PromptsConfig
-from tests.stages.data.prompts_run import Row, error, questions, run, run_with_context, texts
+from tests.stages.data.prompts_run import Row, error, of_classes, questions, run, run_with_context, texts
 from tests.stages.data.row_files import write
 
 
@@ -135,6 +135,17 @@ def test_bad_rows_are_rejected_up_to_a_share(target: Path, tmp_path: Path) -> No
     )
     text = error(target, tmp_path / "3", path, max_bad_share=0)
     assert text.startswith(f"{path}, row 98: none of the shapes") and "Set the source's field" in text
+
+
+@pytest.mark.parametrize(
+    "bad", [{"prompt": "Why?", "language": "half a pair \ud83d"}, {"turns": ["Why?", "And half a pair \ud83d?"]}]
+)
+def test_a_row_whose_label_or_further_question_is_not_unicode_is_named(bad: Row, target: Path, tmp_path: Path) -> None:
+    good = [row | {"language": "de"} for row in of_classes("Question", 2, 1)]
+    path = write(tmp_path / "a.jsonl", [bad, *good])
+    text = error(target, tmp_path / "1", path, slices=["language"], max_bad_share=0)
+    assert text == f"{path}, row 1: not valid Unicode (half a surrogate pair): correct the row"
+    assert len(run(target, tmp_path / "2", path, slices=["language"], max_bad_share=0.4)) == 3
 
 
 @pytest.fixture

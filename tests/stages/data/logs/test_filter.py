@@ -18,7 +18,7 @@ from draftsmith.stages.data.row_files import RejectLog, Row
 from tests.stages.data.logs.logs_run import accepted, schema_filter
 from tests.testbed.drafter import DrafterArtifacts
 
-TEXT = st.text(st.characters(), max_size=12)
+TEXT = st.text(st.characters(exclude_categories=()), max_size=12)
 IDS = st.lists(st.one_of(st.integers(-1, 1200), st.integers(), st.booleans(), st.none()), max_size=6)
 MESSAGES = st.lists(
     st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system", "tool", "x"]), "content": TEXT}),
@@ -78,6 +78,23 @@ def test_every_row_is_accepted_or_rejected_with_a_reason(
     else:
         assert sum(log_filter.rejects.reasons.values()) == before + 1
         assert "\n" not in json.loads(lines.getvalue().splitlines()[-1])["reason"]
+
+
+def test_deeply_nested_values_are_rejected_like_others() -> None:
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+    text = {"messages": [{"role": "user", "content": "3 + 4?"}], "completion": "7", "id": deep}
+    times = {"started_at": 0, "duration_s": 1, "server": deep}
+    bad: list[dict[str, Any]] = [
+        text | {"temperature": deep},
+        text | {"messages": [{"role": deep, "content": "3 + 4?"}]},
+        text | {"messages": [{"role": "user", "content": [{"type": "text", "text": deep}]}]},
+        {"prompt_token_ids": [1, deep], "completion_token_ids": [3, 4]},
+    ]
+    found = schema_filter(max_bad_share=1)
+    assert accepted(found, [*bad, text | times]) == [*[None] * len(bad), True]
+    assert dict(found.rejects.reasons) == {"cannot be read": len(bad)}
 
 
 SAMPLED = {"temperature": 0.7, "top_p": 0.9, "top_k": 20}
