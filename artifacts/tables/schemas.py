@@ -28,6 +28,7 @@ def _table(name: str, version: int, *, nullable: tuple[str, ...] = (), **columns
     return TableSchema(name, version, pa.schema(fields))
 
 
+LOGS_SET = "logs"  # the prompt set of a prompt that is not in the table
 PROMPTS = _table(
     "prompts",
     1,

@@ -20,12 +20,11 @@ import pyarrow.compute as pc
 
 from draftsmith.artifacts.results.data import PromptsSummary
 from draftsmith.artifacts.tables.readers import RowReader
-from draftsmith.artifacts.tables.schemas import PROMPTS
+from draftsmith.artifacts.tables.schemas import LOGS_SET, PROMPTS
 from draftsmith.stages.data.row_formats import Message
 from draftsmith.stages.runtime.statistics import Unit
 
 HELDOUT_SHARE = 0.1  # of all prompts, unless a config sets it
-LOGS_SET = "logs"  # the prompt set of a prompt that is in no artifact of stage `prompts`
 HeldOutBy: TypeAlias = Literal["prompt", "conversation"]
 
 

@@ -16,8 +16,7 @@ import pyarrow.compute as pc
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.tables.parquet import read_table
 from draftsmith.artifacts.tables.readers import RowReader
-from draftsmith.artifacts.tables.schemas import ADAPTERS, LABELS, PROMPTS, TRAJECTORIES
-from draftsmith.stages.data.held_out import LOGS_SET
+from draftsmith.artifacts.tables.schemas import ADAPTERS, LABELS, LOGS_SET, PROMPTS, TRAJECTORIES
 from draftsmith.stages.runtime.memory import to_device
 from draftsmith.stages.target.info import read_target_info
 from draftsmith.stages.target.sampling import SamplingParams

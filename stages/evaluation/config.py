@@ -55,8 +55,9 @@ class EvaluationConfig(Config):
             ge=1,
             description="how often every arm decodes the prompts while speed is measured; twice as often on a machine "
             "so busy that repetitions disagree. With one request in flight on the embedded engine the prompts are the "
-            "repetitions, and 2 rounds are enough. Servers need 5 before speeds may be called different. With 64 "
-            "prompts and 3 % noise between timed runs, 12 rounds find a difference of 5 %, and 5 rounds one of 10 %; "
+            "repetitions, and 1 round is enough; 2 tell the machine's noise from the prompts' own spread. Servers need "
+            "5 before speeds may be called different. With 64 prompts and 3 % noise between timed runs, 12 rounds find "
+            "a difference of 5 %, and 5 rounds one of 10 %; "
             "with 16 in flight twice that",
         ),
     ] = 5
