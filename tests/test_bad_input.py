@@ -117,7 +117,7 @@ CONFIG = {
     "a slice that is measured anyway": Bad("slices: `depth` is measured", {"prompts.slices": ["depth"]}),
     "a home that is no address": Bad("Set DRAFTSMITH_HOME", environment={"DRAFTSMITH_HOME": "a?b"}),
     "a home of nobody": Bad("DRAFTSMITH_HOME", environment={"DRAFTSMITH_HOME": "~nobody-at-all/home"}),
-    "name of the line": Bad("registry.name: expected a text that matches", {"registry": {"name": "../../etc"}}),
+    "name of the line": Bad("'../../etc' is no name of a model line", {"registry": {"name": "../../etc"}}),
     "a pattern without quotes": Bad("Put a text that begins with * in quotes", text="logs: {paths: [*.jsonl]}"),
     "--set of broken YAML": Bad("not valid YAML", arguments=(*PLAN, "--set", "sft={")),
     "--force of no node": Bad("--force oops: no such node", arguments=(*PLAN, "--force", "oops")),

@@ -13,11 +13,12 @@ from datetime import UTC, datetime
 from fnmatch import fnmatch
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Any, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.identifiers import RelativePath
 
 SCHEMA_VERSION = 1  # part of every key: raising it invalidates every artifact
 MANIFEST = "manifest.json"
@@ -67,16 +68,6 @@ class Provenance:
     node: str = ""
 
 
-def _check_relative(name: str) -> str:
-    """Refuse a path that leads out of its folder: a manifest may come from another machine."""
-    if not name or name.startswith("/") or "\0" in name or ".." in name.split("/"):
-        raise ValueError(f"{name!r} leads out of its folder")
-    return name
-
-
-_RelativePath = Annotated[str, AfterValidator(_check_relative)]
-
-
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -88,8 +79,8 @@ class FileEntry(_Frozen):
 
 
 class InputEntry(_Frozen):
-    stage: _RelativePath
-    key: _RelativePath
+    stage: RelativePath
+    key: RelativePath
     content_id: str
     volatile_id: str
 
@@ -100,15 +91,15 @@ class InputEntry(_Frozen):
 
 class Manifest(_Frozen):
     schema_version: int
-    stage: _RelativePath
-    key: _RelativePath
+    stage: RelativePath
+    key: RelativePath
     content_id: str
     created_at: str  # ISO 8601, UTC
     config: dict[str, Any]
     inputs: dict[str, InputEntry]
     code_digest: str
     seed: int
-    files: dict[_RelativePath, FileEntry]  # path relative to the artifact's folder, with forward slashes
+    files: dict[RelativePath, FileEntry]  # path relative to the artifact's folder, with forward slashes
     metrics: dict[str, float]
     mlflow_run_id: str | None
     duration_s: float  # duration of the attempt that completed it

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.locks import Holder, LockWait
@@ -18,16 +17,6 @@ from draftsmith.stages.runtime.stage import Config
 
 DAY_MINUTES = 24 * 60  # the time limit of an attempt without an entry in `stages.time_limits`
 RETRY_JITTER = 0.5  # at most this share of a delay is added, so that runs that failed together do not retry together
-
-
-def _plain_name(name: str) -> str:
-    if not re.fullmatch(r"\w[\w@.+-]*", name):
-        raise ValueError(f"{name!r}: a name becomes a file name. Use letters, digits and _ @ . + - only.")
-    return name
-
-
-PlainName = Annotated[str, AfterValidator(_plain_name)]
-"""The name of a drafter, which is also a file name and must not lead out of its folder."""
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from pydantic import Field, JsonValue
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import UPLOADED, home
+from draftsmith.artifacts.identifiers import LineName, ServerUrl
 from draftsmith.artifacts.results.data import LogsSummary
 from draftsmith.artifacts.results.evaluation import EvaluationResult
 from draftsmith.artifacts.results.gate import GateDecision
@@ -41,7 +42,6 @@ from draftsmith.stages.data.prompts import (
 from draftsmith.stages.data.trajectories import ADAPTER_FOLDER, DRAFTER_FOLDER
 from draftsmith.stages.drafters.digest import WEIGHTS_FILE, content_digest, drafter_digest
 from draftsmith.stages.drafters.stage import ChampionConfig
-from draftsmith.stages.engines.config import HttpAddress
 from draftsmith.stages.runtime.stage import Config, FilledIn
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ MAX_CLOCK_SKEW_DAYS = 1 / 24  # between two hosts
 class RegistryConfig(Config):
     """The model line that a refresh continues."""
 
-    name: Annotated[str, Field(pattern=r"^[\w][\w.-]*$", description="registered model in MLflow")]
+    name: Annotated[LineName, Field(description="registered model in MLflow")]
     upload: Annotated[
         bool, Field(description="copy weights into MLflow's artifact store too, for machines without the store")
     ] = False
@@ -84,7 +84,7 @@ class RegistryConfig(Config):
         ),
     ] = False
     servers: Annotated[
-        tuple[HttpAddress, ...],
+        tuple[ServerUrl, ...],
         Field(description="servers that draft with the champion: swapped after a promotion, one after the other"),
     ] = ()
     champion: Annotated[ChampionConfig | None, FilledIn(), Field(description="the champion when the plan is made")] = (

@@ -9,10 +9,10 @@ from pathlib import Path
 from pydantic import Field, ValidationError
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.redaction import describe_secret
+from draftsmith.artifacts.identifiers import PlainName, server_url
 from draftsmith.artifacts.results.evaluation import DiagnosisResult
 from draftsmith.flows.checks.check import RunChecks
-from draftsmith.flows.config.options import PlainName, RunOptions
+from draftsmith.flows.config.options import RunOptions
 from draftsmith.flows.execution.display import Display, EndedRun
 from draftsmith.flows.planning.graph import Node, Pipeline
 from draftsmith.flows.refresh.config import RefreshConfig
@@ -151,8 +151,7 @@ def diagnose_config(
     refresh: RefreshConfig, url: str, drafter: str, prompts: int | None, api_key_env: str | None = None
 ) -> DiagnoseConfig:
     """Return the config that diagnoses a server. drafter: a folder, or `LINE@alias` of the registry."""
-    if (why := describe_secret(url)) is not None:
-        raise DraftsmithError(f"--url: it contains {why}. Name the variable that has the key with --api-key-env.")
+    server_url(url, where="--url")
     _, source = resolve_drafter(drafter)
     if not Path(source).is_dir():
         raise DraftsmithError(f"{drafter}: not a folder. Give the checkpoint that the server loads, or NAME@champion.")

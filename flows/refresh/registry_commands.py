@@ -13,6 +13,7 @@ from pathlib import Path
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError, find_disk_error, from_os_error
 from draftsmith.artifacts.home import apply_user_umask, home
+from draftsmith.artifacts.identifiers import server_url
 from draftsmith.artifacts.results.evaluation import ConfidenceCalibration
 from draftsmith.artifacts.store.manifest import MANIFEST, read_manifest, remedy
 from draftsmith.artifacts.store.mirror import open_store
@@ -33,7 +34,6 @@ from draftsmith.flows.refresh.swap import served_by, swap_to
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.spec import DraftingConfig
-from draftsmith.stages.engines.config import http_address
 from draftsmith.stages.engines.servers.requirements import served_block_size, speculative_algorithm
 from draftsmith.stages.engines.sglang.server import drafting_options, write_schedule, write_step_costs
 from draftsmith.stages.engines.vllm.server import drafting_options as options_of_vllm
@@ -177,10 +177,7 @@ def swap(display: Display, text: str, urls: Sequence[str]) -> None:
     """Have servers draft with a version: those at `urls`, or else those that have a version of its line by a swap."""
     lines = registry()
     version = lines.resolve(text)
-    try:
-        servers = [http_address(url.rstrip("/")) for url in urls] or swapped_servers(version.line)
-    except ValueError as error:
-        raise DraftsmithError(f"--url: {error}") from None
+    servers = [server_url(url.rstrip("/"), where="--url") for url in urls] or swapped_servers(version.line)
     if not servers:
         raise DraftsmithError(f"{version.line}: no server is known to draft with it. Name some with --url.")
     with artifacts_in_use(home(), f"swap to {version}", display.line):

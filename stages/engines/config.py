@@ -7,13 +7,13 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias, TypeVar
-from urllib.parse import urlsplit
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.redaction import describe_secret, find_secrets
+from draftsmith.artifacts.identifiers import ServerUrl
+from draftsmith.artifacts.redaction import find_secrets
 from draftsmith.stages.runtime.stage import Config, NotInKey
 from draftsmith.stages.target.sampling import SamplingParams, TopK
 
@@ -92,25 +92,6 @@ _RANDOM_WEIGHTS = {("load-format", "dummy"), ("speculative-draft-load-format", "
 _OPTION_NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 _NUMBER = re.compile(r"-\d+(\.\d+)?(e-?\d+)?")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-
-
-def http_address(url: str) -> str:
-    """Return an address of a server. Raises ValueError if it is none, or contains a secret."""
-    if (why := describe_secret(url)) is not None:
-        raise ValueError(f"contains {why}. Name the environment variable that holds the key in api_key_env.")
-    if not url.startswith(("http://", "https://")):
-        raise ValueError(f"{url!r} is no address. Write http://{url}.")
-    try:
-        parts = urlsplit(url)
-        valid = bool(parts.hostname) and parts.port != 0 and not any(map(str.isspace, url))
-    except ValueError:  # a wrong port
-        valid = False
-    if not valid:
-        raise ValueError(f"{url!r} is not a server address. Write one such as http://host:30000.")
-    return url
-
-
-HttpAddress: TypeAlias = Annotated[str, AfterValidator(http_address)]
 
 
 def _variable_name(name: str) -> str:
@@ -240,7 +221,7 @@ class ServerEngineConfig(Config):
 
     kind: str
     urls: Annotated[
-        tuple[HttpAddress, ...],
+        tuple[ServerUrl, ...],
         Field(description="running servers of the same target, or SGLang's routers in front of some"),
         NotInKey(),
     ] = ()

@@ -22,9 +22,10 @@ from typing import Any, Literal
 from prefect import flow
 from pydantic import Field, field_validator, model_validator
 
+from draftsmith.artifacts.identifiers import PlainName
 from draftsmith.flows.checks.check import RunChecks
 from draftsmith.flows.config.load import merge_configs
-from draftsmith.flows.config.options import PlainName, RunOptions
+from draftsmith.flows.config.options import RunOptions
 from draftsmith.flows.orchestration.run import run_graph
 from draftsmith.flows.planning.graph import Node, Pipeline, load_attribute
 from draftsmith.stages.catalog import STAGES

@@ -1,0 +1,144 @@
+"""Parsers of identifiers that come from elsewhere: a registry, a tag, a server, the content of a file, a command line.
+
+Such a value passes its parser where it enters, before it becomes part of a path, a request, a query or a page. A parser
+returns the value unchanged, or raises `IdentifierError`. Fields of configs and manifests use the annotated types.
+Plug-ins in servers use them too, so this module needs no package that servers lack.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, TypeAlias
+
+from pydantic import AfterValidator
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.redaction import describe_secret, redacted
+
+_LINE_BYTES = 200  # a line's name is part of a file's name
+_MOST_VERSIONS = 1_000_000_000
+_FOREIGN_CHARS, _SHOWN_CHARS = 2000, 60  # of a foreign text that are searched for secrets, and shown
+_HEX = re.compile(r"[0-9a-f]{64}")
+_LINE = re.compile(r"\w[\w.-]*")
+_NAME = re.compile(r"\w[\w@.+-]*")
+_VERSION = re.compile(r"[1-9][0-9]{0,9}")
+_RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,255}")
+_SERVER = re.compile(
+    r"https?://([A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_.])?|\[[0-9A-Fa-f:.]+\])(:(?P<port>[0-9]{1,5}))?"
+    r"(/[A-Za-z0-9_.~%+=,-]*)*"
+)
+_UPLOAD_PART = r"/[A-Za-z0-9_][A-Za-z0-9_.@-]*"  # begins with no dot, so it is neither `.` nor `..`
+_UPLOAD = re.compile(rf"(runs:{_UPLOAD_PART}|models:)({_UPLOAD_PART})+")
+
+
+class IdentifierError(DraftsmithError, ValueError):
+    """A value that is no identifier of its kind. A ValueError too, so that validation of a config names the field."""
+
+
+def sha256_digest(value: object, *, where: str = "") -> str:
+    """Return a sha256 digest: of a drafter or a file, a content id, or a key.
+
+    where: what holds the value, for the error, such as `my-line version 3: tag drafter_digest`; as in all parsers.
+    """
+    return _matching(_HEX, value, where, "no sha256 digest (64 of 0-9 and a-f)", "Correct it, or remove it")
+
+
+def line_name(value: object, *, where: str = "") -> str:
+    """Return the name of a model line, which is also a registered model in MLflow and part of a file's name."""
+    remedy = f"Use letters, digits and _ . - only, at most {_LINE_BYTES} bytes"
+    name = _matching(_LINE, value, where, "no name of a model line", remedy)
+    if len(name.encode()) > _LINE_BYTES:
+        raise _error(name, where, "no name of a model line", remedy)
+    return name
+
+
+def plain_name(value: object, *, where: str = "") -> str:
+    """Return a name that is also a file's name: of a drafter, a node or a stage."""
+    return _matching(
+        _NAME, value, where, "no name that can become a file name", "Use letters, digits and _ @ . + - only"
+    )
+
+
+def relative_path(value: object, *, where: str = "") -> str:
+    """Return a path that stays in its folder: not absolute, without `..` and control characters."""
+    if isinstance(value, str) and value and value.isprintable() and value[0] != "/" and ".." not in value.split("/"):
+        return value
+    raise _error(value, where, "no path inside its folder", "Correct it, or remove it")
+
+
+def version_number(value: object, *, where: str = "") -> int:
+    """Return the number of a line's version: 1 or more, as a text or a number."""
+    text = str(value) if type(value) is int and 0 < value < _MOST_VERSIONS else value
+    return int(_matching(_VERSION, text, where, "no number of a version", "Use a whole number of 1 or more"))
+
+
+def run_id(value: object, *, where: str = "") -> str:
+    """Return the id of a run in MLflow."""
+    return _matching(_RUN, value, where, "no id of a run in MLflow", "Correct it, or remove it")
+
+
+def upload_address(value: object, *, where: str = "") -> str:
+    """Return the address of an upload in MLflow: `runs:/ID/PATH` or `models:/NAME/VERSION`."""
+    remedy = "Correct it, or remove it"
+    return _matching(_UPLOAD, value, where, "no address of an upload such as runs:/ID/drafter", remedy)
+
+
+def server_url(value: object, *, where: str = "") -> str:
+    """Return the URL of a server: http or https, host, port and path, without credentials and parameters."""
+    if isinstance(value, str) and ("@" in value or describe_secret(value[:_FOREIGN_CHARS]) is not None):
+        # not shown: the end of the secret is unknown
+        raise IdentifierError(
+            f"{_at(where)}contains a user, a password or a key. Remove it: the key belongs in a variable of the "
+            "environment (SGLANG_API_KEY or VLLM_API_KEY, or the one that api_key_env or --api-key-env names)."
+        )
+    if isinstance(value, str) and not value.startswith(("http://", "https://")):
+        raise _error(value, where, "no address of a server", "Write one with its scheme, such as http://host:30000")
+    url = _matching(_SERVER, value, where, "not a server address", "Write one such as http://host:30000")
+    match = _SERVER.fullmatch(url)
+    if match is not None and (port := match["port"]) and not 0 < int(port) < 1 << 16:
+        raise _error(url, where, "not a server address", "Give a port between 1 and 65535")
+    return url
+
+
+def without_credentials(uri: str) -> str:
+    """Return the URI of MLflow's or Prefect's server, or of a database, without user, password and other secrets.
+
+    For whatever is shown, stored or sent. Only a connection uses the URI itself.
+    """
+    scheme, mark, rest = uri.partition("://")
+    if not mark:
+        return redacted(uri)
+    if scheme in ("http", "https"):
+        authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
+        rest = authority.rpartition("@")[2] + rest[len(authority) :]
+    elif not rest.startswith("/"):  # a database's server; its password may have a slash, as a file's path may have an @
+        rest = rest.rpartition("@")[2]
+    return redacted(f"{scheme}://{rest}")
+
+
+Digest: TypeAlias = Annotated[str, AfterValidator(sha256_digest)]
+LineName: TypeAlias = Annotated[str, AfterValidator(line_name)]
+PlainName: TypeAlias = Annotated[str, AfterValidator(plain_name)]
+RelativePath: TypeAlias = Annotated[str, AfterValidator(relative_path)]
+ServerUrl: TypeAlias = Annotated[str, AfterValidator(server_url)]
+UploadAddress: TypeAlias = Annotated[str, AfterValidator(upload_address)]
+
+
+def _matching(pattern: re.Pattern[str], value: object, where: str, problem: str, remedy: str) -> str:
+    if isinstance(value, str) and pattern.fullmatch(value):
+        return value
+    raise _error(value, where, problem, remedy)
+
+
+def _error(value: object, where: str, problem: str, remedy: str) -> IdentifierError:
+    """Return the error that shows a foreign value escaped, without secrets, and cut."""
+    if isinstance(value, str):
+        text = repr(redacted(value[:_FOREIGN_CHARS]))
+        shown = text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}…"
+    else:
+        shown = "nothing" if value is None else f"a value of type {type(value).__name__}"
+    return IdentifierError(f"{_at(where)}{shown} is {problem}. {remedy}.")
+
+
+def _at(where: str) -> str:
+    return f"{where}: " if where else ""
