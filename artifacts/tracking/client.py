@@ -29,6 +29,7 @@ def configure() -> None:
     Time-outs are short, since a stage waits for the requests: a silent server fails within a minute.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # of each run that ends, with the password
     os.environ.setdefault(_TIMEOUT, "15")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 

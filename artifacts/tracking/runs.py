@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import pynvml  # noqa: F401  # MLflow's monitor logs GPUs only if this is imported
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
+from draftsmith.artifacts.identifiers import without_credentials
 from draftsmith.artifacts.locks import locked
 from draftsmith.artifacts.redaction import redacted
 from draftsmith.artifacts.store.manifest import ArtifactRef, Manifest
@@ -73,17 +74,21 @@ class Tracking:
         self._refresh_lock, self._refresh_files = ExitStack(), list[Path]()
 
     @property
+    def public_uri(self) -> str:
+        """Return the server's or database's URI for messages, tags and pages: without credentials."""
+        return without_credentials(self.uri)
+
+    @property
     def ui_command(self) -> str:
         """Return the command, or the address, to look at the runs."""
-        uri = redacted(self.uri)
-        return f"mlflow ui --backend-store-uri {uri}" if _is_db(self.uri) else uri
+        return f"mlflow ui --backend-store-uri {self.public_uri}" if _is_db(self.uri) else self.public_uri
 
     def link(self, run_id: str | None) -> str:
         """Return a Markdown link to a run's page; empty if MLflow is no server, or does not answer."""
         if run_id is not None and self.uri.startswith(_HTTP):
             with self.best_effort():
                 experiment = self.connect()[0].get_run(run_id).info.experiment_id
-                server = re.sub("//[^/@]*@", "//", self.uri.rstrip("/"))
+                server = self.public_uri.rstrip("/")
                 return f" ([in MLflow]({server}/#/experiments/{experiment}/runs/{run_id}/artifacts/report.html))"
         return ""
 
@@ -106,23 +111,23 @@ class Tracking:
         reason = first_line(error)
         if is_permission_error(error):
             return (
-                f"MLFLOW_TRACKING_URI {redacted(self.uri)} refuses this user ({reason}). Correct user and password (in "
+                f"MLFLOW_TRACKING_URI {self.public_uri} refuses this user ({reason}). Correct user and password (in "
                 "the address, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD), or ask for permission."
             )
         if LOCKED in reason:
-            return f"MLflow's database {redacted(self.uri)} is locked. Stop the program that uses it."
+            return f"MLflow's database {self.public_uri} is locked. Stop the program that uses it."
         if SCHEMA_MISMATCH in reason:
             return (
-                f"MLflow's database {redacted(self.uri)} was made by another version of MLflow. Back it up and run "
-                f"`mlflow db upgrade {redacted(self.uri)}`, or install that version."
+                f"MLflow's database {self.public_uri} was made by another version of MLflow. Back it up and run "
+                f"`mlflow db upgrade {self.public_uri}`, or install that version."
             )
         if self.is_default:
             return (
-                f"MLflow's database {redacted(self.uri)}: {reason}. Make it writable, or restore it from a backup. A "
+                f"MLflow's database {self.public_uri}: {reason}. Make it writable, or restore it from a backup. A "
                 "new database would lack all lines, champions and runs."
             )
         return (
-            f"MLFLOW_TRACKING_URI {redacted(self.uri)}: {reason}. Start the server, correct the variable, or unset it "
+            f"MLFLOW_TRACKING_URI {self.public_uri}: {reason}. Start the server, correct the variable, or unset it "
             "to use SQLite."
         )
 
@@ -249,7 +254,7 @@ class Tracking:
         """Raise DraftsmithError if the database is read-only."""
         if self.read_only:
             raise DraftsmithError(
-                f"MLflow's database {redacted(self.uri)} is read-only for you. Ask its owner for permission."
+                f"MLflow's database {self.public_uri} is read-only for you. Ask its owner for permission."
             )
 
     def _open(self, uri: str) -> tuple[MlflowClient, str]:
@@ -287,7 +292,7 @@ class Tracking:
         experiment = client.get_experiment(experiment_id)
         if experiment.lifecycle_stage == "deleted":
             restore = (
-                f"MLFLOW_TRACKING_URI={redacted(self.uri)} mlflow experiments restore --experiment-id {experiment_id}"
+                f"MLFLOW_TRACKING_URI={self.public_uri} mlflow experiments restore --experiment-id {experiment_id}"
             )
             raise DraftsmithError(
                 f"MLflow's experiment {self.experiment} is deleted and takes no runs. Restore it (`{restore}`), or set "
@@ -318,7 +323,7 @@ class Tracking:
             if not self._warned:
                 log.warning(
                     "MLflow at %s failed (%s). Results are safe in the store, but MLflow may lack some of them.",
-                    redacted(self.uri),
+                    self.public_uri,
                     first_line(error),
                 )
             self._warned = True

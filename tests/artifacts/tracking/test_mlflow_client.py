@@ -18,13 +18,15 @@ import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.artifacts.store.manifest import ArtifactRef
-from draftsmith.artifacts.tracking.registry import Registry
+from draftsmith.artifacts.tracking.registry import Registry, note_tracker
 from draftsmith.artifacts.tracking.runs import Tracking
+from tests.faults.servers import mlflow_server
 
 pytestmark = pytest.mark.integration
 TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 ARTIFACTS = "/api/2.0/mlflow-artifacts/artifacts"
 EXPERIMENT = {"experiment": {"experiment_id": "1", "name": "draftsmith", "lifecycle_stage": "active"}}
+CANARY = "Zk9-marker.7Qx"
 LATE_S = 2.0  # longer than the client's usual time-out
 
 
@@ -73,7 +75,7 @@ def test_weights_are_uploaded_to_a_server_that_answers_late(tmp_path: Path, monk
         inside = [each.removeprefix(f"{folder}/") for each in bucket if each.startswith(f"{folder}/")]
         return 200, json.dumps({"files": [{"path": each, "is_dir": False} for each in inside]}).encode()
 
-    made = ArtifactRef("opd", "key", "content", tmp_path / "made")
+    made = ArtifactRef("opd", "1" * 64, "2" * 64, tmp_path / "made")
     (made.path / "drafter").mkdir(parents=True)
     (made.path / "drafter" / "model.safetensors").write_bytes(b"weights" * 1000)
     tracking = Tracking(tmp_path / "home", "weekly")
@@ -112,12 +114,55 @@ def test_user_and_password_are_sent_to_the_server_and_never_shown(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://team:hunter%2F2@{password_server}")
     Tracking(tmp_path).check()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://team:hunter3@{password_server}")
-    message = r"MLFLOW_TRACKING_URI http://\*\*\*@127.*401.*who are you.*Correct user and password"
+    message = r"MLFLOW_TRACKING_URI http://127.*401.*who are you.*Correct user and password"
     with pytest.raises(DraftsmithError, match=message) as refused:
         Tracking(tmp_path).check()
     assert not isinstance(refused.value, RetryableError)
     assert "hunter" not in str(refused.value)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://team:hunter3@127.0.0.1:1")
-    with pytest.raises(RetryableError, match=r"MLFLOW_TRACKING_URI http://\*\*\*@127\S+: \[Errno 111\] Conn") as absent:
+    with pytest.raises(RetryableError, match=r"MLFLOW_TRACKING_URI http://127\S+: \[Errno 111\] Conn") as absent:
         Tracking(tmp_path).check()
     assert "hunter" not in str(absent.value)
+
+
+def test_the_password_in_an_address_is_nowhere_but_in_requests(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """With a real server: neither on the screen, nor in logs and errors, nor in what is stored."""
+    made = ArtifactRef("opd", "1" * 64, "2" * 64, tmp_path / "made")
+    (made.path / "drafter").mkdir(parents=True)
+    (made.path / "drafter" / "config.json").write_text("{}")
+    (tmp_path / "server").mkdir()
+    said: list[str] = []
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with mlflow_server(tmp_path / "server") as server:
+        address = server.url.replace("//", f"//anna:{CANARY}@")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        tracking = Tracking(tmp_path / "home", "weekly")
+        tracking.check()
+        note_tracker(tracking)
+        run_id = tracking.open_refresh("night", {"address": address})
+        run = tracking.stage_run(run_id, "sft", "3" * 64, params={"address": address})
+        run.metrics(1, {"loss": 1.0})
+        run.close("FINISHED", {"loss": 1.0})
+        lines = Registry(tracking)
+        version = lines.register("a-line", made, {})
+        lines.upload(version, made.path / "drafter", run_id)
+        lines.promote(lines.version("a-line", 1), expected=None, why="better")
+        said += [tracking.link(run_id), tracking.ui_command, str(lines.unknown_line("b"))]
+        tracking.close_refresh("FINISHED")
+        lost = Tracking(tmp_path / "home", "weekly")
+    for ask in (lost.check, lambda: lines.champion("a-line"), lambda: lines.upload(version, made.path, run_id)):
+        with pytest.raises(DraftsmithError) as refused:
+            ask()
+        said.append(str(refused.value))
+    lost.open_refresh("night", {})  # a warning
+    output = capfd.readouterr()
+    texts = {"out": output.out, "err": output.err, "log": caplog.text, "said": "\n".join(said)}
+    files = {str(path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert server.url.partition("//")[2] in texts["said"] and any(path.endswith("server.db") for path in files)
+    assert [name for name, text in texts.items() if CANARY in text] == []
+    assert [name for name, content in files.items() if CANARY.encode() in content] == []
