@@ -8,7 +8,11 @@ Plug-ins in servers use them too, so this module needs no package that servers l
 from __future__ import annotations
 
 import re
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
 from typing import Annotated, TypeAlias
+from urllib.parse import unquote
 
 from pydantic import AfterValidator
 
@@ -16,12 +20,11 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.redaction import describe_secret, redacted
 
 _LINE_BYTES = 200  # a line's name is part of a file's name
-_MOST_VERSIONS = 1_000_000_000
 _FOREIGN_CHARS, _SHOWN_CHARS = 2000, 60  # of a foreign text that are searched for secrets, and shown
 _HEX = re.compile(r"[0-9a-f]{64}")
 _LINE = re.compile(r"\w[\w.-]*")
 _NAME = re.compile(r"\w[\w@.+-]*")
-_VERSION = re.compile(r"[1-9][0-9]{0,9}")
+_VERSION = re.compile(r"[1-9][0-9]{0,8}")
 _RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,255}")
 _SERVER = re.compile(
     r"https?://([A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_.])?|\[[0-9A-Fa-f:.]+\])(:(?P<port>[0-9]{1,5}))?"
@@ -66,10 +69,31 @@ def relative_path(value: object, *, where: str = "") -> str:
     raise _error(value, where, "no path inside its folder", "Correct it, or remove it")
 
 
+def absolute_path(value: object, *, where: str = "") -> Path:
+    """Return an absolute path without `..` and control characters."""
+    if isinstance(value, str) and value.startswith("/") and value.isprintable() and ".." not in value.split("/"):
+        return Path(value)
+    raise _error(value, where, "no absolute path without `..`", "Correct it, or remove it")
+
+
+def file_path(value: object, *, where: str = "") -> Path:
+    """Return the absolute path of a `file:///…` URI."""
+    is_uri = isinstance(value, str) and value.startswith("file:///")
+    return absolute_path(unquote(str(value).removeprefix("file://")) if is_uri else value, where=where)
+
+
 def version_number(value: object, *, where: str = "") -> int:
     """Return the number of a line's version: 1 or more, as a text or a number."""
-    text = str(value) if type(value) is int and 0 < value < _MOST_VERSIONS else value
+    text = str(value) if type(value) is int and 0 < value < 10**9 else value
     return int(_matching(_VERSION, text, where, "no number of a version", "Use a whole number of 1 or more"))
+
+
+def iso_time(value: object, *, where: str = "") -> str:
+    """Return a time in ISO 8601 with its time zone."""
+    with suppress(ValueError):
+        if isinstance(value, str) and datetime.fromisoformat(value).tzinfo is not None:
+            return value
+    raise _error(value, where, "no ISO 8601 time with a time zone", "Correct it, or remove it")
 
 
 def run_id(value: object, *, where: str = "") -> str:

@@ -14,10 +14,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from urllib.parse import unquote, urlparse
 
 from draftsmith.artifacts.atomic import disk_errors, fsync, remove_temporary, write_text
 from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.identifiers import file_path
 from draftsmith.artifacts.locks import Lock, LockWait, is_locked, locked
 from draftsmith.artifacts.store.checksums import CachedChecksum, Checksums
 from draftsmith.artifacts.store.manifest import (
@@ -149,7 +149,7 @@ class Store:
 
     def resolve(self, text: str) -> ArtifactRef:
         """Return the one artifact of `text`: a stage, a prefix of a key or content id, `stage/key`, a path or URI."""
-        path = Path(unquote(urlparse(text).path) if text.startswith("file://") else text).expanduser()
+        path = file_path(text) if text.startswith("file://") else Path(text).expanduser()
         if path.is_dir() and (path / MANIFEST).is_file():
             return read_manifest(path).ref(path.resolve())
         manifest = find_named(text, self.list(), self.location)

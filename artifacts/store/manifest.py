@@ -18,7 +18,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.identifiers import RelativePath
+from draftsmith.artifacts.identifiers import Digest, PlainName, RelativePath
 
 SCHEMA_VERSION = 1  # part of every key: raising it invalidates every artifact
 MANIFEST = "manifest.json"
@@ -73,15 +73,15 @@ class _Frozen(BaseModel):
 
 
 class FileEntry(_Frozen):
-    sha256: str
+    sha256: Digest
     bytes: int
     volatile: bool  # differs between identical runs (timings), so it is no part of the content id
 
 
 class InputEntry(_Frozen):
-    stage: RelativePath
-    key: RelativePath
-    content_id: str
+    stage: PlainName
+    key: Digest
+    content_id: Digest
     volatile_id: str
 
     @classmethod
@@ -91,9 +91,9 @@ class InputEntry(_Frozen):
 
 class Manifest(_Frozen):
     schema_version: int
-    stage: RelativePath
-    key: RelativePath
-    content_id: str
+    stage: PlainName
+    key: Digest
+    content_id: Digest
     created_at: str  # ISO 8601, UTC
     config: dict[str, Any]
     inputs: dict[str, InputEntry]
@@ -246,6 +246,7 @@ def damaged(where: Path | str, stage: str, what: str) -> DraftsmithError:
 class PendingManifest(Manifest):
     """A manifest whose files have no checksums yet."""
 
+    content_id: str  # empty
     volatile: tuple[str, ...]
     sizes: dict[str, int]  # bytes of each file of the attempt
 

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote, urlparse
 
 from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.identifiers import IdentifierError, absolute_path, file_path, plain_name, relative_path
 from draftsmith.artifacts.locks import is_locked
 from draftsmith.artifacts.store.local import SHORT, Store
 from draftsmith.artifacts.store.manifest import ArtifactRef, Manifest
@@ -28,7 +28,7 @@ from draftsmith.artifacts.tracking.terms import Status, end_run, log_metrics, re
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import LoggedModel
+    from mlflow.entities import LoggedModel, Run
 
 _MADE = "made."  # prefix of a refresh's params: the artifact of each node
 OUTCOME = "outcome"  # tag: the outcome of a refresh
@@ -53,11 +53,14 @@ def artifact_folders(tracking: Tracking, name: str, node: str) -> dict[str, str]
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     chosen = f"attributes.run_id = '{name}'" if re.fullmatch("[0-9a-f]{32}", name) else _name_filter(name)
     for run in client.search_runs(experiments, f"{chosen} and {_IS_REFRESH}", max_results=100):
-        store = Path(run.data.tags.get(HOME, "").partition(":")[2]) / "store"
-        params = run.data.params.items()
-        folders = {n.removeprefix(_MADE): str(store / v.rsplit("#", 1)[0]) for n, v in params if n.startswith(_MADE)}
-        if node in folders:
-            return folders
+        made = {n.removeprefix(_MADE): v for n, v in run.data.params.items() if n.startswith(_MADE)}
+        if node in made:
+            where = f"run {run.info.run_name} in MLflow"
+            store = absolute_path(run.data.tags.get(HOME, "").partition(":")[2], where=f"{where}: tag {HOME}") / "store"
+            folders = {
+                n: relative_path(v.rsplit("#", 1)[0], where=f"{where}: param {_MADE}{n}") for n, v in made.items()
+            }
+            return {n: str(store / folder) for n, folder in folders.items()}
     return {}
 
 
@@ -79,7 +82,7 @@ def close_dead_runs(tracking: Tracking, store: Store) -> list[str]:
         experiments = [experiment.experiment_id for experiment in client.search_experiments()]
         gone: set[str] = set()  # ids of closed refreshes
         running = client.search_runs(experiments, "attributes.status = 'RUNNING'", max_results=1000)
-        ours = [run for run in running if {STAGE, KEY, HOME} <= run.data.tags.keys()]
+        ours = [run for run in running if _is_ours(run)]
         for run in sorted(ours, key=lambda run: run.data.tags[STAGE] != "refresh"):
             tags, stage, key = run.data.tags, run.data.tags[STAGE], run.data.tags[KEY]
             lock = tracking.refresh_file(key) if stage == "refresh" else None
@@ -100,6 +103,17 @@ def close_dead_runs(tracking: Tracking, store: Store) -> list[str]:
     return closed
 
 
+def _is_ours(run: Run) -> bool:
+    """Return whether a run has the tags of ours, whose values become parts of paths."""
+    tags = run.data.tags
+    try:
+        plain_name(tags.get(STAGE))
+        plain_name(tags.get(KEY))
+    except IdentifierError:
+        return False
+    return HOME in tags
+
+
 def _made_by(run_id: str, store: Store, stage: str, key: str) -> ArtifactRef | None:
     """Return the complete artifact of a key if this run made it: a killed forced run leaves an older one there."""
     try:
@@ -116,7 +130,7 @@ def describe_misplaced_files(tracking: Tracking) -> str | None:
     with tracking.best_effort():
         client, experiment = tracking.connect()
         location = str(client.get_experiment(experiment).artifact_location)
-        if location.startswith("file:") and not Path(unquote(urlparse(location).path)).is_relative_to(tracking.folder):
+        if location.startswith("file:") and not file_path(location).is_relative_to(tracking.folder):
             return (
                 f"MLflow writes the files of experiment {tracking.experiment} to {location}, outside the home "
                 f"{tracking.folder}, which was moved or copied. Move it back, or use another experiment "

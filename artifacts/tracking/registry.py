@@ -13,18 +13,31 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, field
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote, urlparse
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pydantic import Field, ValidationError
 
 from draftsmith.artifacts.atomic import disk_errors
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError, find_disk_error, from_os_error
+from draftsmith.artifacts.identifiers import (
+    IdentifierError,
+    file_path,
+    iso_time,
+    line_name,
+    plain_name,
+    sha256_digest,
+    upload_address,
+    version_number,
+    without_credentials,
+)
 from draftsmith.artifacts.locks import Lock, locked, user_name
-from draftsmith.artifacts.redaction import redacted
+from draftsmith.artifacts.results.base import Record, SetMetrics
 from draftsmith.artifacts.store.manifest import ArtifactRef
 from draftsmith.artifacts.tracking.client import sqlite_file, weights_timeout
 from draftsmith.artifacts.tracking.runs import LOCKED, SCHEMA_MISMATCH, Tracking, first_line, is_permission_error
@@ -35,6 +48,7 @@ if TYPE_CHECKING:
 
 CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
 _TAG, _EVENT, _DRIFT = "draftsmith.", "draftsmith.event.", "draftsmith.drift."
+_EVENT_NAME = re.compile(re.escape(_EVENT) + r"(\d{6})\.\d{1,9}")
 _IDENTITY = ("stage", "key", "content_id")
 # Tags with the metrics of a version at its promotion, which drift checks compare with.
 PROMOTION_TAGS = (
@@ -48,6 +62,15 @@ TRACKERS_FILE = "registered-in"  # file in the home: every MLflow with versions 
 _OWN_DATABASE = "mlflow.db"  # stands for the home's own database, which moves with it
 _AS_THE_RUNS = "Set MLFLOW_TRACKING_URI as it was in those runs"
 PROMOTED, BY_HAND, ROLLED_BACK = "promoted", "promoted by hand", "rolled back to"  # values of `LineEvent.what`
+_CORRECT = "Correct it in MLflow, or remove it"
+# Parsers of tags whose values become parts of paths, requests and plans. A tag may be missing, or empty.
+_PARSERS: Mapping[str, Callable[..., str]] = {
+    **dict.fromkeys(("key", "content_id", "drafter_digest", "base"), sha256_digest),
+    **dict.fromkeys(("promoted_at", "refreshed_at", "read_until"), iso_time),
+    "stage": plain_name,
+}
+RecordT = TypeVar("RecordT", bound=Record)
+Json = TypeVar("Json", dict[str, Any], list[Any])
 
 
 class ChampionMovedError(DraftsmithError):
@@ -74,7 +97,7 @@ class Version:
     @property
     def path(self) -> Path:
         """Return the artifact's folder, on a machine that shares the store."""
-        return Path(unquote(urlparse(self.source).path))
+        return file_path(self.source, where=f"{self}: source")
 
     @property
     def uploaded(self) -> str:
@@ -84,21 +107,39 @@ class Version:
         """
         return self.tags.get("uploaded", "")
 
-    def metrics(self) -> dict[str, Any]:
-        """Return its metrics at its promotion (tag `figures`); empty if nothing was measured."""
-        return dict(json.loads(self.tags.get("figures", "{}")))
+    def metrics(self) -> dict[str, dict[str, Any]]:
+        """Return its metrics at its promotion by slice (tag `figures`); empty if nothing was measured."""
+        figures, where = self.json("figures", {}), f"{self}: tag {_TAG}figures"
+        return {name: _validated(SetMetrics, metrics, where).to_json() for name, metrics in figures.items()}
+
+    def json(self, tag: str, default: Json) -> Json:
+        """Return the value of a tag that holds JSON, or the default without the tag. Raises DraftsmithError."""
+        if not (text := self.tags.get(tag)):
+            return default
+        value = _parsed_json(text, where := f"{self}: tag {_TAG}{tag}")
+        if not isinstance(value, type(default)):
+            kind = "object" if isinstance(default, dict) else "list"
+            raise DraftsmithError(f"{where}: not a JSON {kind}. {_CORRECT}.")
+        return value
 
 
-@dataclass(frozen=True)
-class LineEvent:
+class LineEvent(Record):
     """A promotion or rollback of a line."""
 
     at: str  # ISO 8601, UTC
     by: str  # user@host
     what: str  # promoted, promoted by hand, rolled back to
-    version: int
-    before: int | None  # version of the champion until then
+    version: int = Field(ge=1)
+    before: int | None = Field(ge=1)  # version of the champion until then
     why: str
+
+
+class DriftCheck(SetMetrics):
+    """The drift check of a champion: its metrics on all prompts, and the decision."""
+
+    at: str  # ISO 8601, UTC
+    version: int
+    decision: str = ""
 
 
 class Registry:
@@ -157,18 +198,22 @@ class Registry:
 
     def events(self, line: str) -> list[LineEvent]:
         """Return the promotions and rollbacks of a line, oldest first."""
-        return [LineEvent(**event) for event in self._line_tags(line, _EVENT)]
+        with self._client() as client:
+            return list(_events(self._model(client, line)).values())
 
-    def drift(self, line: str) -> list[dict[str, Any]]:
+    def drift(self, line: str) -> list[DriftCheck]:
         """Return the results of drift checks of a line's champions, oldest first."""
-        return self._line_tags(line, _DRIFT)
+        with self._client() as client:
+            model = self._model(client, line)
+            names = sorted(name for name in model.tags if name.startswith(_DRIFT)) if model is not None else []
+            return [_record(DriftCheck, model, name) for name in names]
 
     def resolve(self, text: str) -> Version:
         """Return the version of `LINE@ALIAS`, `LINE@3`, or `LINE` for its champion. Raises DraftsmithError."""
         line, _, which = text.partition("@")
         which = which or CHAMPION
         if which.isdecimal():
-            return self.version(line, int(which))
+            return self.version(line, version_number(which, where=text))
         version = self.alias(line, which)
         if version is None:
             numbers = ", ".join(f"@{version.number}" for version in self.versions(line))
@@ -178,16 +223,20 @@ class Registry:
         return version
 
     def names(self) -> list[str]:
-        """Return the names of all lines."""
+        """Return the names of all lines. A registered model of others may have a name that no line can have."""
+        names = []
         with self._client() as client:
-            return sorted(model.name for model in paginate(client.search_registered_models))
+            for model in paginate(client.search_registered_models):
+                with suppress(IdentifierError):
+                    names.append(line_name(model.name))
+        return sorted(names)
 
     def unknown_line(self, line: str) -> DraftsmithError:
         """Return the error for a line that does not exist."""
         existing = ", ".join(self.names()) or "no line yet"
         return DraftsmithError(
-            f"{line}: no refresh has registered a drafter under this name (registry.name). {self._tracking.uri} has "
-            f"{existing}."
+            f"{line}: no refresh has registered a drafter under this name (registry.name). {self._tracking.public_uri} "
+            f"has {existing}."
         )
 
     # -- writing -------------------------------------------------------------------------------------------------
@@ -284,39 +333,40 @@ class Registry:
         tags: of the version, written only if the promotion goes ahead.
         """
         self._tracking.require_writable()
-        with self._client() as client, self._line_lock(version.line, f"promotion of {version}"):
-            model = self._model(client, version.line)
+        line, number = version.line, version.number
+        with self._client() as client, self._line_lock(line, f"promotion of {version}"):
+            model = self._model(client, line)
             since = None if expected is None else expected.number
-            events = {n: text for n, text in (model.tags if model else {}).items() if n.startswith(_EVENT)}
-            last = LineEvent(**json.loads(events[max(events)])) if events else None
-            resumed = last is not None and (last.version, last.before, last.what) == (version.number, since, what)
+            events = _events(model)
+            name, last = max(events.items(), default=("", None))
+            resumed = last is not None and (last.version, last.before, last.what) == (number, since, what)
             self._check_champion(model, version, since, resumed=resumed)
-            at = datetime.now(UTC).isoformat(timespec="seconds")
-            if not resumed:
+            if last is not None and resumed:
+                at = last.at
+            else:
+                at = datetime.now(UTC).isoformat(timespec="seconds")
                 by = f"{user_name()}@{platform.node()}"
-                event = LineEvent(at=at, by=by, what=what, version=version.number, before=since, why=why[:1000])
-                index = 1 + max((int(n.removeprefix(_EVENT).partition(".")[0]) for n in events), default=-1)
-                name = f"{_EVENT}{index:06d}.{version.number}"  # unique even if two homes promote concurrently
-                client.set_registered_model_tag(version.line, name, json.dumps(asdict(event)))
+                event = LineEvent(at=at, by=by, what=what, version=number, before=since, why=why[:1000])
+                name = f"{_EVENT}{_next_index(events):06d}.{number}"  # unique even if two homes promote concurrently
+                client.set_registered_model_tag(line, name, json.dumps(event.to_json()))
                 try:
-                    self._check_champion(self._model(client, version.line), version, since)
+                    self._check_champion(self._model(client, line), version, since)
                 except ChampionMovedError:
-                    client.delete_registered_model_tag(version.line, name)
+                    client.delete_registered_model_tag(line, name)
                     raise
-            self._tag(client, version.line, version.number, tags)
-            client.set_registered_model_alias(version.line, CHAMPION, str(version.number))
+            self._tag(client, line, number, tags)
+            client.set_registered_model_alias(line, CHAMPION, str(number))
             if CHALLENGER in (model.aliases if model is not None else {}):
-                client.delete_registered_model_alias(version.line, CHALLENGER)
-            client.set_model_version_tag(version.line, str(version.number), f"{_TAG}promoted_at", at)
-            champion = _version(client.get_model_version(version.line, str(version.number)))
-            client.update_registered_model(version.line, _description(champion, what, why))
-            if since is not None and since != version.number:
-                client.set_registered_model_alias(version.line, PREVIOUS, str(since))
+                client.delete_registered_model_alias(line, CHALLENGER)
+            client.set_model_version_tag(line, str(number), f"{_TAG}promoted_at", at)
+            champion = _version(client.get_model_version(line, str(number)))
+            client.update_registered_model(line, _description(champion, what, why))
+            if since is not None and since != number:
+                client.set_registered_model_alias(line, PREVIOUS, str(since))
 
     def _check_champion(self, model: Any, version: Version, expected: int | None, *, resumed: bool = False) -> None:
         """Raise ChampionMovedError if another version serves than expected; if `resumed`, `version` may serve."""
-        alias = None if model is None else model.aliases.get(CHAMPION)
-        champion = None if alias is None else int(alias)
+        champion = _champion(model)
         if champion != expected and not (resumed and champion == version.number):
             raise ChampionMovedError(
                 f"{version.line}: version {champion} is the champion by now, but the decision was made against "
@@ -355,7 +405,7 @@ class Registry:
         self._tracking.require_writable()
         with self._client() as client, self._line_lock(line, f"drift check of {line}"):
             earlier = self.drift(line)
-            if earlier and {**earlier[-1], "at": None} == {**result, "at": None}:
+            if earlier and {**earlier[-1].to_json(), "at": None} == {**result, "at": None}:
                 return
             client.set_registered_model_tag(line, f"{_DRIFT}{len(earlier):06d}", json.dumps(dict(result)))
 
@@ -404,17 +454,11 @@ class Registry:
         """Return the lock of a line in this home."""
         return locked(self._tracking.folder / "registry" / f".lock-{line}", what)
 
-    def _line_tags(self, line: str, prefix: str) -> list[dict[str, Any]]:
-        """Return the parsed values of a line's tags with this prefix, oldest first."""
-        with self._client() as client:
-            model = self._model(client, line)
-            tags = {} if model is None else model.tags
-            return [json.loads(tags[name]) for name in sorted(tags) if name.startswith(prefix)]
-
     def _model(self, client: MlflowClient, line: str) -> Any:
         """Return the registered model with aliases and tags; None if it does not exist."""
         from mlflow.exceptions import MlflowException  # here: importing mlflow takes seconds
 
+        line_name(line)
         try:
             return client.get_registered_model(line)
         except MlflowException as error:
@@ -428,25 +472,69 @@ def _description(champion: Version, what: str, why: str) -> str:
     since = f"{what.removesuffix(' to')} {champion.tags['promoted_at']}"
     lines = [f"**Champion: version {champion.number}**, {since}.", escape_markdown(why)]
     if report := champion.tags.get("report"):
-        lines.append(f"Report: `{report}`")
+        lines.append(f"Report: {escape_markdown(report)}")
     return "\n\n".join(lines)
 
 
 def _version(found: Any) -> Version:
-    """Convert MLflow's model version to a `Version`."""
+    """Convert MLflow's model version to a `Version`. Raises DraftsmithError for a tag that cannot be what we wrote."""
+    line = line_name(found.name, where="a registered model")
+    number = version_number(found.version, where=f"{line}: a version")
     tags = {name.removeprefix(_TAG): value for name, value in found.tags.items() if name.startswith(_TAG)}
+    where = f"{line} version {number}: tag {_TAG}"
+    for name, parse in _PARSERS.items():
+        if value := tags.get(name):
+            parse(value, where=f"{where}{name}")
+    for address in tags.get("uploaded", "").split():
+        upload_address(address, where=f"{where}uploaded")
     stage, key, content_id = (tags.pop(name, "") for name in _IDENTITY)
     created = datetime.fromtimestamp(found.creation_timestamp / 1000, UTC).isoformat(timespec="seconds")
     source = str(found.source).replace("draftsmith-store:", "file://")
-    aliases = tuple(found.aliases)
-    return Version(found.name, int(found.version), source, stage, key, content_id, tags, aliases, created)
+    return Version(line, number, source, stage, key, content_id, tags, tuple(found.aliases), created)
+
+
+def _champion(model: Any) -> int | None:
+    """Return the number of a registered model's champion; None if there is none."""
+    alias = None if model is None else model.aliases.get(CHAMPION)
+    return None if alias is None else version_number(alias, where=f"{model.name}: alias {CHAMPION}")
+
+
+def _events(model: Any) -> dict[str, LineEvent]:
+    """Return the promotions and rollbacks of a registered model by the names of their tags, oldest first."""
+    names = sorted(filter(_EVENT_NAME.fullmatch, () if model is None else model.tags))
+    return {name: _record(LineEvent, model, name) for name in names}
+
+
+def _next_index(events: Mapping[str, LineEvent]) -> int:
+    return 1 + max((int(match[1]) for name in events if (match := _EVENT_NAME.fullmatch(name))), default=-1)
+
+
+def _record(kind: type[RecordT], model: Any, tag: str) -> RecordT:
+    """Return the record in a registered model's tag. Fields that a later version of Draftsmith wrote are ignored."""
+    where = f"{model.name}: tag {tag}"
+    return _validated(kind, _parsed_json(model.tags[tag], where), where)
+
+
+def _validated(kind: type[RecordT], fields: object, where: str) -> RecordT:
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        field = ".".join(map(str, first["loc"])) or "content"
+        raise DraftsmithError(f"{where}: {field}: {first['msg']}. {_CORRECT}.") from None
+
+
+def _parsed_json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise DraftsmithError(f"{where}: not readable JSON. {_CORRECT}.") from None
 
 
 def _named_versions(model: Any) -> set[int]:
     """Return the versions named by an alias, or by the last event, which may not have set `previous` yet."""
-    events = sorted(name for name in model.tags if name.startswith(_EVENT))
-    last = json.loads(model.tags[events[-1]]) if events else {}
-    return {int(number) for number in (*model.aliases.values(), last.get("version"), last.get("before")) if number}
+    last = [number for event in list(_events(model).values())[-1:] for number in (event.version, event.before)]
+    return {int(number) for number in (*model.aliases.values(), *last) if number}
 
 
 def note_tracker(tracking: Tracking) -> None:
@@ -488,8 +576,9 @@ def _how_to_switch(noted: set[str]) -> str:
 
 def _noted_trackers(tracking: Tracking) -> set[str]:
     path = tracking.folder / TRACKERS_FILE
-    return set(path.read_text("utf-8").splitlines()) if path.is_file() else set()
+    # lines of earlier versions have *** in place of user and password
+    return set(map(without_credentials, path.read_text("utf-8").splitlines())) if path.is_file() else set()
 
 
 def _tracker_name(tracking: Tracking) -> str:
-    return _OWN_DATABASE if tracking.is_default else redacted(tracking.uri)
+    return _OWN_DATABASE if tracking.is_default else tracking.public_uri

@@ -290,7 +290,7 @@ def call_pending_hook(hook: HookConfig | None, line: str) -> str:
         return ""
     promotion = {"line": line, "version": champion.number, "source": champion.source}
     promotion["idempotency_key"] = f"{line}@{champion.number}#{len(registry().events(line))}"
-    problem = call_hook(hook, {**promotion, **json.loads(champion.tags[_HOOK])})
+    problem = call_hook(hook, {**promotion, **champion.json(_HOOK, {})})
     registry().tag(champion, {_HOOK: f"failed: {problem}"[:1000] if problem else "called"})
     return f"on_promote failed: {problem}" if problem else "on_promote was called"
 

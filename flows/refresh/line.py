@@ -18,11 +18,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
 
-from pydantic import Field, JsonValue
+from pydantic import Field, JsonValue, ValidationError
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import UPLOADED, home
-from draftsmith.artifacts.identifiers import LineName, ServerUrl
+from draftsmith.artifacts.identifiers import LineName, ServerUrl, absolute_path, sha256_digest
 from draftsmith.artifacts.results.data import LogsSummary
 from draftsmith.artifacts.results.evaluation import EvaluationResult
 from draftsmith.artifacts.results.gate import GateDecision
@@ -154,8 +154,8 @@ def drafter_checkpoint(version: Version) -> Path:
 
 def download_upload(version: Version) -> Path:
     """Return this home's copy of a version's upload. Raises DraftsmithError if it is not what was registered."""
-    expected = version.tags.get("drafter_digest", "")
-    folder = _fetched(expected or version.content_id)
+    expected = sha256_digest(version.tags.get("drafter_digest"), where=f"{version}: tag draftsmith.drafter_digest")
+    folder = _fetched(expected)
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=".tmp-", dir=folder.parent) as scratch:
@@ -164,7 +164,7 @@ def download_upload(version: Version) -> Path:
                 copy.rename(folder)
         if not folder.is_dir():
             raise DraftsmithError(f"{folder}: cannot be written. Check the disk.")
-    if expected and drafter_digest(folder) != expected:
+    if drafter_digest(folder) != expected:
         shutil.rmtree(folder)
         raise DraftsmithError(
             f"{version}: the copy in MLflow's artifact store is not what was registered. Run the same command again, "
@@ -238,20 +238,33 @@ def with_current_champion(line: RegistryConfig) -> RegistryConfig:
         if not line.restart:
             _check_starts(line.name, versions)
         return current
-    answers = version.tags.get("answers")
     return current.model_copy(
         update={
             "champion": champion_config(version),
-            "answers": EarlierConfig.model_validate_json(answers) if answers else None,
+            "answers": _answers(version),
             "history": tuple(history(line.name)),
             "refreshed_at": max(
                 (at for other in versions if (at := other.tags.get(REFRESHED_AT))),
                 default=version.tags.get("promoted_at") or version.created_at,
             ),
-            "measured_with": json.loads(version.tags.get(_MEASURED_WITH) or "{}"),
+            "measured_with": version.json(_MEASURED_WITH, {}),
             "read_until": version.tags.get("read_until") or None,
         }
     )
+
+
+def _answers(version: Version) -> EarlierConfig | None:
+    """Return the logged answers that a version was trained on, without fields that a later Draftsmith wrote."""
+    if not (given := version.json("answers", {})):
+        return None
+    where = f"{version}: tag draftsmith.answers"
+    absolute_path(given.get("folder"), where=where)
+    sha256_digest(given.get("sha256"), where=where)
+    try:
+        return EarlierConfig.model_validate({n: value for n, value in given.items() if n in EarlierConfig.model_fields})
+    except ValidationError as error:
+        field = ".".join(map(str, error.errors()[0]["loc"]))
+        raise DraftsmithError(f"{where}: {field}: {error.errors()[0]['msg']}. Correct it, or remove it.") from None
 
 
 def _check_starts(line: str, versions: Sequence[Version]) -> None:
@@ -286,14 +299,14 @@ def check_held_out(line: str, prompts: PromptsConfig) -> None:
             raise DraftsmithError(
                 f"prompts: heldout_by is {prompts.heldout_by}, and {version} was measured with {by}: {remedy}"
             )
-        for source, share in json.loads(version.tags.get(_SHARES) or "{}").items():
+        for source, share in version.json(_SHARES, {}).items():
             now = shares.get(source, shares[""])
             if now < share:
                 raise DraftsmithError(
                     f"prompts{f', source {source}' if source else ''}: heldout_share is {now:g}, and {version} was "
                     f"measured with {share:g}: {remedy}"
                 )
-        for source, known in json.loads(version.tags.get(_SUFFIXES) or "{}").items():
+        for source, known in version.json(_SUFFIXES, {}).items():
             if not suffixes.get(source, set()) <= set(known):
                 raise DraftsmithError(
                     f"prompts, source {source}: it has a suffix that {version} was not measured with: {remedy}"
@@ -343,7 +356,7 @@ def history(line: str) -> list[dict[str, JsonValue]]:
         for version in lines.versions(line)
         if "all" in version.metrics()
     ]
-    checks = [{"what": "checked"} | check for check in lines.drift(line)]
+    checks = [{"what": "checked"} | check.to_json() for check in lines.drift(line)]
     return sorted(versions + checks, key=lambda point: str(point["at"]))[-_MAX_POINTS:]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shlex
@@ -78,8 +77,8 @@ def champions(display: Display, line: str | None) -> None:
         for served in served_by(version):
             entries.append((served.since, f"{served.url} drafts with version {version.number}. {served.proof}"))
     for check in lines.drift(line):
-        text = f"version {check['version']} checked: tau {check['tau']:.3f}: {check['decision']}"
-        entries.append((check["at"], text))
+        tau = "-" if check.tau is None else f"{check.tau:.3f}"
+        entries.append((check.at, f"version {check.version} checked: tau {tau}: {check.decision}"))
     for at, text in sorted(entries):
         display.line(f"{at}  {text}")
 
@@ -247,7 +246,7 @@ def _show_options(display: Display, engine: str, version: Version, folder: Path)
     block = int(fastest) if fastest else served_block_size(folder, DraftingConfig(), algorithm)
     options = options_of_vllm if engine == "vLLM" else drafting_options
     display.line(f"  for {engine}: {shlex.join(options(folder, algorithm, block))}")
-    schedule = json.loads(version.tags.get(SCHEDULE) or "[]")
+    schedule = [row[:3] for row in version.json(SCHEDULE, [])]  # fewest, most, proposals
     if not (most := max((proposals for *_, proposals in schedule), default=0)):
         return  # no load curve, or never faster than without a drafter
     if engine == "vLLM":
@@ -256,7 +255,8 @@ def _show_options(display: Display, engine: str, version: Version, folder: Path)
         by_load = [*drafting_options(folder, algorithm, 1 + most), *write_schedule(folder, schedule)]
     elif algorithm == "DSPARK" and version.tags.get(STEP_COSTS):
         block = served_block_size(folder, DraftingConfig(), algorithm)
-        costs = write_step_costs(folder, *json.loads(version.tags[STEP_COSTS]))
+        drafting, verifying, *_ = version.json(STEP_COSTS, [])
+        costs = write_step_costs(folder, drafting, verifying)
         by_load = ["SGLANG_RAGGED_VERIFY_MODE=compact", *drafting_options(folder, algorithm, block), *costs]
     else:  # SGLang changes no other drafter's block by load
         return

@@ -5,7 +5,6 @@ Requests that servers traced are compared depth by depth.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Literal, TypeVar
@@ -69,14 +68,14 @@ def watch(line: str, urls: Sequence[str], minutes: float, threshold: float) -> t
         if state.algorithm is None or state.digest not in (None, "", champion.tags.get("drafter_digest")):
             served = f"{url} serves {_drafter(state, _version(state, versions))}, and {champion} is the champion"
             return "mismatched", f"{served}. Run `draftsmith swap {line} --url {url}`."
-    measured_with = json.loads(champion.tags.get("measured_with") or "{}").get(BLOCK_SIZE)
+    measured_with = champion.json("measured_with", {}).get(BLOCK_SIZE)
     for url, state in states.items():
         if measured_with not in (None, state.block_size):
             served = f"{url} drafts blocks of {state.block_size}, and {champion} was measured with {measured_with}"
             return "inconclusive", f"{served}. Serve that block size."
     then = {name: SetMetrics.model_validate(metrics) for name, metrics in champion.metrics().items()}
-    if ALL in then and (ends := champion.tags.get("tau_interval")):
-        (low, high), tau = json.loads(ends), float(champion.tags["tau"])
+    if ALL in then and (ends := champion.json("tau_interval", [])):
+        (low, high), tau = ends, float(champion.tags["tau"])
         if tau != then[ALL].tau:  # as served, which differs from replay; slices are by replay alone
             then = {ALL: then[ALL].model_copy(update={"tau": tau, "low": low, "high": high})}
     traced = {url: state.traced for url, state in states.items() if state.traced is not None}

@@ -16,6 +16,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.identifiers import (
     Digest,
     IdentifierError,
+    iso_time,
     line_name,
     plain_name,
     relative_path,
@@ -43,6 +44,19 @@ PARSERS: dict[Parser, tuple[list[object], list[object]]] = {
     plain_name: (["sft", "opd.shard", "a@1+x"], ["", "..", "../x", "a/b", "a\\b", "a\x1b[31m", "\u202ea", 3]),
     relative_path: (["a/b.json", "a..b"], ["", "/etc/passwd", "..", "a/../../b", "a\0b", None, 1]),
     version_number: (["1", 1, "12"], ["0", 0, "-1", "+1", "1.0", "٣", "1_0", " 1", "9" * 5000, True, 1.0, None]),
+    iso_time: (
+        ["2026-01-01T00:00:00+00:00", "2026-01-01T00:00:00Z"],
+        [
+            "",
+            "yesterday",
+            "2026-01-01",
+            "2026-01-01T00:00:00",
+            "2026-13-01T00:00:00Z",
+            "2026-01-01T00:00:00Z'",
+            None,
+            1,
+        ],
+    ),
     run_id: (["f" * 32, "a-b_c"], ["", "..", "../x", "a/b", "a'", "a b", "x" * 300, None]),
     upload_address: (
         ["runs:/0a1b/drafter", "models:/m-12ab", "models:/a-line/3", "runs:/a/b/c.d"],

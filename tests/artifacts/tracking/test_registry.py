@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 import shutil
 import sqlite3
@@ -15,8 +16,17 @@ from mlflow.exceptions import MlflowException
 
 from draftsmith.artifacts.errors import EXIT_USER_ERROR, DraftsmithError, RetryableError
 from draftsmith.artifacts.store.manifest import ArtifactRef
-from draftsmith.artifacts.tracking.registry import CHALLENGER, PREVIOUS, ChampionMovedError, Registry
+from draftsmith.artifacts.tracking.registry import (
+    CHALLENGER,
+    PREVIOUS,
+    ChampionMovedError,
+    Registry,
+)
 from draftsmith.artifacts.tracking.runs import Tracking
+
+
+def sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def ref(folder: Path, name: str) -> ArtifactRef:
@@ -24,7 +34,7 @@ def ref(folder: Path, name: str) -> ArtifactRef:
     path = folder / "store" / "opd" / name
     (path / "drafter").mkdir(parents=True)
     (path / "drafter" / "config.json").write_text("{}")
-    return ArtifactRef("opd", f"key-{name}", f"content-{name}", path)
+    return ArtifactRef("opd", sha256(f"key of {name}"), sha256(f"content of {name}"), path)
 
 
 def serving(registry: Registry, line: str) -> tuple[int | None, int | None]:
@@ -41,7 +51,7 @@ def line() -> str:
 
 def test_a_line_records_which_version_served_when_and_why(line: str, registry: Registry, tmp_path: Path) -> None:
     assert registry.champion(line) is None and registry.versions(line) == [] and registry.events(line) == []
-    first = registry.register(line, ref(tmp_path, "a"), {"tau": "2.5", "figures": '{"tau": 2.5}'})
+    first = registry.register(line, ref(tmp_path, "a"), {"tau": "2.5", "figures": '{"all": {"tau": 2.5}}'})
     assert registry.champion(line) is None
     challenger = registry.alias(line, CHALLENGER)
     assert challenger is not None and challenger.number == first.number
@@ -49,9 +59,9 @@ def test_a_line_records_which_version_served_when_and_why(line: str, registry: R
     second = registry.register(line, ref(tmp_path, "b"), {})
     champion = registry.champion(line)
     assert champion is not None
-    assert (champion.number, champion.content_id, champion.key) == (1, "content-a", "key-a")
+    assert (champion.number, champion.content_id, champion.key) == (1, sha256("content of a"), sha256("key of a"))
     assert champion.path == tmp_path / "store" / "opd" / "a"
-    assert champion.metrics() == {"tau": 2.5}
+    assert champion.metrics() == {"all": {"tau": 2.5}}
     registry.promote(second, expected=champion, why="tau +0.3")
     assert [version.aliases for version in registry.versions(line)] == [("previous",), ("champion",)]
     registry.promote(first, expected=second, why="latency", what="rolled back")
@@ -68,7 +78,9 @@ def test_a_line_records_results_of_drift_checks(line: str, registry: Registry, t
     seen = [{"at": f"2026-01-0{day}", "version": 1, "tau": tau} for day, tau in ((1, 3.0), (2, 3.0), (3, 2.5))]
     for each in seen:
         registry.add_drift(line, each)
-    assert registry.drift(line) == [seen[0], seen[2]], "the same check, planned again, is one point"
+    assert [each.to_json() for each in registry.drift(line)] == [seen[0], seen[2]], (
+        "the same check, planned again, is one point"
+    )
 
 
 def test_a_name_resolves_to_a_version_or_the_error_lists_versions(

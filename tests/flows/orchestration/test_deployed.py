@@ -30,7 +30,7 @@ PROGRAM = textwrap.dedent(
     from draftsmith.flows.refresh.config import RefreshConfig
     from draftsmith.flows.refresh.flow import watch
     from draftsmith.flows.refresh.line import registry
-    from tests.flows.refresh.watched import promoted, server_below_its_promise
+    from tests.flows.refresh.watched import DIGEST, promoted, server_below_its_promise
     from tests.flows.toy_flow import toy_refresh
 
     @flow
@@ -61,7 +61,7 @@ PROGRAM = textwrap.dedent(
             config = RefreshConfig(**watching["config"])
             print("watched", *(watch(config, 0.001, watching["then"], return_state=True).name for _ in range(2)))
             watch(config, 0.001, "refresh/other", return_state=True)
-            promoted("a-line", "b", "abc", 4.0)
+            promoted("a-line", "b", DIGEST, 4.0)
             state = watch(config, 0.001, "rollback", return_state=True)
             pages = {each.key: each.data for each in client.read_artifacts()}
             print("rolled back", state.name, registry().champion("a-line").number, pages["a-line-rollback"])

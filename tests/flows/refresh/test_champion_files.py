@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from urllib.parse import urlparse
@@ -20,7 +22,7 @@ from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.execution.display import Display
 from draftsmith.flows.refresh import registry_commands
 from draftsmith.flows.refresh.decisions import resolve
-from draftsmith.flows.refresh.line import registry
+from draftsmith.flows.refresh.line import download_upload, registry
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.drafters.checkpoint import load_drafter, save_drafter
 from draftsmith.stages.drafters.digest import drafter_digest
@@ -184,3 +186,35 @@ def test_a_line_that_another_mlflow_has_is_an_error(
             resolve(config_of(line))
         assert resolve(config_of(line, registry={"name": line, "restart": True})).champion is None
     assert resolve(config_of(line)).champion is not None
+
+
+def test_no_tag_leads_out_of_the_home(line: str, home: Path, drafters: list[ArtifactRef], tmp_path: Path) -> None:
+    """An exported drafter lies beside the home, where the folder of a digest `../..` would be."""
+    tracking, config = Tracking(home), config_of(line, registry={"name": line, "upload": True})
+    finished(config, gated(Store(home / "store"), drafters[0]), tracking.open_refresh("week 1", {}))
+    tracking.close_refresh("FINISHED")
+    registry_commands.export(Display(), line, home.parent / DRAFTER_FOLDER)
+    shutil.rmtree(home / "store")  # as on a machine that only has MLflow
+
+    def outside() -> dict[Path, bytes]:
+        files = (path for path in tmp_path.rglob("*") if path.is_file() and not path.is_relative_to(home))
+        return {path: path.read_bytes() for path in files}
+
+    uses: list[Callable[[], object]] = [
+        lambda: resolve(config),
+        lambda: download_upload(version),
+        lambda: registry_commands.export(Display(), line, tmp_path / "again"),
+    ]
+    client, version, before = tracking.connect()[0], registry().version(line, 1), outside()
+    assert home.parent / DRAFTER_FOLDER / "model.safetensors" in before
+    for tag, others in (("drafter_digest", version.tags["drafter_digest"]), ("key", version.key), ("stage", "opd")):
+        client.set_model_version_tag(line, "1", f"draftsmith.{tag}", "../..")
+        version = dataclasses.replace(version, tags={**version.tags, "drafter_digest": "../.."})
+        for use in uses:
+            with pytest.raises(DraftsmithError, match=rf"^{line} version 1: tag draftsmith\.\w+: '\.\./\.\.' is no "):
+                use()
+        assert outside() == before
+        client.set_model_version_tag(line, "1", f"draftsmith.{tag}", others)
+    client.delete_model_version_tag(line, "1", "draftsmith.drafter_digest")
+    with pytest.raises(DraftsmithError, match=r"tag draftsmith\.drafter_digest: nothing is no sha256 digest"):
+        registry_commands.export(Display(), line, tmp_path / "again")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,19 +48,19 @@ def test_a_refresh_continues_if_forced_or_if_the_last_one_is_too_old(
         assert RefreshPolicy(resolved, (force,)).sticky_force == kept, (
             "else the next run would find no reason to continue"
         )
-    assert registry().drift(line)[-1]["decision"] == "the line starts again (registry.restart)"
+    assert registry().drift(line)[-1].decision == "the line starts again (registry.restart)"
     registry().tag(version, {"promoted_at": "2020-01-01T00:00:00+00:00"})
     assert stops() == "Current", "the last refresh counts, not the last promotion"
     registry().tag(version, {"refreshed_at": "2020-01-01T00:00:00+00:00"})
     assert stops() is None
-    assert "the last refresh was" in registry().drift(line)[-1]["decision"]
+    assert "the last refresh was" in registry().drift(line)[-1].decision
     assert stops(max_age_days=36500) == "Current"
     node, made = checked(config := resolve(config_of(line, drift={"max_age_days": 36500})), home, target_changed=True)
     assert RefreshPolicy(config, ()).should_stop(node, made) is None, "a changed target is a reason whatever tau is"
-    assert registry().drift(line)[-1]["decision"] == "the target has changed since its promotion"
+    assert registry().drift(line)[-1].decision == "the target has changed since its promotion"
     registry().tag(version, {"refreshed_at": "2120-01-01T00:00:00+00:00"})
     assert stops() is None, "a clock is wrong"
-    assert "2120-01-01T00:00:00+00:00, which is ahead of" in registry().drift(line)[-1]["decision"]
+    assert "2120-01-01T00:00:00+00:00, which is ahead of" in registry().drift(line)[-1].decision
     finished(config_of(line), gated(store, drafters[1], "refused"))
     assert stops() == "Current", "a refused refresh counts, and replaces the tag of a wrong clock"
 
@@ -113,7 +112,7 @@ def test_taus_measured_with_other_settings_are_not_compared(line: str, home: Pat
     def decided(**sections: Any) -> str:
         config = resolve(config_of(line, **sections))
         RefreshPolicy(config, ()).should_stop(*checked(config, home, all=low))
-        return str(registry().drift(line)[-1]["decision"])
+        return str(registry().drift(line)[-1].decision)
 
     assert decided().startswith("all: tau 1.000"), "the settings are the same"
     shorter = {"splits": ["validation", "heldout"], "sampling": {"max_new_tokens": 256}}
@@ -153,7 +152,7 @@ def test_history_places_a_version_at_its_last_measurement(
     for made in (*(gated(Store(home / "store"), drafter) for drafter in drafters), again):
         finished(config_of(line), made)
     registry_commands.rollback(Display(), line, "it accepts nothing", dry_run=False)
-    days = [replace(event, at=f"2120-01-0{day}") for day, event in enumerate(registry().events(line), 1)]
+    days = [event.model_copy(update={"at": f"2120-01-0{day}"}) for day, event in enumerate(registry().events(line), 1)]
     monkeypatch.setattr(Registry, "events", lambda _self, _line: days)
     points = [(point["at"], point["version"], point["tau"]) for point in history(line)]
     assert points == [("2120-01-02", 2, 2.5), ("2120-01-03", 1, 3.5)], "not at the rollback"

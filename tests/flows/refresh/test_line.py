@@ -84,7 +84,7 @@ def promoted(tmp_path: Path, tiny_drafter: DrafterArtifacts, monkeypatch: pytest
     line = registry()
     drafter = tmp_path / "opd"
     (drafter / "drafter").mkdir(parents=True)
-    version = line.register(LINE, ArtifactRef("opd", "key", "content", drafter), log_tags(read.out))
+    version = line.register(LINE, ArtifactRef("opd", "1" * 64, "2" * 64, drafter), log_tags(read.out))
     line.promote(version, expected=None, why="the first one")
     write(log, rows[:26])
     return Promoted(tiny_drafter.target, log, read, version)
@@ -199,7 +199,7 @@ def test_held_out_shares_and_suffixes_of_a_line_must_not_shrink(
 
     measured = asking(0.2, 0.4)
     tags = prompt_tags(measured.prompts)
-    registry().register(LINE, ArtifactRef("opd", "key", "content", tmp_path), tags)
+    registry().register(LINE, ArtifactRef("opd", "1" * 64, "2" * 64, tmp_path), tags)
     assert resolve(measured).registry is not None
     assert resolve(asking(0.3, 0.4)).registry is not None
     with pytest.raises(DraftsmithError, match=r"heldout_share is 0\.1, and tiny version 1 was measured with 0\.2"):

@@ -184,6 +184,7 @@ def test_champions_without_a_name_lists_the_lines(
     made = gated(Store(home / "store"), drafters[0])
     finished(config_of(line), made)
     registry().register("without-champion", made["gate"], {})
+    Tracking(home).connect()[0].create_registered_model("somebody's model")
     assert main(["champions"]) == 0
     rows = [row.split() for row in capsys.readouterr().out.splitlines()]
     tau = registry().version(line, 1).tags["tau"]

@@ -21,7 +21,7 @@ from draftsmith.stages.engines.sglang.protocol import REQUESTS_STATE, SWAP_STATE
 from draftsmith.stages.evaluation.acceptance import tau_by_slice
 from draftsmith.stages.replay.trace import DEPTHS
 from tests.flows.refresh.test_drift import measured, now
-from tests.flows.refresh.watched import promoted
+from tests.flows.refresh.watched import DIGEST, promoted
 from tests.stages.engines.http_server import serving
 from tests.stages.evaluation.test_error_rates import allowed, simulated_slices
 
@@ -155,7 +155,7 @@ def line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A line whose champion was promoted with a tau of 4, at depths below 1k and up to 4k."""
     monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    version = promoted("a-line", "a", "abc", 4.0)
+    version = promoted("a-line", "a", DIGEST, 4.0)
     metrics = now(4.0, 0.05).to_json()
     registry().tag(version, {"figures": json.dumps({ALL: metrics, DEPTHS[0]: metrics, DEPTHS[1]: metrics})})
     return "a-line"
@@ -164,7 +164,7 @@ def line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 @contextmanager
 def server(requests: Mapping[str, Any] | None) -> Iterator[str]:
     """Yield the address of a server of the champion. requests: that it traced."""
-    state: dict[str, Any] = {SWAP_STATE: {"drafter": "abc", "since": "", "before": "", "pause_s": 0.0, "proof": ""}}
+    state: dict[str, Any] = {SWAP_STATE: {"drafter": DIGEST, "since": "", "before": "", "pause_s": 0.0, "proof": ""}}
     if requests is not None:
         state[REQUESTS_STATE] = requests
     reported = {"speculative_algorithm": "DFLASH", "speculative_num_draft_tokens": 8, "internal_states": [state, state]}
@@ -175,7 +175,7 @@ def server(requests: Mapping[str, Any] | None) -> Iterator[str]:
 def test_a_watch_takes_the_champions_traced_requests(line: str) -> None:
     """Of all replicas of all servers, at once; a mean that looks well hides no depth."""
     own = [[1780000000 + number, {DEPTHS[0]: [500 + number, 100], DEPTHS[1]: [30, 10]}] for number in range(20)]
-    with server({"abc": own, "old": own[:2]}) as url, server({"abc": own}) as other:
+    with server({DIGEST: own, "old": own[:2]}) as url, server({DIGEST: own}) as other:
         outcome, sentence = watch(line, [url, other], 60, 0.03)
     assert outcome == "below"
     assert "4.000 promised; measurably more than 3.0% below: depth:1k-4k: tau 3.000 (at most 3.000), 4.0" in (sentence)
@@ -188,6 +188,6 @@ def test_without_traces_of_all_servers_a_watch_counts(line: str, requests: Mappi
     with server(requests) as url:
         _, sentence = watch(line, [url], 0, 0.03)
     assert sentence == f"{line} version 1: too few requests ended (0 requests, of {url})"
-    with server(requests) as url, server({"abc": [[0, {DEPTHS[0]: [10, 10]}]] * 20}) as other:
+    with server(requests) as url, server({DIGEST: [[0, {DEPTHS[0]: [10, 10]}]] * 20}) as other:
         _, mixed = watch(line, [url, other], 0, 0.03)
     assert mixed.startswith(f"{line} version 1: too few") == (requests is None)

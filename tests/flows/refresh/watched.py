@@ -15,6 +15,8 @@ from draftsmith.stages.engines.sglang.protocol import SWAP_STATE
 from tests.stages.engines.http_server import serving
 from tests.testbed.artifacts import committed
 
+DIGEST = "ab" * 32  # of the drafter that a server serves
+
 
 def promoted(line: str, key: str, digest: str, tau: float) -> Version:
     """Make a version the champion of a line. digest: of its drafter. tau: what it was promoted with."""
@@ -31,7 +33,7 @@ def promoted(line: str, key: str, digest: str, tau: float) -> Version:
 @contextmanager
 def server_below_its_promise(line: str) -> Iterator[str]:
     """Yield the address of a server with a line's new champion: tau 2, promoted with 4."""
-    promoted(line, "a", "abc", 4.0)
+    promoted(line, "a", DIGEST, 4.0)
     readings = count()
 
     def counters(_: object) -> str:
@@ -42,7 +44,7 @@ def server_below_its_promise(line: str) -> Iterator[str]:
             f"sglang:spec_verify_calls_total {50 * requests}\n"
         )
 
-    served = {"drafter": "abc", "since": "2026-11-30T08:00:00+00:00", "before": "", "pause_s": 0.0, "proof": ""}
+    served = {"drafter": DIGEST, "since": "2026-11-30T08:00:00+00:00", "before": "", "pause_s": 0.0, "proof": ""}
     state = {SWAP_STATE: served}
     server = {"speculative_algorithm": "DFLASH", "speculative_num_draft_tokens": 8, "internal_states": [state]}
     with serving(lambda _: {}, server_info=lambda _: server, metrics=counters) as running:
