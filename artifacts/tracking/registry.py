@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import platform
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -62,6 +63,7 @@ TRACKERS_FILE = "registered-in"  # file in the home: every MLflow with versions 
 _OWN_DATABASE = "mlflow.db"  # stands for the home's own database, which moves with it
 _AS_THE_RUNS = "Set MLFLOW_TRACKING_URI as it was in those runs"
 PROMOTED, BY_HAND, ROLLED_BACK = "promoted", "promoted by hand", "rolled back to"  # values of `LineEvent.what`
+_RIVAL_S, _POLL_S = 60.0, 1.0  # how long a promotion waits for the end of another home's, and how often it looks
 _CORRECT = "Correct it in MLflow, or remove it"
 # Parsers of tags whose values become parts of paths, requests and plans. A tag may be missing, or empty.
 _PARSERS: Mapping[str, Callable[..., str]] = {
@@ -326,10 +328,10 @@ class Registry:
 
         MLflow may fail between two requests, so the event comes first and `previous` last: the same call again, or
         `complete_promotion`, continues. In one home a lock serializes promotions. Homes elsewhere do not see it, so the
-        alias is compared again before it is moved.
+        alias is compared again before it is moved, and `_settle` finds out afterwards whose promotion counts.
 
         expected: the champion that the decision was made against. Raises ChampionMovedError if another one serves by
-        now: of two concurrent promotions, the second has to decide again. why: the reason. what: the kind of event.
+        now: of two concurrent promotions, one has to decide again. why: the reason. what: the kind of event.
         tags: of the version, written only if the promotion goes ahead.
         """
         self._tracking.require_writable()
@@ -355,7 +357,9 @@ class Registry:
                     client.delete_registered_model_tag(line, name)
                     raise
             self._tag(client, line, number, tags)
-            client.set_registered_model_alias(line, CHAMPION, str(number))
+            if _champion(model) != number:
+                client.set_registered_model_alias(line, CHAMPION, str(number))
+            self._settle(client, version, since, name)
             if CHALLENGER in (model.aliases if model is not None else {}):
                 client.delete_registered_model_alias(line, CHALLENGER)
             client.set_model_version_tag(line, str(number), f"{_TAG}promoted_at", at)
@@ -363,6 +367,49 @@ class Registry:
             client.update_registered_model(line, _description(champion, what, why))
             if since is not None and since != number:
                 client.set_registered_model_alias(line, PREVIOUS, str(since))
+
+    def _settle(self, client: MlflowClient, version: Version, since: int | None, name: str) -> None:
+        """Return when this promotion counts, whose event is `name`; raise ChampionMovedError if another home's does.
+
+        MLflow cannot compare and set, so two homes may both find the champion that they expect, and both move the
+        alias. The last one to move it wins. Each wrote its event before it compared, so the first one to move the alias
+        sees the other's event, and waits until the other has moved the alias too or has withdrawn its event. An event
+        that stays for `_RIVAL_S` is of a killed process and is removed; if that lives after all, it finds its event
+        gone and puts the alias back.
+        """
+        line, number, give_up = version.line, version.number, time.monotonic() + _RIVAL_S
+        while True:
+            model = self._model(client, line)
+            events, champion = _events(model), _champion(model)
+            if champion != number or name not in events:
+                break
+            if not (rivals := self._rivals(events, version, since)):
+                return
+            if time.monotonic() > give_up:
+                for rival in rivals:
+                    client.delete_registered_model_tag(line, rival)
+                return
+            time.sleep(_POLL_S)
+        if name in events:
+            client.delete_registered_model_tag(line, name)
+        elif champion == number and events:
+            champion = events[max(events)].version
+            client.set_registered_model_alias(line, CHAMPION, str(champion))
+        by = next((f" by {event.by}" for event in reversed(events.values()) if event.version == champion), "")
+        raise ChampionMovedError(
+            f"{line}: version {champion} was promoted{by} at the same time and is the champion, version {number} is "
+            "not. Decide again."
+        )
+
+    def _rivals(self, events: Mapping[str, LineEvent], version: Version, since: int | None) -> list[str]:
+        """Return the names of events of unfinished promotions of other versions against the same champion."""
+        began = max((name for name, event in events.items() if event.version == since), default="")
+        later = {name: event for name, event in events.items() if name > began and event.before == since}
+        same = {name: event for name, event in later.items() if event.version != version.number}
+        if not same:
+            return []
+        ended = {other.number: other.tags.get("promoted_at", "") for other in self.versions(version.line)}
+        return [name for name, event in same.items() if event.version in ended and ended[event.version] < event.at]
 
     def _check_champion(self, model: Any, version: Version, expected: int | None, *, resumed: bool = False) -> None:
         """Raise ChampionMovedError if another version serves than expected; if `resumed`, `version` may serve."""

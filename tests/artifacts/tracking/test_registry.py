@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import platform
 import secrets
 import shutil
 import sqlite3
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
@@ -15,12 +19,16 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from draftsmith.artifacts.errors import EXIT_USER_ERROR, DraftsmithError, RetryableError
+from draftsmith.artifacts.locks import user_name
 from draftsmith.artifacts.store.manifest import ArtifactRef
+from draftsmith.artifacts.tracking import registry as registry_module
 from draftsmith.artifacts.tracking.registry import (
     CHALLENGER,
+    CHAMPION,
     PREVIOUS,
     ChampionMovedError,
     Registry,
+    Version,
 )
 from draftsmith.artifacts.tracking.runs import Tracking
 
@@ -163,6 +171,104 @@ def test_the_second_of_two_homes_that_share_only_mlflow_must_decide_again(
             here.promote(ours, expected=first, why="better")
     assert [event.version for event in here.events(line)] == [first.number, theirs.number]
     assert serving(here, line) == (theirs.number, first.number)
+
+
+class TwoHomes:
+    """Two homes that share only MLflow, a champion, and a challenger of each that it may promote."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, line: str) -> None:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/shared.db")
+        monkeypatch.setattr(registry_module, "_POLL_S", 0.01)
+        self.here, self.there = (Registry(Tracking(folder / name)) for name in ("here", "there"))
+        self.line, self.first = line, self.here.register(line, ref(folder, "a"), {})
+        self.here.promote(self.first, expected=None, why="the first one")
+        self.ours, self.theirs = (
+            home.register(line, ref(folder, name), {}) for home, name in ((self.here, "b"), (self.there, "c"))
+        )
+
+    def promote(self, registry: Registry, version: Version) -> str:
+        """Promote a version against the first one, and return what the command says."""
+        try:
+            registry.promote(version, expected=self.first, why="better")
+        except ChampionMovedError as error:
+            return str(error)
+        return "promoted"
+
+    def agree(self) -> int:
+        """Return the number of the champion, which history and aliases of both homes name."""
+        champion = self.here.champion(self.line)
+        assert champion is not None and self.there.champion(self.line) == champion
+        assert serving(self.here, self.line) == (champion.number, self.first.number)
+        assert [event.version for event in self.here.events(self.line)] == [self.first.number, champion.number]
+        return champion.number
+
+
+@pytest.mark.parametrize("looks_first", [False, True])
+def test_of_two_promotions_at_once_one_is_told_that_it_does_not_count(
+    looks_first: bool, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both homes find the champion that they expect, then ours moves the alias, then the other one does.
+
+    looks_first: whether ours looks at the outcome before the other one moves the alias.
+    """
+    homes = TwoHomes(tmp_path, monkeypatch, line)
+    compared, go, done = threading.Barrier(2, timeout=60), threading.Event(), threading.Event()
+    move, rivals = MlflowClient.set_registered_model_alias, Registry._rivals
+
+    def moving(self: MlflowClient, name: str, alias: str, version: str) -> None:
+        if alias != CHAMPION:
+            move(self, name, alias, version)
+            return
+        compared.wait()
+        if version == str(homes.theirs.number):
+            assert go.wait(60)
+            move(self, name, alias, version)
+            done.set()
+        else:
+            move(self, name, alias, version)
+            if not looks_first:
+                go.set()
+                assert done.wait(60)
+
+    def looking(self: Registry, *arguments: Any) -> list[str]:
+        found = rivals(self, *arguments)
+        if self is homes.here:
+            go.set()
+        return found
+
+    monkeypatch.setattr(MlflowClient, "set_registered_model_alias", moving)
+    monkeypatch.setattr(Registry, "_rivals", looking)
+    with ThreadPoolExecutor(1) as thread:
+        there = thread.submit(homes.promote, homes.there, homes.theirs)
+        here = homes.promote(homes.here, homes.ours)
+    assert homes.agree() == homes.theirs.number, "the last one to move the alias"
+    assert there.result() == "promoted"
+    by = f"{user_name()}@{platform.node()}"
+    assert here.startswith(f"{line}: version 3 was promoted by {by} at the same time and is the champion, version 2 is")
+
+
+def test_a_promotion_that_was_killed_elsewhere_is_removed_and_finds_out_if_it_lives(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other home stops before it moves the alias, for longer than ours waits, and goes on."""
+    homes, move = TwoHomes(tmp_path, monkeypatch, line), MlflowClient.set_registered_model_alias
+    monkeypatch.setattr(registry_module, "_RIVAL_S", 0.05)
+    compared, go = threading.Event(), threading.Event()
+
+    def moving(self: MlflowClient, name: str, alias: str, version: str) -> None:
+        if alias == CHAMPION and version == str(homes.theirs.number):
+            compared.set()
+            assert go.wait(60)
+        move(self, name, alias, version)
+
+    monkeypatch.setattr(MlflowClient, "set_registered_model_alias", moving)
+    with ThreadPoolExecutor(1) as thread:
+        there = thread.submit(homes.promote, homes.there, homes.theirs)
+        assert compared.wait(60)
+        assert homes.promote(homes.here, homes.ours) == "promoted"
+        go.set()
+    assert homes.agree() == homes.ours.number
+    assert "version 2 was promoted by" in there.result()
 
 
 def test_a_database_of_another_mlflow_version_is_not_retryable(registry: Registry, tmp_path: Path) -> None:
