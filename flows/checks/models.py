@@ -271,7 +271,7 @@ def _check_champion(
         findings.warn(
             node,
             f"sft.drafter: {', '.join(ignored)}: not used, because the line continues from its champion and keeps its "
-            "shape. Remove it, or start again from the section with --set registry.restart=true.",
+            "shape. Remove it, or start again from the section with option --restart.",
         )
     return serves, trained
 

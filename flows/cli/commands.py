@@ -56,6 +56,7 @@ from draftsmith.flows.planning.graph import (
 from draftsmith.flows.planning.inputs import forget_listings, note_listings, read_listings
 from draftsmith.flows.refresh import registry_commands
 from draftsmith.flows.refresh.config import RefreshConfig
+from draftsmith.flows.refresh.decisions import restarted
 from draftsmith.flows.refresh.graph import REFRESH
 from draftsmith.flows.refresh.init import QUESTIONS, write_first_config
 from draftsmith.flows.refresh.measurements import DIAGNOSE, DIAGNOSIS, EVALUATE, diagnose_config, evaluate_config
@@ -181,6 +182,7 @@ def _build_alone(options: argparse.Namespace, pipeline: Pipeline, config: RunOpt
 
 def _missing_input(options: argparse.Namespace, name: str, source: PlannedNode) -> str:
     rest = [str(options.config), *(word for override in options.overrides for word in ("--set", override))]
+    rest += ["--restart"] * options.restart
     inputs_present = source.status is not Status.AFTER
     command = ["draftsmith", "stage", source.node.name, *rest] if inputs_present else ["draftsmith", "run", *rest]
     return (
@@ -273,6 +275,8 @@ def _prune(options: argparse.Namespace, _pipeline: Pipeline) -> None:
 def _read_config(options: argparse.Namespace, pipeline: Pipeline, *, retry: bool = False) -> RunOptions:
     """Return the config with what has to be looked up. retry: repeat a failed look-up for minutes, as a run does."""
     config = read_config(options.config, options.overrides, pipeline.config)
+    if options.restart:
+        config = restarted(config)
     if not retry:
         return resolve_config(config, pipeline)
     return with_retries(lambda: resolve_config(config, pipeline), config.stages, Display().line)

@@ -33,6 +33,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser. Its results have the command as it was typed in `command`."""
     main = argparse.ArgumentParser(prog="draftsmith", description=_DESCRIPTION, epilog=_EPILOG)
     main.add_argument("--version", action="version", version=f"%(prog)s {version('draftsmith')}")
+    main.set_defaults(restart=False)
     commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     run = commands.add_parser(
@@ -98,7 +99,7 @@ def parser() -> argparse.ArgumentParser:
         moved.add_argument("--dry-run", action="store_true", help="print what would be done, and do nothing")
 
     watch = commands.add_parser("watch", help="compare tau of a line's servers with the champion's at its promotion")
-    _add_config(watch, "NAME", "YAML file of a line's refresh, or the line's name")
+    _add_config(watch, "NAME", "YAML file of a line's refresh, or the line's name", restart=False)
     _add_servers(watch)
     watch.add_argument(
         "--minutes",
@@ -146,7 +147,7 @@ def parser() -> argparse.ArgumentParser:
     _add_run_options(diagnose)
 
     deploy = commands.add_parser("deploy", help="deploy a config on a Prefect server: schedule, pool, webhook")
-    _add_config(deploy)
+    _add_config(deploy, restart=False)
     deploy.add_argument("--pool", required=True, help="an existing work pool, whose workers run it")
     deploy.add_argument("--cron", help="schedule, such as '0 3 * * 1': Mondays at 3. Left out: only on request")
     deploy.add_argument("--timezone", default="UTC", help="time zone of --cron, such as Europe/Berlin (default: UTC)")
@@ -231,8 +232,15 @@ def _add_config(
     about: str = "YAML file of the run",
     *,
     optional: bool = False,
+    restart: bool = True,
 ) -> None:
     parser.add_argument("config", metavar=metavar, type=Path, nargs="?" if optional else None, help=about)
+    if restart:
+        parser.add_argument(
+            "--restart",
+            action="store_true",
+            help="start the model line from section `sft`: without a champion, or instead of the one to beat",
+        )
     parser.add_argument(
         "--set",
         action="append",

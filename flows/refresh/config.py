@@ -166,8 +166,6 @@ class RefreshConfig(RunOptions):
         if self.registry is not None:
             if "validation" not in self.heldout.splits:
                 raise ValueError("heldout.splits: lacks validation, where the challenger is chosen (registry). Add it.")
-            if self.registry.restart and self.sft.init_from == CHAMPION:
-                raise ValueError("registry.restart: it contradicts sft.init_from `champion`. Remove one of the two.")
             return self
         if self.sft.init_from == CHAMPION:
             raise ValueError("sft.init_from: `champion` needs section registry, which names the line. Add it.")
@@ -209,6 +207,8 @@ def _reject_filled_in(data: dict[str, Any]) -> None:
     for section, given in data.items():
         for model in models_at(RefreshConfig, [section]) if isinstance(given, dict) else []:
             for name in model.filled_in() if issubclass(model, Config) else []:
+                if (section, name) == ("registry", "restart") and name in given:
+                    raise ValueError("registry.restart: counts for one command. Remove it, and use option --restart.")
                 if name in given:
                     raise ValueError(f"{section}.{name} is filled in by the run. Remove it.")
 

@@ -27,8 +27,10 @@ from draftsmith.artifacts.store.manifest import read_manifest
 from draftsmith.artifacts.tracking.refresh_runs import OUTCOME, link_version
 from draftsmith.artifacts.tracking.registry import CHAMPION, PROMOTION_TAGS, ChampionMovedError, Version
 from draftsmith.artifacts.tracking.runs import Tracking
+from draftsmith.flows.config.options import RunOptions
 from draftsmith.flows.execution.display import Display
 from draftsmith.flows.planning.graph import UNSERVED, Conclusion, Node, OutdatedPlanError
+from draftsmith.flows.refresh.config import CHAMPION as CHAMPION_WEIGHTS
 from draftsmith.flows.refresh.config import DEFAULT_SAMPLING, HookConfig, RefreshConfig, measured_with, prompts_since
 from draftsmith.flows.refresh.line import (
     BLOCK_SIZE,
@@ -122,7 +124,7 @@ class RefreshPolicy:
         assert champion is not None
         reasons = [f"{name} is asked for (--force or --from)" for name in self._forced]
         if self.line.restart:
-            reasons.append("the line starts again (registry.restart)")
+            reasons.append("the line starts again (--restart)")
         if target_changed:
             reasons.append("the target has changed since its promotion")
         if (days := age_days(self.line.refreshed_at)) > config.max_age_days:
@@ -325,6 +327,12 @@ def _approved(key: str) -> bool:
     return approved(key)
 
 
+def _deployed() -> bool:
+    from draftsmith.flows.orchestration.flow_run import deployed  # imports Prefect, and planning must not
+
+    return deployed()
+
+
 def _set_metrics(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, SetMetrics]:
     """Return the metrics of a promotion by slice."""
     return {name: SetMetrics.model_validate(metrics) for name, metrics in figures.items()}
@@ -339,7 +347,17 @@ def resolve(config: RefreshConfig) -> RefreshConfig:
     if config.registry is None:
         return config
     check_held_out(config.registry.name, config.prompts)
+    if config.registry.restart and _deployed():
+        raise DraftsmithError(
+            "registry.restart: a deployment's runs do not start a line again, since each would. Run the config once "
+            "with `draftsmith run CONFIG --restart`."
+        )
     line = with_current_champion(config.registry)
+    if line.restart and line.champion is not None and config.sft.init_from == CHAMPION_WEIGHTS:
+        raise DraftsmithError(
+            f"--restart: it contradicts sft.init_from `champion`, which is version {line.champion.version}. Leave the "
+            "option out, or change the field."
+        )
     sections: dict[str, Config] = {"registry": line, "prompts": prompts_since(config.prompts, line.read_until)}
     if config.logs is not None and config.logs.since == LAST:
         sections["logs"] = config.logs.model_copy(update={"after": line.read_until})
@@ -347,6 +365,13 @@ def resolve(config: RefreshConfig) -> RefreshConfig:
         # on a machine without the store: late rows are skipped, and the refresh goes on
         sections["registry"] = line.model_copy(update={"answers": None})
     return config.model_copy(update=sections)
+
+
+def restarted(config: RunOptions) -> RefreshConfig:
+    """Return the config of a refresh that starts its line again. Raises DraftsmithError if it names no line."""
+    if not isinstance(config, RefreshConfig) or config.registry is None:
+        raise DraftsmithError("--restart: the config names no model line (registry.name). Leave the option out.")
+    return config.model_copy(update={"registry": config.registry.model_copy(update={"restart": True})})
 
 
 def refresh_policy(config: RefreshConfig, force: Collection[str]) -> RefreshPolicy | None:

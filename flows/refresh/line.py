@@ -69,13 +69,6 @@ class RegistryConfig(Config):
     upload: Annotated[
         bool, Field(description="copy weights into MLflow's artifact store too, for machines without the store")
     ] = False
-    restart: Annotated[
-        bool,
-        Field(
-            description="start from section `sft` instead of the champion, which must still be beaten; for one "
-            "refresh: --set registry.restart=true"
-        ),
-    ] = False
     approve: Annotated[
         bool,
         Field(
@@ -87,6 +80,14 @@ class RegistryConfig(Config):
         tuple[ServerUrl, ...],
         Field(description="servers that draft with the champion: swapped after a promotion, one after the other"),
     ] = ()
+    restart: Annotated[
+        bool,
+        FilledIn(),
+        Field(
+            description="option --restart, of one command: start from section `sft`, without a champion or instead of "
+            "it; an existing one must still be beaten"
+        ),
+    ] = False
     champion: Annotated[ChampionConfig | None, FilledIn(), Field(description="the champion when the plan is made")] = (
         None
     )
@@ -233,10 +234,10 @@ def with_current_champion(line: RegistryConfig) -> RegistryConfig:
     """Return the section with the line's champion and what its refresh read, filled in from the registry."""
     lines = registry()
     version, versions = lines.champion(line.name), lines.versions(line.name)
-    current = RegistryConfig(**line.model_dump(exclude=set(line.filled_in())))
+    current = RegistryConfig(**line.model_dump(exclude=set(line.filled_in()) - {"restart"}))
     if version is None:
         if not line.restart:
-            _check_starts(line.name, versions)
+            _check_starts(line, versions)
         return current
     return current.model_copy(
         update={
@@ -267,22 +268,29 @@ def _answers(version: Version) -> EarlierConfig | None:
         raise DraftsmithError(f"{where}: {field}: {error.errors()[0]['msg']}. Correct it, or remove it.") from None
 
 
-def _check_starts(line: str, versions: Sequence[Version]) -> None:
-    """Raise DraftsmithError if a line without a champion had one, or has one in another MLflow.
+def _check_starts(line: RegistryConfig, versions: Sequence[Version]) -> None:
+    """Raise DraftsmithError if a line without a champion had one, has one in another MLflow, or serves one.
 
     A drafter that only beats decoding without a drafter would replace it.
     """
-    if not versions and (elsewhere := describe_wrong_tracker(Tracking(home()))) is not None:
+    tracking = Tracking(home())
+    if not versions and (elsewhere := describe_wrong_tracker(tracking)) is not None:
         raise DraftsmithError(
-            f"{line}: it has no version here; {elsewhere}, or start the line here (`--set registry.restart=true`)."
+            f"{line.name}: it has no version here; {elsewhere}, or start the line here (option --restart)."
         )
     served = [version for version in versions if "promoted_at" in version.tags]
     if served:
         last = max(served, key=lambda version: (version.tags["promoted_at"], version.number))  # times are in seconds
         raise DraftsmithError(
             f"{last.line}: it has no champion, but {last} was one: the alias or its version was deleted in MLflow. "
-            f"Promote a version (`draftsmith promote {last.line}@{last.number}`), or start again without one (`--set "
-            "registry.restart=true`)."
+            f"Promote a version (`draftsmith promote {last.line}@{last.number}`), or start again without one (option "
+            "--restart)."
+        )
+    if line.servers:
+        raise DraftsmithError(
+            f"{line.name}: it has no champion in {tracking.public_uri}, but servers that draft with one "
+            "(registry.servers). Set MLFLOW_TRACKING_URI as on the line's other hosts, or start the line with option "
+            "--restart."
         )
 
 

@@ -69,6 +69,10 @@ PROGRAM = textwrap.dedent(
             refreshes = DeploymentFilterId(any_=[client.read_deployment_by_name(f"refresh/{name}").id])
             runs = client.read_flow_runs(deployment_filter=DeploymentFilter(id=refreshes))
             print("refreshes of", name, len(runs))
+        weekly = client.read_deployment_by_name("refresh/weekly")
+        weekly.parameters["config"]["registry"]["restart"] = True
+        run = client.create_flow_run_from_deployment(weekly.id, parameters=weekly.parameters)
+        print("restarted", executed(), client.read_flow_run(run.id).state.message)
         refresh()
         (artifact,) = (each for each in client.read_artifacts() if each.key == "my-line-verdict")
         print("verdict", artifact.key, artifact.type, artifact.data, artifact.flow_run_id is not None, sep="|")
@@ -149,6 +153,11 @@ def test_a_deployment_that_watches_starts_a_refresh(ended: subprocess.CompletedP
     assert printed(ended, "watching") == ["refresh/weekly http://gpu1"]
     assert printed(ended, "watched") == ["Below Below"], ended.stderr
     assert printed(ended, "refreshes of") == ["weekly 1", "other 1"], "one a day, of each line"
+
+
+def test_a_deployment_does_not_start_a_line_again(ended: subprocess.CompletedProcess[str]) -> None:
+    (state,) = printed(ended, "restarted")
+    assert state.startswith("Failed ") and "registry.restart: a deployment's runs do not start a line again" in state
 
 
 def test_a_run_that_watched_is_not_silent(ended: subprocess.CompletedProcess[str]) -> None:

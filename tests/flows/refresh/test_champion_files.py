@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -19,9 +20,12 @@ from draftsmith.artifacts.store.local import Store
 from draftsmith.artifacts.store.manifest import ArtifactRef
 from draftsmith.artifacts.tracking.registry import note_tracker
 from draftsmith.artifacts.tracking.runs import Tracking
+from draftsmith.flows.cli import commands
+from draftsmith.flows.cli.main import parser
 from draftsmith.flows.execution.display import Display
 from draftsmith.flows.refresh import registry_commands
-from draftsmith.flows.refresh.decisions import resolve
+from draftsmith.flows.refresh.decisions import resolve, restarted
+from draftsmith.flows.refresh.graph import REFRESH
 from draftsmith.flows.refresh.line import download_upload, registry
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.drafters.checkpoint import load_drafter, save_drafter
@@ -218,3 +222,33 @@ def test_no_tag_leads_out_of_the_home(line: str, home: Path, drafters: list[Arti
     client.delete_model_version_tag(line, "1", "draftsmith.drafter_digest")
     with pytest.raises(DraftsmithError, match=r"tag draftsmith\.drafter_digest: nothing is no sha256 digest"):
         registry_commands.export(Display(), line, tmp_path / "again")
+
+
+def test_a_line_with_servers_starts_without_a_champion_only_by_the_option(
+    line: str, home: Path, drafters: list[ArtifactRef], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new host whose shell lacks MLFLOW_TRACKING_URI has the config, and no champion."""
+    config = config_of(line, registry={"name": line, "servers": ["http://gpu1:30000"]})
+    finished(config_of(line), gated(Store(home / "store"), drafters[0]))
+    assert resolve(config).champion is not None
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    monkeypatch.setenv("DRAFTSMITH_HOME", str(home.parent / "new"))
+    with pytest.raises(DraftsmithError, match=rf"^{line}: .*no champion in sqlite:.*servers.* --restart"):
+        resolve(config)
+    given = {"name": "weekly", "target": {"source": "nowhere"}, "logs": {"paths": ["answers.jsonl"], "temperature": 0}}
+    (file := home.parent / "weekly.yaml").write_text(
+        json.dumps({**given, "registry": {"name": line, "servers": ["http://gpu1:30000"]}})
+    )
+    read = commands._read_config(parser().parse_args(["run", str(file), "--restart"]), REFRESH)
+    assert read == resolve(restarted(config)) and read.champion is None
+    assert resolve(config_of(line)).champion is None, "without servers a new line starts by itself"
+
+
+def test_a_restart_does_not_begin_with_the_champion(line: str, home: Path, drafters: list[ArtifactRef]) -> None:
+    config = config_of(line, sft={"init_from": "champion"})
+    assert resolve(restarted(config)).champion is None, "there is none yet"
+    finished(config, gated(Store(home / "store"), drafters[0]))
+    with pytest.raises(DraftsmithError, match=r"--restart: it contradicts sft\.init_from `champion`, .*version 1"):
+        resolve(restarted(config))
+    with pytest.raises(DraftsmithError, match="--restart: the config names no model line"):
+        restarted(config.model_copy(update={"registry": None}))

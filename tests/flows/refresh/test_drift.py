@@ -48,7 +48,7 @@ def test_a_refresh_continues_if_forced_or_if_the_last_one_is_too_old(
         assert RefreshPolicy(resolved, (force,)).sticky_force == kept, (
             "else the next run would find no reason to continue"
         )
-    assert registry().drift(line)[-1].decision == "the line starts again (registry.restart)"
+    assert registry().drift(line)[-1].decision == "the line starts again (--restart)"
     registry().tag(version, {"promoted_at": "2020-01-01T00:00:00+00:00"})
     assert stops() == "Current", "the last refresh counts, not the last promotion"
     registry().tag(version, {"refreshed_at": "2020-01-01T00:00:00+00:00"})

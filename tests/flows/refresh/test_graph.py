@@ -12,6 +12,7 @@ from draftsmith.flows.config.options import TimeLimit
 from draftsmith.flows.planning.graph import topological_order
 from draftsmith.flows.planning.inputs import external_digests
 from draftsmith.flows.refresh.config import RefreshConfig, control_config, prompts_since
+from draftsmith.flows.refresh.decisions import restarted
 from draftsmith.flows.refresh.graph import refresh_nodes
 from draftsmith.stages.drafters.stage import ChampionConfig
 from draftsmith.stages.target.sampling import GREEDY, SamplingParams
@@ -68,8 +69,9 @@ def test_the_champions_cache_key_depends_on_its_content_alone() -> None:
 def test_a_line_starts_from_a_checkpoint_and_continues_its_champion(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     start = f"sft.init_from={tmp_path / 'mine'}"
-    for champion, options in ((False, []), (True, ["registry.restart=true"])):
-        nodes = {node.name: node for node in refresh_nodes(of_line(start, *options, champion=champion))}
+    for champion in (False, True):
+        config = of_line(start, champion=champion)
+        nodes = {node.name: node for node in refresh_nodes(restarted(config) if champion else config)}
         assert "drafter" not in nodes["sft"].inputs
         assert nodes["sft"].config.model_dump()["init_from"] == str(tmp_path / "mine")
         assert nodes["evaluation"].inputs.get("champion") == ("champion" if champion else None), (
@@ -77,8 +79,8 @@ def test_a_line_starts_from_a_checkpoint_and_continues_its_champion(tmp_path: Pa
         )
     (sft,) = [node for node in refresh_nodes(of_line(start, champion=True)) if node.name == "sft"]
     assert sft.inputs["drafter"] == "champion" and sft.config.model_dump()["init_from"] is None
-    with pytest.raises(DraftsmithError, match=r"registry\.restart: "):
-        of_line("sft.init_from=champion", "registry.restart=true", champion=True)
+    with pytest.raises(DraftsmithError, match=r"registry\.restart: counts for one command\. .* option --restart"):
+        of_line("registry.restart=true", champion=True)
 
 
 def test_init_from_champion_starts_from_the_champion_if_there_is_one() -> None:

@@ -112,8 +112,10 @@ def test_a_promotion_swaps_the_servers_and_a_failed_swap_is_an_outcome_and_undoe
     info = {"speculative_algorithm": "DFLASH", "speculative_num_draft_tokens": block}
     states: list[dict[str, Any]] = [{SWAP_STATE: state}]
     with http_server(answer, server_info=lambda _: {**info, "internal_states": states}) as server:
-        config = config_of(line, registry={"name": line, "servers": [server.url]})
-        ended = finished(config, gated(Store(home / "store"), drafters[0]))
+        registry_config = {"name": line, "servers": [server.url]}
+        config = config_of(line, registry=registry_config)
+        started = config_of(line, registry={**registry_config, "restart": True})
+        ended = finished(started, gated(Store(home / "store"), drafters[0]))
         assert (ended.name, ended.error) == ("Promoted", None)
         assert f"{server.url} drafts with {line} version 1 since {since}." in ended.message
         (served,) = served_by(registry().version(line, 1))
