@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
 from pathlib import Path
 from random import Random
@@ -14,7 +16,15 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.locks import LockLostError
 from draftsmith.artifacts.store.local import Claim, Store
-from draftsmith.artifacts.store.manifest import MANIFEST, ArtifactRef, Provenance, describe_files
+from draftsmith.artifacts.store.manifest import (
+    MANIFEST,
+    ArtifactRef,
+    Provenance,
+    canonical_json,
+    describe_files,
+    parse_manifest,
+)
+from tests.testbed.artifacts import committed
 
 KEY = "ab" * 32
 OTHER = "cd" * 32
@@ -153,6 +163,23 @@ def test_files_that_changed_after_a_failed_commit_are_made_again(store: Store, m
     (store.partial_path("rollout", KEY) / "out" / "data.txt").write_text("other answers")
     with store.claim("rollout", KEY) as claim:
         assert isinstance(claim, Claim)
+
+
+@pytest.mark.parametrize(
+    "place", [("stage",), ("key",), ("content_id",), ("inputs", "prompts", "key"), ("inputs", "prompts", "stage")]
+)
+def test_a_manifest_from_elsewhere_names_no_path(place: tuple[str, ...], store: Store) -> None:
+    """A bucket's manifest becomes part of paths. It has a checksum, which anybody can compute."""
+    ref = committed(store, "rollout", {"x": "x"}, inputs={"prompts": committed(store, "prompts", {"x": "x"})})
+    fields = json.loads(store.manifest(ref).model_dump_json())
+    *sections, last = place
+    section = fields
+    for name in sections:
+        section = section[name]
+    section[last] = "../.."
+    checksum = hashlib.sha256(canonical_json(fields).encode()).hexdigest()
+    with pytest.raises(DraftsmithError, match="not a readable manifest"):
+        parse_manifest(json.dumps({**fields, "checksum": checksum}).encode(), "s3://bucket/manifest.json")
 
 
 def test_nothing_is_committed_if_the_lock_is_lost_while_files_are_hashed(

@@ -67,3 +67,12 @@ def test_a_dead_run_is_finished_if_it_made_the_artifact_and_killed_if_another_di
     assert forced.run_id != run.run_id
     assert close_dead_runs(tracking, store) == ["sft"]
     assert run_of(tracking, forced.run_id).info.status == "KILLED"
+
+
+@pytest.mark.parametrize("tag", ["stage", "key"])
+def test_a_run_whose_tags_lead_elsewhere_is_left_alone(tag: str, tracking: Tracking) -> None:
+    run = tracking.stage_run(None, "sft", KEY)
+    assert run.run_id is not None
+    tracking.connect()[0].set_tag(run.run_id, tag, "../..")
+    assert close_dead_runs(tracking, Store(tracking.folder / "store")) == []
+    assert run_of(tracking, run.run_id).info.status == "RUNNING"

@@ -83,3 +83,12 @@ def test_a_report_is_found_although_other_artifacts_are_damaged(store: Store, ho
     with pytest.raises(DraftsmithError, match="is missing"):
         plan(config, store, REFRESH)
     assert report_of_config("damaged.yaml", config, REFRESH) == first.path / "report.html"
+
+
+@pytest.mark.usefixtures("store")
+def test_a_run_that_another_wrote_leads_to_no_page_outside_the_store(home: Path, tmp_path: Path) -> None:
+    (home / "private").mkdir()
+    (home / "private" / "report.html").write_text("<p>")
+    run_of(home, "a-line", "theirs", report=ArtifactRef("..", "private", "1" * 64, tmp_path))
+    with pytest.raises(DraftsmithError, match=r"^run theirs in MLflow: param made\.report: '\.\./private' is no path"):
+        find_report("theirs", REFRESH)
