@@ -17,10 +17,10 @@ from urllib.parse import unquote
 from pydantic import AfterValidator
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.redaction import describe_secret, redacted
+from draftsmith.artifacts.redaction import MAX_SHOWN, describe_secret, redacted
 
 _LINE_BYTES = 200  # a line's name is part of a file's name
-_FOREIGN_CHARS, _SHOWN_CHARS = 2000, 60  # of a foreign text that are searched for secrets, and shown
+_SHOWN_CHARS = 60  # of a foreign text
 _HEX = re.compile(r"[0-9a-f]{64}")
 _LINE = re.compile(r"\w[\w.-]*")
 _NAME = re.compile(r"\w[\w@.+-]*")
@@ -109,7 +109,7 @@ def upload_address(value: object, *, where: str = "") -> str:
 
 def server_url(value: object, *, where: str = "") -> str:
     """Return the URL of a server: http or https, host, port and path, without credentials and parameters."""
-    if isinstance(value, str) and ("@" in value or describe_secret(value[:_FOREIGN_CHARS]) is not None):
+    if isinstance(value, str) and ("@" in value or describe_secret(value[:MAX_SHOWN]) is not None):
         # not shown: the end of the secret is unknown
         raise IdentifierError(
             f"{_at(where)}contains a user, a password or a key. Remove it: the key belongs in a variable of the "
@@ -157,7 +157,7 @@ def _matching(pattern: re.Pattern[str], value: object, where: str, problem: str,
 def _error(value: object, where: str, problem: str, remedy: str) -> IdentifierError:
     """Return the error that shows a foreign value escaped, without secrets, and cut."""
     if isinstance(value, str):
-        text = repr(redacted(value[:_FOREIGN_CHARS]))
+        text = repr(redacted(value[:MAX_SHOWN]))
         shown = text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}…"
     else:
         shown = "nothing" if value is None else f"a value of type {type(value).__name__}"
