@@ -250,8 +250,13 @@ class Recorder:
         return False if self.rows else None
 
 
-def drafter_folder(source: str, revision: str | None) -> Path | None:
-    """Return the drafter's folder, or SGLang's snapshot of the hub; None if neither is found."""
+def drafter_folder(source: str | None, revision: str | None) -> Path | None:
+    """Return the drafter's folder, or SGLang's snapshot of the hub; None if neither is found.
+
+    source: None for a target that drafts with a head of its own.
+    """
+    if source is None:
+        return None
     if (folder := Path(source)).is_dir():
         return folder
     from huggingface_hub import snapshot_download  # needed only for a hub id

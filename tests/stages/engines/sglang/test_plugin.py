@@ -196,6 +196,14 @@ def test_what_is_no_share_ends_the_server(monkeypatch: pytest.MonkeyPatch, setti
         Summed(monkeypatch, setting)
 
 
+def test_a_server_that_drafts_with_its_targets_own_head_starts_and_names_no_drafter() -> None:
+    """SGLang's NEXTN and EAGLE need no `--speculative-draft-model-path` there."""
+    arguments = {"speculative_draft_model_path": None, "speculative_draft_model_revision": None, "pp_size": 1}
+    recorder = Recorder()
+    recorder.after_load(None, SimpleNamespace(server_args=SimpleNamespace(**arguments)))
+    assert recorder.active and recorder.drafter == ""
+
+
 @pytest.fixture
 def other_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Return the name of a module that stands for another release."""
