@@ -59,8 +59,9 @@ class Server:
 
 
 @contextmanager
-def mlflow_server(folder: Path) -> Iterator[Server]:
-    (port,) = free_ports(1)
+def mlflow_server(folder: Path, url: str | None = None) -> Iterator[Server]:
+    """Run MLflow's server. url: of a free port here; None: any."""
+    (port,) = free_ports(1) if url is None else [int(url.rpartition(":")[2])]
     stored = ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", f"{folder}/files"]
     command = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1", *stored]
     yield from _running(Server(command, port, "/health", folder))

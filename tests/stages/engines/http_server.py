@@ -30,6 +30,7 @@ class HttpServer:
 
     replies: dict[str, Reply]
     asked: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)  # headers Authorization of all requests that had one
     at_once: int = 0
     most_at_once: int = 0
     url: str = ""
@@ -51,6 +52,7 @@ class HttpServer:
             def _answer(self, payload: dict[str, Any]) -> None:
                 with server.lock:
                     server.asked.append((self.path, payload))
+                    server.keys += filter(None, [self.headers.get("Authorization")])
                     server.at_once += 1
                     server.most_at_once = max(server.most_at_once, server.at_once)
                 headers: dict[str, str] = {}
