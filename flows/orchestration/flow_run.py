@@ -24,6 +24,7 @@ from prefect.events import emit_event
 from prefect.flow_runs import suspend_flow_run
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError, StageInterrupted
+from draftsmith.artifacts.tracking.terms import escape_markdown
 from draftsmith.flows.execution.node import NodeResult
 from draftsmith.flows.orchestration.server import uses_temporary_server
 from draftsmith.flows.planning.graph import Conclusion
@@ -166,9 +167,9 @@ def run_task(name: str, title: str, body: Callable[[], str], say: Callable[[str]
     try:
         text = task(name=name, task_run_name=title, cache_policy=NO_CACHE, persist_result=False)(body)()
     except DraftsmithError as error:
-        show(f"{name} failed: {error}")
+        show(escape_markdown(f"{name} failed: {error}"))
         raise
-    show(text)
+    show(escape_markdown(text))
     return text
 
 

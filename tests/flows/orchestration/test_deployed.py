@@ -168,7 +168,8 @@ def test_a_run_that_watched_is_not_silent(ended: subprocess.CompletedProcess[str
 
 def test_a_rollback_whose_swap_fails_is_a_failed_task(ended: subprocess.CompletedProcess[str]) -> None:
     (page,) = printed(ended, "rolled back")
-    assert page.startswith("Failed 1 rollback failed: ") and "`draftsmith swap a-line" in page
+    assert page.startswith("Failed 1 rollback failed: ")
+    assert r"\`draftsmith swap a-line" in page, "a server's text is in it, so its Markdown and HTML are escaped"
 
 
 def test_the_flow_runs_page_shows_the_verdict(ended: subprocess.CompletedProcess[str]) -> None:
