@@ -267,6 +267,13 @@ def _deploy(options: argparse.Namespace, pipeline: Pipeline) -> None:
     Display().line(deploy(config, pipeline, api, how))
 
 
+def _swap(options: argparse.Namespace, _pipeline: Pipeline) -> None:
+    if options.forget:
+        registry_commands.forget_servers(Display(), options.version, options.forget)
+    else:
+        registry_commands.swap(Display(), options.version, options.url)
+
+
 def _prune(options: argparse.Namespace, _pipeline: Pipeline) -> None:
     with exclusive_for_prune(home()) if options.artifacts and options.delete else nullcontext():
         prune(Display(), options.days, artifacts=options.artifacts, delete=options.delete)
@@ -301,12 +308,12 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace, Pipeline], None]] = {
     "report": _report,
     "champions": lambda options, _: registry_commands.champions(Display(), options.line),
     "promote": lambda options, _: registry_commands.promote(
-        Display(), options.version, options.why, dry_run=options.dry_run
+        Display(), options.version, options.why, dry_run=options.dry_run, servers=options.url
     ),
     "rollback": lambda options, _: registry_commands.rollback(
-        Display(), options.line, options.why, dry_run=options.dry_run
+        Display(), options.line, options.why, dry_run=options.dry_run, servers=options.url
     ),
-    "swap": lambda options, _: registry_commands.swap(Display(), options.version, options.url),
+    "swap": _swap,
     "export": lambda options, _: registry_commands.export(
         Display(), options.version, options.folder, options.format, calibrated=options.calibrated
     ),

@@ -97,6 +97,7 @@ def parser() -> argparse.ArgumentParser:
     for moved in (promote, rollback):
         moved.add_argument("--why", default="", help="the reason, kept in the line's history")
         moved.add_argument("--dry-run", action="store_true", help="print what would be done, and do nothing")
+        _add_servers(moved)
 
     watch = commands.add_parser("watch", help="compare tau of a line's servers with the champion's at its promotion")
     _add_config(watch, "NAME", "YAML file of a line's refresh, or the line's name", restart=False)
@@ -116,6 +117,9 @@ def parser() -> argparse.ArgumentParser:
     swap = commands.add_parser("swap", help="have running servers draft with a version, and prove that they do")
     swap.add_argument("version", metavar="NAME[@VERSION]", help="left out: the champion")
     _add_servers(swap)
+    swap.add_argument(
+        "--forget", action="append", default=[], metavar="URL", help="drop a server that is gone, and swap none"
+    )
 
     export = commands.add_parser("export", help="copy a verified drafter, in the layout that engines load")
     export.add_argument("version", metavar="NAME[@VERSION]", help="left out: the champion")
@@ -221,8 +225,8 @@ def _add_servers(parser: argparse.ArgumentParser) -> None:
         "--url",
         action="append",
         default=[],
-        help="an SGLang or vLLM server, whose API key, if any, is in SGLANG_API_KEY or VLLM_API_KEY; left out: those "
-        "that were swapped",
+        help="an SGLang or vLLM server, which gets the API key in SGLANG_API_KEY or VLLM_API_KEY, if any; by default "
+        "those that were swapped, without a key",
     )
 
 

@@ -29,7 +29,7 @@ from draftsmith.flows.refresh.line import (
     find_artifact,
     registry,
 )
-from draftsmith.flows.refresh.swap import served_by, swap_to
+from draftsmith.flows.refresh.swap import forget, served_by, swap_to, swapped_servers
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.spec import DraftingConfig
@@ -92,13 +92,13 @@ def _row(version: Version) -> list[str]:
     return [str(version.number), aliases, outcome, tags.get("rules") or "-", *metrics, version.created_at[:10]]
 
 
-def promote(display: Display, text: str, why: str, *, dry_run: bool) -> None:
-    """Make `LINE@VERSION` the champion, after comparing its files with their checksums."""
-    lines = registry()
+def promote(display: Display, text: str, why: str, *, dry_run: bool, servers: Sequence[str] = ()) -> None:
+    """Make `LINE@VERSION` the champion, after comparing its files with their checksums. servers: as for `rollback`."""
+    lines, servers = registry(), named_servers(servers)
     version = lines.resolve(text)
     if not dry_run:
         lines.complete_promotion(version.line)
-    _move(display, lines, version, why or "by hand", BY_HAND, dry_run=dry_run)
+    _move(display, lines, version, why or "by hand", BY_HAND, dry_run=dry_run, servers=servers)
 
 
 def rollback(display: Display, line: str, why: str, *, dry_run: bool, servers: Sequence[str] = ()) -> None:
@@ -106,7 +106,7 @@ def rollback(display: Display, line: str, why: str, *, dry_run: bool, servers: S
 
     servers: that draft with it afterwards; empty: those that have a version of the line by a swap.
     """
-    lines = registry()
+    lines, servers = registry(), named_servers(servers)
     interrupted = None if dry_run else lines.complete_promotion(line)
     if interrupted is not None and interrupted.what == ROLLED_BACK:  # the same command, when MLflow was lost meanwhile
         display.line(
@@ -160,15 +160,16 @@ def _move(
 def _serve(display: Display, champion: str, servers: Sequence[str]) -> None:
     """Have the servers draft with the new champion, `LINE@VERSION`; empty: those that were swapped before."""
     line = champion.partition("@")[0]
-    if not (urls := servers or swapped_servers(line)):
+    if not (servers or swapped_servers(line)):
         display.line("restart the servers that draft, or name them: `draftsmith swap --url URL`")
         return
     try:
-        swap(display, champion, urls)
+        swap(display, champion, servers)
     except DraftsmithError as error:  # the same command would find the champion in place
-        command = " ".join(["draftsmith swap", line, *(f"--url {url}" for url in urls)])
+        command = " ".join(["draftsmith swap", line, *(f"--url {url}" for url in servers)])
+        gone = "" if servers else f" (`draftsmith swap {line} --forget URL` drops a server that is gone)"
         raise type(error)(
-            f"{error} {champion} is the champion nevertheless. When that is repaired, run `{command}`."
+            f"{error} {champion} is the champion nevertheless. When that is repaired, run `{command}`{gone}."
         ) from error
 
 
@@ -176,17 +177,27 @@ def swap(display: Display, text: str, urls: Sequence[str]) -> None:
     """Have servers draft with a version: those at `urls`, or else those that have a version of its line by a swap."""
     lines = registry()
     version = lines.resolve(text)
-    servers = [server_url(url.rstrip("/"), where="--url") for url in urls] or swapped_servers(version.line)
+    servers = named_servers(urls) or swapped_servers(version.line)
     if not servers:
         raise DraftsmithError(f"{version.line}: no server is known to draft with it. Name some with --url.")
     with artifacts_in_use(home(), f"swap to {version}", display.line):
-        swap_to(version, verify_checkpoint(version), servers, display.line)
+        swap_to(version, verify_checkpoint(version), servers, display.line, named=bool(urls))
     display.line(f"{', '.join(servers)}: {version} is served")
 
 
-def swapped_servers(line: str) -> list[str]:
-    """Return the servers that have a version of the line by a swap."""
-    return [served.url for version in registry().versions(line) for served in served_by(version)]
+def forget_servers(display: Display, text: str, urls: Sequence[str]) -> None:
+    """Drop servers from a line, which are not asked. Raises DraftsmithError if no version of it names one."""
+    line = text.partition("@")[0]
+    for url in named_servers(urls, "--forget"):
+        if not forget(line, url):
+            known = ", ".join(swapped_servers(line)) or "none"
+            raise DraftsmithError(f"--forget: {line} has no server {url}. It has {known}.")
+        display.line(f"{url} is forgotten: no version of {line} names it")
+
+
+def named_servers(urls: Sequence[str], option: str = "--url") -> list[str]:
+    """Return the servers that a command line names. Raises DraftsmithError if an address is none, or has a password."""
+    return [server_url(url.rstrip("/"), where=option) for url in urls]
 
 
 def export(display: Display, text: str, folder: Path, layout: str = "sglang", *, calibrated: bool = False) -> None:

@@ -18,7 +18,8 @@ from draftsmith.artifacts.tracking.registry import CHAMPION, Version
 from draftsmith.flows.execution.display import Display
 from draftsmith.flows.refresh.decisions import degraded_sets
 from draftsmith.flows.refresh.line import BLOCK_SIZE, registry
-from draftsmith.flows.refresh.registry_commands import swapped_servers
+from draftsmith.flows.refresh.registry_commands import named_servers
+from draftsmith.flows.refresh.swap import swapped_servers
 from draftsmith.stages.engines.served import ask_servers, count_finished, served_tau
 from draftsmith.stages.engines.servers.state import ServerState, TracedRequest
 from draftsmith.stages.evaluation.verdicts import FEWEST_IN_SLICE, too_small
@@ -36,7 +37,7 @@ def show_servers(display: Display, line: str, urls: Sequence[str]) -> None:
     if not versions:
         raise registry().unknown_line(line)
     rows = []
-    for url, state in ask_servers(_servers(line, urls)).items():
+    for url, state in ask_servers(_servers(line, urls), named=bool(urls)).items():
         if isinstance(state, DraftsmithError):
             rows.append([url, str(state), "-", "-", "-", "-"])
             continue
@@ -63,11 +64,12 @@ def watch(line: str, urls: Sequence[str], minutes: float, threshold: float) -> t
     champion, versions = lines.champion(line), lines.versions(line)
     if champion is None:
         raise DraftsmithError(f"{line} has no champion. Promote one.") if versions else lines.unknown_line(line)
-    states = _answered(ask_servers(_servers(line, urls)))
+    servers, named = _servers(line, urls), bool(urls)
+    states = _answered(ask_servers(servers, named=named))
     for url, state in states.items():
         if state.algorithm is None or state.digest not in (None, "", champion.tags.get("drafter_digest")):
             served = f"{url} serves {_drafter(state, _version(state, versions))}, and {champion} is the champion"
-            return "mismatched", f"{served}. Run `draftsmith swap {line} --url {url}`."
+            return "mismatched", f"{served}. Run `draftsmith swap {line}{f' --url {url}' if named else ''}`."
     measured_with = champion.json("measured_with", {}).get(BLOCK_SIZE)
     for url, state in states.items():
         if measured_with not in (None, state.block_size):
@@ -90,8 +92,8 @@ def watch(line: str, urls: Sequence[str], minutes: float, threshold: float) -> t
         if outside:
             counted += f", without {outside:.0%} of their steps, at depths that the promotion did not measure"
     else:
-        asked = windows = _answered(count_finished(list(states), 60 * minutes))
-        by_now = _answered(ask_servers(list(windows)))
+        asked = windows = _answered(count_finished(list(states), 60 * minutes, named=named))
+        by_now = _answered(ask_servers(list(windows), named=named))
         if any((state.digest, state.since) != (states[url].digest, states[url].since) for url, state in by_now.items()):
             again = "a server has another drafter by now, or started again. Watch again."
             return "inconclusive", f"{line}: {again}"
@@ -100,7 +102,7 @@ def watch(line: str, urls: Sequence[str], minutes: float, threshold: float) -> t
         counted = f"{sum(each.requests for each in finished):.0f} requests"
     outcome, reason = compare(now, then, threshold)
     counted += f", of {', '.join(asked)}"
-    if silent := [url for url in _servers(line, urls) if url not in asked]:
+    if silent := [url for url in servers if url not in asked]:
         counted += f"; no answer from {', '.join(silent)}"
     return outcome, f"{champion}: {reason} ({counted})"
 
@@ -165,7 +167,7 @@ def _metrics(share: Estimate, of: float = 1.0) -> SetMetrics:
 
 def _servers(line: str, urls: Sequence[str]) -> list[str]:
     """Return the servers at `urls`, or else those that have a version of the line by a swap."""
-    if servers := [url.rstrip("/") for url in urls] or swapped_servers(line):
+    if servers := named_servers(urls) or swapped_servers(line):
         return servers
     raise DraftsmithError(f"{line}: no server is known. Name those that serve it with --url.")
 

@@ -30,34 +30,47 @@ _WINDOWS = 30  # in the time that servers are watched
 _T = TypeVar("_T")
 
 
-def ask_servers(urls: Sequence[str]) -> dict[str, ServerState | DraftsmithError]:
-    """Return the state of each server, or why it is unknown: a RetryableError if the server does not answer."""
-    return from_servers(urls, _state)
+def ask_servers(urls: Sequence[str], *, named: bool = False) -> dict[str, ServerState | DraftsmithError]:
+    """Return the state of each server, or why it is unknown: a RetryableError if the server does not answer.
+
+    named: as for `from_servers`.
+    """
+    return from_servers(urls, _state, named=named)
 
 
-def count_finished(urls: Sequence[str], seconds: float) -> dict[str, list[Finished] | DraftsmithError]:
+def count_finished(
+    urls: Sequence[str], seconds: float, *, named: bool = False
+) -> dict[str, list[Finished] | DraftsmithError]:
     """Return what each server finishes in each window of the next seconds, or why that is unknown.
 
-    Windows without a verify step are left out.
+    Windows without a verify step are left out. named: as for `from_servers`.
     """
-    return from_servers(urls, lambda client, url: _windows(client, url, seconds))
+    return from_servers(urls, lambda client, url: _windows(client, url, seconds), named=named)
 
 
 def from_servers(
-    urls: Sequence[str], ask: Callable[[httpx.AsyncClient, str], Awaitable[_T]]
+    urls: Sequence[str], ask: Callable[[httpx.AsyncClient, str], Awaitable[_T]], *, named: bool = False
 ) -> dict[str, _T | DraftsmithError]:
-    """Return what `ask` returns of each server, or its error: a RetryableError if the server does not answer."""
+    """Return what `ask` returns of each server, or its error: a RetryableError if the server does not answer.
+
+    named: the config or the command line names these servers, so they get the API key of the environment. A server that
+    only a tag in MLflow names never does: whoever may write tags would read it.
+    """
 
     async def answer(url: str) -> _T | DraftsmithError:
         try:
             with reachable(url):
                 async with httpx.AsyncClient() as client:
-                    metrics = (await query(client, "GET", f"{url}/metrics")).text  # neither kind wants a key for them
-                    kind = "vllm" if vllm.is_vllm(metrics) else "sglang"
-                    client.headers.update(key_header(os.environ.get(API_KEYS[kind])))
+                    if named:
+                        metrics = (await query(client, "GET", f"{url}/metrics")).text  # neither kind wants a key
+                        kind = "vllm" if vllm.is_vllm(metrics) else "sglang"
+                        client.headers.update(key_header(os.environ.get(API_KEYS[kind])))
                     return await ask(client, url)
         except DraftsmithError as error:
             return error
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            reason = f"{type(error).__name__} {error}"[:200]
+            return DraftsmithError(f"{url}: its answer cannot be read ({reason}). Check the URL and the release.")
 
     async def answers() -> list[_T | DraftsmithError]:
         return await asyncio.gather(*map(answer, urls))

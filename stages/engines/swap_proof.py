@@ -8,21 +8,20 @@ from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
 
 import torch
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.base import Drafter
-from draftsmith.stages.drafters.checkpoint import load_drafter
+from draftsmith.stages.drafters.checkpoint import check_complete, load_drafter, read_config
 from draftsmith.stages.drafters.digest import BOOKKEEPING
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.kinds import identify, open_servers
 from draftsmith.stages.engines.served import API_KEYS
+from draftsmith.stages.engines.servers.identity import TargetTooLargeError, check_memory
 from draftsmith.stages.engines.servers.requirements import server_requirements
 from draftsmith.stages.engines.servers.state import NewDrafter, ServerState
-from draftsmith.stages.engines.swap import Prove
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.proof import Proof, ServedAnswer, prove
 from draftsmith.stages.target.causal_lm import Target
@@ -35,34 +34,50 @@ _ANSWERS, _TOKENS = 8, 64  # asked at a time, until the proof is not inconclusiv
 class ReplayProver:
     """Makes the proof of each server; the target is read once, on the CPU, since servers occupy the GPUs.
 
-    target: the artifact. folder_of: of the drafter that a server serves; raises DraftsmithError if it is not known.
-    prompts: token ids; the first ones are asked, as many as it takes.
+    drafter_of: returns the drafter that a server serves; raises DraftsmithError if it is not known. inputs: returns the
+    target's artifact and prompts, token ids; the first ones are asked, as many as it takes. named: as for
+    `from_servers`.
     """
 
     def __init__(
-        self, target: Path, new: NewDrafter, folder_of: Callable[[ServerState], Path], prompts: Sequence[list[int]]
+        self,
+        new: NewDrafter,
+        drafter_of: Callable[[ServerState], NewDrafter],
+        inputs: Callable[[], tuple[Path, Sequence[list[int]]]],
+        *,
+        named: bool = False,
     ) -> None:
-        self._target_folder, self._target = target, Target.load(target, device="cpu")
-        self._new, self._folder_of = new, folder_of
-        self._requests = [Request(f"{i} of the proof", prompt, _TOKENS) for i, prompt in enumerate(prompts)]
-        # the old one may be of an earlier target
-        self._drafter: Callable[[Path], Drafter] = cache(partial(load_drafter, target=self._target, any_target=True))
+        self._new, self._drafter_of, self._inputs, self._named = new, drafter_of, inputs, named
 
-    def __call__(self, before: ServerState) -> Prove:
-        """Return the proof that a server drafts with the new drafter, no longer with the one that it serves now.
-
-        Raises DraftsmithError if more than weights differs.
-        """
-        old = self._drafter(self._folder_of(before))
-        new = self._drafter(self._new.folder)
-        if field := _different_field(old, new):
+    def served(self, before: ServerState) -> NewDrafter:
+        """Return the drafter of a server. Raises DraftsmithError if more than weights differs. Reads no weights."""
+        check_complete(self._new.folder)
+        old = self._drafter_of(before)
+        if field := _different_field(old.folder, self._new.folder):
             raise DraftsmithError(
                 f"{before.url}: the new drafter's {field} differs from the served one's. Start the server with it."
             )
-        return lambda: self._prove(before, old, new)
+        return old
 
-    def _prove(self, before: ServerState, old: Drafter, new: Drafter) -> Proof:
-        key = API_KEYS[before.engine]
+    def load(self, olds: Sequence[NewDrafter]) -> None:
+        """Load target and drafters. Raises DraftsmithError if they are not here, or the memory does not hold them."""
+        self._target_folder, prompts = self._inputs()
+        try:
+            check_memory(self._target_folder)
+        except TargetTooLargeError as error:
+            raise DraftsmithError(
+                f"the proof loads the target on the CPU, {error}. Run the command on a machine with more memory."
+            ) from error
+        self._target = Target.load(self._target_folder, device="cpu")
+        self._requests = [Request(f"{i} of the proof", prompt, _TOKENS) for i, prompt in enumerate(prompts)]
+        # the old one may be of an earlier target
+        self._drafter: Callable[[Path], Drafter] = cache(partial(load_drafter, target=self._target, any_target=True))
+        for drafter in (self._new, *olds):
+            self._drafter(drafter.folder)
+
+    def prove(self, before: ServerState, old: NewDrafter) -> Proof:
+        """Return whether a server drafts with the new drafter, no longer with the one that it served before."""
+        key = API_KEYS[before.engine] if self._named else ""
         engine, block_size = identify(before.url, key if os.environ.get(key) else None)
         drafting = DraftingConfig(block_size=block_size)
         longest = max(len(request.prompt_ids) for request in self._requests) + _TOKENS
@@ -75,7 +90,8 @@ class ReplayProver:
                 batch = server.generate(self._requests[start : start + _ANSWERS])
                 # without steps: of too few tokens, or retracted
                 answers += [(answer.trajectory(), answer.trace()) for answer in batch if answer.steps]
-                proof = prove(self._target, old, new, answers, ReplayOptions(drafting), float32=float32)
+                pair = self._drafter(old.folder), self._drafter(self._new.folder)
+                proof = prove(self._target, *pair, answers, ReplayOptions(drafting), float32=float32)
                 if proof.swapped is not None:
                     break
         if proof is None or not answers:
@@ -85,8 +101,8 @@ class ReplayProver:
         return proof
 
 
-def _different_field(old: Drafter, new: Drafter) -> str | None:
-    """Return a field of config.json by which the drafters compute differently; None if only weights differ."""
-    ours, theirs = (cast("Any", each).config.to_dict() for each in (old, new))
+def _different_field(old: Path, new: Path) -> str | None:
+    """Return a field of config.json by which drafters compute differently; None if only weights differ."""
+    ours, theirs = (read_config(folder)[1].to_dict() for folder in (old, new))
     fields = sorted((ours.keys() | theirs.keys()) - BOOKKEEPING)
     return next((name for name in fields if ours.get(name) != theirs.get(name)), None)

@@ -7,9 +7,9 @@ from collections.abc import Generator
 import pytest
 
 from draftsmith.stages.runtime.child_process import last_lines
-from tests.sglang_cpu.fixtures import dflash_url, plain_url, serving_target, sglang_env, sglang_logs
+from tests.sglang_cpu.fixtures import dflash_url, plain_url, served_mlflow, serving_target, sglang_env, sglang_logs
 
-__all__ = ["dflash_url", "plain_url", "serving_target", "sglang_env", "sglang_logs"]
+__all__ = ["dflash_url", "plain_url", "served_mlflow", "serving_target", "sglang_env", "sglang_logs"]
 
 
 @pytest.hookimpl(wrapper=True)

@@ -29,12 +29,11 @@ from draftsmith.stages.engines import swap
 from draftsmith.stages.engines.servers.client import Json
 from draftsmith.stages.engines.servers.state import NewDrafter
 from draftsmith.stages.engines.sglang.protocol import KEY
-from draftsmith.stages.engines.swap import Served, swap_servers
-from draftsmith.stages.replay.proof import Proof
 from draftsmith.stages.replay.trace import Trace
 from tests.integration.recorded import Answer, assert_same_steps, trace_of
 from tests.sglang_cpu.server import generate
 from tests.stages.bench import GREEDY_TOKENS, Bench
+from tests.stages.engines.swaps import swapped
 from tests.testbed.adapters import write_adapted_drafter
 from tests.testbed.artifacts import committed
 from tests.testbed.drafter import DrafterArtifacts
@@ -100,7 +99,7 @@ def keep_from_servers(engine: str, patch: pytest.MonkeyPatch) -> None:
     """Name a folder that does not exist to servers of an engine, as if their hosts had uploads alone."""
     write = getattr(swap, f"write_{engine}")
 
-    async def write_upload(client: httpx.AsyncClient, url: str, new: NewDrafter, *rest: str) -> Json:
+    async def write_upload(client: httpx.AsyncClient, url: str, new: NewDrafter, *rest: Any) -> Json:
         elsewhere = replace(new, folder=Path("/nonexistent")) if new.upload else new
         return dict(await write(client, url, elsewhere, *rest))
 
@@ -166,11 +165,8 @@ def assert_swaps(url: str, bench: Bench, checkpoint: Path, algorithm: str, folde
         [trace.accepted.tolist() for trace in bench.replay(bench.answered(PROMPTS), n, None)] for n in bench.drafters
     ]
     assert steps[0] != steps[1], "the drafters can be told apart"
-    proven = Proof(True, "compared here.")
     assert_drafts_with(url, bench, "first")
     for name, to in (("other", other), ("first", checkpoint)):
-        done: list[Served] = []
-        new = NewDrafter(drafter_digest(to), to, algorithm, first.block_size)
-        swap_servers([url], new, lambda _before: lambda: proven, done.append)
+        (served,) = swapped([url], NewDrafter(drafter_digest(to), to, algorithm, first.block_size))
         assert_drafts_with(url, bench, name)
-        print(f"{algorithm}: a pause of {done[0].pause_s:.3f} s")
+        print(f"{algorithm}: a pause of {served.pause_s:.3f} s")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import threading
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
@@ -26,7 +28,7 @@ from draftsmith.flows.refresh.swap import served_by
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.engines.servers.state import NewDrafter
-from draftsmith.stages.engines.swap import swap_servers
+from draftsmith.stages.engines.sglang.protocol import SWAP_ACTION, SWAP_STATE
 from tests.faults.servers import mlflow_server
 from tests.flows.refresh.line_runs import config_of, finished, gated
 from tests.integration.swapping import PROMISED, PROMPTS, assert_drafts_with, keep_from_servers, line_of_two, requests
@@ -34,6 +36,7 @@ from tests.sglang_cpu.server import generate
 from tests.stages.bench import Bench
 from tests.stages.data.logs.test_engine_logs import converted
 from tests.stages.drafters.edits import without_a_layer
+from tests.stages.engines.swaps import Prover, swapped
 from tests.testbed.drafter import DrafterArtifacts
 
 pytestmark = [pytest.mark.sglang, pytest.mark.integration]
@@ -148,6 +151,7 @@ def test_a_watch_swaps_back_a_server_that_accepts_less_than_promised(swapping: S
 
 def test_a_server_without_the_store_fetches_the_upload(
     swapping: Swapping,
+    served_mlflow: str,
     bench: Bench,
     tiny_drafter: DrafterArtifacts,
     tmp_path: Path,
@@ -158,7 +162,7 @@ def test_a_server_without_the_store_fetches_the_upload(
     line, url = "uploaded", ["--url", swapping.url]
     keep_from_servers("sglang", monkeypatch)
     with (
-        mlflow_server(tmp_path) as mlflow,
+        mlflow_server(tmp_path, served_mlflow) as mlflow,
         # other weights than any that the server has had, whose last ones it keeps in memory
         line_of_two(line, tmp_path / "home", tiny_drafter, bench, mlflow.url, seed=1) as folders,
     ):
@@ -181,7 +185,28 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(swapping: Swapping, tmp_
     without_a_layer(other := Path(shutil.copytree(swapping.folders["2"], tmp_path / "other")))
     new = NewDrafter(drafter_digest(other), other, "DFLASH", 8)
     with pytest.raises(DraftsmithError, match="refuses the drafter"):
-        swap_servers([swapping.url], new, lambda _before: lambda: pytest.fail("written"), lambda _served: None)
+        swapped([swapping.url], new, Prover(prove_by=lambda: pytest.fail("written")))
+    swapping.assert_drafts_with("1")
+
+
+MALFORMED = ["", "{", "[]", "3", "null", "{}", '{"drafter": null}', '{"drafter": "../.."}', "[" * 100_000]
+
+
+def test_a_malformed_request_is_refused_and_changes_nothing(swapping: Swapping) -> None:
+    """As the stock server refuses an action that it does not know."""
+    drafter = drafter_digest(swapping.folders["1"])
+    wrong = [
+        {"drafter": drafter, "folder": 3},
+        {"drafter": drafter, "folder": "relative"},
+        {"drafter": drafter, "folder": "/", "upload": ["runs:/a/drafter"]},
+        {"drafter": drafter, "folder": "/", "upload": "http://127.0.0.1:9/drafter"},
+    ]
+    with httpx.Client(base_url=swapping.url, timeout=300) as client:
+        before = client.get("/server_info").json()["internal_states"][0][SWAP_STATE]
+        for text in ["unknown", *(SWAP_ACTION + text for text in [*MALFORMED, *map(json.dumps, wrong)])]:
+            answer = client.post("/weights_checker", json={"action": text})
+            assert answer.status_code == 400 and answer.json()["message"], text[:80]
+        assert client.get("/server_info").json()["internal_states"][0][SWAP_STATE] == before
     swapping.assert_drafts_with("1")
 
 
@@ -194,5 +219,5 @@ def test_a_failed_proof_leaves_the_server_as_it_was(swapping: Swapping) -> None:
 
     new = NewDrafter(drafter_digest(folder), folder, "DFLASH", 8)
     with pytest.raises(DraftsmithError, match="again, and no server after it was touched"):
-        swap_servers([swapping.url], new, lambda _before: prove, lambda _served: None)
+        swapped([swapping.url], new, Prover(prove_by=prove))
     swapping.assert_drafts_with("1")

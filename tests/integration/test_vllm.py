@@ -34,10 +34,10 @@ from draftsmith.stages.engines.kinds import open_servers
 from draftsmith.stages.engines.servers.api import BadAnswerError
 from draftsmith.stages.engines.servers.client import ServerAnswer, key_header
 from draftsmith.stages.engines.servers.identity import QUANTISED_TOLERANCE
+from draftsmith.stages.engines.servers.process import free_ports
 from draftsmith.stages.engines.servers.requirements import server_requirements, speculative_algorithm
 from draftsmith.stages.engines.servers.state import NewDrafter
 from draftsmith.stages.engines.stage import STAGE as ROLLOUT
-from draftsmith.stages.engines.swap import swap_servers
 from draftsmith.stages.engines.vllm.records import completion_payload, read_completion
 from draftsmith.stages.engines.vllm.server import drafting_options
 from draftsmith.stages.evaluation.diagnosis import STAGE as DIAGNOSIS
@@ -54,6 +54,7 @@ from draftsmith.stages.target.sampling import SamplingParams
 from tests.faults.servers import mlflow_server
 from tests.integration.swapping import dflash2, dspark, keep_from_servers, line_of_two, write_other_weights
 from tests.stages.bench import GREEDY_TOKENS, Bench, tau
+from tests.stages.engines.swaps import Prover, swapped
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts
 from tests.vllm_cpu.server import KEY, KEY_VARIABLE, LONGEST, OPTIONS, launched, running_server, vllm_python
@@ -97,6 +98,7 @@ class Served:
     folder: Path  # of the drafter
     bench: Bench  # its drafter "it", and "trained"; prompts without a near-tie
     made: DrafterArtifacts
+    mlflow: str  # URL at which it looks for MLflow's server
 
     def answers(
         self, count: int, work: Path, sampling: SamplingParams, new: int, *, stream: bool = False
@@ -134,8 +136,9 @@ def served(
         checkpoint = folder / "own"
         save_drafter(MAKERS[kind](bench), checkpoint, torch.float32)
     drafters = {"it": load_drafter(checkpoint, bench.target), "trained": bench.drafters["trained"]}
-    with running_server(python, tiny_drafter, checkpoint, folder) as url:
-        yield Served(kind, url, checkpoint, bench.with_drafters(drafters), tiny_drafter)
+    mlflow = f"http://127.0.0.1:{free_ports(1)[0]}"
+    with running_server(python, tiny_drafter, checkpoint, folder, mlflow=mlflow) as url:
+        yield Served(kind, url, checkpoint, bench.with_drafters(drafters), tiny_drafter, mlflow)
 
 
 def assert_steps_of(traces: list[Trace], answers: list[Completion]) -> None:
@@ -249,11 +252,9 @@ def test_several_answers_and_a_streamed_chunk_are_no_answer(served: Served) -> N
 
 def swap(url: str, folder: Path, algorithm: str, block_size: int, *, proven: bool = True) -> None:
     """Write a checkpoint into the server; its steps are compared by the test. proven: the outcome of the proof."""
-    proof = Proof(proven, "compared here.")
     new = NewDrafter(drafter_digest(folder), folder, algorithm, block_size)
-    swap_servers(
-        [url], new, lambda _: lambda: proof, lambda done: print(f"{algorithm}: a pause of {done.pause_s:.3f} s")
-    )
+    for done in swapped([url], new, Prover(Proof(proven, "compared here."))):
+        print(f"{algorithm}: a pause of {done.pause_s:.3f} s")
 
 
 def test_its_drafter_is_swapped_forth_and_back(served: Served, tmp_path: Path) -> None:
@@ -279,6 +280,32 @@ def test_its_drafter_is_swapped_forth_and_back(served: Served, tmp_path: Path) -
         assert_steps_of(traces[name], answers)
 
 
+def test_a_malformed_request_is_refused_and_changes_nothing(served: Served, tmp_path: Path) -> None:
+    if served.kind != "dflash":
+        pytest.skip("one kind is enough")
+    drafter = drafter_digest(served.folder)
+    wrong: list[dict[str, Any]] = [
+        {},
+        {"drafter": None, "folder": "/", "upload": "", "served": ""},
+        {"drafter": "../..", "folder": "/", "upload": "", "served": ""},
+        {"drafter": drafter, "folder": 3, "upload": "", "served": ""},
+        {"drafter": drafter, "folder": "", "upload": "", "served": ""},
+        {"drafter": drafter, "folder": "/", "upload": "http://127.0.0.1:9/drafter", "served": ""},
+    ]
+    with httpx.Client(base_url=served.url, headers=key_header(KEY), timeout=300) as client:
+        before = client.get("/weight_info").json()
+        for fields in wrong:
+            client.post("/start_draft_weight_update").raise_for_status()
+            assert client.post("/update_weights", json={"update_info": fields}).status_code >= 400, fields
+            client.post("/finish_weight_update", json={}).raise_for_status()
+        assert client.get("/weight_info").json() == before
+    answers = served.answers(SWAPPED, tmp_path, SamplingParams(0.0), GREEDY_TOKENS)
+    texts = served.bench.answered(SWAPPED)
+    assert [answer.trajectory() for answer in answers] == texts
+    drafters = {"it": served.bench.drafters["it"]}
+    assert_steps_of(Replayer(served.bench.target).traces(drafters, texts)["it"], answers)
+
+
 def test_a_line_is_swapped_proven_watched_and_rolled_back(
     served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -287,7 +314,7 @@ def test_a_line_is_swapped_proven_watched_and_rolled_back(
         pytest.skip("one kind is enough")
     url = ["--url", served.url]
     with (
-        mlflow_server(tmp_path) as mlflow,
+        mlflow_server(tmp_path, served.mlflow) as mlflow,
         line_of_two("tiny", tmp_path, served.made, served.bench, mlflow.url) as folders,
     ):
         swap(served.url, folders["1"], "DFLASH", 8)
@@ -303,7 +330,7 @@ def test_a_line_is_swapped_proven_watched_and_rolled_back(
             assert main(["watch", "tiny", *url, "--minutes", "0.5"]) == 3, "tau of 20 was promised"
             load.result()
         assert "measurably more than" in capsys.readouterr().err
-        assert main(["rollback", "tiny"]) == 0  # which swaps the servers that the tags name
+        assert main(["rollback", "tiny", *url]) == 0
         assert served_by(registry().version("tiny", 1)) and not served_by(registry().version("tiny", 2))
         shutil.rmtree(folders["2"])
         with pytest.raises(DraftsmithError, match="refuses the drafter"):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from draftsmith.stages.engines.config import OptionValue
+from draftsmith.stages.engines.servers.process import free_ports
 from tests.sglang_cpu.server import running_server, sglang_python
 from tests.testbed.drafter import DrafterArtifacts
 
@@ -54,7 +55,14 @@ def plain_url(sglang_env: Path, serving_target: ServingTarget, sglang_logs: Path
 
 
 @pytest.fixture(scope="session")
-def dflash_url(sglang_env: Path, serving_target: ServingTarget, sglang_logs: Path) -> Iterator[str]:
+def served_mlflow() -> str:
+    """Return the URL at which `dflash_url` looks for MLflow's server, which a test may start there."""
+    (port,) = free_ports(1)
+    return f"http://127.0.0.1:{port}"
+
+
+@pytest.fixture(scope="session")
+def dflash_url(sglang_env: Path, serving_target: ServingTarget, sglang_logs: Path, served_mlflow: str) -> Iterator[str]:
     """Run a server of the tiny target with its DFlash drafter.
 
     It logs requests to the folder `requests`, and sums up the verify steps of half of them.
@@ -67,7 +75,7 @@ def dflash_url(sglang_env: Path, serving_target: ServingTarget, sglang_logs: Pat
         "log-requests-format": "json",
         "log-requests-target": str(sglang_logs / "requests"),
     }
-    environment = {"DRAFTSMITH_TRACE": "0.5"}
+    environment = {"DRAFTSMITH_TRACE": "0.5", "MLFLOW_TRACKING_URI": served_mlflow}
     with running_server(
         sglang_env,
         served.model,

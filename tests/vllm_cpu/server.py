@@ -55,11 +55,12 @@ def running_server(
     drafter: Path,
     folder: Path,
     edit: Callable[[Path], None] = lambda _: None,
+    mlflow: str = "",
 ) -> Iterator[str]:
     """Run a server whose drafter can be swapped and yield its address; its log goes to `folder`.
 
     It requires the API key that the environment has meanwhile. drafter: a checkpoint. edit: changes the folder of the
-    exported one before it is loaded.
+    exported one before it is loaded. mlflow: URL of the MLflow server that it fetches uploads from.
     """
     config = VLLMEngineConfig.model_validate(launched(python))
     required = server_requirements(config, made.target, drafter, DraftingConfig(), LONGEST)
@@ -67,7 +68,8 @@ def running_server(
     edit(folder / "drafter")
     (port,) = free_ports(1)
     command += ["--weight-transfer-config", json.dumps({"backend": BACKEND})]
-    process = ServerProcess(command, {**ENVIRONMENT, "VLLM_SERVER_DEV_MODE": "1"}, folder / "vllm.log", port)
+    environment = {**ENVIRONMENT, "VLLM_SERVER_DEV_MODE": "1", "MLFLOW_TRACKING_URI": mlflow}
+    process = ServerProcess(command, environment, folder / "vllm.log", port)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(KEY_VARIABLE, KEY)
         with started(process) as url:

@@ -176,6 +176,7 @@ def check_status(name: str, url: str, status: int, text: str, retry_after: str |
     if status in _UNAUTHORIZED:
         raise DraftsmithError(
             f"request {name}: {url} refuses it with {what}. Name the environment variable that holds its API key in "
-            "engine.api_key_env; `status`, `watch` and `swap` read SGLANG_API_KEY or VLLM_API_KEY, by the engine."
+            "engine.api_key_env; other commands send SGLANG_API_KEY or VLLM_API_KEY, to servers that --url or "
+            "registry.servers names."
         )
     raise RefusedRequestError(f"request {name}: {url} refuses it with {what}")

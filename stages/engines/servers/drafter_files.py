@@ -1,44 +1,103 @@
-"""Reads a drafter's files in a server's processes, for the plug-ins, and asks all ranks whether they can write it.
+"""Requests to write another drafter, in a server's processes: their fields, the drafter's files, and all ranks' answer.
 
-Only an upload needs another package (mlflow-skinny).
+Anybody who reaches a server's port can send one, so the server's own environment says where uploads come from. Only an
+upload needs another package (mlflow-skinny).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
+from draftsmith.artifacts.identifiers import sha256_digest, upload_address
+from draftsmith.artifacts.redaction import redacted
 from draftsmith.stages.drafters.adapters import assemble
 from draftsmith.stages.drafters.digest import content_digest
 
+MOST_BYTES = 32 << 30  # of an upload
+_REASON_CHARS = 2000
 
-def read_drafter(wanted: Mapping[str, str]) -> dict[str, bytes]:
+
+@dataclass(frozen=True)
+class WantedDrafter:
+    """The drafter that a server is to serve, and where its files are."""
+
+    drafter: str  # digest
+    folder: str  # of the checkpoint, which may not be on this host
+    upload: str  # `Version.uploaded`, empty if there is none
+
+
+def wanted_drafter(fields: object) -> WantedDrafter:
+    """Return the fields of a request; a later client may send others too. Raises ValueError if one is malformed."""
+    if not isinstance(fields, dict):
+        raise ValueError("the request is no JSON object. Send the fields drafter, folder and upload.")
+    folder, upload = fields.get("folder", ""), fields.get("upload", "")
+    if not isinstance(folder, str) or not folder.startswith("/") or not folder.isprintable():
+        raise ValueError("folder is no absolute path. Send that of the checkpoint.")
+    if not isinstance(upload, str):
+        raise ValueError("upload is no text. Send the addresses of the version's uploads.")
+    for address in upload.split():
+        if not upload_address(address, where="upload").startswith("runs:/"):
+            raise ValueError("upload: only addresses such as runs:/ID/drafter are fetched. Correct it.")
+    return WantedDrafter(sha256_digest(fields.get("drafter"), where="drafter"), folder, upload)
+
+
+def read_drafter(wanted: WantedDrafter) -> dict[str, bytes]:
     """Return the files that a drafter's proposals depend on, by name; of its upload if its folder is not here.
 
-    wanted: "drafter" (digest), "folder", "upload" (`Version.uploaded`), "tracking" (MLflow's URI).
-    Raises ValueError if the files are others.
+    Raises ValueError if the files are others, or are too large.
     """
-    folder = Path(wanted["folder"])
+    folder = Path(wanted.folder)
     folders = [folder]
     with TemporaryDirectory() as copies:
-        if not folder.is_dir() and wanted["upload"]:
-            from mlflow.artifacts import download_artifacts  # here: a server without uploads need not have it
-
-            folders = [
-                Path(download_artifacts(address, dst_path=f"{copies}/{place}", tracking_uri=wanted["tracking"]))
-                for place, address in enumerate(wanted["upload"].split())
-            ]
+        if not folder.is_dir() and wanted.upload:
+            folders = list(_fetched(wanted.upload.split(), Path(copies)))
         content = assemble(folders)
-    if content_digest(content) != wanted["drafter"]:  # of what is loaded, and not of files that may change
+    if content_digest(content) != wanted.drafter:  # of what is loaded, and not of files that may change
         raise ValueError(
-            f"{folder} on the server's host does not have the files of drafter {wanted['drafter'][:12]}. Mount the "
-            "store there under the same path, or set registry.upload and install mlflow-skinny beside the server"
+            f"{folder} on the server's host does not have the files of drafter {wanted.drafter[:12]}. Mount the "
+            "store there under the same path, or set registry.upload, and install mlflow-skinny and set "
+            "MLFLOW_TRACKING_URI where the server runs."
         )
     return content
+
+
+def _fetched(addresses: list[str], copies: Path) -> Iterator[Path]:
+    """Yield this host's copy of each upload in the MLflow that the server's own environment names."""
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        raise ValueError(
+            "MLFLOW_TRACKING_URI is not set in the server's environment, so no upload can be fetched. Set it there, "
+            "or mount the store under the same path."
+        )
+    from mlflow.artifacts import download_artifacts  # here: a server without uploads need not have it
+
+    left = min(MOST_BYTES, shutil.disk_usage(copies).free // 2)
+    for place, address in enumerate(addresses):
+        run, _, path = address.removeprefix("runs:/").partition("/")
+        left -= _size(run, path)
+        if left < 0:
+            raise ValueError(f"{address} is too large for {copies}. Free some space there, or mount the store.")
+        yield Path(download_artifacts(run_id=run, artifact_path=path, dst_path=str(copies / str(place))))
+
+
+def _size(run: str, path: str) -> int:
+    """Return the bytes of all files of a run below a path."""
+    from mlflow.artifacts import list_artifacts
+
+    found = list_artifacts(run_id=run, artifact_path=path)
+    return sum(_size(run, file.path) if file.is_dir else int(file.file_size or 0) for file in found)
+
+
+def reason_of(error: Exception) -> str:
+    """Return why a request is refused: for a log and an answer, without the secrets of this environment."""
+    return redacted(str(error)[:_REASON_CHARS]) or type(error).__name__
 
 
 def gather(state: str, group: Any) -> list[str]:

@@ -161,12 +161,18 @@ def own_logprobs(target_folder: Path, tokens: Sequence[int], log: Callable[[str]
         return logprobs
 
 
-def _compute_logprobs(target_folder: Path, tokens: Sequence[int], log: Callable[[str], None]) -> dict[str, list[float]]:
+def check_memory(target_folder: Path) -> str:
+    """Return the size of a target's weights on the CPU. Raises TargetTooLargeError if the memory does not hold them."""
     parameters = sum(p.numel() for p in model_without_weights(model_path(target_folder)).parameters())
     size = parameters * getattr(torch, read_target_info(target_folder).dtype).itemsize
     needed, free = f"{size / 1e9:.1f} GB", free_memory_bytes()
     if size > free:
         raise TargetTooLargeError(f"which takes {needed} of memory where {free / 1e9:.1f} GB are free")
+    return needed
+
+
+def _compute_logprobs(target_folder: Path, tokens: Sequence[int], log: Callable[[str], None]) -> dict[str, list[float]]:
+    needed = check_memory(target_folder)
     log(f"loading the target on the CPU, {needed}, to compare its log-probs with a server's")
     target = Target.load(target_folder, device="cpu")
     ids, found = torch.tensor([list(tokens)]), {}

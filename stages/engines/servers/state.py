@@ -6,7 +6,16 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal, TypeAlias
 
+from pydantic import Field, TypeAdapter, ValidationError
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.identifiers import Digest
+
+STATE_VERSION = 1  # of `SwapReport`: "v" in what a plug-in reports
+Time: TypeAlias = Annotated[str, Field(pattern=r"^[0-9TZ:.+-]{0,40}$")]  # ISO 8601, UTC
+_KnownDrafter: TypeAlias = Digest | Literal[""]  # empty: its files are not on the server's host
 _SAMPLE = re.compile(r"^([a-z_:]+)(?:\{.*\})? (\S+)", re.MULTILINE)
 
 
@@ -35,8 +44,34 @@ class ServerState:
     since: str | None = None  # when it began to serve that drafter, ISO 8601, UTC
     before: str = ""  # digest of the drafter before the last swap
     pause_s: float = 0.0  # of the last swap
-    proof: str = ""  # of the last swap
     traced: Mapping[str, Sequence[TracedRequest]] | None = None  # digest -> requests that ended last; None: not traced
+
+
+@dataclass(frozen=True)
+class SwapReport:
+    """What a server's plug-in reports of its drafter. A later plug-in may report more."""
+
+    drafter: _KnownDrafter  # digest
+    since: Time  # empty: not written yet
+    before: _KnownDrafter  # digest of the drafter before the last swap, empty before the first one
+    pause_s: Annotated[float, Field(ge=0)] = 0.0  # of the last swap
+
+
+_REPORT = TypeAdapter(SwapReport)
+
+
+def read_report(url: str, report: object) -> SwapReport:
+    """Return what a server's plug-in reports. Raises DraftsmithError if that is of an unknown form."""
+    try:
+        return _REPORT.validate_python(report)
+    except ValidationError as error:
+        version = report.get("v", 0) if isinstance(report, dict) else "unknown"
+        first = error.errors(include_url=False, include_input=False)[0]
+        field = ".".join(map(str, first["loc"][:1])) or "its form"
+        raise DraftsmithError(
+            f"{url}: the state of its plug-in (version {version}, here {STATE_VERSION}) cannot be read: {field}: "
+            f"{first['msg']}. Install the same Draftsmith there and here, and start the server again."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -53,11 +88,10 @@ class NewDrafter:
     """A drafter that servers are to draft with."""
 
     digest: str
-    folder: Path  # of the checkpoint, under the same path on the servers' hosts; empty: the one before the last swap
+    folder: Path  # of the checkpoint, under the same path on the servers' hosts
     algorithm: str
     block_size: int  # tokens of a verify step, as trained
     upload: str = ""  # its addresses in MLflow's artifact store (`Version.uploaded`), for hosts without the folder
-    tracking: str = ""  # MLflow's URI
 
 
 def sums(metrics: str, names: Sequence[str]) -> list[float]:

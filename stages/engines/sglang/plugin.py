@@ -1,7 +1,7 @@
 """A plug-in for SGLang's servers that records verify steps, and writes another drafter into them (`plugin_swap.py`).
 
 SGLang loads it by the entry-point group `sglang.srt.plugins`, in an environment that has this project installed without
-its dependencies: its imports need nothing but the standard library, torch, numpy and sglang.
+its dependencies: its imports need nothing but the standard library, torch, numpy, and sglang with its own packages.
 
 [README.md](README.md#plug-in) describes the records.
 """

@@ -4,11 +4,11 @@ The request is SGLang's `/weights_checker` with an action of our own, since it r
 and returns one. A server without the plug-in refuses an unknown action and changes nothing. The action is
 `draftsmith:` and the JSON of
 
-    {"drafter": digest, "folder": path, "upload": "runs:/ID/drafter", "tracking": uri of MLflow, "proof": evidence}
+    {"drafter": digest, "folder": path, "upload": "runs:/ID/drafter"}
 
-It states which drafter is to be served, so the same request may be sent again; with `proof` when that is known. Files
-are read in a thread while requests are served; the answer's `message` is {"state": "reading"} then. When all ranks have
-read theirs, the next request writes the weights, and the message is {"state": "served", "since": …, "pause_s": …}.
+It states which drafter is to be served, so the same request may be sent again. Files are read in a thread while
+requests are served; the answer's `message` is {"state": "reading"} then. When all ranks have read theirs, the next
+request writes the weights, and the message is {"state": "served", "since": …, "pause_s": …}.
 
 Weights are loaded into other memory first, by the model's own loader. They are then copied into the served parameters,
 whose addresses captured graphs hold, and so is what SGLang derived from parameters.
@@ -28,7 +28,14 @@ from typing import Any
 import torch
 from safetensors.torch import load
 
-from draftsmith.stages.engines.servers.drafter_files import gather, read_drafter
+from draftsmith.stages.engines.servers.drafter_files import (
+    WantedDrafter,
+    gather,
+    read_drafter,
+    reason_of,
+    wanted_drafter,
+)
+from draftsmith.stages.engines.servers.state import STATE_VERSION
 from draftsmith.stages.engines.sglang.plugin_hooks import Recorder
 from draftsmith.stages.engines.sglang.protocol import SWAP_ACTION, SWAP_STATE, Json
 
@@ -49,11 +56,12 @@ class DrafterSwap:
         self._recorder = recorder
         self._scheduler: Any = None  # of a server whose drafter can be written
         self._since = ""
+        self._reader = ThreadPoolExecutor(1, "draftsmith-swap")  # one at a time, whoever asks
         self._reading: tuple[str, Future[dict[str, bytes]]] | None = None  # digest and files
         # digest and parameters, on the CPU: to be written, and as they were before the last swap
         self._ready: tuple[str, dict[str, torch.Tensor]] | None = None
         self._previous: tuple[str, dict[str, torch.Tensor]] | None = None
-        self._pause_s, self._proof = 0.0, ""  # of the last swap
+        self._pause_s = 0.0  # of the last swap
 
     def after_start(self, _result: None, scheduler: Any, *_args: Any, **_kwargs: Any) -> None:
         """Run after `Scheduler.__init__`, which has loaded the drafter."""
@@ -66,11 +74,11 @@ class DrafterSwap:
         """Add the served drafter to what `/server_info` reports of every scheduler."""
         if self._scheduler is not None:
             result.internal_state[SWAP_STATE] = {
+                "v": STATE_VERSION,
                 "drafter": self._recorder.drafter,
                 "since": self._since,
                 "before": "" if self._previous is None else self._previous[0],
                 "pause_s": self._pause_s,
-                "proof": self._proof,
             }
 
     def around_check_weights(self, original: Callable[..., Any], manager: Any, request: Any) -> Any:
@@ -80,13 +88,13 @@ class DrafterSwap:
         from sglang.srt.managers.io_struct import CheckWeightsReqOutput  # tests import this module without sglang
 
         try:
-            wanted = json.loads(request.action.removeprefix(SWAP_ACTION))
+            wanted = _parsed(request.action.removeprefix(SWAP_ACTION))
             answer = self.serve(wanted, lambda state: gather(state, manager.tp_cpu_group))
         except RefusedSwapError as error:
             return CheckWeightsReqOutput(success=False, message=str(error))
         return CheckWeightsReqOutput(success=True, message=json.dumps(answer))
 
-    def serve(self, wanted: Json, gather: Callable[[str], list[str]]) -> Json:
+    def serve(self, wanted: WantedDrafter, gather: Callable[[str], list[str]]) -> Json:
         """Make the wanted drafter the served one as soon as it can be. Returns the state, the same on every rank.
 
         gather: of the states of all ranks. Raises RefusedSwapError.
@@ -95,9 +103,10 @@ class DrafterSwap:
         try:
             state = self._prepare(wanted)
         except Exception as error:  # of any kind: a rank that raises would leave the others waiting
-            log.warning("draftsmith: drafter %s is refused: %s", wanted["drafter"][:12], error)
+            reason = reason_of(error)
+            log.warning("draftsmith: drafter %s is refused: %s", wanted.drafter[:12], reason)
             self._reading = self._ready = None
-            state = f"refused: {error}"
+            state = f"refused: {reason}"
         states = gather(state)
         if refused := next((each for each in states if each.startswith("refused: ")), None):
             raise RefusedSwapError(refused.removeprefix("refused: "))
@@ -106,14 +115,13 @@ class DrafterSwap:
         if state == "ready":
             self._write()
             self._pause_s = time.monotonic() - started
-        self._proof = wanted.get("proof") or self._proof
         return {"state": "served", "since": self._since, "pause_s": self._pause_s}
 
-    def _prepare(self, wanted: Json) -> str:
+    def _prepare(self, wanted: WantedDrafter) -> str:
         """Return "served", "reading" or "ready", which the parameters in `_ready` are. Raises if they do not fit."""
         if self._scheduler is None:
             raise RefusedSwapError("this server's drafter cannot be written: it needs DFLASH, DSPARK or EAGLE3")
-        digest = wanted["drafter"]
+        digest = wanted.drafter
         if digest == self._recorder.drafter:
             return "served"
         if self._ready is not None and self._ready[0] == digest:  # and other ranks were not
@@ -122,7 +130,9 @@ class DrafterSwap:
             self._ready = self._previous
             return "ready"
         if self._reading is None or self._reading[0] != digest:
-            self._reading = digest, ThreadPoolExecutor(1, "draftsmith-swap").submit(read_drafter, wanted)
+            if self._reading is not None:
+                self._reading[1].cancel()  # unless it has begun
+            self._reading = digest, self._reader.submit(read_drafter, wanted)
         if not self._reading[1].done():
             return "reading"
         (_, reading), self._reading = self._reading, None
@@ -153,8 +163,16 @@ class DrafterSwap:
                 served[name].copy_(values)
             for held, derived in derived_tensors(worker):
                 held.copy_(derived)
-            self._recorder.drafter, self._since, self._proof, self._ready = digest, _now(), "", None
+            self._recorder.drafter, self._since, self._ready = digest, _now(), None
         log.info("draftsmith: serves drafter %s since %s", digest[:12], self._since)
+
+
+def _parsed(text: str) -> WantedDrafter:
+    """Return the fields of an action. Raises RefusedSwapError; every rank gets the same text, so all refuse it."""
+    try:
+        return wanted_drafter(json.loads(text))
+    except (ValueError, RecursionError) as error:
+        raise RefusedSwapError(reason_of(error)) from error
 
 
 def draft_runner(worker: Any) -> Any:

@@ -10,8 +10,7 @@ KEY = "draftsmith_trace"  # in a request's custom parameters, and in the answer'
 PROTOCOL = "1"  # version of the records: "v" in each
 ENVIRONMENT = "DRAFTSMITH_TRACE"  # environment variable of a server: 1 traces every request, less a share of them
 SWAP_ACTION = "draftsmith:"  # start of the action of /weights_checker that writes another drafter; JSON follows
-# In each of /server_info's internal states: {"drafter": digest, "since", and of the last swap "before": digest,
-# "pause_s", "proof"}
+# In each of /server_info's internal states: the fields of `servers.state.SwapReport`
 SWAP_STATE = "draftsmith"
 # There too, if a share of the requests is traced, those that ended last:
 # {digest of the drafter: [[seconds since 1970, {depth: [committed tokens, verify steps]}], …]}

@@ -16,7 +16,14 @@ import httpx
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.stages.engines.servers.client import check_status, get_json, json_object, query
-from draftsmith.stages.engines.servers.state import Finished, NewDrafter, ServerState, TracedRequest, sums
+from draftsmith.stages.engines.servers.state import (
+    Finished,
+    NewDrafter,
+    ServerState,
+    TracedRequest,
+    read_report,
+    sums,
+)
 from draftsmith.stages.engines.sglang.protocol import REQUESTS_STATE, SWAP_ACTION, SWAP_STATE, Json
 
 _COUNTERS = [f"sglang:{name}_total" for name in ("num_requests", "generation_tokens", "spec_verify_calls")]
@@ -37,16 +44,15 @@ async def server_state(client: httpx.AsyncClient, url: str) -> ServerState:
         tau=sum(taus) / len(taus) if taus else None,
         started_with=str(server.get("speculative_draft_model_path")),
     )
-    reports = [state.get(SWAP_STATE) for state in states]
-    if not reports or not all(reports):
+    if not states or not all(SWAP_STATE in state for state in states):
         return reported
+    reports = [read_report(url, state[SWAP_STATE]) for state in states]
     return replace(
         reported,
-        digest=", ".join(sorted({report["drafter"] for report in reports})),  # several after an interrupted swap
-        since=max(report["since"] for report in reports),
-        before=reports[0]["before"],
-        pause_s=max(report["pause_s"] for report in reports),
-        proof=min(report["proof"] for report in reports),  # empty if one has none
+        digest=", ".join(sorted({report.drafter for report in reports})),  # several after an interrupted swap
+        since=max(report.since for report in reports),
+        before=reports[0].before,
+        pause_s=max(report.pause_s for report in reports),
         traced=_traced(states),
     )
 
@@ -58,7 +64,7 @@ def _traced(states: Sequence[Json]) -> Mapping[str, Sequence[TracedRequest]] | N
         if REQUESTS_STATE not in state:
             return None
         for drafter, requests in state[REQUESTS_STATE].items():
-            traced.setdefault(drafter, []).extend(TracedRequest(*request) for request in requests)
+            traced.setdefault(drafter, []).extend(TracedRequest(*request[:2]) for request in requests)
     return traced
 
 
@@ -73,15 +79,9 @@ _READ_LIMIT_S = 1800.0  # until a server has read the files
 _POLL_S = 0.5
 
 
-async def write_drafter(client: httpx.AsyncClient, url: str, new: NewDrafter, proof: str) -> Json:
-    """Make a server serve a drafter, and record the proof of it. The plug-in takes the same request again."""
-    wanted = {
-        "drafter": new.digest,
-        "folder": str(new.folder.absolute()),
-        "upload": new.upload,
-        "tracking": new.tracking,
-        "proof": proof,
-    }
+async def write_drafter(client: httpx.AsyncClient, url: str, new: NewDrafter) -> Json:
+    """Make a server serve a drafter. The plug-in takes the same request again."""
+    wanted = {"drafter": new.digest, "folder": str(new.folder.absolute()), "upload": new.upload}
     deadline = time.monotonic() + _READ_LIMIT_S
     while time.monotonic() < deadline:
         body = {"action": SWAP_ACTION + json.dumps(wanted)}

@@ -1,10 +1,10 @@
 """The backend of vLLM's weight updates that reads a drafter's checkpoint, in the server's own processes.
 
-`POST /update_weights` with `{"update_info": {"drafter": digest, "folder": path, "upload": "runs:/ID/drafter",
-"tracking": uri of MLflow}}`, between `/start_draft_weight_update` and `/finish_weight_update`, writes it; with an empty
-folder, the weights before the last one. Every rank reads the files, and vLLM's own loader copies its part of them into
-the served parameters. Those that the drafter shares with the target are not written. If a rank cannot, all ranks write
-their weights before back, and the request fails; no step runs meanwhile.
+`POST /update_weights` with `{"update_info": {"drafter": digest, "folder": path, "upload": "runs:/ID/drafter", "served":
+digest before}}`, between `/start_draft_weight_update` and `/finish_weight_update`, writes it. Every rank reads the
+files, and vLLM's own loader copies its part of them into the served parameters. Those that the drafter shares with the
+target are not written. If a rank cannot, all ranks write their weights before back, and the request fails; no step runs
+meanwhile. The weights before the last update are kept in memory, so that their files are not needed to write them back.
 
 DFlash and DSpark also hold copies of parameters, such as the key/value projections of all layers in one. vLLM's loader
 makes new copies before every layer is restored (0.32.0), and captured graphs keep the addresses of the old ones. So
@@ -26,7 +26,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from draftsmith.stages.engines.servers.drafter_files import gather, read_drafter
+from draftsmith.stages.engines.servers.drafter_files import gather, read_drafter, reason_of, wanted_drafter
 
 
 @dataclass
@@ -36,12 +36,12 @@ class NoInfo(WeightTransferInitInfo):
 
 @dataclass
 class Checkpoint(WeightTransferUpdateInfo):
-    """A drafter's files, as `read_drafter` takes them."""
+    """The fields of a `WantedDrafter`, and the digest of the drafter that is served before."""
 
     drafter: str
     folder: str
     upload: str
-    tracking: str
+    served: str
 
 
 class FolderBackend(WeightTransferEngine[NoInfo, Checkpoint]):
@@ -52,8 +52,9 @@ class FolderBackend(WeightTransferEngine[NoInfo, Checkpoint]):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._written = ""  # digest of the last drafter
-        self._before: dict[str, torch.Tensor] = {}  # parameters before it, on the CPU
+        self._written = ""  # digest of the last drafter that was written
+        # digest and parameters, on the CPU, before the last update
+        self._before: tuple[str, dict[str, torch.Tensor]] | None = None
 
     def init_transfer_engine(self, init_info: NoInfo) -> None:
         """Do nothing."""
@@ -73,24 +74,23 @@ class FolderBackend(WeightTransferEngine[NoInfo, Checkpoint]):
         failed: Exception | None = None
         with torch.no_grad():
             try:
-                if update_info.folder:
-                    tensors = load(read_drafter(asdict(update_info))["model.safetensors"])
+                wanted = wanted_drafter(asdict(update_info))
+                if self._before is not None and self._before[0] == wanted.drafter:
+                    _put(self._before[1], own)
+                elif wanted.drafter != self._written:
+                    tensors = load(read_drafter(wanted)["model.safetensors"])
                     shared = served.keys() - own.keys()
                     self._load({n: t for n, t in tensors.items() if not {n, f"model.{n}"} & shared})
-                elif self._before:
-                    _put(self._before, own)
-                else:
-                    raise RuntimeError("no drafter was served before this one")
             except Exception as error:  # of any kind: a rank that raises would leave the others waiting
                 failed = error
-            states = gather("" if failed is None else f"{type(failed).__name__}: {failed}", get_tp_group().cpu_group)
+            states = gather("" if failed is None else reason_of(failed), get_tp_group().cpu_group)
             if problem := next(filter(None, states), None):
                 _put(before, own)
             self._derive(copies)
         if problem:
-            raise RuntimeError(problem) from failed
-        if update_info.folder and update_info.drafter != self._written:
-            self._before = before
+            raise RuntimeError(problem) from None
+        if update_info.drafter != self._written:
+            self._before = self._written or update_info.served, before
         self._written = update_info.drafter
 
     def _load(self, tensors: dict[str, torch.Tensor]) -> None:

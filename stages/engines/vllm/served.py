@@ -2,9 +2,8 @@
 
 A server in vLLM's development mode also reports its options and the version of its weights, and takes other ones by
 vLLM's own update of draft weights (`plugin_swap.py` is its backend). vLLM writes between two steps, so nothing has to
-be paused. The version of the weights, a text that vLLM keeps, is the JSON of {"drafter": digest, "since", "before":
-digest, "pause_s", "proof"}. It is set before the weights are written, without a proof: after a command that was killed
-the next one writes them again.
+be paused. The version of the weights, a text that vLLM keeps, is the JSON of a `SwapReport`. It is set before the
+weights are written, with an empty `since`: after a command that was killed the next one writes them again.
 """
 
 from __future__ import annotations
@@ -21,7 +20,14 @@ import httpx
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.digest import served_digest
 from draftsmith.stages.engines.servers.client import Json, get_json, query
-from draftsmith.stages.engines.servers.state import Finished, NewDrafter, ServerState, sums
+from draftsmith.stages.engines.servers.state import (
+    STATE_VERSION,
+    Finished,
+    NewDrafter,
+    ServerState,
+    read_report,
+    sums,
+)
 from draftsmith.stages.engines.vllm.plugin import BACKEND
 
 _STEPS, _ACCEPTED = (f"vllm:spec_decode_num_{name}_total" for name in ("drafts", "accepted_tokens"))
@@ -70,57 +76,50 @@ async def server_state(client: httpx.AsyncClient, url: str, metrics: str) -> Ser
     )
     if (config["weight_transfer_config"] or {}).get("backend") != BACKEND:
         return state
-    served = await read_version(client, url)
-    if not served:
+    text = await _version(client, url)
+    if not text.startswith("{"):  # no swap yet
         folder = Path(state.started_with)
         return replace(state, digest=served_digest(folder) if folder.is_dir() else "")
+    report = read_report(url, json.loads(text))
     return replace(
         state,
-        digest=served["drafter"],
-        since=served["since"] or state.since,
-        before=served["before"],
-        pause_s=served["pause_s"],
-        proof=served["proof"],
+        digest=report.drafter,
+        since=report.since or state.since,
+        before=report.before,
+        pause_s=report.pause_s,
     )
 
 
-async def read_version(client: httpx.AsyncClient, url: str) -> Json:
-    """Return the version of the weights as the last swap recorded it; empty before the first one."""
-    text = (await get_json(client, url, "weight_info"))["weight_version"]
-    return dict(json.loads(text)) if text.startswith("{") else {}
+async def _version(client: httpx.AsyncClient, url: str) -> str:
+    """Return the version of the weights."""
+    return str((await get_json(client, url, "weight_info"))["weight_version"])
 
 
 _WRITE_TIMEOUT_S = 300.0  # a write reads the files, after the step that is computed
 
 
-async def write_drafter(client: httpx.AsyncClient, url: str, new: NewDrafter, proof: str, started_with: str) -> Json:
-    """Make a server serve a drafter and empty its prefix cache, or record the proof of a drafter that was written.
+async def write_drafter(client: httpx.AsyncClient, url: str, new: NewDrafter, served: ServerState) -> Json:
+    """Make a server serve a drafter and empty its prefix cache.
 
-    started_with: digest of the drafter that the server was started with. Raises DraftsmithError if the server refuses
-    it, RequestLostError if it does not answer.
+    served: what it served before. Raises DraftsmithError if the server refuses it, RequestLostError if it does not
+    answer.
     """
-    old = await read_version(client, url)
-    if proof:
-        await _set_version(client, url, {**old, "proof": proof})
-        return old
-    served = old.get("drafter", started_with)
-    before = old["before"] if old and served == new.digest else served
-    version: Json = {"drafter": new.digest, "since": "", "before": before, "pause_s": 0.0, "proof": ""}
-    await _set_version(client, url, version)
+    old = await _version(client, url)
+    report: Json = {"v": STATE_VERSION, "drafter": new.digest, "since": "", "before": served.digest, "pause_s": 0.0}
+    await _set_version(client, url, json.dumps(report))
     try:
         await _start(client, url)
         started = time.monotonic()
-        folder = "" if new.folder == Path() else str(new.folder.absolute())
-        files = {"drafter": new.digest, "folder": folder, "upload": new.upload, "tracking": new.tracking}
-        await _post(client, url, "update_weights", {"update_info": files})
+        files = {"drafter": new.digest, "folder": str(new.folder.absolute()), "upload": new.upload}
+        await _post(client, url, "update_weights", {"update_info": {**files, "served": served.digest}})
     except DraftsmithError:
         await _set_version(client, url, old)
         raise
-    version |= {"since": datetime.now(UTC).isoformat(timespec="seconds"), "pause_s": time.monotonic() - started}
-    await _post(client, url, "finish_weight_update", {"weight_version": json.dumps(version)})
+    report |= {"since": datetime.now(UTC).isoformat(timespec="seconds"), "pause_s": time.monotonic() - started}
+    await _post(client, url, "finish_weight_update", {"weight_version": json.dumps(report)})
     # which has keys and values of the old drafter; requests in flight lose no token, their prompts are prefilled again
     await _post(client, url, "reset_prefix_cache?reset_running_requests=true")
-    return version
+    return report
 
 
 async def _start(client: httpx.AsyncClient, url: str) -> None:
@@ -133,8 +132,8 @@ async def _start(client: httpx.AsyncClient, url: str) -> None:
         await _post(client, url, "start_draft_weight_update")
 
 
-async def _set_version(client: httpx.AsyncClient, url: str, version: Json) -> None:
-    await _post(client, url, "update_weight_version", {"new_version": json.dumps(version)})
+async def _set_version(client: httpx.AsyncClient, url: str, version: str) -> None:
+    await _post(client, url, "update_weight_version", {"new_version": version})
 
 
 async def _post(client: httpx.AsyncClient, url: str, name: str, body: Json | None = None) -> None:

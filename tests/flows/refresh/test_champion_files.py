@@ -31,7 +31,8 @@ from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.drafters.checkpoint import load_drafter, save_drafter
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.stage import STAGE as CHAMPION
-from draftsmith.stages.engines.servers.drafter_files import read_drafter
+from draftsmith.stages.engines.servers import drafter_files
+from draftsmith.stages.engines.servers.drafter_files import WantedDrafter, read_drafter
 from draftsmith.stages.target.causal_lm import Target
 from tests.flows.refresh.line_runs import config_of, finished, gated, serving
 from tests.testbed.adapters import write_adapted_drafter
@@ -41,7 +42,12 @@ from tests.testbed.random_target import random_drafter
 
 
 def test_an_uploaded_champion_is_used_without_the_store(
-    line: str, home: Path, drafters: list[ArtifactRef], plain_artifact: Path, tmp_path: Path
+    line: str,
+    home: Path,
+    drafters: list[ArtifactRef],
+    plain_artifact: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     tracking = Tracking(home)
     run_id = tracking.open_refresh("week 1", {})
@@ -51,8 +57,11 @@ def test_an_uploaded_champion_is_used_without_the_store(
     digest = drafter_digest(drafters[0].path / DRAFTER_FOLDER)
     shutil.rmtree(home / "store")  # as on a machine that only has MLflow
     upload, gone = registry().version(line, 1).uploaded, str(home / "store")
-    wanted = {"drafter": digest, "folder": gone, "upload": upload, "tracking": tracking.uri}
+    wanted = WantedDrafter(digest, gone, upload)
     assert "model.safetensors" in read_drafter(wanted), "as a server reads it"
+    with monkeypatch.context() as patched, pytest.raises(ValueError, match=f"{upload} is too large"):
+        patched.setattr(drafter_files, "MOST_BYTES", 1000)
+        read_drafter(wanted)
 
     champion = resolve(config).champion
     assert champion is not None and Path(champion.folder).is_relative_to(home / "uploaded")
@@ -129,7 +138,7 @@ def test_adapters_are_uploaded_and_put_together_without_the_store(
     for number, digest in ((3, digests[2]), (2, digests[1])):
         registry_commands.export(Display(), f"{line}@{number}", tmp_path / str(number))
         assert drafter_digest(tmp_path / str(number)) == digest, "that of the drafter that was evaluated"
-        wanted = {"drafter": digest, "folder": gone, "upload": versions[number - 1].uploaded, "tracking": tracking.uri}
+        wanted = WantedDrafter(digest, gone, versions[number - 1].uploaded)
         assert "model.safetensors" in read_drafter(wanted), "as a server reads it"
     registry_commands.rollback(Display(), line, "it is slower", dry_run=False)
     champion = resolve(config).champion

@@ -107,7 +107,7 @@ def test_a_promotion_swaps_the_servers_and_a_failed_swap_is_an_outcome_and_undoe
 ) -> None:
     checkpoint = drafters[0].path / DRAFTER_FOLDER
     since = "2026-11-30T08:00:00+00:00"
-    state = {"drafter": drafter_digest(checkpoint), "since": since, "before": "", "pause_s": 0.0, "proof": ""}
+    state = {"drafter": drafter_digest(checkpoint), "since": since, "before": "", "pause_s": 0.0}
     block = served_block_size(checkpoint, DraftingConfig(), "DFLASH")
     info = {"speculative_algorithm": "DFLASH", "speculative_num_draft_tokens": block}
     states: list[dict[str, Any]] = [{SWAP_STATE: state}]
@@ -129,7 +129,7 @@ def test_a_promotion_swaps_the_servers_and_a_failed_swap_is_an_outcome_and_undoe
         current = RefreshPolicy(resolve(config), ()).should_stop(*checked(resolve(config), home))
         assert current is not None and (current.name, current.tags["outcome"]) == ("Unserved", "current")
 
-        with pytest.raises(DraftsmithError, match=f"`draftsmith swap {line} --url {server.url}`"):
+        with pytest.raises(DraftsmithError, match=f"run `draftsmith swap {line}`"):
             registry_commands.rollback(Display(), line, "", dry_run=False)
         assert serving(line) == 1
     current = RefreshPolicy(resolve(config), ()).should_stop(*checked(resolve(config), home))

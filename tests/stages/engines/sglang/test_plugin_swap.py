@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+import threading
 import types
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -17,9 +19,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from draftsmith.stages.drafters.digest import drafter_digest
+from draftsmith.stages.engines.servers.drafter_files import WantedDrafter, read_drafter
+from draftsmith.stages.engines.servers.state import STATE_VERSION, read_report
+from draftsmith.stages.engines.sglang import plugin_swap
 from draftsmith.stages.engines.sglang.plugin_hooks import Recorder
 from draftsmith.stages.engines.sglang.plugin_swap import DrafterSwap, RefusedSwapError
-from draftsmith.stages.engines.sglang.protocol import Json
+from draftsmith.stages.engines.sglang.protocol import SWAP_ACTION, SWAP_STATE, Json
 from tests.sglang_cpu.fixtures import sglang_env
 
 __all__ = ["sglang_env"]
@@ -98,11 +103,11 @@ class Scheduler:
 
 @pytest.fixture(autouse=True)
 def io_struct(monkeypatch: pytest.MonkeyPatch) -> None:
-    """SGLang's module of requests, of which two are sent to the scheduler."""
+    """SGLang's module of requests, of which two are sent to the scheduler, and of one answer."""
     for name in ("sglang", "sglang.srt", "sglang.srt.managers", "sglang.srt.managers.io_struct"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     requests = sys.modules["sglang.srt.managers.io_struct"]
-    for name in ("PauseGenerationReqInput", "ContinueGenerationReqInput"):
+    for name in ("PauseGenerationReqInput", "ContinueGenerationReqInput", "CheckWeightsReqOutput"):
         monkeypatch.setattr(requests, name, SimpleNamespace, raising=False)
 
 
@@ -132,11 +137,19 @@ class Server:
 
     def serve(self, folder: Path, digest: str | None = None, others: tuple[str, ...] = ()) -> Json:
         """Ask until the files are read. others: states of other ranks."""
-        wanted = {"drafter": digest or drafter_digest(folder), "folder": str(folder), "upload": "", "tracking": ""}
+        wanted = WantedDrafter(digest or drafter_digest(folder), str(folder), "")
         while (answer := self.swap.serve(wanted, lambda state: [state, *others])) == {"state": "reading"}:
             if others:
                 break
         return answer
+
+    def ask(self, text: str) -> Any:
+        """Send an action, as the handler of `/weights_checker` gets it."""
+
+        def stock(_manager: Any, request: Any) -> str:
+            return f"stock {request.action}"
+
+        return self.swap.around_check_weights(stock, SimpleNamespace(), SimpleNamespace(action=text))
 
     def assert_serves(self, folder: Path) -> None:
         written = load_file(folder / "model.safetensors")
@@ -171,6 +184,59 @@ def test_the_old_weights_return_without_their_files(server: Server, tmp_path: Pa
     server.serve(write_drafter(tmp_path / "b", 1))
     assert server.serve(tmp_path / "gone", digest)["state"] == "served"
     assert all(torch.equal(v, written[n]) for n, v in server.scheduler.parameters.items() if n != "embed.weight")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "{", "[]", "3", "null", '"text"', "{}", "[" * 100_000, "9" * 5000,
+        *map(json.dumps, (
+            {"drafter": None, "folder": "/"}, {"drafter": "../..", "folder": "/"}, {"drafter": 3 * ["a"]},
+            {"drafter": "0" * 64}, {"drafter": "0" * 64, "folder": 3}, {"drafter": "0" * 64, "folder": "relative"},
+            {"drafter": "0" * 64, "folder": "/a\ud800"}, {"drafter": "0" * 64, "folder": "/", "upload": {}},
+            {"drafter": "0" * 64, "folder": "/", "upload": "http://host/drafter"},
+        )),
+    ],
+)  # fmt: skip
+def test_a_malformed_request_is_refused_and_changes_nothing(server: Server, text: str) -> None:
+    """An error that leaves the hook would end the server."""
+    answer = server.ask(SWAP_ACTION + text)
+    assert answer.success is False and answer.message.isprintable() and len(answer.message) < 500
+    assert not server.scheduler.calls and server.swap._reading is None
+    server.assert_serves(server.a)
+
+
+def test_an_action_that_is_not_ours_is_the_stock_servers(server: Server) -> None:
+    assert server.ask("checksum") == "stock checksum"
+
+
+def test_drafters_are_read_one_at_a_time(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever reaches the server may ask for many, and each may be large."""
+    begun, go_on = list[str](), threading.Event()
+
+    def read(wanted: WantedDrafter) -> dict[str, bytes]:
+        begun.append(wanted.drafter)
+        assert go_on.wait(60)
+        return read_drafter(wanted)
+
+    monkeypatch.setattr(plugin_swap, "read_drafter", read)
+    for digit in "123":
+        wanted = WantedDrafter(digit * 64, str(tmp_path), "")
+        assert server.swap.serve(wanted, lambda state: [state]) == {"state": "reading"}
+    b = write_drafter(tmp_path / "b", 1)
+    wanted = WantedDrafter(drafter_digest(b), str(b), "")
+    assert server.swap.serve(wanted, lambda state: [state]) == {"state": "reading"}
+    go_on.set()
+    assert server.serve(b)["state"] == "served"
+    assert begun == ["1" * 64, wanted.drafter], "those that nobody wants any more are not begun"
+
+
+def test_the_state_has_a_version(server: Server) -> None:
+    result = SimpleNamespace(internal_state={})
+    server.swap.after_internal_state(result)
+    assert result.internal_state[SWAP_STATE]["v"] == STATE_VERSION
+    report = read_report("http://here", result.internal_state[SWAP_STATE])
+    assert (report.drafter, report.before) == (drafter_digest(server.a), "")
 
 
 @pytest.mark.parametrize(

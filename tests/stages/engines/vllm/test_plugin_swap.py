@@ -147,10 +147,9 @@ class Rank:
         parameters = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
         return parameters | {name: value for name, value in vars(self.model.model).items() if name in COPIES}
 
-    def write(self, folder: Path | None, digest: str = "") -> None:
-        """Write a checkpoint; None: the weights before."""
-        digest = digest or (drafter_digest(folder) if folder else "before")
-        self.backend.receive_weights(self._plugin.Checkpoint(digest, str(folder or ""), "", ""))
+    def write(self, folder: Path, digest: str = "", served: str = "") -> None:
+        """Write a checkpoint. digest: another one than it has. served: what the client takes the served one for."""
+        self.backend.receive_weights(self._plugin.Checkpoint(digest or drafter_digest(folder), str(folder), "", served))
 
     def stale(self, folder: Path) -> set[str]:
         """Return the tensors of a captured graph that are not those of a server that was started with a checkpoint."""
@@ -167,12 +166,50 @@ def test_fused_parameters_and_their_copies_are_written_where_a_captured_graph_ha
 ) -> None:
     a, b, rank = write_drafter(tmp_path / "a", 0), write_drafter(tmp_path / "b", 1), Rank(plugin)
     embedding = rank.held["model.embed_tokens.weight"].clone()
-    for folder, written in ((a, a), (b, b), (None, a)):
+    for folder in (a, b, a):
         rank.write(folder)
-        assert rank.stale(written) == SHARED
+        assert rank.stale(folder) == SHARED
         now = rank.tensors()
         assert all(now[name].data_ptr() == values.data_ptr() for name, values in rank.held.items())
     assert torch.equal(rank.held["model.embed_tokens.weight"], embedding)
+
+
+def test_the_weights_before_are_written_back_without_their_files(plugin: Any, tmp_path: Path) -> None:
+    """By the digest, so that a write back does not take those before an update that never happened."""
+    a, b, rank = write_drafter(tmp_path / "a", 0), write_drafter(tmp_path / "b", 1), Rank(plugin)
+    rank.write(a)
+    gone, digest = tmp_path / "gone", drafter_digest(a)
+    rank.write(gone, digest)
+    assert rank.stale(a) == SHARED, "they are served"
+    rank.write(b)
+    rank.write(gone, digest)
+    assert rank.stale(a) == SHARED
+    rank.write(gone, drafter_digest(b))
+    assert rank.stale(b) == SHARED
+
+    fresh, started_with = Rank(plugin), "f" * 64
+    first = {name: values.clone() for name, values in fresh.held.items()}
+    with pytest.raises(RuntimeError, match="does not have the files"):
+        fresh.write(gone, started_with)
+    fresh.write(b, served=started_with)
+    fresh.write(gone, started_with)
+    assert all(torch.equal(fresh.held[name], values) for name, values in first.items())
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        (None, "/", "", ""), ("../..", "/", "", ""), ("0" * 64, 3, "", ""), ("0" * 64, "", "", ""),
+        ("0" * 64, "/", {}, ""), ("0" * 64, "/", "http://host/drafter", []),
+    ],
+)  # fmt: skip
+def test_a_malformed_request_is_refused_and_changes_nothing(plugin: Any, tmp_path: Path, fields: tuple[Any]) -> None:
+    a, rank = write_drafter(tmp_path / "a", 0), Rank(plugin)
+    rank.write(write_drafter(tmp_path / "b", 1))
+    rank.write(a)
+    with pytest.raises(RuntimeError, match=r"drafter|folder|upload"):
+        rank.backend.receive_weights(plugin.Checkpoint(*fields))
+    assert rank.stale(a) == SHARED
 
 
 def test_a_swap_that_leaves_a_fused_copy_is_found(plugin: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +224,7 @@ def test_a_swap_that_leaves_a_fused_copy_is_found(plugin: Any, tmp_path: Path, m
 def test_a_drafter_that_does_not_fit_changes_nothing(plugin: Any, tmp_path: Path, wrong: str) -> None:
     a, rank = write_drafter(tmp_path / "a", 0), Rank(plugin)
     rank.write(a)
-    with pytest.raises(RuntimeError, match=r"RuntimeError|does not have the files"):
+    with pytest.raises(RuntimeError, match=r"must match|does not have the files"):
         if wrong == "other files":
             rank.write(write_drafter(tmp_path / "b", 1), "0" * 64)
         else:

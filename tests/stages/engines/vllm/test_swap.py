@@ -11,17 +11,18 @@ from typing import Any
 
 import pytest
 
-from draftsmith.artifacts.errors import DraftsmithError, RefusedError
+from draftsmith.artifacts.errors import DraftsmithError, RefusedError, RetryableError
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.engines.served import API_KEYS, ask_servers, count_finished
 from draftsmith.stages.engines.servers.state import NewDrafter, ServerState
-from draftsmith.stages.engines.swap import Served, swap_servers
+from draftsmith.stages.engines.swap import Served, Swap
 from draftsmith.stages.engines.swap_proof import ReplayProver
 from draftsmith.stages.engines.vllm.plugin import BACKEND
 from draftsmith.stages.replay.proof import Proof
 from tests.stages.drafters.edits import Edit, with_another_mask, without_a_layer
 from tests.stages.engines.http_server import HttpServer, Refusal, serving
+from tests.stages.engines.swaps import Prover, proof_of
 from tests.testbed.drafter import DrafterArtifacts
 
 OLD, NEW = "a" * 64, "b" * 64
@@ -36,6 +37,8 @@ class StandIn:
     writes: list[str] = field(default_factory=list)
     active: bool = False  # an update has begun
     broken: str = ""  # a call that is refused
+    loses: str = ""  # its answer after it wrote this drafter
+    recorded: list[Served] = field(default_factory=list)  # as a registry has it
     steps: int = 0
     http: HttpServer | None = None
 
@@ -92,11 +95,15 @@ class StandIn:
         self.active = True
         return {}
 
-    def write(self, update: dict[str, str]) -> dict[str, Any]:
+    def write(self, update: dict[str, str]) -> dict[str, Any] | None:
         self.refuse("update")
         self.writes.append(update["drafter"])
-        assert update["folder"] or update["drafter"] == OLD
-        assert (update["upload"], update["tracking"]) == (("runs:/a/drafter", "uri") if update["folder"] else ("", ""))
+        served = {NEW: OLD, OLD: NEW}[update["drafter"]]
+        upload = "runs:/a/drafter" if update["drafter"] == NEW else ""
+        assert (update["upload"], update["served"]) == (upload, served) and len(update) == 4
+        if self.loses == update["drafter"]:
+            self.loses = ""
+            return None
         return {}
 
     def finish(self, version: str | None) -> dict[str, Any]:
@@ -105,17 +112,17 @@ class StandIn:
         return {}
 
     def state(self) -> ServerState:
-        state = ask_servers([self.url])[self.url]
+        state = ask_servers([self.url], named=True)[self.url]
         assert isinstance(state, ServerState)
         return state
 
     def swap(self, outcome: bool | None = True) -> list[Served]:
         """Swap the server; the proof has this outcome."""
-        done: list[Served] = []
-        proof = Proof(outcome, "of 9 verify steps.")
-        new = NewDrafter(NEW, Path("b"), "DFLASH", 3, "runs:/a/drafter", "uri")
-        swap_servers([self.url], new, lambda _: lambda: proof, done.append)
-        return done
+        new = NewDrafter(NEW, Path("/b"), "DFLASH", 3, "runs:/a/drafter")
+        known, self.recorded = proof_of(self.recorded), []
+        prover = Prover(Proof(outcome, "of 9 verify steps."))
+        Swap(new, prover, known, self.recorded.append, named=True).swap([self.url])
+        return self.recorded
 
 
 @pytest.fixture
@@ -160,7 +167,7 @@ def test_a_drafter_is_written_and_proven(server: StandIn) -> None:
     (served,) = server.swap()
     assert server.writes == [NEW] and not server.active
     state = server.state()
-    assert (state.digest, state.before, state.proof) == (NEW, OLD, "of 9 verify steps.") and state.since == served.since
+    assert (state.digest, state.before, state.since) == (NEW, OLD, served.since) and served.proof
     assert server.http is not None and server.http.count("/reset_prefix_cache?reset_running_requests=true") == 1
     server.swap()
     assert server.writes == [NEW], "it is served already"
@@ -177,9 +184,13 @@ def test_a_drafter_of_which_more_than_weights_differs_is_refused_before_anything
     served = tiny_drafter.drafter / DRAFTER_FOLDER
     change(other := Path(shutil.copytree(served, tmp_path / "other")))
     new = NewDrafter(drafter_digest(other), other, "DFLASH", 8)
-    prover = ReplayProver(tiny_drafter.target, new, lambda _: served, [[5, 3, 9]])
+
+    def load() -> tuple[Path, list[list[int]]]:
+        raise AssertionError("a rollback checks this before it loads the target")
+
+    prover = ReplayProver(new, lambda _: NewDrafter(OLD, served, "DFLASH", 8), load)
     with pytest.raises(DraftsmithError, match=r"dflash_config|lacks"):
-        swap_servers([server.url], new, prover, lambda _: None)
+        Swap(new, prover, lambda _: None, lambda _: None).swap([server.url])
     assert server.http is not None and not server.http.count("/start_draft_weight_update")
 
 
@@ -188,21 +199,37 @@ def test_a_failed_proof_writes_the_old_drafter_back(server: StandIn, outcome: bo
     with pytest.raises(RefusedError, match="drafts with aaaaaaaaaaaa again"):
         server.swap(outcome)
     assert server.writes == [NEW, OLD] and server.state().digest == OLD
-    assert "not proven" in server.state().proof, "a swap to the old drafter leaves the server as it is"
+    (served,) = server.recorded
+    assert (served.drafter, served.since) == (OLD, server.state().since) and "not proven" in served.proof
+
+
+def test_a_lost_answer_to_the_write_writes_the_old_drafter_back(server: StandIn) -> None:
+    server.loses = NEW
+    with pytest.raises(RetryableError, match="drafts with aaaaaaaaaaaa again"):
+        server.swap()
+    assert server.writes == [NEW, OLD] and server.state().digest == OLD
 
 
 def test_a_refused_drafter_changes_nothing(server: StandIn) -> None:
-    server.broken = "update"
+    before, server.broken = server.state(), "update"
     with pytest.raises(DraftsmithError, match="refuses the drafter"):
         server.swap()
-    assert server.state().digest == OLD and not server.writes
+    assert (server.state().digest, server.state().since) == (OLD, before.since) and not server.writes
 
 
-def test_a_command_that_was_killed_before_its_proof_is_made_again(server: StandIn) -> None:
-    server.broken = "finish"  # a killed command came as far as this
-    with pytest.raises(DraftsmithError):
+@pytest.mark.parametrize("since", ["", "2026-11-30T09:00:00+00:00"], ids=["while it was written", "later"])
+def test_a_command_that_was_killed_before_its_proof_is_made_again(server: StandIn, since: str) -> None:
+    """Whatever the version of the weights, which anybody can set, says of a proof."""
+    report = {"drafter": NEW, "since": since, "before": OLD, "pause_s": 0.0, "proof": "of 99 verify steps."}
+    server.version = json.dumps(report)
+    (served,) = server.swap()
+    assert server.writes == [NEW]
+    assert (server.state().digest, server.state().before) == (NEW, OLD) and served.proof == "of 9 verify steps."
+
+
+@pytest.mark.parametrize("version", ["{", "{}", '{"drafter": "../..", "since": "", "before": ""}'])
+def test_a_version_that_is_not_ours_is_an_error(server: StandIn, version: str) -> None:
+    server.version = version
+    with pytest.raises(DraftsmithError, match="cannot be read"):
         server.swap()
-    assert (server.state().digest, server.state().proof) == (NEW, "")
-    server.broken = ""
-    server.swap()
-    assert server.writes == [NEW, NEW] and server.state().before == OLD and server.state().proof
+    assert not server.writes
