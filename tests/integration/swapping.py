@@ -30,6 +30,7 @@ from draftsmith.stages.engines.servers.client import Json
 from draftsmith.stages.engines.servers.state import NewDrafter
 from draftsmith.stages.engines.sglang.protocol import KEY
 from draftsmith.stages.replay.trace import Trace
+from draftsmith.stages.target.info import read_target_info
 from tests.integration.recorded import Answer, assert_same_steps, trace_of
 from tests.sglang_cpu.server import generate
 from tests.stages.bench import GREEDY_TOKENS, Bench
@@ -82,7 +83,8 @@ def line_of_two(
         for key, folder in (("a", made.drafter), ("b", other)):
             ref = artifact("sft", folder, key, inputs=inputs)
             digest = drafter_digest(folder / DRAFTER_FOLDER)
-            tags = {"drafter_digest": digest, "figures": json.dumps({"all": PROMISED})}
+            tags = {"drafter_digest": digest, "target_digest": read_target_info(made.target).digest}
+            tags["figures"] = json.dumps({"all": PROMISED})
             tracking = Tracking(home)
             run_id = None if mlflow is None else tracking.open_refresh(line, {})
             inputs["drafter"] = ref

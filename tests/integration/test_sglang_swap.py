@@ -176,7 +176,11 @@ def test_a_server_without_the_store_fetches_the_upload(
         assert main(["status", line, *url]) == 0
         shown = capsys.readouterr().out
         assert "version 2" in shown and version.content_id[:12] in shown
-        assert main(["swap", line, *url]) == 0  # the champion again
+        assert main(["promote", f"{line}@2"]) == 0  # nothing is left to swap
+        shutil.rmtree(artifact_folder(registry().version(line, 1)))
+        assert main(["rollback", line]) == 0, "with its upload, and proven with what version 2 was trained with"
+        (served,) = served_by(registry().version(line, 1))
+        assert served.drafter == drafter_digest(swapping.folders["1"]) and "verify steps" in served.proof
     swapping.assert_drafts_with("1")
 
 
