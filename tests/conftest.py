@@ -111,7 +111,7 @@ def tiny_prompts() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_drafter() -> DrafterArtifacts:
-    """Artifacts of target (float32), prompts, rollouts and SFT: a DFlash drafter of block 8, held-out tau about 5."""
+    """Artifacts of target (float32), prompts, rollouts and SFT: a DFlash drafter of block 8, held-out tau about 6."""
     return drafter_artifacts()
 
 

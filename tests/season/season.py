@@ -106,6 +106,8 @@ def play(folder: Path, size: Size) -> Iterator[Week]:
         ("week 4: a broken refresh", "refused", [*other, *broken]),
         ("week 5: the target has a new revision", "promoted", [*other, f"target.source={revision_folder()}"]),
     ]
+    # trained where the tests run: a drafter that was trained for other prompts and another revision is far worse than
+    # one for these, whatever the weights are; and no first drafter is refused
     if size is SHORT:  # the gate refuses for its threshold, and then takes the same drafter
         weeks[0] = (*weeks[0][:2], ["refresh.control=true"])
         revised = weeks[4][2]

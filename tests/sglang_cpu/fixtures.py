@@ -20,7 +20,7 @@ class ServingTarget:
 
     artifact: Path  # of the stage `target`
     model: Path  # transformers model and tokenizer
-    drafter: Path  # a trained DFlash checkpoint of block 8, held-out tau about 5.8
+    drafter: Path  # a trained DFlash checkpoint of block 8, held-out tau about 6
 
 
 @pytest.fixture(scope="session")
