@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -69,7 +70,8 @@ def start_prefect_server(home: Path) -> Callable[[Say], None]:
     takes a while. It raises DraftsmithError if the server has ended, RetryableError if it may answer later.
 
     The temporary server has its own session, so Ctrl-C does not reach it and a flow can still report its end. It stops
-    at exit, after Prefect has sent its last events and log lines.
+    at exit, after Prefect has sent its last events and log lines. Other users of this machine reach its port, so it
+    has a password, which this process and its children have in their environment.
     """
     prepare(home)
     if existing := os.environ.get("PREFECT_API_URL"):
@@ -84,12 +86,12 @@ def start_prefect_server(home: Path) -> Callable[[Say], None]:
             starting.enter_context(locked(folder / ".lock-start"))
         except OSError as error:
             raise from_os_error(error, "starting Prefect's server: writing") from error
-        port = _free_port()
-        server = _start(port, log)
+        port, user = _free_port(), f"draftsmith:{secrets.token_urlsafe(32)}"
+        server = _start(port, user, log)
         atexit.register(server.end, _STOP_LIMIT_S)
         until_healthy = starting.pop_all()
     url = f"http://127.0.0.1:{port}/api"
-    os.environ["PREFECT_API_URL"] = url
+    os.environ |= {"PREFECT_API_URL": url, "PREFECT_API_AUTH_STRING": user}
     _temporary[url] = server
 
     def wait(say: Say) -> None:
@@ -143,13 +145,14 @@ def _must_answer(url: str) -> None:
             )
 
 
-def _start(port: int, log: IO[bytes]) -> ChildProcess:
-    """Start the server as Prefect starts it for a flow without an API."""
+def _start(port: int, user: str, log: IO[bytes]) -> ChildProcess:
+    """Start the server as Prefect starts it for a flow without an API. user: who may use it, as `NAME:PASSWORD`."""
     uvicorn = ["--factory", "prefect.server.api.server:create_app", "--host", "127.0.0.1", "--port", str(port)]
     return ChildProcess(
         [sys.executable, "-P", "-c", _UVICORN, *uvicorn, "--log-level", "error", "--lifespan", "on"],
         environment={
             **project_environment(),
+            "PREFECT_SERVER_API_AUTH_STRING": user,
             "PREFECT_UI_ENABLED": "0",
             "PREFECT__SERVER_EPHEMERAL": "1",
             "PREFECT__SERVER_FINAL": "1",

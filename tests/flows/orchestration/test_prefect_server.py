@@ -1,16 +1,19 @@
-"""Prefect's servers: a damaged database, one that does not answer, a slow start."""
+"""Prefect's servers: the password of the temporary one, a damaged database, one that does not answer, a slow start."""
 
 from __future__ import annotations
 
 import os
 import subprocess
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
 
 from draftsmith.artifacts.errors import EXIT_RETRYABLE, DraftsmithError, RetryableError
 from draftsmith.flows.orchestration import server
-from tests.flows.processes import processes_of
+from tests.flows.processes import processes_of, toy_command, wait_until
+from tests.flows.toy import write_config
 
 
 @pytest.fixture(autouse=True)
@@ -18,6 +21,30 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Undo what is set for Prefect, which this process has imported with other settings."""
     monkeypatch.setattr(os, "environ", os.environ.copy())
     monkeypatch.setattr(server, "_temporary", {})
+
+
+@pytest.mark.integration
+def test_other_users_of_the_machine_cannot_use_a_runs_temporary_server(tmp_path: Path) -> None:
+    home, started = tmp_path / "home", tmp_path / "started"
+    config = write_config(tmp_path / "toy.yaml", target={"seconds_each": 1, "note_start": str(started)})
+    with toy_command(home, "refresh", config) as run:
+        wait_until(started.exists, "the first stage has started", limit_s=180)
+        processes = [Path(f"/proc/{pid}") for pid in processes_of(home)]
+        environments = [
+            dict(v.split("=", 1) for v in p.joinpath("environ").read_text().split("\0") if v) for p in processes
+        ]
+        (url,) = {e["PREFECT_API_URL"] for e in environments if "PREFECT_API_URL" in e}
+        (user,) = {e["PREFECT_API_AUTH_STRING"] for e in environments if "PREFECT_API_AUTH_STRING" in e}
+        arguments = "".join(process.joinpath("cmdline").read_text() for process in processes)
+        for path, body in (("admin/version", None), ("variables/", b'{"name": "a", "value": 1}')):
+            request = urllib.request.Request(f"{url}/{path}", body, {"Content-Type": "application/json"})
+            with pytest.raises(urllib.error.HTTPError, match="401"):
+                urllib.request.urlopen(request, timeout=30)
+        out, err = run.communicate(timeout=600)
+    assert run.returncode == 0, err
+    password = user.partition(":")[2]
+    assert len(password) > 30 and password not in arguments + out + err
+    assert not [path for path in home.rglob("*") if path.is_file() and password.encode() in path.read_bytes()]
 
 
 @pytest.mark.integration
