@@ -135,14 +135,23 @@ def check_database_location(home: Path) -> None:
 
 
 def _must_answer(url: str) -> None:
+    """Raise RetryableError if Prefect's server does not answer, and DraftsmithError if it refuses this user."""
+    import httpx
     from prefect.client.orchestration import get_client  # after `prepare` has set Prefect's environment
 
-    with get_client(sync_client=True) as client:
-        if error := client.api_healthcheck():
-            raise RetryableError(
-                f"PREFECT_API_URL: {url} does not answer ({' '.join(str(error).split())}). Start that server or "
-                "correct the variable; without it a run starts its own server."
-            )
+    try:
+        with get_client(sync_client=True) as client:
+            client.read_flows(limit=1)  # needs the password, unlike /health
+    except Exception as error:
+        if isinstance(error, httpx.HTTPStatusError) and error.response.status_code in (401, 403):
+            raise DraftsmithError(
+                f"PREFECT_API_URL: {url} refuses this user. Set PREFECT_API_AUTH_STRING to USER:PASSWORD of that "
+                "server (Prefect Cloud: PREFECT_API_KEY)."
+            ) from error
+        raise RetryableError(
+            f"PREFECT_API_URL: {url} does not answer ({' '.join(str(error).split())}). Start that server or "
+            "correct the variable; without it a run starts its own server."
+        ) from error
 
 
 def _start(port: int, user: str, log: IO[bytes]) -> ChildProcess:

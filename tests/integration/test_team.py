@@ -8,19 +8,27 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from draftsmith.artifacts.tracking.runs import Tracking
+from draftsmith.stages.drafters.checkpoint import save_drafter
+from draftsmith.stages.drafters.digest import drafter_digest
+from draftsmith.stages.target.causal_lm import Target
 from tests.artifacts.tracking import test_logged_models
 from tests.flows.processes import ROOT, wait_until
 from tests.flows.toy import write_config
 from tests.testbed import chromium
-from tests.testbed.team import BUCKET, POOL, Team, postgres_programs, team
+from tests.testbed.compose import TEAM
+from tests.testbed.random_target import random_drafter
+from tests.testbed.team import BUCKET, POOL, Team, ask, postgres_programs, team
 
 pytestmark = [
     pytest.mark.integration,
@@ -32,17 +40,21 @@ HELP = "The numbers to collect, and how to fail."
 
 def deploy(servers: Team, config: Path, *options: str) -> str:
     """The deployment's id."""
-    done = subprocess.run(
+    done = deploys(servers, config, *options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip().rpartition("/")[2]
+
+
+def deploys(servers: Team, config: Path, *options: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
         [sys.executable, "-m", "tests.flows.toy_command", "deploy", config, "--pool", POOL, *options],
-        env=servers.environment,
+        env={**servers.environment, **variables},
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=LIMIT_S,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip().rpartition("/")[2]
 
 
 def start(servers: Team, deployment: str, **config: Any) -> str:
@@ -111,6 +123,8 @@ def form(servers: Team, deployment: str, folder: Path) -> str:
     if chromium.PROGRAM is None:
         return ""
     with chromium.browser(folder / "browser") as page:
+        page.open(servers.prefect, width=1280)  # asks for the password, and keeps it like this
+        page.evaluate(f"localStorage.setItem('prefect-password', btoa('{servers.user}'))")
         page.open(f"{servers.prefect}/deployments/deployment/{deployment}/run", width=1280)
         fields = "[...document.querySelectorAll('input, textarea')].map(each => each.value).join('\\n')"
         text = ""
@@ -163,6 +177,91 @@ def killed(servers: Team, deployment: str) -> str:
     return run
 
 
+def log_in(servers: Team, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give this process the variables of MLflow that the README gives to every client."""
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.setenv(name, servers.environment[name])
+
+
+def test_both_servers_refuse_whoever_has_no_password(story: dict[str, Any], tmp_path: Path) -> None:
+    servers: Team = story["servers"]
+    addresses = [f"{servers.prefect}/api/flow_runs/filter", f"{servers.prefect}/api/variables/"]
+    addresses += [f"{servers.mlflow}/{api}/2.0/mlflow/experiments/create" for api in ("api", "ajax-api")]
+    for url, user in product(addresses, (None, "draftsmith:wrong")):
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            ask(url, {"name": "a", "value": 1}, user=user)
+    refused = deploys(servers, write_config(tmp_path / "toy.yaml"), PREFECT_API_AUTH_STRING="draftsmith:wrong")
+    assert refused.returncode == 2
+    assert "refuses this user. Set PREFECT_API_AUTH_STRING" in refused.stderr
+
+
+def test_people_with_an_account_read_and_change_nothing(story: dict[str, Any]) -> None:
+    servers: Team = story["servers"]
+    administrator = ":".join(servers.environment[f"MLFLOW_TRACKING_{name}"] for name in ("USERNAME", "PASSWORD"))
+    api, anna = f"{servers.mlflow}/api/2.0/mlflow", "anna:anna's own password"
+    name, _, password = anna.partition(":")
+    ask(f"{api}/users/create", {"username": name, "password": password}, user=administrator)
+    by_name = f"{api}/experiments/get-by-name?experiment_name=draftsmith"
+    experiment = ask(by_name, user=anna)["experiment"]["experiment_id"]
+    (run,) = ask(f"{api}/runs/search", {"experiment_ids": [experiment], "max_results": 1}, user=anna)["runs"]
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        ask(f"{api}/runs/set-tag", {"run_id": run["info"]["run_id"], "key": "a", "value": "b"}, user=anna)
+
+
+READ = """
+import json, sys
+from draftsmith.stages.engines.servers.drafter_files import read_drafter
+print(*read_drafter(json.loads(sys.argv[1])))
+"""
+
+
+def test_a_servers_plug_in_fetches_an_upload_as_the_user_of_its_own_environment(
+    story: dict[str, Any], plain_target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    servers: Team = story["servers"]
+    log_in(servers, monkeypatch)
+    save_drafter(random_drafter(plain_target), tmp_path / "drafter", torch.float32)
+    client, experiment = Tracking(tmp_path / "home", "uploads").connect()
+    run = client.create_run(experiment).info.run_id
+    client.log_artifacts(run, str(tmp_path / "drafter"), "drafter")
+    wanted = {"drafter": drafter_digest(tmp_path / "drafter"), "folder": "/nowhere", "upload": f"runs:/{run}/drafter"}
+    its_own = {name: servers.environment[name] for name in ("PATH", "HOME", "PYTHONPATH", "no_proxy")}
+    user = {name: value for name, value in servers.environment.items() if name.startswith("MLFLOW_")}
+
+    def server(**environment: str) -> subprocess.CompletedProcess[str]:
+        request = json.dumps({**wanted, "tracking": servers.mlflow})
+        command = [sys.executable, "-c", READ, request]
+        return subprocess.run(command, env=its_own | environment, capture_output=True, text=True, timeout=LIMIT_S)
+
+    done = server(**user)
+    assert "model.safetensors" in done.stdout, done.stderr
+    assert "401" in server(MLFLOW_TRACKING_URI=servers.mlflow).stderr
+
+
+TEMPLATE = """
+import asyncio, json, sys
+from prefect.blocks.system import Secret
+from prefect.workers.base import BaseJobConfiguration
+
+Secret(value="from the block").save("mlflow-password")
+for path in sys.argv[1:]:
+    job = BaseJobConfiguration.from_template_and_values(json.load(open(path)), {"env": {"A": "1"}})
+    print(json.dumps(asyncio.run(job).env))
+"""
+
+
+def test_the_jobs_of_pools_of_containers_get_the_password_from_a_block(story: dict[str, Any]) -> None:
+    pools = [TEAM / "pools" / f"{name}.json" for name in ("docker", "kubernetes")]
+    command, environment = [sys.executable, "-c", TEMPLATE, *pools], story["servers"].environment
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
+    assert done.returncode == 0, done.stderr
+    environments = list(map(json.loads, done.stdout.splitlines()))
+    assert len(environments) == len(pools)
+    for given in environments:
+        assert given["MLFLOW_TRACKING_USERNAME"] == "draftsmith" and given["A"] == "1"
+        assert given["MLFLOW_TRACKING_PASSWORD"] == "from the block"
+
+
 def test_a_schedule_fires(story: dict[str, Any]) -> None:
     assert story["scheduled"]["auto_scheduled"] and story["scheduled"]["created_by"]["type"] == "SCHEDULE"
 
@@ -201,6 +300,7 @@ def test_mlflow_keeps_runs_in_postgresql_and_files_in_s3_without_keys_at_the_cli
     servers: Team = story["servers"]
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name, raising=False)
+    log_in(servers, monkeypatch)
     from mlflow import MlflowClient
 
     client = MlflowClient(servers.mlflow, registry_uri=servers.mlflow)
@@ -216,7 +316,7 @@ def test_mlflow_keeps_runs_in_postgresql_and_files_in_s3_without_keys_at_the_cli
 def test_drafters_are_logged_models_of_a_server(
     story: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", story["servers"].mlflow)
+    log_in(story["servers"], monkeypatch)
     tracking = Tracking(tmp_path / "home", "my-line")
     test_logged_models.test_drafters_of_a_line_are_ranked_on_one_prompt_set(tracking)
     run_id = tracking.open_refresh("weekly", {})

@@ -1,11 +1,17 @@
-"""The servers of a team for a test: PostgreSQL, an S3 stand-in (moto), MLflow, Prefect with a worker, a webhook."""
+"""The servers of a team for a test: PostgreSQL, an S3 stand-in (moto), MLflow, Prefect with a worker, a webhook.
+
+MLflow, Prefect and the worker run with the commands and environments of `configs/team/compose.yaml`.
+"""
 
 from __future__ import annotations
 
+import base64
 import http.server
 import json
 import os
 import pwd
+import secrets
+import shlex
 import shutil
 import signal
 import subprocess
@@ -14,7 +20,7 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,10 +28,11 @@ from typing import Any
 
 from draftsmith.stages.engines.servers.process import free_ports
 from tests.flows.processes import ROOT, wait_until
+from tests.testbed.compose import compose, secret_names
 from tests.testbed.s3 import bucket
 
-POOL, BUCKET = "team", "mlflow"
-_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")  # which the servers have, and their clients have not
+POOL, BUCKET = "draftsmith", "mlflow"
+_INHERITED = ("PATH", "PYTHONPATH", "OMP_NUM_THREADS", "DRAFTSMITH_DEVICE_LOCKS")
 
 
 def postgres_programs() -> Path | None:
@@ -35,10 +42,12 @@ def postgres_programs() -> Path | None:
     return Path(found[-1]).resolve().parent if found else None
 
 
-def ask(url: str, body: Any = None, method: str | None = None) -> Any:
-    """Return the JSON of an HTTP call; POST if there is a body."""
+def ask(url: str, body: Any = None, method: str | None = None, user: str | None = None) -> Any:
+    """Return the JSON of an HTTP call; POST if there is a body. user: `NAME:PASSWORD`."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"}, method=method)
+    if user is not None:
+        request.add_header("Authorization", f"Basic {base64.b64encode(user.encode()).decode()}")
     with urllib.request.urlopen(request, timeout=30) as answer:
         text = answer.read()
     return json.loads(text) if text.strip() else None
@@ -53,6 +62,8 @@ class Team:
     mlflow: str
     s3: str
     webhook: str
+    postgres: str  # HOST:PORT
+    secrets: dict[str, str]  # of the file .env
     environment: dict[str, str]
     called: list[dict[str, Any]] = field(default_factory=list)  # what the webhook received
 
@@ -60,55 +71,66 @@ class Team:
     def worker_log(self) -> str:
         return (self.folder / "worker.log").read_text()
 
+    @property
+    def user(self) -> str:
+        """Return name and password of Prefect's user."""
+        return self.environment["PREFECT_API_AUTH_STRING"]
+
     def api(self, path: str, body: Any = None, method: str | None = None) -> Any:
-        return ask(f"{self.prefect}/api/{path}", body, method)
+        return ask(f"{self.prefect}/api/{path}", body, method, self.user)
 
 
 @contextmanager
 def team(folder: Path) -> Iterator[Team]:
     """Run all servers, with a process worker for the pool, and remove everything afterwards."""
     with ExitStack() as stack:
-        database = stack.enter_context(_postgres())
+        passwords = {name: secrets.token_hex(16) for name in secret_names()}
         called: list[dict[str, Any]] = []
         webhook = stack.enter_context(_webhook(called))
-        mlflow, prefect = (f"http://127.0.0.1:{port}" for port in free_ports(2))
+        ports = free_ports(3)
+        addresses = {
+            name: f"127.0.0.1:{port}" for name, port in zip(("postgres", "prefect", "mlflow"), ports, strict=True)
+        }
         stack.enter_context(bucket(BUCKET))
-        plain = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
+        storage = os.environ["AWS_ENDPOINT_URL"]
+        here = {
+            "postgres:5432": addresses["postgres"],
+            "http://s3:9000": storage,
+            "0.0.0.0": "127.0.0.1",
+            "--port 5000": f"--port {ports[2]}",
+            "/var/lib/prefect": str(folder / "prefect"),
+            "/etc/": f"{folder}/",
+            "/srv/draftsmith": str(folder / "home"),
+        }
+        known = {f"{name.upper()}_URL": f"http://{addresses[name]}" for name in ("prefect", "mlflow")}
+        file = compose({**passwords, **known, "MLFLOW_HOSTS": "127.0.0.1:*"}, here)
+        services = file["services"]
+        for name, config in file["configs"].items():
+            (folder / name).write_text(config["content"])
+        for config in services["mlflow"]["configs"]:
+            shutil.copy(folder / config["source"], config["target"])
+        stack.enter_context(_postgres(services["postgres"]["environment"], ports[0], folder / "databases"))
+        # of this process only what finds programs and packages
+        plain = {name: os.environ[name] for name in _INHERITED if name in os.environ}
+        plain["PATH"] = f"{Path(sys.executable).parent}:{plain['PATH']}"
         plain |= {"no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1", "HOME": str(folder)}
-        script = Path(sys.executable).parent
         run = _Running(folder, stack)
-        bus = {
-            "PREFECT_HOME": str(folder / "prefect"),
-            "DO_NOT_TRACK": "1",
-            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-            "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
-        }
-        serving = {
-            "PREFECT_API_DATABASE_CONNECTION_URL": database("prefect").replace("postgresql", "postgresql+asyncpg", 1),
-            "PREFECT_SERVER_UI_API_URL": f"{prefect}/api",
-            "PREFECT_UI_URL": prefect,  # what a webhook links to
-        }
-        run("prefect", [script / "prefect", "server", "start", "--port", _port(prefect)], plain | bus | serving)
-        runs = database("mlflow").replace("postgresql", "postgresql+psycopg2", 1)
-        tracking = ["--backend-store-uri", runs, "--artifacts-destination", f"s3://{BUCKET}"]
-        run(
-            "mlflow",
-            [script / "mlflow", "server", *tracking, "--port", _port(mlflow), "--workers", "1"],
-            plain | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"},
-        )
-        without_keys = {name: value for name, value in plain.items() if name not in _KEYS}
-        environment = without_keys | bus | {
-            "PREFECT_API_URL": f"{prefect}/api",
-            "MLFLOW_TRACKING_URI": mlflow,
-            "DRAFTSMITH_HOME": str(folder / "home"),
-            "PREFECT_WORKER_QUERY_SECONDS": "1",
-            "PYTHONPATH": os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)]),
-        }  # fmt: skip
+
+        def serve(name: str, **more: str) -> dict[str, str]:
+            environment = plain | services[name]["environment"] | more
+            run(name, shlex.split(services[name]["command"]), environment)
+            return environment
+
+        prefect, mlflow = (f"http://{addresses[name]}" for name in ("prefect", "mlflow"))
+        serve("prefect", PREFECT_SERVER_API_PORT=str(ports[1]))  # which a container publishes as another one
+        serve("mlflow")
         wait_until(lambda: _answers(f"{prefect}/api/health"), "Prefect's server answers", limit_s=120)
-        ask(f"{prefect}/api/work_pools/", {"name": POOL, "type": "process"})
-        run("worker", [script / "prefect", "worker", "start", "--pool", POOL, "--type", "process"], environment)
+        user = services["worker"]["environment"]["PREFECT_API_AUTH_STRING"]
+        ask(f"{prefect}/api/work_pools/", {"name": POOL, "type": "process"}, user=user)
+        path = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)])
+        environment = serve("worker", PREFECT_WORKER_QUERY_SECONDS="1", PYTHONPATH=path)
         wait_until(lambda: _answers(f"{mlflow}/health"), "MLflow's server answers", limit_s=120)
-        yield Team(folder, prefect, mlflow, plain["AWS_ENDPOINT_URL"], webhook, environment, called)
+        yield Team(folder, prefect, mlflow, storage, webhook, addresses["postgres"], passwords, environment, called)
 
 
 class _Running:
@@ -134,37 +156,41 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 @contextmanager
-def _postgres() -> Iterator[Callable[[str], str]]:
-    """Yield a function that creates a database and returns its URL. Under root, PostgreSQL runs as another user."""
+def _postgres(service: dict[str, str], port: int, first: Path) -> Iterator[None]:
+    """Run PostgreSQL as its image does: one user with a password, one database, and the file `first` on a new disk.
+
+    Under root it runs as another user.
+    """
     programs = postgres_programs()
     assert programs is not None
-    user = pwd.getpwnam("postgres").pw_name if os.getuid() == 0 else None
-    folder, (port,) = Path(tempfile.mkdtemp(prefix="draftsmith-postgres-")), free_ports(1)
-    if user is not None:
-        shutil.chown(folder, user)
-    options: dict[str, Any] = {"user": user, "cwd": folder, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    owner = pwd.getpwnam("postgres").pw_name if os.getuid() == 0 else None
+    folder = Path(tempfile.mkdtemp(prefix="draftsmith-postgres-"))
+    user, password, database = (service[f"POSTGRES_{name}"] for name in ("USER", "PASSWORD", "DB"))
+    (folder / "password").write_text(password)
+    if owner is not None:
+        for path in (folder, folder / "password"):
+            shutil.chown(path, owner)
+    options: dict[str, Any] = {
+        "user": owner, "cwd": folder, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL,
+        "env": {**os.environ, "PGPASSWORD": password},
+    }  # fmt: skip
     server = None
     try:
-        subprocess.run(
-            [programs / "initdb", "-D", folder / "data", "-U", "team", "-A", "trust", "--no-sync"],
-            check=True,
-            **options,
-        )
+        access = ["-U", user, "-A", "scram-sha-256", f"--pwfile={folder / 'password'}", "--no-sync"]
+        subprocess.run([programs / "initdb", "-D", folder / "data", *access], check=True, **options)
         settings = ["-c", "fsync=off", "-c", "listen_addresses=127.0.0.1", "-c", f"unix_socket_directories={folder}"]
         server = subprocess.Popen(
             [programs / "postgres", "-D", folder / "data", "-p", str(port), *settings],
             start_new_session=True,
             **options,
         )
-        ready: list[str | Path] = [programs / "pg_isready", "-h", "127.0.0.1", "-p", str(port)]
+        where = ["-h", "127.0.0.1", "-p", str(port)]
+        ready: list[str | Path] = [programs / "pg_isready", *where]
         wait_until(lambda: subprocess.run(ready, check=False, **options).returncode == 0, "PostgreSQL answers")
-
-        def database(name: str) -> str:
-            where = ["-h", "127.0.0.1", "-p", str(port), "-U", "team"]
-            subprocess.run([programs / "createdb", *where, name], check=True, **options)
-            return f"postgresql://team@127.0.0.1:{port}/{name}"
-
-        yield database
+        subprocess.run([programs / "createdb", *where, "-U", user, database], check=True, **options)
+        psql = [programs / "psql", *where, "-U", user, "-d", database, "-v", "ON_ERROR_STOP=1", "-c", first.read_text()]
+        subprocess.run(psql, check=True, **options)
+        yield
     finally:
         if server is not None:
             server.send_signal(signal.SIGQUIT)  # at once: nothing of it is kept
@@ -189,10 +215,6 @@ def _webhook(called: list[dict[str, Any]]) -> Iterator[str]:
         yield f"http://127.0.0.1:{server.server_port}/told"
     finally:
         server.shutdown()
-
-
-def _port(url: str) -> str:
-    return url.rpartition(":")[2]
 
 
 def _answers(url: str) -> bool:

@@ -11,38 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from draftsmith.flows.config.options import StageOptions
 from tests.flows.processes import ROOT
+from tests.testbed.compose import TEAM, compose, secret_names
 
-TEAM = ROOT / "configs" / "team"
-GIVEN = re.search(r"printf '(.*)' \"", (TEAM / "README.md").read_text())  # what the README writes into .env
-
-
-def variables() -> dict[str, str]:
-    assert GIVEN is not None
-    return {line.partition("=")[0]: "secret" for line in GIVEN[1].split("\\n") if line}
-
-
-def filled(text: str, known: dict[str, str]) -> str:
-    """Interpolate like Compose: `$$` is a dollar sign, and a variable without value or default is an error."""
-
-    def value(found: re.Match[str]) -> str:
-        if found[0] == "$$":
-            return "$"
-        name, _, rest = found[1].partition(":")
-        if name not in known and not rest.startswith("-"):
-            raise KeyError(name)
-        return known.get(name, rest[1:])
-
-    return re.sub(r"\$\$|\$\{([^}]*)\}", value, text)
+SECRETS = dict.fromkeys(secret_names(), "secret")
 
 
 @pytest.fixture(scope="module")
 def services() -> dict[str, Any]:
-    compose = yaml.safe_load(filled((TEAM / "compose.yaml").read_text(), variables()))
-    volumes, configs, found = compose["volumes"], compose["configs"], compose["services"]
+    file = compose(SECRETS)
+    volumes, configs, found = file["volumes"], file["configs"], file["services"]
     for name, service in found.items():
         assert {"image", "build"} & service.keys(), name
         assert set(service.get("depends_on", ())) <= found.keys(), name
@@ -54,11 +34,32 @@ def services() -> dict[str, Any]:
 
 
 def test_every_secret_comes_from_the_file_that_the_readme_writes() -> None:
+    """Compose starts nothing while one of them is missing."""
     text = (TEAM / "compose.yaml").read_text()
-    without_default = set(re.findall(r"\$\{(\w+)(?:\}|:\?)", text))
-    assert without_default == set(variables())
-    with pytest.raises(KeyError):
-        filled(text, {})
+    required, used = (set(re.findall(rf"\$\{{(\w+){rest}", text)) for rest in (r":\?", r"(?:\}|:\?)"))
+    assert required == used == set(SECRETS)
+    for name in SECRETS:
+        with pytest.raises(KeyError, match=name):
+            compose({other: "secret" for other in SECRETS if other != name})
+
+
+def test_the_file_of_secrets_is_in_no_commit_and_no_image() -> None:
+    assert "**/.env" in (TEAM / "Dockerfile.dockerignore").read_text().splitlines()
+    assert ".env" in (ROOT / ".gitignore").read_text().splitlines()
+
+
+def test_ports_are_published_to_this_host_only(services: dict[str, Any]) -> None:
+    published = {name: service["ports"] for name, service in services.items() if "ports" in service}
+    assert published == {"prefect": ["127.0.0.1:4200:4200"], "mlflow": ["127.0.0.1:5000:5000"]}
+
+
+def test_no_secret_is_an_argument_of_a_command(services: dict[str, Any]) -> None:
+    """Every user of a host sees the arguments of its processes, those in containers too."""
+    assert not [name for name, service in services.items() if "secret" in str(service.get("command", ""))]
+
+
+def test_mlflows_image_has_the_server_with_users(services: dict[str, Any]) -> None:
+    assert "mlflow[auth]" in services["mlflow"]["build"]["dockerfile_inline"]
 
 
 def test_mlflows_command_exists_in_the_installed_release(services: dict[str, Any]) -> None:
@@ -68,7 +69,9 @@ def test_mlflows_command_exists_in_the_installed_release(services: dict[str, Any
     assert words[:2] == ["mlflow", "server"]
     command = cli.commands["server"]
     given = command.make_context("server", words[2:], resilient_parsing=True).params
-    assert given["backend_store_uri"].endswith("@postgres:5432/mlflow")
+    assert given["app_name"] == "basic-auth"
+    (stores,) = (option for option in command.params if option.name == "backend_store_uri")
+    assert services["mlflow"]["environment"][stores.envvar].endswith("@postgres:5432/mlflow")
     assert given["artifacts_destination"] == "s3://mlflow"
     assert (given["host"], given["port"]) == ("0.0.0.0", 5000)
     assert "mlflow:5000" in given["allowed_hosts"], "the name that the worker uses"
