@@ -38,7 +38,6 @@ _EXPECTED = {
 # Fields and values that an earlier version accepted, by section and name: what to do instead.
 REMOVED = {
     "kind": "Run experiments with `python -m tests.lab.run FILE` in a checkout (tests/lab/README.md), or remove it.",
-    "report": "Remove the section.",
     "refresh.iterations": "Remove it, and raise opd.steps or refresh again.",
     "stages.runner=dask": "Use ray, or leave the field out.",
     "stages.time_limit_minutes": "Name the nodes in stages.time_limits.",

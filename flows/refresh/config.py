@@ -72,6 +72,7 @@ class RefreshConfig(RunOptions):
     promotes nothing."""
     drift: DriftConfig = DriftConfig()
     gate: GateConfig = GateConfig()
+    report: ReportConfig = ReportConfig()
     on_promote: HookConfig | None = None
 
     @model_validator(mode="before")
@@ -198,7 +199,7 @@ class RefreshConfig(RunOptions):
     @model_validator(mode="after")
     def _time_limits_name_nodes(self) -> RefreshConfig:
         no_nodes = {*RunOptions.model_fields, "refresh", "registry", "on_promote"}
-        self.stages.require_nodes({*type(self).model_fields, "champion", "control", "earlier", "report"} - no_nodes)
+        self.stages.require_nodes({*type(self).model_fields, "champion", "control", "earlier"} - no_nodes)
         return self
 
 
@@ -278,10 +279,10 @@ def measured_with(config: RefreshConfig) -> dict[str, JsonValue]:
 def report_config(config: RefreshConfig) -> ReportConfig:
     """Return the config of the report: the champion, and tau of the line over time."""
     if config.registry is None:
-        return ReportConfig()
+        return config.report
     serves = (config.champion.line, config.champion.version) if config.champion is not None else None
     history = tuple(map(HistoryPoint.model_validate, config.registry.history))
-    return ReportConfig(champion=serves, history=history, line=config.registry.name)
+    return config.report.model_copy(update={"champion": serves, "history": history, "line": config.registry.name})
 
 
 def control_config(config: RefreshConfig) -> SftConfig:

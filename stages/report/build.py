@@ -41,7 +41,7 @@ def run(ctx: StageContext, config: ReportConfig) -> None:
     by_stage = {entry.manifest.stage: entry for entry in lineage}
     prompts = _fetch_result(PromptsSummary, by_stage.get("prompts"))
     logs = _fetch_result(LogsSummary, by_stage.get("logs"))
-    contexts = Contexts.read_if_there(folder)
+    contexts = Contexts.read_if_there(folder) if config.contexts else None
     review = review_of(evaluation, decision)
     target = target_name(str(by_stage["target"].manifest.config.get("source", ""))) if "target" in by_stage else ""
     against = f"against version {config.champion[1]}" if config.champion is not None else "no champion yet"

@@ -23,8 +23,15 @@ class HistoryPoint(Record):
 
 
 class ReportConfig(Config):
-    """What a report compares with; a run fills it in."""
+    """What the report shows. A run fills in what it compares with."""
 
+    contexts: Annotated[
+        bool,
+        Field(
+            description="show stretches of held-out answers; false: `report.html`, which MLflow gets too, has no texts "
+            "of users"
+        ),
+    ] = True
     champion: Annotated[
         tuple[str, int] | None,
         FilledIn(),

@@ -15,6 +15,7 @@ from draftsmith.flows.refresh.config import RefreshConfig, control_config, promp
 from draftsmith.flows.refresh.decisions import restarted
 from draftsmith.flows.refresh.graph import refresh_nodes
 from draftsmith.stages.drafters.stage import ChampionConfig
+from draftsmith.stages.report.stage import ReportConfig
 from draftsmith.stages.target.sampling import GREEDY, SamplingParams
 from draftsmith.stages.training.config import OpdConfig
 from tests.flows.processes import ROOT
@@ -53,6 +54,15 @@ def test_a_refresh_of_a_line_starts_from_its_champion_and_has_a_gate() -> None:
     assert not {"champion", "drift"} & first.keys() and "drafter" not in first["sft"].inputs
     assert set(first["gate"].inputs) == {"evaluation", "sft", "opd", "control"}
     assert nodes["report"].inputs["drift"] == "drift" and "drift" not in first["report"].inputs
+
+
+@pytest.mark.parametrize("champion", [False, True])
+def test_a_refresh_may_have_a_report_without_texts(champion: bool) -> None:
+    (report,) = (
+        node for node in refresh_nodes(of_line("report.contexts=false", champion=champion)) if node.name == "report"
+    )
+    assert isinstance(report.config, ReportConfig)
+    assert (report.config.contexts, report.config.line) == (False, "quickstart")
 
 
 def test_the_champions_cache_key_depends_on_its_content_alone() -> None:
@@ -155,6 +165,7 @@ SERVERS = ["evaluation.engine={kind: sglang, python: python, launch: {}}", "eval
             r"stages\.time_limits\.stf: no such node. Use one of: assisted, champion",
         ),
         (["registry.champion=null"], r"quickstart\.yaml: registry.champion is filled in by the run"),
+        (["report.line=mine"], r"quickstart\.yaml: report.line is filled in by the run"),
         (["prompts.of_logs=true"], r"quickstart\.yaml: prompts.of_logs is filled in by the run"),
         (
             ["logs={paths: [a.jsonl], temperature: 0, since: last, after: 2026-03-01}"],

@@ -117,6 +117,17 @@ def test_the_review_has_every_metric_the_verdict_and_the_configs(tmp_path: Path,
     assert (ctx.out / "report.html").read_text().count('<article class="context">') == len(CONTEXTS)
 
 
+def test_a_report_without_contexts_has_no_text_of_an_answer(tmp_path: Path, inputs: dict[str, Path]) -> None:
+    texts = [f"{field} of a user" for field in ("before", "after", "kept", "rejected", "dropped", "chosen")]
+    step = {name.partition(" ")[0]: name for name in texts[2:]}
+    context = {**CONTEXTS[0], "before": texts[0], "after": texts[1], "steps": [step], "slice": "language:de"}
+    (inputs["evaluation"] / "contexts.json").write_text(json.dumps({"opd": [*CONTEXTS, context]}))
+    for shown in (True, False):
+        ctx = run(tmp_path, inputs, f"contexts-{shown}", contexts=shown)
+        written = "".join(path.read_text() for path in ctx.out.iterdir())
+        assert [text in written for text in texts] == [shown] * len(texts)
+
+
 def test_the_champion_has_its_version_in_the_reports_line(tmp_path: Path, inputs: dict[str, Path]) -> None:
     """Its artifact, and all that was measured against it, may be of another line that serves the same drafter."""
     store = Store(tmp_path / "store")
