@@ -64,7 +64,7 @@ def is_secret_name(name: str) -> bool:
     words = [word for digits in re.split(r"[^A-Z0-9]+", spaced) if (word := digits.rstrip("0123456789"))]
     if not words or words == ["KEY"] or words[-1] == "ENV":  # *_ENV fields hold the name of an environment variable
         return False
-    if _SECRET_WORDS & set(words) or re.search(r"(API|ACCESS|SECRET|PRIVATE)_?KEY", "_".join(words)):
+    if _SECRET_WORDS & set(words) or re.search(r"(API|ACCESS|SECRET|PRIVATE)_?KEY|AUTH_STRING", "_".join(words)):
         return True
     if words[-1] == "TOKEN":
         return len(words) == 1 or words[-2] not in _TOKENS_OF_TEXT

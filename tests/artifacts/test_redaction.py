@@ -78,7 +78,15 @@ def test_text_without_a_secret_is_unchanged(text: str) -> None:
 
 
 def test_names_of_secrets_are_recognized() -> None:
-    secret = ["HF_TOKEN", "api-key", "apiKey", "ssl-keyfile-password", "AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"]
+    secret = [
+        "HF_TOKEN",
+        "PREFECT_API_AUTH_STRING",
+        "api-key",
+        "apiKey",
+        "ssl-keyfile-password",
+        "AWS_SECRET_ACCESS_KEY",
+        "AWS_ACCESS_KEY_ID",
+    ]
     secret += ["dbPassword", "client_secret", "credentials", "token", "GITHUB_TOKEN_2", "SSH_KEY"]
     plain = ["mask_token", "max_prompt_tokens", "kv-cache-dtype", "TOKENIZERS_PARALLELISM", "key", "api_key_env"]
     plain += ["speculative-token-map", "bucket-time-to-first-token", "keyword", "head_tokens", "monkey"]
