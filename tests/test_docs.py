@@ -27,6 +27,7 @@ FILES = sorted(
     [
         ROOT / "README.md",
         ROOT / "CONTRIBUTING.md",
+        ROOT / "SECURITY.md",
         *(
             file
             for folder in ("artifacts", "configs", "flows", "stages", "tests")
