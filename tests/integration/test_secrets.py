@@ -119,9 +119,19 @@ class Story:
         programs = postgres_programs()
         assert programs is not None
         host, _, port = self.team.postgres.partition(":")
-        command = [programs / "pg_dump", "-h", host, "-p", port, "-U", "team", "--data-only", "--inserts", database]
+        dump: list[str | Path] = [
+            programs / "pg_dump",
+            "-h",
+            host,
+            "-p",
+            port,
+            "-U",
+            "team",
+            "--data-only",
+            "--inserts",
+        ]
         environment = {**os.environ, "PGPASSWORD": self.team.secrets["POSTGRES_PASSWORD"]}
-        return subprocess.run(command, env=environment, capture_output=True, check=True).stdout
+        return subprocess.run([*dump, database], env=environment, capture_output=True, check=True).stdout
 
 
 def forms(secret: str) -> set[bytes]:

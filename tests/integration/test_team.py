@@ -252,7 +252,8 @@ for path in sys.argv[1:]:
 
 def test_the_jobs_of_pools_of_containers_get_the_password_from_a_block(story: dict[str, Any]) -> None:
     pools = [TEAM / "pools" / f"{name}.json" for name in ("docker", "kubernetes")]
-    command, environment = [sys.executable, "-c", TEMPLATE, *pools], story["servers"].environment
+    command: list[str | Path] = [sys.executable, "-c", TEMPLATE, *pools]
+    environment = story["servers"].environment
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
     assert done.returncode == 0, done.stderr
     environments = list(map(json.loads, done.stdout.splitlines()))

@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,7 +139,7 @@ class _Running:
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         self._folder, self._stack = folder, stack
 
-    def __call__(self, name: str, command: list[str | Path], environment: dict[str, str]) -> None:
+    def __call__(self, name: str, command: Sequence[str | Path], environment: dict[str, str]) -> None:
         log = self._stack.enter_context((self._folder / f"{name}.log").open("wb"))
         process = subprocess.Popen(
             list(map(str, command)), stdout=log, stderr=log, env=environment, start_new_session=True, cwd=self._folder
@@ -188,7 +188,18 @@ def _postgres(service: dict[str, str], port: int, first: Path) -> Iterator[None]
         ready: list[str | Path] = [programs / "pg_isready", *where]
         wait_until(lambda: subprocess.run(ready, check=False, **options).returncode == 0, "PostgreSQL answers")
         subprocess.run([programs / "createdb", *where, "-U", user, database], check=True, **options)
-        psql = [programs / "psql", *where, "-U", user, "-d", database, "-v", "ON_ERROR_STOP=1", "-c", first.read_text()]
+        psql: list[str | Path] = [
+            programs / "psql",
+            *where,
+            "-U",
+            user,
+            "-d",
+            database,
+            "-v",
+            "ON_ERROR_STOP=1",
+            "-c",
+            first.read_text(),
+        ]
         subprocess.run(psql, check=True, **options)
         yield
     finally:

@@ -72,7 +72,7 @@ def test_the_quickstart_decodes_for_minutes_and_has_prompts_for_three_looks() ->
     evaluation = config.evaluation
     assert 4 * evaluation.rounds * evaluation.speed_prompts * evaluation.sampling.max_new_tokens <= 3000
     assert evaluation.sampling.max_new_tokens >= 48, "a prompt's prefill is a small part"
-    assert config.prompts.heldout >= MOST_LOOKS * evaluation.speed_prompts
+    assert config.prompts.prompt_count("heldout") >= MOST_LOOKS * evaluation.speed_prompts
 
 
 @pytest.mark.parametrize("name", RECIPES)

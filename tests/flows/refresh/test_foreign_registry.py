@@ -160,7 +160,7 @@ def test_whatever_a_registry_holds_nothing_outside_the_home_is_touched(
     entry: str, data: st.DataObject, place: Path
 ) -> None:
     name = data.draw(EVENT_NAMES) if entry.endswith("…") else entry
-    value = data.draw(TEXTS if not HONEST.get(name, "").startswith("{") else TEXTS | JSON_TEXTS)
+    value: Any = data.draw(TEXTS if not HONEST.get(name, "").startswith("{") else TEXTS | JSON_TEXTS)
     before = tree(place)
     with answering({**HONEST, name: value}):
         for use in uses(place).values():
