@@ -119,19 +119,10 @@ class Story:
         programs = postgres_programs()
         assert programs is not None
         host, _, port = self.team.postgres.partition(":")
-        dump: list[str | Path] = [
-            programs / "pg_dump",
-            "-h",
-            host,
-            "-p",
-            port,
-            "-U",
-            "team",
-            "--data-only",
-            "--inserts",
-        ]
-        environment = {**os.environ, "PGPASSWORD": self.team.secrets["POSTGRES_PASSWORD"]}
-        return subprocess.run([*dump, database], env=environment, capture_output=True, check=True).stdout
+        password = self.team.secrets["POSTGRES_PASSWORD"]
+        environment = {**os.environ, "PGHOST": host, "PGPORT": port, "PGUSER": "team", "PGPASSWORD": password}
+        command: list[str | Path] = [programs / "pg_dump", "--data-only", "--inserts", database]
+        return subprocess.run(command, env=environment, capture_output=True, check=True).stdout
 
 
 def forms(secret: str) -> set[bytes]:

@@ -210,8 +210,8 @@ def test_people_with_an_account_read_and_change_nothing(story: dict[str, Any]) -
 
 READ = """
 import json, sys
-from draftsmith.stages.engines.servers.drafter_files import read_drafter
-print(*read_drafter(json.loads(sys.argv[1])))
+from draftsmith.stages.engines.servers.drafter_files import read_drafter, wanted_drafter
+print(*read_drafter(wanted_drafter(json.loads(sys.argv[1]))))
 """
 
 
@@ -229,8 +229,7 @@ def test_a_servers_plug_in_fetches_an_upload_as_the_user_of_its_own_environment(
     user = {name: value for name, value in servers.environment.items() if name.startswith("MLFLOW_")}
 
     def server(**environment: str) -> subprocess.CompletedProcess[str]:
-        request = json.dumps({**wanted, "tracking": servers.mlflow})
-        command = [sys.executable, "-c", READ, request]
+        command = [sys.executable, "-c", READ, json.dumps(wanted)]
         return subprocess.run(command, env=its_own | environment, capture_output=True, text=True, timeout=LIMIT_S)
 
     done = server(**user)

@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,10 +139,10 @@ class _Running:
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         self._folder, self._stack = folder, stack
 
-    def __call__(self, name: str, command: Sequence[str | Path], environment: dict[str, str]) -> None:
+    def __call__(self, name: str, command: list[str], environment: dict[str, str]) -> None:
         log = self._stack.enter_context((self._folder / f"{name}.log").open("wb"))
         process = subprocess.Popen(
-            list(map(str, command)), stdout=log, stderr=log, env=environment, start_new_session=True, cwd=self._folder
+            command, stdout=log, stderr=log, env=environment, start_new_session=True, cwd=self._folder
         )
         self._stack.callback(_end, process)
 
@@ -170,9 +170,10 @@ def _postgres(service: dict[str, str], port: int, first: Path) -> Iterator[None]
     if owner is not None:
         for path in (folder, folder / "password"):
             shutil.chown(path, owner)
+    where = {"PGHOST": "127.0.0.1", "PGPORT": str(port), "PGUSER": user, "PGPASSWORD": password}
     options: dict[str, Any] = {
         "user": owner, "cwd": folder, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL,
-        "env": {**os.environ, "PGPASSWORD": password},
+        "env": {**os.environ, **where},
     }  # fmt: skip
     server = None
     try:
@@ -184,23 +185,10 @@ def _postgres(service: dict[str, str], port: int, first: Path) -> Iterator[None]
             start_new_session=True,
             **options,
         )
-        where = ["-h", "127.0.0.1", "-p", str(port)]
-        ready: list[str | Path] = [programs / "pg_isready", *where]
-        wait_until(lambda: subprocess.run(ready, check=False, **options).returncode == 0, "PostgreSQL answers")
-        subprocess.run([programs / "createdb", *where, "-U", user, database], check=True, **options)
-        psql: list[str | Path] = [
-            programs / "psql",
-            *where,
-            "-U",
-            user,
-            "-d",
-            database,
-            "-v",
-            "ON_ERROR_STOP=1",
-            "-c",
-            first.read_text(),
-        ]
-        subprocess.run(psql, check=True, **options)
+        ready = programs / "pg_isready"
+        wait_until(lambda: subprocess.run([ready], check=False, **options).returncode == 0, "PostgreSQL answers")
+        subprocess.run([programs / "createdb", database], check=True, **options)
+        subprocess.run([programs / "psql", "-d", database, "-c", first.read_text()], check=True, **options)
         yield
     finally:
         if server is not None:
