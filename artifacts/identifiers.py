@@ -144,8 +144,8 @@ Digest: TypeAlias = Annotated[str, AfterValidator(sha256_digest)]
 LineName: TypeAlias = Annotated[str, AfterValidator(line_name)]
 PlainName: TypeAlias = Annotated[str, AfterValidator(plain_name)]
 RelativePath: TypeAlias = Annotated[str, AfterValidator(relative_path)]
+RunId: TypeAlias = Annotated[str, AfterValidator(run_id)]
 ServerUrl: TypeAlias = Annotated[str, AfterValidator(server_url)]
-UploadAddress: TypeAlias = Annotated[str, AfterValidator(upload_address)]
 
 
 def _matching(pattern: re.Pattern[str], value: object, where: str, problem: str, remedy: str) -> str:

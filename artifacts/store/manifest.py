@@ -18,7 +18,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.identifiers import Digest, PlainName, RelativePath
+from draftsmith.artifacts.identifiers import Digest, PlainName, RelativePath, RunId
 
 SCHEMA_VERSION = 1  # part of every key: raising it invalidates every artifact
 MANIFEST = "manifest.json"
@@ -101,7 +101,7 @@ class Manifest(_Frozen):
     seed: int
     files: dict[RelativePath, FileEntry]  # path relative to the artifact's folder, with forward slashes
     metrics: dict[str, float]
-    mlflow_run_id: str | None
+    mlflow_run_id: RunId | None
     duration_s: float  # duration of the attempt that completed it
     versions: dict[str, str]
     modules: dict[str, str]  # module -> start of its source's digest; empty for a shard

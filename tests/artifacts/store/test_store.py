@@ -166,7 +166,15 @@ def test_files_that_changed_after_a_failed_commit_are_made_again(store: Store, m
 
 
 @pytest.mark.parametrize(
-    "place", [("stage",), ("key",), ("content_id",), ("inputs", "prompts", "key"), ("inputs", "prompts", "stage")]
+    "place",
+    [
+        ("stage",),
+        ("key",),
+        ("content_id",),
+        ("inputs", "prompts", "key"),
+        ("inputs", "prompts", "stage"),
+        ("mlflow_run_id",),
+    ],
 )
 def test_a_manifest_from_elsewhere_names_no_path(place: tuple[str, ...], store: Store) -> None:
     """A bucket's manifest becomes part of paths. It has a checksum, which anybody can compute."""
