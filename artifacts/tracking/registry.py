@@ -398,7 +398,7 @@ class Registry:
         by = next((f" by {event.by}" for event in reversed(events.values()) if event.version == champion), "")
         raise ChampionMovedError(
             f"{line}: version {champion} was promoted{by} at the same time and is the champion, version {number} is "
-            "not. Decide again."
+            f"not. Decide again (`draftsmith champions {line}`)."
         )
 
     def _rivals(self, events: Mapping[str, LineEvent], version: Version, since: int | None) -> list[str]:

@@ -208,7 +208,7 @@ class RefreshPolicy:
         try:
             registry().promote(version, expected=expected, why=decision.sentence, tags=new_tags)
         except ChampionMovedError as error:
-            raise OutdatedPlanError(f"{error}. {_PLAN_AGAIN}") from error
+            raise OutdatedPlanError(f"{error} {_PLAN_AGAIN}") from error
         tag_refreshed(version)
         message = f"{version} is the champion: {decision.sentence}"
         if hook := call_pending_hook(self.config.on_promote, version.line):
