@@ -63,7 +63,7 @@ class Story:
             **dict.fromkeys(proxies, f"http://{self.proxy.address}"),
         }
         config = self._config()
-        self.run("run", config)
+        self.run("run", config, "--restart")  # its server drafts already
         self.run("champions", LINE)
         self.run("status", LINE, "--url", f"http://{self.engine.address}")
         self.run("run", config, DRAFTSMITH_DEBUG="1", MLFLOW_TRACKING_URI=f"http://{user}@127.0.0.1:9")
