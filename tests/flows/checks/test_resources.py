@@ -136,13 +136,13 @@ def test_gpus_that_torch_cannot_use_are_a_warning(monkeypatch: pytest.MonkeyPatc
 
 
 def made(stage: str, config: Config, seconds: float, inputs: tuple[str, ...] = (), **metrics: float) -> Manifest:
-    """Return an artifact of the target with key `one`, or of the other target."""
-    key = "one" if config != OTHER else "other"
-    entries = {name: InputEntry(stage=name, key="one", content_id="c", volatile_id="") for name in inputs}
+    """Return an artifact of one target, or of the other one."""
+    key = ("1" if config != OTHER else "2") * 64
+    entries = {name: InputEntry(stage=name, key="1" * 64, content_id="c" * 64, volatile_id="") for name in inputs}
     return Manifest(
-        schema_version=1, stage=stage, key=key, content_id="c", created_at="", config=config.model_dump(mode="json"),
-        inputs=entries, external={}, code_digest="", modules={}, seed=0, files={}, metrics=metrics,
-        mlflow_run_id=None, duration_s=seconds, versions={},
+        schema_version=1, stage=stage, key=key, content_id="c" * 64, created_at="",
+        config=config.model_dump(mode="json"), inputs=entries, external={}, code_digest="", modules={}, seed=0,
+        files={}, metrics=metrics, mlflow_run_id=None, duration_s=seconds, versions={},
     )  # fmt: skip
 
 

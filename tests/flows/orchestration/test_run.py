@@ -196,12 +196,17 @@ def test_a_stopped_refresh_leaves_no_process_and_continues(tmp_path: Path, numbe
     assert not any(status == "RUNNING" for _, status in mlflow_runs(home))
 
 
-def prefect_of(home: Path) -> tuple[int, str]:
-    """Return process id and address of the command's temporary server."""
+def prefect_of(home: Path) -> tuple[int, str, tuple[str, str]]:
+    """Return process id, address, and user with password of the command's temporary server."""
     for pid in processes_of(home):
         words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
         if "prefect.server.api.server:create_app" in words and "--port" in words:
-            return pid, f"http://127.0.0.1:{words[words.index('--port') + 1]}/api"
+            variables = Path(f"/proc/{pid}/environ").read_text().split("\0")
+            (user,) = [
+                each.partition("=")[2] for each in variables if each.startswith("PREFECT_SERVER_API_AUTH_STRING=")
+            ]
+            name, _, password = user.partition(":")
+            return pid, f"http://127.0.0.1:{words[words.index('--port') + 1]}/api", (name, password)
     raise AssertionError("no server")
 
 
@@ -244,7 +249,8 @@ def test_a_run_that_is_cancelled_in_prefect_saves_its_stage(tmp_path: Path) -> N
     config = write_config(tmp_path / "toy.yaml", target={"count": 999, "seconds_each": 0.1, "seconds_to_save": 2})
     command = toy_command(home, "refresh", config)
     wait_for_saved(home)
-    api = httpx.Client(base_url=prefect_of(home)[1], trust_env=False)
+    _, url, user = prefect_of(home)
+    api = httpx.Client(base_url=url, auth=user, trust_env=False)
     (flow,) = api.post("/flow_runs/filter", json={}).json()
     asked = {"state": {"type": "CANCELLING", "name": "Cancelling"}}
     assert api.post(f"/flow_runs/{flow['id']}/set_state", json=asked).json()["status"] == "ACCEPT"
