@@ -70,7 +70,7 @@ def test_the_quickstart_decodes_for_minutes_and_has_prompts_for_three_looks() ->
     """Tokens of all arms, without a drafter and with three, at 26 to 86 a second on one core."""
     config = load_config(CONFIGS / "quickstart.yaml")
     evaluation = config.evaluation
-    assert 4 * evaluation.rounds * evaluation.speed_prompts * evaluation.sampling.max_new_tokens <= 3000
+    assert 4 * evaluation.rounds * evaluation.speed_prompts * evaluation.sampling.max_new_tokens <= 3500
     assert evaluation.sampling.max_new_tokens >= 48, "a prompt's prefill is a small part"
     assert config.prompts.prompt_count("heldout") >= MOST_LOOKS * evaluation.speed_prompts
 

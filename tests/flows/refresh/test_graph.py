@@ -154,7 +154,7 @@ SERVERS = ["evaluation.engine={kind: sglang, python: python, launch: {}}", "eval
     ("overrides", "message"),
     [
         (["heldout.splits=[heldout]"], r"heldout\.splits: lacks validation"),
-        ([BOTH, "heldout.skip=48"], "heldout: skip and prompts leave out all of split heldout"),
+        ([BOTH, "heldout.skip=54"], "heldout: skip and prompts leave out all of split heldout"),
         (["assisted.answers=a.jsonl"], r"assisted\.answers"),  # they have no verify steps to mine
         (
             ["gate.loads={1: 1, 4: 1, 64: 1}", "evaluation.concurrency=[16, 2]", *SERVERS],
@@ -204,8 +204,8 @@ def test_the_control_is_sft_for_the_steps_of_opd(config: RefreshConfig) -> None:
 
 
 def test_a_part_of_the_held_out_split_is_enough() -> None:
-    """The splits are, in this order, 48 held-out, 12 validation and 144 training prompts."""
-    for override in ("heldout.prompts=1", "heldout.skip=47"):
+    """The splits are, in this order, 54 held-out, 12 validation and 144 training prompts."""
+    for override in ("heldout.prompts=1", "heldout.skip=53"):
         load_config(QUICKSTART, [BOTH, override])
 
 
