@@ -33,7 +33,7 @@ _T = TypeVar("_T")
 def ask_servers(urls: Sequence[str], *, named: bool = False) -> dict[str, ServerState | DraftsmithError]:
     """Return the state of each server, or why it is unknown: a RetryableError if the server does not answer.
 
-    named: as for `from_servers`.
+    named: same as in `from_servers`.
     """
     return from_servers(urls, _state, named=named)
 
@@ -43,7 +43,7 @@ def count_finished(
 ) -> dict[str, list[Finished] | DraftsmithError]:
     """Return what each server finishes in each window of the next seconds, or why that is unknown.
 
-    Windows without a verify step are left out. named: as for `from_servers`.
+    Windows without a verify step do not count. named: same as in `from_servers`.
     """
     return from_servers(urls, lambda client, url: _windows(client, url, seconds), named=named)
 

@@ -40,10 +40,11 @@ def level_of(look: Look) -> float:
 
 @cache
 def _levels(looks: int) -> list[float]:
-    """Return the level of each look, for estimates that are sums of as many independent parts as there were looks.
+    """Return the level of each look. Every look adds an independent part of the same size to the estimate.
 
-    Lan and DeMets (1983): the bound of look k is where the sum's density among lines that no earlier look has passed
-    has the tail that the look may spend. Levels are then used with Student's t (Jennison and Turnbull 2000, 3.8).
+    Lan and DeMets (1983): `density` is that of the sum, without the cases in which an earlier look has passed. The
+    bound of a look cuts off the tail that it may spend. Bounds become levels, which are used with Student's t (Jennison
+    and Turnbull 2000, 3.8).
     """
     step = _GRID[1] - _GRID[0]
     normal = np.exp(-(_GRID**2) / 2) / math.sqrt(2 * math.pi)
