@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import tempfile
 from pathlib import Path
@@ -95,6 +96,15 @@ def pytest_unconfigure() -> None:
 def _databases() -> Iterator[None]:
     with given_to_new_homes():
         yield
+
+
+@pytest.fixture(autouse=True)
+def _no_handler_left() -> Iterator[None]:
+    """A command that ran in this process writes warnings to the stream of its test, which is closed afterwards."""
+    logger = logging.getLogger("draftsmith")
+    handlers = list(logger.handlers)
+    yield
+    logger.handlers = handlers
 
 
 @pytest.fixture(scope="session")
