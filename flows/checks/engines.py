@@ -14,7 +14,7 @@ from draftsmith.flows.planning.graph import Node
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.config import GREEDY_ONLY, SGLangEngineConfig
 from draftsmith.stages.engines.environment import EngineEnvironment, health_problem, inspect_environment
-from draftsmith.stages.engines.sglang.server import build_problems, environment_warnings, missing_router
+from draftsmith.stages.engines.sglang.server import build_problems, environment_warnings
 from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.evaluation.config import EvaluationConfig
 from draftsmith.stages.target.info import model_path, read_target_info
@@ -47,8 +47,6 @@ def check_engines(findings: Findings, nodes: Sequence[Node]) -> None:
 def _check_sglang(findings: Findings, check: str, config: SGLangEngineConfig, installed: EngineEnvironment) -> None:
     """Check what SGLang's servers need beside SGLang."""
     assert config.launch is not None
-    if missing := missing_router(config, installed):
-        findings.error(check, missing)
     for warning in environment_warnings(config, installed):
         findings.warn(check, warning)
     if visible_gpus() and not config.launch.on_cpu:

@@ -191,23 +191,6 @@ class SGLangLaunchConfig(LaunchConfig):
     """SGLang servers that the stage starts, waits for and stops. Fields left out have SGLang's defaults."""
 
     title, reserved = "SGLang", _RESERVED_SGLANG
-    router: Annotated[
-        Literal["cache_aware", "power_of_two", "round_robin", "random"] | None,
-        Field(
-            description="SGLang's router in front of the servers, with this policy, in place of the least loaded "
-            "server for each request; needs sglang-router in the environment of engine.python"
-        ),
-        NotInKey(),
-    ] = None
-
-    @model_validator(mode="after")
-    def _router_has_servers(self) -> SGLangLaunchConfig:
-        if self.router is not None and self.servers == 1:
-            raise ValueError(
-                "router: one server needs none. Raise servers, or remove it (replicas of one server share their "
-                "requests by themselves)."
-            )
-        return self
 
 
 class VLLMLaunchConfig(LaunchConfig):

@@ -31,7 +31,7 @@ def version(name):
     try: return m.version(name)
     except m.PackageNotFoundError: return None
 plugins = {{kind: {PLUGIN!r} in m.entry_points(group=group).names for kind, group in {PLUGIN_GROUPS!r}.items()}}
-names = {[name for names in _PACKAGES.values() for name in names]!r} + ["torch", "sglang-router"]
+names = {[name for names in _PACKAGES.values() for name in names]!r} + ["torch"]
 print(json.dumps({{name: version(name) for name in names}} | {{"plugins": plugins}}))
 """
 
@@ -43,7 +43,6 @@ class EngineEnvironment:
     version: str  # of the engine
     torch: str | None
     plugin: bool = False  # ours, for the engine
-    router: str | None = None  # SGLang's
 
 
 def inspect_environment(config: ServerEngineConfig) -> EngineEnvironment:
@@ -70,7 +69,7 @@ def inspect_environment(config: ServerEngineConfig) -> EngineEnvironment:
     version = next((versions[name] for name in _PACKAGES[config.kind] if versions[name] is not None), None)
     if version is None:
         raise DraftsmithError(f"engine.python: {python} has no {config.kind} installed. {advice}")
-    return EngineEnvironment(version, versions["torch"], versions["plugins"][config.kind], versions["sglang-router"])
+    return EngineEnvironment(version, versions["torch"], versions["plugins"][config.kind])
 
 
 def engine_programs(engine: EmbeddedEngineConfig | ServerEngineConfig) -> dict[str, str]:

@@ -16,7 +16,6 @@ from draftsmith.stages.engines.config import (
     EngineConfig,
     SamplingConfig,
     ServerEngineConfig,
-    SGLangLaunchConfig,
 )
 from draftsmith.stages.engines.environment import engine_programs
 from draftsmith.stages.replay.options import PARITY_MISMATCH, MaxParityMismatch, TokensPerForward
@@ -104,8 +103,6 @@ class EvaluationConfig(Config):
                 raise ValueError(
                     "engine.urls: running servers cannot serve drafters that were just trained. Use engine.launch."
                 )
-            if isinstance(self.engine.launch, SGLangLaunchConfig) and self.engine.launch.router is not None:
-                raise ValueError("engine.launch.router: an evaluation asks one server at a time. Leave it out.")
             if self.head_tokens is not None:
                 raise ValueError(f"head_tokens: {NO_REDUCED_HEAD}")
         return self

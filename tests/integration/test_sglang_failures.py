@@ -1,6 +1,6 @@
 """A real SGLang server that is killed in the middle of a rollout: nothing is lost, repeated or left over.
 
-One of several that is killed: `test_sglang_router.py`. A stage that is killed: `test_process.py` of the engines'
+One of several that is killed: `test_sglang_servers.py`. A stage that is killed: `test_process.py` of the engines'
 servers.
 """
 

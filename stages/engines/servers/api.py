@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -97,10 +96,6 @@ class ServerApi(ABC):
     async def router_passes_records(self, _client: httpx.AsyncClient, _url: str) -> bool:
         """Return whether answers come through this router with the records of their steps. Its servers are checked."""
         return True
-
-    def router(self, _workers: Sequence[str], _folder: Path, _api_key: str) -> ServerProcess | None:
-        """Return the router in front of launched servers, not started yet; None if `launch` has none."""
-        return None
 
 
 def wrong_tokens(

@@ -13,7 +13,6 @@ import httpx
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.artifacts.results.evaluation import TargetDifference
-from draftsmith.artifacts.retry import retry_on
 from draftsmith.stages.engines.config import ServerEngineConfig
 from draftsmith.stages.engines.servers.api import ServerApi, ServerInfo
 from draftsmith.stages.engines.servers.client import key_header
@@ -96,7 +95,6 @@ class Fleet:
             self.log(f"left out: {error}")
         if self._processes:
             self.log(f"{self.api.title} is ready after {time.monotonic() - started:.0f} s")
-            servers = await self._behind_router(servers)
         if self._required.trace and not self.records_trace:
             self.log(f"{self.api.no_trace}: verify steps are not recorded, mining replays them")
         self.pool.servers += servers
@@ -109,50 +107,18 @@ class Fleet:
         if not workers:
             raise RetryableError(f"engine.urls: the router {url} has no healthy server. Start them, then run again.")
         infos = await asyncio.gather(*(self._check(worker, ours=False) for worker in workers))
-        return await self._router_server(url, workers, sum(info.replicas for info in infos))
+        self._records_through_routers &= await self.api.router_passes_records(self._client, url)
+        self.log(f"{url} routes to {len(workers)} servers")
+        return Server(url, sum(info.replicas for info in infos), tuple(workers))
 
     async def _open_launched(self, process: ServerProcess) -> Server:
         try:
-            await self._launch(process, "options")
+            await self._launch(process)
             info = await self._check(process.url, ours=True)
         except RetryableError:
             await asyncio.to_thread(process.stop, 0)  # its GPU may be needed by others
             raise
-        return Server(process.url, info.replicas, processes=(process,))
-
-    async def _behind_router(self, servers: list[Server]) -> list[Server]:
-        """Start the router in front of launched servers, if the config has one."""
-        assert self._config.launch is not None and self._api_key is not None
-        router = self.api.router([server.url for server in servers], self._folder, self._api_key)
-        if router is None:
-            return servers
-        self._processes.append(router)
-        await self._launch(router, "router")
-        limit_s = self._config.launch.start_timeout_s
-
-        @retry_on(
-            RetryableError,
-            give_up=lambda _error, _attempts, seconds: seconds > limit_s,
-            pause_s=lambda _error, _attempts: _POLL_S,
-        )
-        async def wait_for_workers() -> None:
-            found = len(await self.api.workers(self._client, router.url) or ())
-            if found < len(servers):
-                raise RetryableError(
-                    f"engine.launch.router: it found {found} of {len(servers)} servers in {limit_s:g} s. "
-                    "See router.log."
-                )
-
-        await wait_for_workers()
-        replicas = sum(server.replicas for server in servers)
-        server = await self._router_server(router.url, [server.url for server in servers], replicas)
-        server.processes = (router, *(process for worker in servers for process in worker.processes))
-        return [server]
-
-    async def _router_server(self, url: str, workers: list[str], replicas: int) -> Server:
-        self._records_through_routers &= await self.api.router_passes_records(self._client, url)
-        self.log(f"{url} routes to {len(workers)} servers")
-        return Server(url, replicas, tuple(workers))
+        return Server(process.url, info.replicas, process=process)
 
     async def _check(self, url: str, *, ours: bool) -> ServerInfo:
         self._info[url] = info = await self.api.check(self._client, url, ours=ours)
@@ -160,7 +126,7 @@ class Fleet:
             self.log(remark)
         return info
 
-    async def _launch(self, process: ServerProcess, section: str) -> None:
+    async def _launch(self, process: ServerProcess) -> None:
         """Start a server and wait until it is healthy. Raises RetryableError with its log if that does not happen."""
         assert self._config.launch is not None
         limit = self._config.launch.start_timeout_s
@@ -171,7 +137,7 @@ class Fleet:
                 if process.refused_options:
                     self.log(f"the end of {process.log_path}:\n{process.tail()}")
                     raise DraftsmithError(
-                        f"engine.launch.{section}: {self.api.title} does not understand its command. Correct the "
+                        f"engine.launch.options: {self.api.title} does not understand its command. Correct the "
                         f"section launch; the reason is at the end of {process.log_path}."
                     )
                 raise self._start_error(process, ended)

@@ -87,7 +87,7 @@ class Server:
     url: str
     replicas: int = 1  # of the model, which share its requests
     workers: tuple[str, ...] = ()  # of a router: the servers that it routes to
-    processes: tuple[ServerProcess, ...] = ()  # started here: the one that listens at `url`, then a router's workers
+    process: ServerProcess | None = None  # started here
     requests: set[str] = field(default_factory=set)  # in flight
     lost: str | None = None  # why it gets no more requests
     lost_event: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
@@ -96,12 +96,10 @@ class Server:
     was_full: bool = False
 
     def ended(self) -> str | None:
-        """Return how its process, or the last of its workers, ended; None: it runs, or was not started here."""
-        ends = [process.ended() for process in self.processes]
-        if not ends or not (ends[0] or (len(ends) > 1 and all(ends[1:]))):
+        """Return how its process ended; None: it runs, or was not started here."""
+        if self.process is None or not (how := self.process.ended()):
             return None
-        how, process = next((how, each) for how, each in zip(ends, self.processes, strict=True) if how)
-        return f"{how} (log: {process.log_path})"
+        return f"{how} (log: {self.process.log_path})"
 
 
 @dataclass(eq=False)
@@ -320,10 +318,10 @@ class ServerPool:
                 self._log(f"{self._api.title} server {server.url} is lost: {server.lost}")
                 server.lost_event.set_result(None)
         finally:
-            for process in server.processes:
-                if (how := process.ended()) and process not in self._reported:
-                    self._reported.add(process)
-                    self._log(f"{process.url} {how}; the end of {process.log_path}:\n{process.tail()}")
+            process = server.process
+            if process is not None and process not in self._reported and (how := process.ended()):
+                self._reported.add(process)
+                self._log(f"{process.url} {how}; the end of {process.log_path}:\n{process.tail()}")
             server.health_check = None
             self._wake()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -23,12 +23,11 @@ from draftsmith.stages.engines.servers.client import (
     post,
     read_stream,
 )
-from draftsmith.stages.engines.servers.process import ServerProcess, free_ports, server_processes
+from draftsmith.stages.engines.servers.process import ServerProcess, server_processes
 from draftsmith.stages.engines.servers.requirements import ServerRequirements
 from draftsmith.stages.engines.sglang.handshake import check_server, router_passes_records
-from draftsmith.stages.engines.sglang.protocol import ENVIRONMENT
 from draftsmith.stages.engines.sglang.records import generate_payload, read_completion
-from draftsmith.stages.engines.sglang.server import cuda_environment, router_command, router_workers, server_command
+from draftsmith.stages.engines.sglang.server import cuda_environment, router_workers, server_command
 
 _HEALTH_TIMEOUT_S = 30.0  # SGLang answers within 20
 _CONNECT_TIMEOUT_S = 10.0
@@ -53,8 +52,6 @@ class SGLangApi(ServerApi):
         launch, required = self._config.launch, self._required
         assert launch is not None
         command = server_command(self._config, required)
-        if launch.router is not None and required.trace:  # a router drops the request's own parameter
-            launch = launch.model_copy(update={"environment": {ENVIRONMENT: "1", **launch.environment}})
         on_cuda = not launch.on_cpu
         environment = cuda_environment(Path(command[0]), launch, folder / "cuda") if on_cuda else launch.environment
         return server_processes(launch, command, environment, folder / "sglang.log", api_key)
@@ -145,11 +142,3 @@ class SGLangApi(ServerApi):
 
     async def router_passes_records(self, client: httpx.AsyncClient, url: str) -> bool:
         return await router_passes_records(client, url, self._required)
-
-    def router(self, workers: Sequence[str], folder: Path, api_key: str) -> ServerProcess | None:
-        launch = self._config.launch
-        if launch is None or launch.router is None:
-            return None
-        port, metrics_port = free_ports(2)
-        command = router_command(self._config, workers, metrics_port)
-        return ServerProcess(command, launch.environment, folder / "router.log", port, api_key)

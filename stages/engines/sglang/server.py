@@ -1,4 +1,4 @@
-"""The command lines of a SGLang server and of a router, a server's environment, and the servers of a router.
+"""The command line of a SGLang server, its environment, and the servers of a router.
 
 What launched servers need of their environment is checked before anything starts, without importing SGLang or torch.
 
@@ -34,8 +34,6 @@ from draftsmith.stages.engines.sglang.protocol import SUPPORTED, supported
 # Runs inside the servers (pyproject's entry point) and records verify steps. Named here, it counts in the code digest
 # of every stage that uses servers.
 ENTRY_POINT = "draftsmith.stages.engines.sglang.plugin:activate"
-_ROUTER = Path(__file__).with_name("router_main.py")
-_EXTRA_TIMEOUT_S = 60
 _CUDA, _DRIVER = 13, 580  # of the supported releases on PyPI, and the first driver that runs it
 _SYSTEM_NVCC = "/usr/local/cuda/bin/nvcc"  # SGLang's last choice
 
@@ -62,8 +60,7 @@ def server_command(config: SGLangEngineConfig, required: ServerRequirements) -> 
         parts += ["--dp-size", str(launch.data_parallel)]
     # With a drafter SGLang computes 48 requests at a time by default, without one 2,048 or more. All that are in flight
     # may be at one replica.
-    replicas = launch.data_parallel * (launch.servers if launch.router is not None else 1)
-    parts += ["--max-running-requests", str(config.concurrency * replicas)]
+    parts += ["--max-running-requests", str(config.concurrency * launch.data_parallel)]
     if launch.memory_fraction is not None:
         parts += ["--mem-fraction-static", str(launch.memory_fraction)]
     if required.drafter_folder is not None:
@@ -196,35 +193,6 @@ def environment_warnings(config: SGLangEngineConfig, environment: EngineEnvironm
             f"replay. `{config.interpreter} -m pip install --no-deps .` in this project's folder adds it."
         )
     return warnings
-
-
-def missing_router(config: SGLangEngineConfig, environment: EngineEnvironment) -> str | None:
-    """Return the error for a router that is to be launched and is not installed; None if there is no problem."""
-    if config.launch is None or config.launch.router is None or environment.router is not None:
-        return None
-    return (
-        f"engine.launch.router: sglang-router is not installed. `{config.interpreter} -m pip install sglang-router` "
-        "adds it, or remove the field."
-    )
-
-
-def router_command(config: SGLangEngineConfig, workers: Sequence[str], metrics_port: int) -> list[str]:
-    """Return the command line of a router in front of launched servers, without its port."""
-    assert config.launch is not None and config.launch.router is not None
-    return [
-        os.fspath(config.interpreter),
-        os.fspath(_ROUTER),
-        *("--host", "127.0.0.1", "--policy", config.launch.router, "--worker-urls", *workers),
-        *("--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics_port)),
-        # a server that failed for a moment is tried again soon
-        *("--worker-startup-check-interval", "1", "--health-check-interval-secs", "2"),
-        *("--health-success-threshold", "1", "--cb-timeout-duration-secs", "5"),
-        # The router does not retry, so that a request that ends servers is counted here. Until the router has dropped a
-        # dead server, each request that it sends there costs one attempt.
-        *("--disable-retries", "--cb-failure-threshold", "2"),
-        # longer than our own limit, since a timeout of the router is an error 5xx, which would be retried
-        *("--request-timeout-secs", str(round(config.request_timeout_s) + _EXTRA_TIMEOUT_S), "--log-level", "warn"),
-    ]
 
 
 async def router_workers(client: httpx.AsyncClient, url: str) -> list[str] | None:

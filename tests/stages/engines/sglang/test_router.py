@@ -1,24 +1,18 @@
-"""Routers and replicas: the servers of an address, its number of requests, and refused configs."""
+"""Routers: the servers of an address, its number of requests, and what is refused."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.stages.engines.base import Request
-from draftsmith.stages.engines.environment import EngineEnvironment
 from draftsmith.stages.engines.servers.requirements import ServerRequirements
-from draftsmith.stages.engines.sglang.server import missing_router, router_command, router_workers
-from draftsmith.stages.engines.stage import RolloutConfig
-from draftsmith.stages.evaluation.config import EvaluationConfig
+from draftsmith.stages.engines.sglang.server import router_workers
 from tests.stages.engines.http_server import HttpServer, Reply, serving
-from tests.stages.engines.sglang.test_server import after, config
 from tests.stages.engines.stand_ins import Opened, refusing, server_of, speculating, with_client
 
 REQUESTS = [Request(f"r{i}", [10 * i + 5], 8) for i in range(4)]
@@ -100,26 +94,3 @@ def test_a_router_that_requires_a_key_is_not_taken_for_a_server() -> None:
         with pytest.raises(RetryableError, match="Check that the server runs"):
             workers(unreachable)
     assert workers(refusing(405)) is None and workers(refusing(501)) is None
-
-
-def test_a_router_is_for_a_rollout_on_several_servers() -> None:
-    with pytest.raises(ValidationError, match="router: one server needs none"):
-        config(router="cache_aware", data_parallel=2)
-    routed = config(servers=2, router="round_robin")
-    words = router_command(routed, ["http://127.0.0.1:1", "http://127.0.0.1:2"], 3)
-    assert (words[0], after(words, "--policy")) == (sys.executable, "round_robin")
-    assert words[words.index("--worker-urls") + 1 :][:2] == ["http://127.0.0.1:1", "http://127.0.0.1:2"]
-    assert float(after(words, "--request-timeout-secs")) > routed.request_timeout_s
-    assert "--disable-retries" in words
-    plain = config(servers=2)
-    assert RolloutConfig(engine=routed).key_material() == RolloutConfig(engine=plain).key_material()
-    with pytest.raises(ValidationError, match=r"engine\.launch\.router: an evaluation asks one server at a time"):
-        EvaluationConfig(engine=routed)
-
-
-def test_a_router_that_is_not_installed_is_found_by_the_check() -> None:
-    routed = config(servers=2, router="cache_aware")
-    here = EngineEnvironment("0.5.20", "2.13.0", True, None)
-    assert "-m pip install sglang-router" in (missing_router(routed, here) or "")
-    assert missing_router(config(servers=2), here) is None
-    assert missing_router(routed, EngineEnvironment("0.5.20", "2.13.0", True, "0.3.2")) is None

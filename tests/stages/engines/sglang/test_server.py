@@ -58,7 +58,7 @@ def after(words: list[str], name: str) -> str:
 
 @pytest.mark.parametrize(
     ("launch", "most"),
-    [({}, "64"), ({"data_parallel": 2}, "128"), ({"servers": 2}, "64"), ({"servers": 2, "router": "random"}, "128")],
+    [({}, "64"), ({"data_parallel": 2}, "128"), ({"servers": 2}, "64")],
 )
 def test_every_server_computes_as_many_requests_at_a_time_as_it_may_get(
     launch: dict[str, Any], most: str, tmp_path: Path

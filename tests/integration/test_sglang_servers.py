@@ -1,4 +1,4 @@
-"""Rollouts on two real servers behind SGLang's router, of which one is killed, and on replicas in one server."""
+"""Rollouts on two real servers of which one is killed, on replicas in one server, and through SGLang's router."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 
 from draftsmith.artifacts.tables.parquet import read_table
 from draftsmith.artifacts.tables.schemas import TRAJECTORIES
+from draftsmith.stages.engines.servers.process import ServerProcess, free_ports
 from tests.integration.test_sglang_failures import (  # noqa: F401  (a fixture)
     PROMPTS,
     _command_line,
@@ -21,6 +22,7 @@ from tests.integration.test_sglang_failures import (  # noqa: F401  (a fixture)
     roll_out,
 )
 from tests.sglang_cpu.options import CPU_ENVIRONMENT
+from tests.sglang_cpu.server import started
 from tests.stages.engines.stand_ins import living
 from tests.testbed.drafter import DrafterArtifacts
 
@@ -32,7 +34,7 @@ def servers_of(folder: Path) -> list[int]:
     return [pid for pid in living(folder) if os.getpgid(pid) == pid and b"launch_server" in _command_line(pid)]
 
 
-def test_a_server_that_dies_behind_a_router_costs_no_answer(
+def test_one_of_two_servers_that_dies_costs_no_answer(
     tmp_path: Path,
     sglang_env: Path,
     tiny_drafter: DrafterArtifacts,
@@ -44,9 +46,8 @@ def test_a_server_that_dies_behind_a_router_costs_no_answer(
         os.kill(servers[0], signal.SIGKILL)
 
     ctx = context(tmp_path, tiny_drafter, kill_one)
-    roll_out(ctx, launched(sglang_env, servers=2, router="cache_aware"))
+    roll_out(ctx, launched(sglang_env, servers=2))
     assert result(ctx.out) == expected
-    assert any("routes to 2 servers" in line for line in ctx.logs)
     assert any("was killed (SIGKILL)" in line for line in ctx.logs)
     assert not living(ctx.work / "servers")
 
@@ -63,3 +64,23 @@ def test_replicas_inside_a_server_share_a_rollout(
     assert len(read_table(ctx.out / "trajectories.parquet", TRAJECTORIES)) == PROMPTS
     log = (ctx.work / "servers" / "sglang-0.log").read_text("utf-8", errors="replace")
     assert all(f"DP{rank}] Prefill batch" in log for rank in (0, 1))
+
+
+def test_a_router_that_runs_already_is_a_server_like_any_other(
+    tmp_path: Path,
+    sglang_env: Path,
+    dflash_url: str,
+    tiny_drafter: DrafterArtifacts,
+    expected: list[list[dict[str, Any]]],  # noqa: F811
+) -> None:
+    """It forwards no request for verify steps, so that mining replays them."""
+    metrics_port, port = free_ports(2)
+    command = [str(sglang_env), "-m", "sglang_router.launch_router", "--host", "127.0.0.1", "--worker-urls", dflash_url]
+    command += ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics_port), "--log-level", "warn"]
+    ctx = context(tmp_path, tiny_drafter)
+    with started(ServerProcess(command, {}, tmp_path / "router.log", port)) as url:
+        roll_out(ctx, {"kind": "sglang", "urls": [url]})
+    assert any("routes to 1 servers" in line for line in ctx.logs)
+    assert any("verify steps are not recorded" in line for line in ctx.logs)
+    answers = read_table(ctx.out / "trajectories.parquet", TRAJECTORIES).drop_columns(["engine"])
+    assert answers.to_pylist() == expected[0]
