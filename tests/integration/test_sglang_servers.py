@@ -7,11 +7,13 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from draftsmith.artifacts.tables.parquet import read_table
 from draftsmith.artifacts.tables.schemas import TRAJECTORIES
 from draftsmith.stages.engines.servers.process import ServerProcess, free_ports
+from tests.flows.processes import wait_until
 from tests.integration.test_sglang_failures import (  # noqa: F401  (a fixture)
     PROMPTS,
     _command_line,
@@ -77,8 +79,13 @@ def test_a_router_that_runs_already_is_a_server_like_any_other(
     metrics_port, port = free_ports(2)
     command = [str(sglang_env), "-m", "sglang_router.launch_router", "--host", "127.0.0.1", "--worker-urls", dflash_url]
     command += ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics_port), "--log-level", "warn"]
+    command += ["--worker-startup-check-interval", "1"]
     ctx = context(tmp_path, tiny_drafter)
     with started(ServerProcess(command, {}, tmp_path / "router.log", port)) as url:
+        wait_until(
+            lambda: any(each["is_healthy"] for each in httpx.get(f"{url}/workers").json()["workers"]),
+            "the router routes",
+        )
         roll_out(ctx, {"kind": "sglang", "urls": [url]})
     assert any("routes to 1 servers" in line for line in ctx.logs)
     assert any("verify steps are not recorded" in line for line in ctx.logs)
