@@ -105,10 +105,6 @@ CONFIG = {
     "a field whose name YAML reads as true": Bad(
         "line 2, column 10: not valid YAML: a field's name", text="name: a\nstages: {on: 3}"
     ),
-    "an old experiment": Bad("kind: this field is gone", {"kind": "experiment", "arms": {}}),
-    "a field that is gone": Bad(
-        "rollout.engine.restarts: this field is gone", {"rollout.engine": {"kind": "sglang", "restarts": 2}}
-    ),
     "not a finite number": Bad("sft.learning_rate", {"sft.learning_rate": float("nan")}),
     "a prompt set that is called as all are": Bad(
         "sources.0.label: `all` means the prompts of all",

@@ -35,39 +35,6 @@ _EXPECTED = {
     "path_type": "a path",
     "none_required": "nothing (null)",
 }
-# Fields and values that an earlier version accepted, by section and name: what to do instead.
-REMOVED = {
-    "kind": "Run experiments with `python -m tests.lab.run FILE` in a checkout (tests/lab/README.md), or remove it.",
-    "refresh.iterations": "Remove it, and raise opd.steps or refresh again.",
-    "stages.runner=dask": "Use ray, or leave the field out.",
-    "stages.time_limit_minutes": "Name the nodes in stages.time_limits.",
-    "sources.seed": "Use prompts.seed.",
-    "sources.system": "Use prompts.system, or put it in the rows' messages.",
-    "sources.time_field": "Name it in fields: {timestamp: NAME}.",
-    "logs.time_field": "Name it in logs.fields: {timestamp: NAME}.",
-    "logs.sample": "The first rows are used. Remove it.",
-    "logs.source_field": "Choose rows by logs.filter. Remove it.",
-    "logs.quotas": "Choose rows by logs.filter. Remove it.",
-    "logs.max_prompt_tokens": "Use logs.max_tokens.",
-    "logs.max_improbable_share": "Improbable answers are warned of. Remove it.",
-    "drafting.confidence": "Blocks are verified whole. Remove it.",
-    "evaluation.confidence": "Blocks are verified whole. Remove it.",
-    "evaluation.chains": "Remove it.",
-    "mining.chains": "Remove it.",
-    "mining.top_k": "Eight are kept. Remove it.",
-    "mining.tree_tokens": "Lower mining.tokens_per_target_forward where memory is tight.",
-    "drift.tokens_per_target_forward": "Remove it.",
-    "engine.restarts": "A stage whose servers have died is retried as a whole, stages.retries times. Remove it.",
-    "engine.retries": "A lost request is sent again a fixed number of times. Remove it.",
-    "launch.algorithm": "The drafter's checkpoint decides. Remove it.",
-    "launch.dtype": "Servers compute in target.dtype. Remove it.",
-    "launch.tree": "EAGLE-3 drafts chains. Remove it.",
-    "parallel.rendezvous": "Set DRAFTSMITH_RENDEZVOUS in the environment.",
-    "positions.alpha": "D-PACE smooths by 0.5. Remove it.",
-    "on_promote.url": "Use command: [curl, --fail, --data-binary, '@-', URL].",
-    "drafter.markov_head": "The bias reads the token before alone. Remove it.",
-    **{f"{name}.samples_per_prompt": "One answer is given. Remove it." for name in ("rollout", "assisted", "heldout")},
-}
 _QUOTED = re.compile(r"'[^']*'")
 _LENGTH = {"too_short": "a list", "string_too_short": "a text"}
 
@@ -131,12 +98,8 @@ def _with_alternatives(details: list[Any], model: type[BaseModel]) -> list[Any]:
 
 def _problem(detail: Any, location: PathKey, field: str, model: type[BaseModel]) -> str:
     kind, value = detail["type"], detail.get("input")
-    name = ".".join([step for step in location if isinstance(step, str)][-2:])
     if kind == "extra_forbidden":
-        gone = REMOVED.get(name)
-        return f"this field is gone. {gone}" if gone else _unknown_field(location, model)
-    if gone := REMOVED.get(f"{name}={value}"):
-        return f"this value is gone. {gone}"
+        return _unknown_field(location, model)
     if kind == "missing":
         return f"this field is required. Add it to the file, or pass {OVERRIDE} {field}=VALUE."
     wanted = detail.get("wanted")

@@ -20,7 +20,6 @@ BEYOND = 1.0  # the reason: "Which offsets are trained" in `tests/lab/README.md`
 
 TOKEN_LOSSES = ("cross_entropy", "bernoulli_kl")  # read the committed token
 DISTRIBUTION_LOSSES = ("forward_kl", "ce_l1")  # read the target's distribution, as a named function does
-_REMOVED = ("tv", "lk")
 
 
 def loss_file(name: str) -> Path:
@@ -38,10 +37,6 @@ def loss_file(name: str) -> Path:
 def _check_name(name: str) -> str:
     if ":" in name:
         loss_file(name)
-    elif name in _REMOVED:
-        raise ValueError(
-            f"{name} is a loss of tests/lab now. Name tests.lab.losses:{name}, with the checkout on PYTHONPATH."
-        )
     elif name not in ("auto", *TOKEN_LOSSES, *DISTRIBUTION_LOSSES):
         names = ", ".join(("auto", *TOKEN_LOSSES, *DISTRIBUTION_LOSSES))
         raise ValueError(f"no loss {name!r}. Use one of {names}, or a function of yours as MODULE:FUNCTION.")

@@ -87,7 +87,7 @@ def test_the_key_holds_the_source_of_a_named_loss(stage: str, tmp_path: Path, mo
 
 
 @pytest.mark.parametrize("name", ["tv", "lk", "cross-entropy", "nowhere.at_all:mine", "tests.lab.losses:"])
-def test_a_removed_or_unknown_loss_is_refused(name: str) -> None:
+def test_an_unknown_loss_is_refused(name: str) -> None:
     with pytest.raises(ValidationError):
         SftConfig(loss=name)
     with pytest.raises(ValidationError):

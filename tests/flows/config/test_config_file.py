@@ -12,7 +12,6 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.flows.config.load import merge_configs, read_config
 from draftsmith.flows.refresh.config import RefreshConfig
 from draftsmith.stages.runtime.stage import Config
-from tests.flows.toy import ToyConfig
 
 
 class Sampled(Config):
@@ -136,13 +135,6 @@ def test_the_error_of_a_bad_file_names_the_field_with_a_remedy(tmp_path: Path, t
     assert str(caught.value).startswith(str(path))
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def test_a_removed_value_is_reported_with_a_remedy(tmp_path: Path) -> None:
-    path = tmp_path / "run.yaml"
-    path.write_text("name: run\nstages: {runner: dask}\n")
-    with pytest.raises(DraftsmithError, match=r"stages\.runner: this value is gone. Use ray"):
-        read_config(path, [], ToyConfig)
 
 
 def test_a_mapping_of_another_kind_is_replaced() -> None:

@@ -12,7 +12,6 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel
 
-from draftsmith.flows.config.errors import REMOVED, field_paths
 from draftsmith.flows.refresh.config import RefreshConfig
 from draftsmith.stages.runtime.stage import Config
 from draftsmith.stages.training.config import OpdConfig, SftConfig
@@ -104,7 +103,3 @@ def named_by_pages(known: dict[Field, set[str]]) -> set[Field]:
                 if re.search(rf"{dotted}|{alone}", text):
                     found.add((owner, name))
     return found
-
-
-def test_removed_fields_do_not_exist() -> None:
-    assert not {".".join(path.split(".")[-2:]) for path in field_paths(RefreshConfig)} & REMOVED.keys()
