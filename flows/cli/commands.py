@@ -243,11 +243,15 @@ def _report(options: argparse.Namespace, pipeline: Pipeline) -> None:
 
 def _deploy(options: argparse.Namespace, pipeline: Pipeline) -> None:
     config = read_config(options.config, options.overrides, pipeline.config)
-    Selection(force=tuple(options.force)).forced(pipeline.nodes(config))  # an unknown node is an error now
-    arguments: dict[str, object] = {"force": options.force}
+    arguments: dict[str, object] = {name: getattr(options, name) for name in ("force", "start", "until")}
+    if named := any(arguments.values()):  # an unknown node is an error now; a champion adds some
+        selection = Selection.from_options(options.force, options.start, options.until)
+        selection.check_names(pipeline.nodes(resolve_config(config, pipeline)))
     if options.watch is not None:
-        if options.force:
-            raise DraftsmithError("--force: a watch builds no node. Leave it out, or deploy the refresh with it.")
+        if named:
+            raise DraftsmithError(
+                "--force, --from, --until: a watch builds no node. Leave them out, or deploy the refresh with them."
+            )
         refresh = f"refresh/{config.name.replace('/', '-')}"
         arguments = {"then": {"report": None, "refresh": refresh, "rollback": "rollback"}[options.watch]}
         config = config.model_copy(update={"name": f"{config.name}-watch"})

@@ -155,9 +155,7 @@ def parser() -> argparse.ArgumentParser:
     deploy.add_argument("--pool", required=True, help="an existing work pool, whose workers run it")
     deploy.add_argument("--cron", help="schedule, such as '0 3 * * 1': Mondays at 3. Left out: only on request")
     deploy.add_argument("--timezone", default="UTC", help="time zone of --cron, such as Europe/Berlin (default: UTC)")
-    deploy.add_argument(
-        "--force", action="append", default=[], metavar="NODE", help="every run builds this node again, such as target"
-    )
+    _add_selection(deploy)
     deploy.add_argument(
         "--watch",
         choices=["report", "refresh", "rollback"],
@@ -187,6 +185,11 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
     _add_config(parser)
+    _add_selection(parser)
+    parser.add_argument("--plan", action="store_true", help="print what would be done, and do nothing")
+
+
+def _add_selection(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--force", action="append", default=[], metavar="NODE", help="build this node again although the store has it"
     )
@@ -201,7 +204,6 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--until", action="append", default=[], metavar="NODE", help="build only this node and what it needs"
     )
-    parser.add_argument("--plan", action="store_true", help="print what would be done, and do nothing")
 
 
 def _positive(text: str) -> int:

@@ -184,10 +184,10 @@ class Selection:
     ) -> Selection:
         """Return the selection of a command, or of a deployment's run.
 
-        A person who names nodes repeats a part of the last run, so its listing is reused. A deployment forces the same
-        nodes in every run, so that its `force` does not say this.
+        A person who names nodes repeats a part of the last run, so its listing is reused. A deployment names the same
+        nodes in every run, so that they do not say this.
         """
-        repeats = bool(start) or (bool(force) and not deployed)
+        repeats = bool(start or force) and not deployed
         return cls(tuple(force or ()), tuple(start or ()), tuple(until or ()), reuse_listing=repeats)
 
     def nodes(self, graph: Sequence[Node]) -> list[Node]:
@@ -204,6 +204,11 @@ class Selection:
     def forced(self, nodes: Sequence[Node]) -> set[str]:
         """Return the names of the nodes to build again. Raises DraftsmithError for an unknown name."""
         return nodes_named(nodes, self.force, "--force")
+
+    def check_names(self, graph: Sequence[Node]) -> None:
+        """Raise DraftsmithError for a name that the graph does not have."""
+        nodes_named(nodes := self.nodes(graph), self.start, "--from")
+        self.forced(nodes)
 
     def check_start(self, planned: Sequence[PlannedNode]) -> None:
         """Raise DraftsmithError if a node that does not follow from `start` has to be built.

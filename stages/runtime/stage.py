@@ -60,6 +60,10 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, allow_inf_nan=False)
     _listing: InputListing | None = PrivateAttr(default=None)
 
+    def model_post_init(self, _context: Any, /) -> None:
+        """Count `kind` as given: without it a dumped section would fit several schemas of a deployment's form."""
+        self.model_fields_set.update({"kind"} & type(self).model_fields.keys())
+
     def with_pinned_files(self, listing: InputListing) -> Self:
         """Return this config, which then reads the listed files alone even if more have arrived since."""
         pinned = self.model_copy()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.flows.processes import beside_server
+from tests.flows.processes import ROOT, beside_server
 from tests.flows.toy import ASSET, write_config
 
 pytestmark = pytest.mark.integration
@@ -25,6 +25,7 @@ PROGRAM = textwrap.dedent(
     from prefect.deployments.runner import EntrypointType, RunnerDeployment
     from prefect.events import DeploymentEventTrigger
     from draftsmith.flows.cli.main import main
+    from draftsmith.flows.config.load import read_config
     from draftsmith.flows.orchestration.flow_run import show_verdict
     from tests.flows.toy import ASSET, TOY
     from draftsmith.flows.refresh.config import RefreshConfig
@@ -44,6 +45,16 @@ PROGRAM = textwrap.dedent(
 
     with get_client(sync_client=True) as client:
         client.create_work_pool(WorkPoolCreate(name="pool", type="process"))
+        for path in sorted([*Path("configs").glob("*.yaml"), *Path("configs/scale").glob("*.yaml")]):
+            code = main(["deploy", str(path), "--pool", "pool", "--from", "target", "--until", "target"])
+            deployment = client.read_deployment_by_name(f"refresh/{path.stem}")
+            sent = deployment.parameters
+            client.create_flow_run_from_deployment(deployment.id, parameters=sent)  # as the form does
+            same = RefreshConfig.model_validate(sent["config"]) == read_config(path, [], RefreshConfig)
+            print("ours", code, same, *sent["start"], *sent["until"], path.stem)
+            if path.stem == "weekly":
+                print("since", sent["config"]["logs"]["since"], sent["config"]["prompts"]["sources"][0]["since"])
+                client.delete_deployment(deployment.id)
         for words in json.loads(os.environ["DEPLOYED"]):
             code = main(["deploy", *words, "--pool", "pool"])
             deployment = client.read_deployment_by_name("refresh/weekly")
@@ -73,6 +84,8 @@ PROGRAM = textwrap.dedent(
         weekly.parameters["config"]["registry"]["restart"] = True
         run = client.create_flow_run_from_deployment(weekly.id, parameters=weekly.parameters)
         print("restarted", executed(), client.read_flow_run(run.id).state.message)
+        code = main(["deploy", json.loads(os.environ["DEPLOYED"])[0][0], "--pool", "pool", "--force", "drift"])
+        print("forced", code, *client.read_deployment_by_name("refresh/weekly").parameters["force"])
         refresh()
         (artifact,) = (each for each in client.read_artifacts() if each.key == "my-line-verdict")
         print("verdict", artifact.key, artifact.type, artifact.data, artifact.flow_run_id is not None, sep="|")
@@ -140,9 +153,21 @@ def printed(ended: subprocess.CompletedProcess[str], what: str) -> list[str]:
     return [line.removeprefix(what).lstrip() for line in ended.stdout.splitlines() if line.startswith(what)]
 
 
+def test_every_config_of_ours_is_deployed_as_it_is(ended: subprocess.CompletedProcess[str]) -> None:
+    files = sorted([*(ROOT / "configs").glob("*.yaml"), *(ROOT / "configs" / "scale").glob("*.yaml")])
+    assert printed(ended, "ours") == [f"0 True target target {path.stem}" for path in files], ended.stderr
+    assert printed(ended, "since") == ["7d 7d"]
+
+
+def test_a_deployment_forces_the_drift_check_of_a_line_with_a_champion(
+    ended: subprocess.CompletedProcess[str],
+) -> None:
+    assert printed(ended, "forced") == ["0 drift"], ended.stderr
+
+
 def test_a_deployment_is_never_changed_by_another_line(ended: subprocess.CompletedProcess[str]) -> None:
     assert printed(ended, "deployed") == ["0 a-line 0 3 * * 1", "0 a-line 0 4 * * 1", "2 a-line 0 4 * * 1", "0 a-line"]
-    lines = printed(ended, "refresh/weekly: ")
+    lines = printed(ended, "refresh/weekly: ")[1:4]  # between our config and the one with --force
     webhooks = ("without a webhook", "with its webhook", "with its earlier webhook")
     assert [webhook for line, webhook in zip(lines, webhooks, strict=True) if webhook not in line] == []
     (error,) = (line for line in ended.stderr.splitlines() if line.startswith("draftsmith: error: "))

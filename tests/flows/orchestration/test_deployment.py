@@ -9,18 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prefect.utilities.callables import parameter_schema
-from prefect.utilities.schema_tools.validation import validate
 from prefect.workers.process import ProcessJobConfiguration
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.flows.cli.main import main
-from draftsmith.flows.orchestration.deployment import check_address, parameters, schedules_of
-from draftsmith.flows.refresh.config import RefreshConfig
-from draftsmith.flows.refresh.flow import refresh
+from draftsmith.flows.orchestration.deployment import check_address, schedules_of
 from tests.flows.processes import ROOT
 from tests.flows.toy import TOY, write_config
-from tests.testbed.refresh import load_config
 
 POOLS = ROOT / "configs" / "team" / "pools"
 
@@ -36,7 +31,9 @@ def test_a_deployment_needs_a_permanent_server_and_existing_nodes(
     assert main(["deploy", config, "--pool", "p", "--force", "lfet"], TOY) == 2
     assert "--force lfet: no such node" in capsys.readouterr().err
     assert main(["deploy", config, "--pool", "p", "--watch", "report", "--force", "left"], TOY) == 2
-    assert "--force: a watch builds no node" in capsys.readouterr().err
+    assert "a watch builds no node" in capsys.readouterr().err
+    assert main(["deploy", config, "--pool", "p", "--from", "lfet"], TOY) == 2
+    assert "--from lfet: no such node" in capsys.readouterr().err
     assert not (tmp_path / "home").exists()
 
 
@@ -53,16 +50,6 @@ def test_a_webhook_that_is_no_address_is_an_error(url: str) -> None:
     with pytest.raises(DraftsmithError, match="--webhook "):
         check_address(url)
     check_address("http://10.0.0.7:8080/draftsmith?key=1")
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_config_fits_the_parameters_of_its_flow(path: Path) -> None:
-    config = load_config(path)
-    sent = parameters(config, {"force": ["target"]})
-    validate(sent, parameter_schema(refresh).model_dump(), raise_on_error=True)
-    assert RefreshConfig.model_validate(sent["config"]) == config
-    if path.stem == "weekly":
-        assert sent["config"]["logs"]["since"] == sent["config"]["prompts"]["sources"][0]["since"] == "7d"
 
 
 @pytest.mark.parametrize("path", sorted(POOLS.glob("*.json")), ids=lambda path: path.stem)
