@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import re
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +23,8 @@ from draftsmith.artifacts.atomic import TMP_PREFIX, atomic_path, disk_errors, fs
 from draftsmith.artifacts.store.manifest import sha256_file
 from draftsmith.stages.runtime.stage import CHECKPOINTS_KEPT
 
+_FIRST_S = 30.0  # after which a training saves first, at the end of a step: before a minute if that takes half of one
+_SAVING_SHARE = 0.02  # of the time, at most, that saving takes from then on
 _DIGEST_DIGITS = 16
 _NEW = "checkpoint.new"  # the name until the file is complete and its digest is known
 _NAME = re.compile(r"checkpoint-(\d+)-([0-9a-f]+)\.pt")
@@ -35,7 +39,12 @@ class CheckpointWriter:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._thread = ThreadPoolExecutor(1, "checkpoint")
-        self._writing: Future[Path] | None = None
+        self._writing: Future[None] | None = None
+        self._since, self._wait_s = time.monotonic(), _FIRST_S
+
+    def are_due(self) -> bool:
+        """Return whether it is time for the next checkpoint, by the time that the last one took."""
+        return time.monotonic() - self._since >= self._wait_s
 
     def __enter__(self) -> Self:
         return self
@@ -50,7 +59,12 @@ class CheckpointWriter:
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Copy `state` to host memory and start to write it, as `save_checkpoint` does, after the one before it."""
         self.finish()
-        self._writing = self._thread.submit(save_checkpoint, self._folder, step, _copied(state))
+        self._since, self._wait_s = time.monotonic(), math.inf
+        self._writing = self._thread.submit(self._write, step, _copied(state))
+
+    def _write(self, step: int, state: dict[str, Any]) -> None:
+        save_checkpoint(self._folder, step, state)
+        self._wait_s = (time.monotonic() - self._since) / _SAVING_SHARE
 
     def check(self) -> None:
         """Raise the error of a checkpoint that could not be written."""

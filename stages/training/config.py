@@ -29,12 +29,15 @@ class OptimiserConfig(Config):
     compute_dtype: Annotated[
         Literal["bfloat16", "float32"], Field(description="weights stay float32; bfloat16 = autocast")
     ] = "bfloat16"
-    checkpoint_every: Annotated[int, Field(ge=1, description="steps"), NotInKey()] = 100
-    checkpoint_minutes: Annotated[
-        float,
-        Field(gt=0, description="longest time between checkpoints: what a killed training loses at most"),
+    checkpoint_every: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            description="steps between checkpoints; by default the first comes within a minute, and the next ones so "
+            "that saving takes at most 2 % of the time",
+        ),
         NotInKey(),
-    ] = 10
+    ] = None
     # Not in the key, like micro-batches: several processes train what one trains, but for rounding.
     parallel: Annotated[ParallelConfig, NotInKey()] = ParallelConfig()
 

@@ -112,7 +112,6 @@ def train(
     ctx.rewind_metrics(first)  # an attempt that was killed wrote beyond its checkpoint, or never reached one
     drafter.train()
     device_type = next(iter(trained.values())).device.type
-    saved = time.monotonic()
     with CheckpointWriter(ctx.work) as checkpoints:
         for step in range(first, config.steps):
             checkpoints.check()
@@ -148,12 +147,10 @@ def train(
                 trained_positions=totals["positions"],
             )  # fmt: skip
             ctx.progress(step + 1, config.steps, "steps", loss=loss)
-            late = time.monotonic() - saved >= 60 * config.checkpoint_minutes
-            due = late or (step + 1) % config.checkpoint_every == 0
+            due = (step + 1) % config.checkpoint_every == 0 if config.checkpoint_every else checkpoints.are_due()
             dues, stops = zip(*ranks.gather((due, ctx.interrupted)), strict=True)  # clocks differ, and so do signals
             if any(dues) or any(stops) or step + 1 == config.steps:
                 state.save(checkpoints, step + 1, ranks)
-                saved = time.monotonic()
                 if any(stops):  # all end, or none
                     checkpoints.finish()
                     ranks.barrier()

@@ -100,7 +100,6 @@ def test_the_recipe_has_the_papers_settings(name: str) -> None:
     assert config.opd.parallel.world == config.sft.parallel.world == 8
     assert config.stages.shards == 8
     assert opd.sequences_per_step % 8 == config.sft.sequences_per_step % 8 == 0, "an idle GPU"
-    assert opd.checkpoint_every == config.sft.checkpoint_every == 1000
     assert config.evaluation.concurrency == (1, 4, 16)
     assert config.evaluation.temperatures == (0, 1)
 

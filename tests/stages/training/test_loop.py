@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
+from draftsmith.stages.runtime import checkpoint
 from draftsmith.stages.runtime.checkpoint import list_checkpoints, load_checkpoint
 from draftsmith.stages.runtime.ranks import Ranks
 from draftsmith.stages.target.causal_lm import Target
@@ -181,12 +182,13 @@ def spoil(path: Path, damage: str) -> None:
     path.write_bytes(content if damage == "a flipped bit" else content[: len(content) // 2])
 
 
-@pytest.mark.parametrize(("minutes", "saved_steps"), [(1e-9, 3), (10.0, 0)])
-def test_a_killed_training_loses_no_more_than_the_time_between_checkpoints(
-    minutes: float, saved_steps: int, tmp_path: Path, plain_target: Target
+@pytest.mark.parametrize(("first_s", "saved"), [(0.0, True), (math.inf, False)])
+def test_a_killed_training_continues_from_a_checkpoint_of_its_first_minute(
+    first_s: float, saved: bool, tmp_path: Path, plain_target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(checkpoint, "_FIRST_S", first_s)
     drafter, context = random_target.random_drafter(plain_target), RecordingContext.under(tmp_path)
-    config = OptimiserConfig(steps=5, checkpoint_every=100, checkpoint_minutes=minutes)
+    config = OptimiserConfig(steps=5)
 
     def micro_batches(step: int) -> list[LossReport]:
         if step == 3 and not context.logs:
@@ -197,8 +199,29 @@ def test_a_killed_training_loses_no_more_than_the_time_between_checkpoints(
         train(context, drafter, config, micro_batches)
     context.logs.append("a second attempt")
     train(context, drafter, config, micro_batches)
-    continued = [line for line in context.logs if line.startswith("continuing from the checkpoint at step")]
-    assert continued == ([f"continuing from the checkpoint at step {saved_steps} of 5"] if saved_steps else [])
+    assert any(line.startswith("continuing from the checkpoint at step") for line in context.logs) == saved
+
+
+def test_the_next_checkpoint_is_due_when_saving_took_at_most_a_fiftieth_of_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now[0])
+
+    def save(*_: object) -> None:
+        now[0] += 4
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", save)
+    with checkpoint.CheckpointWriter(tmp_path) as writer:
+        due_after = []
+        for _ in range(2):
+            began = now[0]
+            while not writer.are_due():
+                now[0] += 1
+            due_after.append(now[0] - began)
+            writer.save(1, {})
+            writer.finish()
+        assert due_after == [30, 196], "200 s from the first one's beginning"
 
 
 def test_a_step_that_does_not_fit_into_memory_is_repeated_in_smaller_micro_batches(
