@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 _MADE = "made."  # prefix of a refresh's params: the artifact of each node
 OUTCOME = "outcome"  # tag: the outcome of a refresh
 REUSED = "reused"  # tag: how often a finished refresh was run again without new artifacts, and when last
+CONTINUE = "To continue:"  # in the description of a refresh that did not finish, before a command
 _IS_REFRESH = f"tags.{STAGE} = 'refresh'"
 
 
@@ -49,24 +50,66 @@ def artifact_folders(tracking: Tracking, name: str, node: str) -> dict[str, str]
 
     name: the run's id, or its name, which stands for the last refresh of that name that made `node`.
     """
+    if (run := _find_refresh(tracking, name, node)) is None:
+        return {}
+    made = {n.removeprefix(_MADE): v for n, v in run.data.params.items() if n.startswith(_MADE)}
+    where = f"run {run.info.run_name} in MLflow"
+    store = absolute_path(run.data.tags.get(HOME, "").partition(":")[2], where=f"{where}: tag {HOME}") / "store"
+    folders = {n: relative_path(v.rsplit("#", 1)[0], where=f"{where}: param {_MADE}{n}") for n, v in made.items()}
+    return {n: str(store / folder) for n, folder in folders.items()}
+
+
+def fetch_page(tracking: Tracking, name: str, node: str, page: str, folder: Path) -> None:
+    """Copy the page of a refresh's report from MLflow into the folder. name, node: as of `artifact_folders`."""
+    if (run := _find_refresh(tracking, name, node)) is not None:
+        client, _ = tracking.connect()
+        if any(file.path == page for file in client.list_artifacts(run.info.run_id)):
+            folder.mkdir(parents=True, exist_ok=True)
+            client.download_artifacts(run.info.run_id, page, str(folder))
+
+
+def _find_refresh(tracking: Tracking, name: str, node: str) -> Run | None:
     client, _ = tracking.connect()
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     chosen = f"attributes.run_id = '{name}'" if re.fullmatch("[0-9a-f]{32}", name) else _name_filter(name)
-    for run in client.search_runs(experiments, f"{chosen} and {_IS_REFRESH}", max_results=100):
-        made = {n.removeprefix(_MADE): v for n, v in run.data.params.items() if n.startswith(_MADE)}
-        if node in made:
-            where = f"run {run.info.run_name} in MLflow"
-            store = absolute_path(run.data.tags.get(HOME, "").partition(":")[2], where=f"{where}: tag {HOME}") / "store"
-            folders = {
-                n: relative_path(v.rsplit("#", 1)[0], where=f"{where}: param {_MADE}{n}") for n, v in made.items()
-            }
-            return {n: str(store / folder) for n, folder in folders.items()}
-    return {}
+    runs = client.search_runs(experiments, f"{chosen} and {_IS_REFRESH}", max_results=100)
+    return next((run for run in runs if f"{_MADE}{node}" in run.data.params), None)
 
 
 def _name_filter(name: str) -> str:
     quote = '"' if "'" in name else "'"  # MLflow's filters have no other escape
     return f"attributes.run_name = {quote}{name}{quote}"
+
+
+@dataclass(frozen=True)
+class LastRefresh:
+    """How the last refresh in an experiment ended, or that it runs."""
+
+    at: str  # ISO 8601, UTC
+    outcome: str  # the tag's, or failed, killed or running
+    text: str  # why; of one that did not finish, with the command that continues
+
+
+def last_refresh(tracking: Tracking) -> LastRefresh | None:
+    """Return the refresh that ended or began last, without those that ended before they came to an outcome."""
+    client, experiment = tracking.connect()
+    runs = client.search_runs([experiment], _IS_REFRESH, max_results=100, order_by=["attributes.start_time DESC"])
+    ended = [_ending(run, tracking) for run in runs if OUTCOME in run.data.tags or run.info.status != "FINISHED"]
+    return max(ended, key=lambda each: each.at, default=None)
+
+
+def _ending(run: Run, tracking: Tracking) -> LastRefresh:
+    tags, status = run.data.tags, run.info.status
+    at = datetime.fromtimestamp((run.info.end_time or run.info.start_time) / 1000, UTC).isoformat(timespec="seconds")
+    text = re.sub(r"^\*\*.*?\*\* *", "", tags.get(NOTE, "").partition("\n")[0])  # without its label
+    if status == "FINISHED":
+        again = tags.get(REUSED, "").partition(", last at ")[2]
+        return LastRefresh(again or at, tags[OUTCOME], text.replace("\\", "").replace("&lt;", "<"))
+    if status == "RUNNING" and tracking.is_local_run(run) and not is_locked(tracking.refresh_file(tags[KEY])):
+        status = "KILLED"  # the next run will close it
+    if status == "KILLED" and CONTINUE not in text:  # it could not note how to continue
+        text = f"its process was gone. {CONTINUE} `{tags.get('mlflow.source.name', 'the same command')}`."
+    return LastRefresh(at, status.lower(), text)
 
 
 def close_dead_runs(tracking: Tracking, store: Store) -> list[str]:

@@ -71,8 +71,10 @@ def parser() -> argparse.ArgumentParser:
     _add_config(why)
     why.add_argument("name", metavar="NODE", help="the node, as in `draftsmith run --plan`")
 
-    status = commands.add_parser("status", help="show what is done, unfinished, running or failed; what servers serve")
-    _add_config(status, "NAME", "YAML file of a run, or a model line, whose servers are asked", optional=True)
+    status = commands.add_parser(
+        "status", help="show the page of a model line; or what is done, unfinished, running or failed"
+    )
+    _add_config(status, "NAME", "a model line, whose servers are asked, or the YAML file of a run", optional=True)
     _add_servers(status)
 
     show = commands.add_parser("show", help="show an artifact: its files and what it is made from")
@@ -81,7 +83,9 @@ def parser() -> argparse.ArgumentParser:
 
     report = commands.add_parser("report", help="print where a refresh's report is (MLflow compares two)")
     report.add_argument(
-        "refresh", metavar="REFRESH", help="a config file, a refresh's run in MLflow (name or id), an artifact"
+        "refresh",
+        metavar="REFRESH",
+        help="a config file, a version such as smollm2@3, a refresh's run in MLflow (name or id), an artifact",
     )
     report.add_argument("--open", action="store_true", help="show the page in the browser")
 
@@ -259,7 +263,8 @@ def _add_config(
 
 _EXIT_UNEXPECTED = 1
 _EXIT_TERMINATED = 128 + signal.SIGTERM
-_CONTINUE = "What was finished or saved is kept. Run the same command again to continue."
+_KEPT = "What was finished or saved is kept."
+_AGAIN = "Run the same command again to continue."
 
 
 def main(arguments: Sequence[str] | None = None, pipeline: Pipeline | None = None) -> int:
@@ -287,12 +292,12 @@ def _run(options: argparse.Namespace, pipeline: Pipeline | None) -> int:
             from draftsmith.flows.cli.commands import run_command  # heavy: after the help and wrong arguments
 
             run_command(options, pipeline)
-    except KeyboardInterrupt:
-        return _fail(f"interrupted. {_CONTINUE}", EXIT_INTERRUPTED)
+    except KeyboardInterrupt as stop:
+        return _fail(f"interrupted. {_KEPT}", EXIT_INTERRUPTED, stop)
     except SystemExit as ended:
         if ended.code != _EXIT_TERMINATED:
             raise
-        return _fail(f"terminated. {_CONTINUE}", _EXIT_TERMINATED)
+        return _fail(f"terminated. {_KEPT}", _EXIT_TERMINATED, ended)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `draftsmith status | head`
         return 0
@@ -309,13 +314,19 @@ def _run(options: argparse.Namespace, pipeline: Pipeline | None) -> int:
     return 0
 
 
-def _fail(message: str, code: int, error: BaseException | None = None, prefix: str = "error: ") -> int:
+def _fail(message: str, code: int, error: BaseException, prefix: str = "error: ") -> int:
+    """Print what is wrong, and last the command that continues, which a run has noted. Return the exit code."""
     if code in (EXIT_INTERRUPTED, _EXIT_TERMINATED):  # a second signal does not wait for Prefect's last events
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: os._exit(code))
-    if error is not None and os.environ.get("DRAFTSMITH_DEBUG") == "1":
+    if os.environ.get("DRAFTSMITH_DEBUG") == "1":
         print(shown_traceback(error), end="", file=sys.stderr)
+    commands = [note for note in getattr(error, "__notes__", ()) if note.startswith("draftsmith ")]
+    if message.endswith(_KEPT) and not commands:
+        message = f"{message} {_AGAIN}"
     print(f"draftsmith: {prefix}{' '.join(shown(message).split())}", file=sys.stderr)
+    for command in commands:
+        print(shown(command), file=sys.stderr)
     return code
 
 

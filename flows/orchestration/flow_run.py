@@ -22,6 +22,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.context import FlowRunContext
 from prefect.events import emit_event
 from prefect.flow_runs import suspend_flow_run
+from prefect.utilities.urls import url_for
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError, StageInterrupted
 from draftsmith.artifacts.tracking.terms import escape_markdown
@@ -214,6 +215,12 @@ def deployed() -> bool:
     """Return whether the current flow run is one of a deployment."""
     run = _flow_run()
     return run is not None and run.deployment_id is not None
+
+
+def page_url() -> str | None:
+    """Return the address of the current flow run's page; None on a temporary server, which has no pages."""
+    run = _flow_run()
+    return url_for(run) if run is not None and not uses_temporary_server() else None
 
 
 def resumed() -> bool:

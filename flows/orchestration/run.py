@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -21,6 +22,7 @@ from draftsmith.artifacts.redaction import redact_logs
 from draftsmith.artifacts.store.manifest import ArtifactRef
 from draftsmith.artifacts.store.retention import artifacts_in_use
 from draftsmith.artifacts.tracking.refresh_runs import (
+    CONTINUE,
     OUTCOME,
     RunRecord,
     close_dead_runs,
@@ -41,6 +43,7 @@ from draftsmith.flows.orchestration.flow_run import (
     announce,
     deployed,
     flow_result,
+    page_url,
     resumed,
     show_verdict,
 )
@@ -57,6 +60,7 @@ from draftsmith.flows.planning.graph import (
     resolve_config,
 )
 from draftsmith.flows.planning.inputs import forget_listings, note_listings, read_listings
+from draftsmith.stages.report.presentation import COMMAND, invocation
 from draftsmith.stages.runtime.stage import SOURCES
 
 
@@ -104,6 +108,8 @@ def _run(
     config: RunOptions, pipeline: Pipeline, selection: Selection, cancellation: Cancellation
 ) -> tuple[dict[str, NodeResult], Conclusion | None]:
     display = Display()
+    if (page := page_url()) is not None:
+        display.line(f"Prefect: {page}")
     config = with_retries(lambda: resolve_config(config, pipeline), config.stages, display.line)
     redact_logs()
     bypass_proxy_for_localhost()  # a deployment's run does not come through the command
@@ -137,7 +143,7 @@ def _run(
     context = dataclasses.replace(context, refresh_run=record.open)
     results: dict[str, NodeResult] = {}
     status: Status = "KILLED"
-    ending = "**Stopped.** The same command continues."
+    ending = ""
     conclusion: Conclusion | None = None
     try:
         conclusion = _make_nodes(context, nodes, forced, results, checks, policy)
@@ -158,13 +164,16 @@ def _run(
         status = "FINISHED"
         if whole:
             note_listings(config.name, read_listings(config.name), ended=True)
-    except StageInterrupted:
-        raise
     except Pause:  # until a person approves; the resumed run reuses what is made
         status = "FINISHED"
         raise
-    except Exception as error:
-        status, ending = "FAILED", f"**Failed.** {one_line(error)}"
+    except BaseException as error:
+        if isinstance(error, Exception) and not isinstance(error, StageInterrupted):
+            status, ending = "FAILED", f"**Failed.** {one_line(error)} "
+        command = _continuing_command(config, selection, forced, results, policy)
+        ending = f"{ending or '**Stopped.** '}{CONTINUE} `{command or 'the same command'}`."
+        if command is not None:
+            error.add_note(command)
         raise
     finally:
         metrics, tags = _metrics_and_tags(context, results, conclusion, concludes=full_policy is not None)
@@ -180,9 +189,6 @@ def _run(
         )
         if tracking.had_failures and status != "KILLED":  # stages may have ended while MLflow was away
             close_dead_runs(tracking, context.store)
-        sticky = policy.sticky_force if policy is not None else ()
-        if status != "FINISHED" and (advice := _force_advice(forced, results, sticky)):
-            context.display.line(advice)
     if conclusion is not None:
         context.display.line(conclusion.message)
     return results, conclusion
@@ -224,16 +230,23 @@ def _make_nodes(
     return None
 
 
-def _force_advice(forced: Collection[str], results: Mapping[str, NodeResult], sticky: Collection[str]) -> str | None:
-    """Return which --force the next run needs, if forced nodes are complete and would be made once more.
-
-    sticky: nodes to force again in any case.
-    """
-    done = sorted(name for name in forced if name in results and not results[name].reused and name not in sticky)
-    rest = "".join(f" --force {name}" for name in sorted(set(forced) - set(done) | set(sticky)))
-    if not done:
+def _continuing_command(
+    config: RunOptions,
+    selection: Selection,
+    forced: Collection[str],
+    results: Mapping[str, NodeResult],
+    policy: RunPolicy | None,
+) -> str | None:
+    """Return the command that continues the run, which makes no complete node again; None if no command began it."""
+    if (began := os.environ.get(COMMAND)) is None:
         return None
-    return f"{', '.join(done)}: complete. Continue{f' with{rest} only' if rest else ' without --force'}."
+    force = {name for name in forced if name not in results or results[name].reused}
+    if policy is not None and not force and not selection.start:
+        force |= set(policy.sticky_force)
+    named = {"--force": sorted(force), "--from": selection.start, "--until": selection.until}
+    options = [word for option, names in named.items() for name in names for word in (option, name)]
+    restart = getattr(getattr(config, "registry", None), "restart", False)
+    return invocation(began, None).run(*options, *["--restart"] * restart)
 
 
 def _refs(results: Mapping[str, NodeResult]) -> dict[str, ArtifactRef]:

@@ -183,7 +183,8 @@ def test_a_stopped_refresh_leaves_no_process_and_continues(tmp_path: Path, numbe
     assert_gone(worker)
     wait_until(lambda: not processes_of(home), "no stage and no Prefect server is left", limit_s=10)
     if number is signal.SIGINT:
-        assert err.strip().splitlines()[-1].startswith("draftsmith: error: interrupted")
+        *_, said, continues = err.strip().splitlines()
+        assert said.startswith("draftsmith: error: interrupted") and continues == f"draftsmith run {config}"
         assert flow_states(home) == ["Crashed"]
         assert {status for _, status in mlflow_runs(home)} == {"KILLED"}
 
@@ -258,8 +259,8 @@ def test_a_run_that_is_cancelled_in_prefect_saves_its_stage(tmp_path: Path) -> N
     assert command.returncode == 130, err
     assert "target: saved" in out
     assert list(home.glob("store/collect/.partial-*/work/saved-when-asked"))
-    (line,) = err.splitlines()
-    assert line.startswith("draftsmith: error: cancelled in Prefect")
+    line, continues = err.splitlines()
+    assert line.startswith("draftsmith: error: cancelled in Prefect") and continues == f"draftsmith run {config}"
     assert flow_states(home) == ["Cancelled"]
     assert {status for _, status in mlflow_runs(home)} == {"KILLED"}
 

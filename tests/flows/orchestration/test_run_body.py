@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -64,17 +65,26 @@ def test_a_run_until_a_node_never_concludes(until: tuple[str, ...], concludes: b
     [
         (OutdatedPlanError("another one was faster"), "FAILED", "**Failed.** another one was faster"),
         (DraftsmithError("the disk is full"), "FAILED", "**Failed.** the disk is full"),
-        (SystemExit(143), "KILLED", "**Stopped.** The same command continues."),
+        (SystemExit(143), "KILLED", "**Stopped.**"),
     ],
 )
-def test_a_failed_run_has_its_cause_in_mlflow_and_advice_on_the_screen(
+@pytest.mark.parametrize(
+    ("sticky", "until", "options"),
+    [((), (), ""), (("drift",), (), " --force drift"), ((), ("total",), " --until total")],
+    ids=["forced", "drift", "until"],
+)
+def test_a_run_that_did_not_finish_ends_with_the_command_that_continues_it(
+    sticky: tuple[str, ...],
+    until: tuple[str, ...],
+    options: str,
     raised: BaseException,
     status: str,
     note: str,
     home: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """In MLflow too. What it forced and is complete is not forced again."""
+    monkeypatch.setenv(run.COMMAND, json.dumps({"config": "my run.yaml", "overrides": ["seed=1"]}))
     calls: list[object] = []
 
     class Late(ToyPolicy):
@@ -85,16 +95,19 @@ def test_a_failed_run_has_its_cause_in_mlflow_and_advice_on_the_screen(
     def made_left(context: RunContext, _nodes: object, _forced: object, made: dict[str, Any], *_rest: object) -> None:
         context.refresh_run()
         made["left"] = SimpleNamespace(reused=False, ref=ArtifactRef("combine", "k" * 64, "c" * 64, home))
+        if until:  # nothing is concluded then
+            raise raised
 
     monkeypatch.setattr(run, "_make_nodes", made_left)
     monkeypatch.setattr(run, "_metrics_and_tags", lambda *_, **__: ({}, {run.NOTE: "what was measured"}))
     monkeypatch.setattr(run, "_report", lambda *_: [])
-    with pytest.raises(type(raised)):
-        ended(lambda *_: Late("promoted"), "left")
-    logged = mlflow_runs(home)["t"]
-    assert (logged.info.status, logged.data.tags[run.NOTE]) == (status, f"{note}\n\nwhat was measured")
-    assert OUTCOME not in logged.data.tags and len(calls) == 1, "an outdated plan is not retried"
-    assert "without --force" in capsys.readouterr().out
+    with pytest.raises(type(raised)) as caught:
+        ended(lambda *_: Late("promoted", sticky_force=sticky), "left", until=until)
+    logged, command = mlflow_runs(home)["t"], f"draftsmith run 'my run.yaml' --set seed=1{options}"
+    noted = f"{note} To continue: `{command}`.\n\nwhat was measured"
+    assert (logged.info.status, logged.data.tags[run.NOTE]) == (status, noted)
+    assert caught.value.__notes__[-1] == command
+    assert OUTCOME not in logged.data.tags and len(calls) == (not until), "an outdated plan is not retried"
     assert OutdatedPlanError.exit_code == EXIT_RETRYABLE
 
 
