@@ -32,6 +32,7 @@ from draftsmith.artifacts.identifiers import (
     iso_time,
     line_name,
     plain_name,
+    run_id,
     sha256_digest,
     upload_address,
     version_number,
@@ -92,6 +93,7 @@ class Version:
     tags: Mapping[str, str] = field(default_factory=dict)  # without the prefix `draftsmith.`
     aliases: tuple[str, ...] = ()
     created_at: str = ""  # ISO 8601, UTC
+    run_id: str = ""  # of the refresh in MLflow that registered it
 
     def __str__(self) -> str:
         return f"{self.line} version {self.number}"
@@ -108,6 +110,11 @@ class Version:
         Of a drafter that is uploaded as adapters: the checkpoint that they begin with, then each version's adapters.
         """
         return self.tags.get("uploaded", "")
+
+    @property
+    def waits(self) -> bool:
+        """Return whether the gate passed it and it has not been promoted yet, as it is to be approved."""
+        return self.tags.get("outcome") == "promoted" and "promoted_at" not in self.tags
 
     def metrics(self) -> dict[str, dict[str, Any]]:
         """Return its metrics at its promotion by slice (tag `figures`); empty if nothing was measured."""
@@ -537,7 +544,8 @@ def _version(found: Any) -> Version:
     stage, key, content_id = (tags.pop(name, "") for name in _IDENTITY)
     created = datetime.fromtimestamp(found.creation_timestamp / 1000, UTC).isoformat(timespec="seconds")
     source = str(found.source).replace("draftsmith-store:", "file://")
-    return Version(line, number, source, stage, key, content_id, tags, tuple(found.aliases), created)
+    run = run_id(found.run_id, where=f"{line} version {number}: run") if found.run_id else ""
+    return Version(line, number, source, stage, key, content_id, tags, tuple(found.aliases), created, run)
 
 
 def _champion(model: Any) -> int | None:

@@ -35,7 +35,7 @@ from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.checks.check import check, check_node
 from draftsmith.flows.checks.findings import show
 from draftsmith.flows.checks.work import GPUS
-from draftsmith.flows.cli.status import find_report, show_artifact, show_config_status, show_store_status
+from draftsmith.flows.cli.status import early_end, find_report, show_artifact, show_config_status, show_store_status
 from draftsmith.flows.cli.why import explain_key
 from draftsmith.flows.config.load import read_config
 from draftsmith.flows.config.options import RunOptions
@@ -91,7 +91,7 @@ def _run_config(options: argparse.Namespace, pipeline: Pipeline, config: RunOpti
     began, display = time.monotonic(), Display()
     store, selection = open_store(home()), Selection.from_options(options.force, options.start, options.until)
     planned = with_retries(lambda: plan(config, store, pipeline, selection), config.stages, display.line)
-    display.plan(planned)
+    display.plan(planned, early_end(config, pipeline, planned, store, selection))
     if options.plan:
         display.newer_files(planned)
         display.lines(pipeline.checks().before(planned) if pipeline.checks is not None else [])
@@ -203,9 +203,9 @@ def _status(options: argparse.Namespace, pipeline: Pipeline) -> None:
             raise DraftsmithError("--url: servers serve a line, and this is a config file. Give the line's name.")
         show_config_status(Display(), _read_config(options, pipeline), pipeline)
     else:
-        from draftsmith.flows.refresh.watch import show_servers  # imports a client of servers
+        from draftsmith.flows.refresh.line_page import show_line  # imports a client of servers
 
-        show_servers(Display(), str(options.config), options.url)
+        show_line(Display(), str(options.config), options.url)
 
 
 def _watch(options: argparse.Namespace, pipeline: Pipeline) -> None:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.tree import Tree
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
-from draftsmith.artifacts.home import home
+from draftsmith.artifacts.home import UPLOADED, home
 from draftsmith.artifacts.store.local import PARTIAL, Store
-from draftsmith.artifacts.store.manifest import ArtifactRef, InputEntry, Manifest, local_time
+from draftsmith.artifacts.store.manifest import InputEntry, Manifest, local_time
 from draftsmith.artifacts.store.mirror import MirroredStore, open_store
-from draftsmith.artifacts.tracking.refresh_runs import artifact_folders
+from draftsmith.artifacts.tracking.refresh_runs import artifact_folders, fetch_page
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.config.load import read_config
 from draftsmith.flows.config.options import RunOptions
@@ -28,6 +29,7 @@ from draftsmith.flows.execution.display import (
 )
 from draftsmith.flows.execution.node import ArtifactFolders
 from draftsmith.flows.planning.graph import (
+    EarlyEnd,
     Pipeline,
     PlannedNode,
     Selection,
@@ -37,6 +39,9 @@ from draftsmith.flows.planning.graph import (
     plan,
     resolve_config,
 )
+from draftsmith.flows.refresh.config import RefreshConfig
+from draftsmith.flows.refresh.line import registry
+from draftsmith.flows.refresh.line_page import last_refresh
 
 _TO_DO = "to do"
 
@@ -47,38 +52,39 @@ def show_config_status(display: Display, config: RunOptions, pipeline: Pipeline)
     table = folded_table("node", "stage", "key", "state")
     planned = plan(config, store, pipeline, stop_at_damage=False)
     earlier = [manifest for manifest in store.list() if manifest.run == config.name]
+    end, ended = early_end(config, pipeline, planned, store, Selection()), False
     for item in planned:
-        state = _node_state(item, store) + _last_artifact(item, earlier)
+        state = _node_state(item, store, end.what if ended and end is not None else "") + _last_artifact(item, earlier)
         table.add_row(item.node.name, item.node.stage.name, (item.key or "-")[:16], state)
+        ended = ended or (end is not None and item.node.name == end.after)
+    if isinstance(config, RefreshConfig) and config.registry is not None:
+        display.line(f"last refresh: {last_refresh(config.registry.name)}")
+        table.title, table.title_justify = "The next refresh", "left"
     display.console.print(table)
     display.newer_files(planned)
-    for line in _last_verdict(earlier, pipeline, store):
-        display.line(line)
 
 
-def _last_verdict(earlier: Sequence[Manifest], pipeline: Pipeline, store: Store) -> list[str]:
-    """Return the verdict of the last run of this name that made a report; nothing if its artifacts are gone."""
-    node, _ = pipeline.report
-    manifest = next(iter(manifests_of_node(earlier, node)), None)
-    if manifest is None or pipeline.verdict is None:
-        return []
-    report = manifest.ref(store.path(manifest.stage, manifest.key))
-    # All from the run of the report: a later one may have measured again and failed before its decision.
-    inputs = {
-        name: ArtifactRef(entry.stage, entry.key, entry.content_id, store.path(entry.stage, entry.key))
-        for name, entry in manifest.inputs.items()
-        if store.manifest_at(entry.stage, entry.key) is not None
-    }
-    lines = pipeline.verdict(ArtifactFolders(store, {**inputs, node: report}))
-    return ["", f"Last report, {local_time(manifest.created_at)}:", *lines] if lines else []
+def early_end(
+    config: RunOptions, pipeline: Pipeline, planned: Sequence[PlannedNode], store: Store, selection: Selection
+) -> EarlyEnd | None:
+    """Return where a run with this plan may end before its last node."""
+    asked = {*selection.forced([item.node for item in planned]), *selection.start}
+    policy = pipeline.policy(config, asked) if pipeline.policy is not None and not selection.until else None
+    if policy is None:
+        return None
+    reused = {item.node.name: item.ref for item in planned if item.ref is not None}
+    return policy.early_end(ArtifactFolders(store, reused))
 
 
-def _node_state(item: PlannedNode, store: Store) -> str:
-    if item.status is Status.AFTER or item.key is None:
-        return f"[dim]waits for {', '.join(item.after)}[/dim]"
-    stage = item.node.stage.name
-    partial = has_partial(store, stage, item.key)
-    return _artifact_state(store, stage, item.key, done=item.ref is not None, partial=partial, damage=item.damage)
+def _node_state(item: PlannedNode, store: Store, condition: str) -> str:
+    """Return what is to be told of a node. condition: under which a run makes it at all, if there is one."""
+    stage, state = item.node.stage.name, f"[dim]waits for {', '.join(item.after)}[/dim]"
+    if item.status is not Status.AFTER and item.key is not None:
+        partial = has_partial(store, stage, item.key)
+        state = _artifact_state(store, stage, item.key, done=item.ref is not None, partial=partial, damage=item.damage)
+    return (
+        f"[dim]{escape(condition)}[/dim]" if condition and (item.status is Status.AFTER or state == _TO_DO) else state
+    )
 
 
 def _last_artifact(item: PlannedNode, earlier: Sequence[Manifest]) -> str:
@@ -199,21 +205,27 @@ def _metrics(manifest: Manifest, limit: int | None = 4) -> str:
 
 
 _PAGE = "report.html"
+_VERSION = re.compile(r"[^\s@]+@\w+")  # as a person writes it, such as smollm2@3
 
 
 def find_report(name: str, pipeline: Pipeline) -> Path:
     """Return the report page of a refresh. Raises DraftsmithError if there is none.
 
-    name: a config file (of `pipeline`), name or id of a run of MLflow (the last of its name), the start of an
-    artifact's key or content id, or its folder.
+    name: a config file (of `pipeline`), a version (`NAME@2`), name or id of a run of MLflow (the last of its name), the
+    start of an artifact's key or content id, or its folder.
     """
     store, path = open_store(home()), Path(name).expanduser()
     if name.endswith((".yaml", ".yml")):
         return report_of_config(name, read_config(path, [], pipeline.config), pipeline)
     if path.is_dir():
         return _page(name, path.resolve())
-    if (folder := artifact_folders(Tracking(home()), name, "report").get("report")) is not None:
-        return _page(name, store.localize(Path(folder)))
+    tracking, run = Tracking(home()), registry().resolve(name).run_id if _VERSION.fullmatch(name) else name
+    if (folder := artifact_folders(tracking, run, "report").get("report")) is not None:
+        if (local := store.localize(Path(folder)) / _PAGE).is_file():
+            return local
+        copy = home() / UPLOADED / f"report-{Path(folder).name}"
+        fetch_page(tracking, run, "report", _PAGE, copy)
+        return _page(name, copy)
     try:
         ref = store.resolve(name)
         store.fetch(ref)
@@ -221,7 +233,7 @@ def find_report(name: str, pipeline: Pipeline) -> Path:
         raise
     except DraftsmithError as error:
         raise DraftsmithError(
-            f"{name}: not a config file, nor a refresh's run in MLflow with a report; {error}"
+            f"{name}: not a config file, nor a version or a refresh's run in MLflow with a report; {error}"
         ) from error
     return _page(name, ref.path)
 
@@ -250,6 +262,6 @@ def report_of_config(name: str, config: RunOptions, pipeline: Pipeline) -> Path:
 def _page(name: str, folder: Path) -> Path:
     if not (folder / _PAGE).is_file():
         raise DraftsmithError(
-            f"{name}: {folder} has no {_PAGE}. Give a report's artifact; of a pruned one, MLflow has the page."
+            f"{name}: {folder} has no {_PAGE}. Give a report's artifact, or the version or run that it is of."
         )
     return folder / _PAGE

@@ -18,7 +18,7 @@ from rich.table import Table
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.redaction import printable
 from draftsmith.flows.config.options import RunOptions
-from draftsmith.flows.planning.graph import PlannedNode, Status
+from draftsmith.flows.planning.graph import EarlyEnd, PlannedNode, Status
 
 MAX_CHARS = 60
 
@@ -163,9 +163,18 @@ class Display:
         for text in texts:
             self.line(text)
 
-    def plan(self, planned: Sequence[PlannedNode]) -> None:
-        """Print a plan as a table."""
-        table = Table(title="Plan", title_justify="left", box=None, pad_edge=False)
+    def plan(self, planned: Sequence[PlannedNode], end: EarlyEnd | None = None) -> None:
+        """Print a plan as a table, and what follows where the run may end as another one, or in a line if it does."""
+        names = [item.node.name for item in planned]
+        until = names.index(end.after) + 1 if end is not None else len(names)
+        self._plan("Plan", planned[:until])
+        if end is not None and end.certain:
+            self.line(f"{end.what}: {', '.join(names[until:])}")
+        elif end is not None:
+            self._plan(f"{end.what}:", planned[until:])
+
+    def _plan(self, title: str, planned: Sequence[PlannedNode]) -> None:
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
         for column in ("node", "stage", "key", "what happens"):
             table.add_column(column, no_wrap=column != "what happens")
         for item in planned:

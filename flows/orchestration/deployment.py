@@ -15,22 +15,34 @@ from uuid import UUID
 from prefect.automations import AutomationCore
 from prefect.blocks.webhook import Webhook
 from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import (
+    DeploymentFilter,
+    DeploymentFilterId,
+    FlowRunFilter,
+    FlowRunFilterStartTime,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
 from prefect.client.schemas.objects import StateType, WorkPool
 from prefect.client.schemas.schedules import CronSchedule
+from prefect.client.schemas.sorting import FlowRunSort
 from prefect.deployments.runner import EntrypointType, RunnerDeployment
 from prefect.events.actions import CallWebhook, ChangeFlowRunState
 from prefect.events.schemas.automations import EventTrigger, Posture
 from prefect.exceptions import ObjectNotFound
 from prefect.flows import Flow
+from prefect.utilities.urls import url_for
 from pydantic import ValidationError
 
 from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.store.manifest import local_time
 from draftsmith.flows.config.options import RunOptions
 from draftsmith.flows.planning.graph import Pipeline, load_attribute
 
 HEARTBEAT_S = 30  # of flow runs, so that a lost host is noticed
 _ENVIRONMENT = {
     "PREFECT_LOGGING_EXTRA_LOGGERS": "draftsmith",  # shows the stages' lines in the flow run
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "WARNING",  # the worker's log has the stages' lines as they are printed
     "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_S),
     "DO_NOT_TRACK": "1",
 }
@@ -100,6 +112,29 @@ def deploy(config: RunOptions, pipeline: Pipeline, api: str, options: Deployment
 def parameters(config: RunOptions, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return the flow's parameters: only the fields that the config sets, as the form shows defaults."""
     return {"config": config.model_dump(mode="json", exclude_unset=True), **arguments}
+
+
+def runs_of_line(line: str) -> list[str]:
+    """Return of each deployment of a line when it runs next, and its last run if that did not complete."""
+    found = []
+    with get_client(sync_client=True) as client:
+        for deployment in client.read_deployments(limit=200):
+            config = deployment.parameters.get("config")
+            if not isinstance(config, dict) or (config.get("registry") or {}).get("name") != line:
+                continue
+            own = DeploymentFilter(id=DeploymentFilterId(any_=[deployment.id]))
+            scheduled = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED])))
+            begun = FlowRunFilter(start_time=FlowRunFilterStartTime(is_null_=False))
+            soonest, latest = FlowRunSort.EXPECTED_START_TIME_ASC, FlowRunSort.START_TIME_DESC
+            coming = client.read_flow_runs(flow_run_filter=scheduled, deployment_filter=own, sort=soonest, limit=1)
+            last = client.read_flow_runs(flow_run_filter=begun, deployment_filter=own, sort=latest, limit=1)
+            when = next((local_time(str(run.expected_start_time)) for run in coming), "on request")
+            text = f"{when}, deployment {deployment.name}"
+            for run in last:
+                if run.state is not None and not run.state.is_completed():
+                    text += f" (its last run: {run.state.name}, {url_for(run)})"
+            found.append(text)
+    return found
 
 
 def _is_new(client: SyncPrefectClient, name: str, config: RunOptions) -> bool:

@@ -74,8 +74,20 @@ class RunReview:
     tags: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class EarlyEnd:
+    """Where a run may end before its last node."""
+
+    after: str  # node
+    what: str  # of the nodes that follow
+    certain: bool
+
+
 class RunPolicy(Protocol):
     """Decides whether a run ends early, and what follows from its artifacts."""
+
+    def early_end(self, folders: Mapping[str, Path]) -> EarlyEnd | None:
+        """Return where the run may end, as far as the artifacts that are reused tell; None if it surely goes on."""
 
     @property
     def sticky_force(self) -> Collection[str]:
@@ -120,7 +132,6 @@ class Pipeline:
     policy: Callable[[Any, Collection[str]], RunPolicy | None] | None = None
     # display, folders, `EndedRun`: prints the results
     results: Callable[[Any, Mapping[str, Path], Any], None] | None = None
-    verdict: Callable[[Mapping[str, Path]], list[str]] | None = None  # folders of report and inputs -> for `status`
     headline: str = ""  # node whose metrics become those of the run in MLflow
     review: Callable[[Mapping[str, Path]], RunReview | None] | None = None  # folders -> review
     # folders -> the drafters that node `evaluation` compared, with their metrics by data set

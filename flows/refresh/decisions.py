@@ -29,7 +29,7 @@ from draftsmith.artifacts.tracking.registry import CHAMPION, PROMOTION_TAGS, Cha
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.config.options import RunOptions
 from draftsmith.flows.execution.display import Display
-from draftsmith.flows.planning.graph import UNSERVED, Conclusion, Node, OutdatedPlanError
+from draftsmith.flows.planning.graph import UNSERVED, Conclusion, EarlyEnd, Node, OutdatedPlanError
 from draftsmith.flows.refresh.config import CHAMPION as CHAMPION_WEIGHTS
 from draftsmith.flows.refresh.config import DEFAULT_SAMPLING, HookConfig, RefreshConfig, measured_with, prompts_since
 from draftsmith.flows.refresh.line import (
@@ -82,6 +82,17 @@ class RefreshPolicy:
 
     # -- drift ---------------------------------------------------------------------------------------------------
 
+    def early_end(self, folders: Mapping[str, Path]) -> EarlyEnd | None:
+        """Return the drift check, unless it is known to find a reason to continue. folders: of what is reused."""
+        if self.line.champion is None:
+            return None
+        known = {"drift", "champion"} <= folders.keys()
+        drift = DriftResult.read(folders["drift"]) if known else None
+        if self._reasons(drift, target_changed=known and AdoptedChampion.read(folders["champion"]).target_changed):
+            return None
+        what = "not made: the champion is current (`--force drift` refreshes anyway)"
+        return EarlyEnd("drift", what if known else "then, only if tau has fallen", certain=known)
+
     def should_stop(self, node: Node, folders: Mapping[str, Path]) -> Conclusion | None:
         """Return the conclusion `Current` after a drift check that finds no reason to continue."""
         if node.name != "drift" or self.line.champion is None:
@@ -118,8 +129,8 @@ class RefreshPolicy:
         tags = {OUTCOME: "current", **self._drift_tags}
         return self._with_servers(Conclusion("Current", message, metrics=metrics, tags=tags))
 
-    def _reasons(self, drift: DriftResult, *, target_changed: bool) -> list[str]:
-        """Return why the refresh continues; empty if there is no reason."""
+    def _reasons(self, drift: DriftResult | None, *, target_changed: bool) -> list[str]:
+        """Return why the refresh continues; empty if there is no reason. drift: None before the check."""
         champion, config = self.line.champion, self.config.drift
         assert champion is not None
         reasons = [f"{name} is asked for (--force or --from)" for name in self._forced]
@@ -133,7 +144,8 @@ class RefreshPolicy:
             reasons.append(f"the last refresh was at {self.line.refreshed_at}, which is ahead of this machine's clock")
         if changes := self._changed_settings():  # taus that were measured differently do not show drift
             return [*reasons, f"measured differently since its promotion: {', '.join(changes)}"]
-        return reasons + degraded_sets(drift.root, _set_metrics(champion.figures), config.threshold)
+        fallen = degraded_sets(drift.root, _set_metrics(champion.figures), config.threshold) if drift else []
+        return reasons + fallen
 
     def _changed_settings(self) -> list[str]:
         """Describe the settings that have changed since the champion was measured; none if they are unknown."""

@@ -15,7 +15,7 @@ from draftsmith.flows.refresh.config import (
     starts_from_champion,
 )
 from draftsmith.flows.refresh.decisions import refresh_policy, resolve
-from draftsmith.flows.refresh.summary import compared, review, show_results, verdict_lines
+from draftsmith.flows.refresh.summary import compared, review, show_results
 from draftsmith.stages.catalog import STAGES
 from draftsmith.stages.data.logs.stage import LogsConfig
 from draftsmith.stages.data.prompts import PromptsConfig
@@ -115,7 +115,6 @@ REFRESH = Pipeline(
     resolve=resolve,
     policy=refresh_policy,
     results=show_results,
-    verdict=verdict_lines,
     review=review,
     compared=compared,
     data=("prompts", "logs", "rollout", "assisted", "heldout"),

@@ -87,6 +87,7 @@ def _row(version: Version) -> list[str]:
     """Return the cells that fit into 80 columns: the gate's outcome and the version's metrics."""
     tags = version.tags
     outcome = tags.get("outcome") or ("promoted" if "promoted_at" in tags else "-")  # older versions have no tag
+    outcome = "waiting" if version.waits else outcome
     metrics = [f"{float(tags[name]):.3f}" if tags.get(name) else "-" for name in ("tau", "speedup")]
     aliases = ", ".join(version.aliases) or "-"
     return [str(version.number), aliases, outcome, tags.get("rules") or "-", *metrics, version.created_at[:10]]
@@ -161,7 +162,7 @@ def _serve(display: Display, champion: str, servers: Sequence[str]) -> None:
     """Have the servers draft with the new champion, `LINE@VERSION`; empty: those that were swapped before."""
     line = champion.partition("@")[0]
     if not (servers or swapped_servers(line)):
-        display.line("restart the servers that draft, or name them: `draftsmith swap --url URL`")
+        display.line(f"restart the servers that draft, or name them: `draftsmith swap {line} --url URL`")
         return
     try:
         swap(display, champion, servers)

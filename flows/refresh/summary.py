@@ -38,15 +38,6 @@ def show_results(display: Display, folders: Mapping[str, Path], ending: EndedRun
         display.line(line)
 
 
-def verdict_lines(folders: Mapping[str, Path]) -> list[str]:
-    """Return the gate's verdict in lines; empty without an evaluation or a gate."""
-    review = _review(folders) if "gate" in folders else None
-    if review is None:
-        return []
-    head = "THE GATE SAYS PROMOTE: " if review.outcome.kind == "promoted" else _VERDICTS[review.outcome.kind]
-    return [f"{head}{review.outcome.sentence}", *([_NOTHING_BROKEN] if review.outcome.kind == "inconclusive" else [])]
-
-
 def screen(folders: Mapping[str, Path], ending: EndedRun) -> list[str]:
     """Return the lines of the screen, at most 25 with 80 columns, except for long paths and commands."""
     line = getattr(ending.config, "registry", None)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from draftsmith.artifacts.errors import RefusedError
 from draftsmith.flows.config.options import RunOptions
 from draftsmith.flows.execution.display import Display, EndedRun
-from draftsmith.flows.planning.graph import Conclusion, Node, Pipeline
+from draftsmith.flows.planning.graph import Conclusion, EarlyEnd, Node, Pipeline
 from draftsmith.stages.runtime.stage import SOURCES
 from tests.flows.toy_stages.collect import CollectConfig
 from tests.flows.toy_stages.combine import CombineConfig
@@ -42,6 +42,9 @@ class ToyPolicy:
     sticky_force: Collection[str] = ()
 
     def should_stop(self, _node: Node, _folders: Mapping[str, Path]) -> Conclusion | None:
+        return None
+
+    def early_end(self, _folders: Mapping[str, Path]) -> EarlyEnd | None:
         return None
 
     def conclude(self, _folders: Mapping[str, Path], _run_id: str | None) -> Conclusion:

@@ -39,8 +39,13 @@ PROGRAM = textwrap.dedent(
         show_verdict("My_line", "**Refused.** Too slow.", print)
 
     def executed():
+        known = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_LOGGING_")}
+        settings = client.read_deployment(run.deployment_id).job_variables["env"]
+        variables = known | settings | {"PREFECT__FLOW_RUN_ID": str(run.id)}
         engine = [sys.executable, "-m", "prefect.engine"]
-        subprocess.run(engine, env=os.environ | {"PREFECT__FLOW_RUN_ID": str(run.id)}, check=False, stdout=sys.stderr)
+        log = subprocess.run(engine, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
+        print("told", log.count("target: going on from "), log.count(f"/runs/flow-run/{run.id}"))
+        print(log, file=sys.stderr)
         return client.read_flow_run(run.id).state.name
 
     with get_client(sync_client=True) as client:
@@ -86,6 +91,7 @@ PROGRAM = textwrap.dedent(
         print("restarted", executed(), client.read_flow_run(run.id).state.message)
         code = main(["deploy", json.loads(os.environ["DEPLOYED"])[0][0], "--pool", "pool", "--force", "drift"])
         print("forced", code, *client.read_deployment_by_name("refresh/weekly").parameters["force"])
+        main(["status", "a-line"])
         refresh()
         (artifact,) = (each for each in client.read_artifacts() if each.key == "my-line-verdict")
         print("verdict", artifact.key, artifact.type, artifact.data, artifact.flow_run_id is not None, sep="|")
@@ -163,6 +169,18 @@ def test_a_deployment_forces_the_drift_check_of_a_line_with_a_champion(
     ended: subprocess.CompletedProcess[str],
 ) -> None:
     assert printed(ended, "forced") == ["0 drift"], ended.stderr
+
+
+def test_a_workers_log_tells_a_stages_lines_and_the_runs_page_once(ended: subprocess.CompletedProcess[str]) -> None:
+    assert printed(ended, "told") == ["0 1", "1 1", "0 1"], ended.stderr
+
+
+def test_the_page_of_a_line_has_the_next_run_and_how_the_last_one_ended(
+    ended: subprocess.CompletedProcess[str],
+) -> None:
+    (runs,) = printed(ended, "next run: ")
+    weekly = next(text for text in runs.split("; ") if "deployment weekly-watch" not in text)
+    assert weekly.startswith("20") and "deployment weekly (its last run: Failed, http://" in weekly
 
 
 def test_a_deployment_is_never_changed_by_another_line(ended: subprocess.CompletedProcess[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.store.local import Store
 from draftsmith.artifacts.store.manifest import ArtifactRef
 from draftsmith.artifacts.tracking.refresh_runs import RunRecord
+from draftsmith.artifacts.tracking.registry import Registry
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.cli.main import main
 from draftsmith.flows.cli.status import find_report, report_of_config
@@ -60,6 +62,19 @@ def test_a_report_is_found_by_run_and_by_artifact(store: Store, home: Path, caps
     shown = review({"report": first.path})
     assert shown is not None and "**Not promoted.** week 1 stays." in shown.description
     assert "- tau: too low" in shown.description and "- the clock changed" in shown.description
+
+
+def test_the_report_of_a_version_is_found_also_when_the_store_has_it_no_more(store: Store, home: Path) -> None:
+    report = made(store, "week 3")
+    record = RunRecord(Tracking(home, "b-line"), "weekly", {})
+    run_id = record.open()
+    record.close("FINISHED", {"report": report}, {}, [report.path / "report.html"], {})
+    drafter = committed(store, "opd", {"drafter/config.json": "{}"}, "ef")
+    Registry(Tracking(home)).register("b-line", drafter, {}, run_id=run_id)
+    assert find_report("b-line@1", REFRESH) == find_report("b-line@challenger", REFRESH) == report.path / "report.html"
+    shutil.rmtree(report.path)
+    page = find_report("b-line@1", REFRESH)
+    assert page.read_text() == "<p>" and page.is_relative_to(home) and not page.is_relative_to(store.root)
 
 
 def test_an_unknown_name_is_an_error(store: Store) -> None:
