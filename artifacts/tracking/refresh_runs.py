@@ -91,9 +91,15 @@ class LastRefresh:
 
 
 def last_refresh(tracking: Tracking) -> LastRefresh | None:
-    """Return the refresh that ended or began last, without those that ended before they came to an outcome."""
-    client, experiment = tracking.connect()
-    runs = client.search_runs([experiment], _IS_REFRESH, max_results=100, order_by=["attributes.start_time DESC"])
+    """Return the refresh that ended or began last, without those that ended before they came to an outcome.
+
+    Nothing is written: an experiment that does not exist is not created.
+    """
+    client, _ = Tracking(tracking.folder).connect()
+    if (experiment := client.get_experiment_by_name(tracking.experiment)) is None:
+        return None
+    newest = ["attributes.start_time DESC"]
+    runs = client.search_runs([experiment.experiment_id], _IS_REFRESH, max_results=100, order_by=newest)
     ended = [_ending(run, tracking) for run in runs if OUTCOME in run.data.tags or run.info.status != "FINISHED"]
     return max(ended, key=lambda each: each.at, default=None)
 

@@ -23,10 +23,10 @@ from draftsmith.flows.refresh.swap import swapped_servers
 def show_line(display: Display, line: str, urls: Sequence[str]) -> None:
     """Print the page of a line, with what its servers say. urls: as for `watch`.
 
-    Raises DraftsmithError for an unknown line, and as MLflow's registry does. A Prefect server that does not answer is
-    reported.
+    Raises DraftsmithError for a line that no refresh has, and as MLflow's registry does. A Prefect server that does not
+    answer is reported.
     """
-    if not registry().versions(line):
+    if not registry().versions(line) and refresh_runs.last_refresh(Tracking(home(), line)) is None:
         raise registry().unknown_line(line)
     champion = registry().champion(line)
     display.line(f"champion: {'none' if champion is None else _champion(champion)}")

@@ -102,10 +102,7 @@ def test_the_last_outcome_is_the_refreshs_or_what_a_person_did_since(
     assert page.startswith("ROLLED BACK, ") and "version 1 serves" in page and page.endswith(": it stutters")
 
 
-def test_a_refresh_that_was_killed_tells_its_command(
-    line: str, home: Path, drafters: list[ArtifactRef], shown: Shown
-) -> None:
-    finished(config_of(line), gated(Store(home / "store"), drafters[0]))
+def test_a_lines_first_refresh_that_was_killed_tells_its_command(line: str, home: Path, shown: Shown) -> None:
     program = (
         "import os, signal; from draftsmith.artifacts.home import home; "
         "from draftsmith.artifacts.tracking.runs import Tracking; "
@@ -116,6 +113,7 @@ def test_a_refresh_that_was_killed_tells_its_command(
         [sys.executable, "-c", program, "run", "my file.yaml", "--force", "drift"], cwd=ROOT, env=variables, check=False
     )
     assert killed.returncode == -signal.SIGKILL
+    assert "champion: none\n" in shown("status", line)
     assert last_of(shown("status", line)).startswith("KILLED, ")
     assert last_of(shown("status", line)).endswith(f"{CONTINUE} `-c run 'my file.yaml' --force drift`.")
 
