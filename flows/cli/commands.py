@@ -61,7 +61,7 @@ from draftsmith.flows.refresh.graph import REFRESH
 from draftsmith.flows.refresh.init import QUESTIONS, write_first_config
 from draftsmith.flows.refresh.measurements import DIAGNOSE, DIAGNOSIS, EVALUATE, diagnose_config, evaluate_config
 from draftsmith.stages.evaluation.drift import DriftConfig
-from draftsmith.stages.report.presentation import COMMAND
+from draftsmith.stages.runtime.invocation import COMMAND
 from draftsmith.stages.runtime.stage import SOURCES
 
 

@@ -60,7 +60,7 @@ from draftsmith.flows.planning.graph import (
     resolve_config,
 )
 from draftsmith.flows.planning.inputs import forget_listings, note_listings, read_listings
-from draftsmith.stages.report.presentation import COMMAND, invocation
+from draftsmith.stages.runtime.invocation import COMMAND, invocation
 from draftsmith.stages.runtime.stage import SOURCES
 
 

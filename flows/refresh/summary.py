@@ -17,9 +17,10 @@ from draftsmith.flows.execution.display import Display, EndedRun
 from draftsmith.flows.planning.graph import UNSERVED, RunReview
 from draftsmith.flows.refresh.line import registry
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
-from draftsmith.stages.report.presentation import Invocation, Step, next_steps, refresh_anyway
+from draftsmith.stages.report.presentation import Step, next_steps, refresh_anyway
 from draftsmith.stages.report.presentation import drafters as drafter_table
 from draftsmith.stages.report.review import Review, duration, number, review_of, target_name
+from draftsmith.stages.runtime.invocation import Invocation
 
 WIDTH, LINES = 80, 25
 _VERDICTS = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from draftsmith.artifacts.results.evaluation import CHAMPION, EvaluationResult
 from draftsmith.stages.evaluation.verdicts import estimate_of, load_factor, too_small
 from draftsmith.stages.report.metrics import LineageEntry, device_seconds, wall_seconds
 from draftsmith.stages.report.review import ABSENT, MetricDifference, Review, duration, interval, name_of, number
+from draftsmith.stages.runtime.invocation import Invocation
 from draftsmith.stages.runtime.statistics import simultaneous_level
 
 _COUNTS = ("response_tokens", "positions", "tflop")  # metrics that stages report
@@ -282,7 +282,6 @@ def _counts(lineage: Sequence[LineageEntry]) -> list[str]:
     return cells
 
 
-COMMAND = "DRAFTSMITH_COMMAND"  # of the environment: the config and overrides of the command, as JSON, for the report
 _UNSAFE = ("checksums", "lossless")  # groups of rules: a drafter that breaks one is not promoted by hand either
 
 
@@ -298,31 +297,6 @@ class Step:
     def label(self) -> str:
         """Return the purpose, with the time."""
         return self.purpose if self.seconds is None else f"{self.purpose}, about {duration(max(1, self.seconds))}"
-
-
-@dataclass(frozen=True)
-class Invocation:
-    """The config file as the user typed it, the fields changed by `--set`, and the line that it names."""
-
-    config: str
-    overrides: Sequence[str] = ()
-    line: str | None = None
-    version: str = "challenger"  # of the challenger: a number, or the alias that it has until one is promoted
-
-    def run(self, *more: str) -> str:
-        """Return the command that runs the refresh again."""
-        return self.command("run", *more)
-
-    def command(self, verb: str, *more: str, drafters: Sequence[str] = ()) -> str:
-        """Return a command with this config."""
-        sets = [word for each in self.overrides for word in ("--set", each)]
-        return shlex.join(["draftsmith", verb, *drafters, self.config, *sets, *more])
-
-
-def invocation(command: str | None, line: str | None) -> Invocation:
-    """Return what `COMMAND` holds; a run that comes from no command has no file."""
-    found = json.loads(command) if command else {"config": "CONFIG"}
-    return Invocation(**found, line=line)
 
 
 def next_steps(review: Review, command: Invocation, seconds: Mapping[str, float]) -> list[Step]:

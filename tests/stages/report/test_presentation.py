@@ -10,8 +10,9 @@ import pytest
 from draftsmith.artifacts.results.evaluation import EvaluationResult
 from draftsmith.artifacts.results.gate import GateDecision
 from draftsmith.flows.cli.main import parser
-from draftsmith.stages.report.presentation import Invocation, Step, invocation, next_steps, refresh_anyway
+from draftsmith.stages.report.presentation import Step, next_steps, refresh_anyway
 from draftsmith.stages.report.review import review_of
+from draftsmith.stages.runtime.invocation import Invocation, invocation
 from tests.stages.report.sample_report import DECISION, OF_A_LINE, rule
 
 ASKED = Invocation("my configs/it's.yaml", ["sft.steps=3", "name=a b"], "weekly", "4")

@@ -12,8 +12,8 @@ import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.store.local import Store
-from draftsmith.stages.report.presentation import COMMAND
 from draftsmith.stages.report.stage import STAGE, ReportConfig
+from draftsmith.stages.runtime.invocation import COMMAND
 from tests.stages.report.sample_report import CONTEXTS, DECISION, EVALUATION, OF_A_LINE
 from tests.testbed.artifacts import committed
 from tests.testbed.context import RecordingContext
