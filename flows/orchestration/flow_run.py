@@ -68,7 +68,10 @@ def run_flow(flow: Any, config: Any, lost: Callable[[str], None], **options: Any
     token = _RESULT.set(current)
     try:
         flow(config, **options)
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if current.error is not stop:  # Prefect ends a terminated run by an error of its own, and then this one comes
+            for note in getattr(current.error, "__notes__", ()):
+                stop.add_note(note)
         raise
     except BaseException as error:
         if not current.ended:
