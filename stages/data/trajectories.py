@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
@@ -30,7 +30,7 @@ class Trajectory:
     """A prompt and the target's answer."""
 
     trajectory_id: str
-    tokens: list[int]  # prompt + answer
+    tokens: list[int] = field(repr=False)  # prompt + answer
     prompt_length: int
     adapter: str = ""  # of the target, that answered; "": the target alone
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +14,8 @@ from torch import nn
 from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.drafters.sampling import argmax, probability_of
 from draftsmith.stages.drafters.spec import StepShape, TrainingRecipe
-from draftsmith.stages.target.info import IDENTITY, LogitMap
+from draftsmith.stages.runtime.facts import Facts
+from draftsmith.stages.target.info import IDENTITY, LogitMap, TargetInfo
 from draftsmith.stages.target.kv_cache import Rows
 from draftsmith.stages.target.packed_linear import packed_copy
 
@@ -28,6 +30,21 @@ class DrafterInfo:
     target_source: str = ""
     parents: tuple[str, ...] = ()  # content ids of the artifacts that it was trained from
     training: dict[str, Any] = field(default_factory=dict)  # stage, steps, trained positions
+    # Why a target of another digest is another one; empty in older records.
+    target_dtype: str = ""
+    target_revision: str = ""  # the hub's commit
+    tokenizer_digest: str = ""
+
+    def made_for(self, target: TargetInfo) -> DrafterInfo:
+        """Return the record with this target."""
+        return replace(
+            self,
+            target_digest=target.digest,
+            target_source=target.source,
+            target_dtype=target.dtype,
+            target_revision=target.revision or "",
+            tokenizer_digest=target.tokenizer_digest,
+        )
 
 
 class Context:
@@ -71,7 +88,7 @@ class ParallelSampler(BlockSampler):
         return self.head.logits(self._hidden[:, :, self._drafted - 1])
 
 
-class Drafter(nn.Module, ABC):
+class Drafter(Facts, nn.Module, ABC):
     """The draft model `q`. The target's embedding and head are frozen, shared and never saved with it."""
 
     config: Any  # of transformers
@@ -79,6 +96,7 @@ class Drafter(nn.Module, ABC):
     target_layer_ids: Sequence[int]  # layer k = hidden state AFTER target layer k
     frequent_tokens: torch.Tensor | None = None  # [V] token ids, most frequent first in the training data
     info = DrafterInfo()
+    folder: Path | None = None  # of the checkpoint that it was loaded from
     adapter_rank: int | None = None  # of the adapter that is trained in place of the weights
     logit_map: LogitMap = IDENTITY  # the target's, for heads that are made from the target's head
     embedding_scale: float = 1.0  # the target's: a factor on the embeddings that its first layer reads
@@ -91,6 +109,20 @@ class Drafter(nn.Module, ABC):
     float32_weights: ClassVar[tuple[str, ...]] = ()  # beginnings of their names: engines compute these in float32
     recipe: ClassVar[TrainingRecipe]
     layer_names: ClassVar[tuple[str, ...]]  # children whose linear maps read hidden states of the context or a block
+
+    def _facts(self) -> Mapping[str, object]:
+        weight, trained = next(self.parameters()), self.info.training
+        return {
+            "kind": self.kind,
+            "layers": self.config.num_hidden_layers,
+            "block size": self.block_size,
+            "parameters": f"{sum(each.numel() for each in self.parameters()) / 1e6:,.1f}M",
+            **({"target": self.info.target_source} if self.info.target_source else {}),
+            **({"trained": f"{trained['steps']} steps of {trained['stage']}"} if trained.get("steps") else {}),
+            "dtype": str(weight.dtype).removeprefix("torch."),
+            "device": weight.device,
+            **({"folder": self.folder} if self.folder else {}),
+        }
 
     @abstractmethod
     def encode(self, features: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor) -> Context:

@@ -24,6 +24,7 @@ from draftsmith.stages.drafters.registry import KINDS, DrafterConfig
 from draftsmith.stages.drafters.spec import Architecture, RawConfig
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.hub import check_snapshot, hub_commit, hub_snapshot
+from draftsmith.stages.target.info import TargetInfo
 
 _INFO = TypeAdapter(DrafterInfo)
 INFO_FILE, TOKENS_FILE = "drafter.json", "frequent_tokens.npy"
@@ -207,13 +208,13 @@ def load_drafter(
     """
     folder = source if isinstance(source, Path) else drafter_source(source)
     if not any_target:
-        check_drafter(folder, target.info.digest)
+        check_drafter(folder, target.info)
     kind, config = read_config(folder)
     _check_fits(kind, config, target.config, str(folder))
     drafter: Drafter = ARCHITECTURES[kind].MODEL(config, target.embedding)
     ARCHITECTURES[kind].load_weights(drafter, folder, target, dtype or target.dtype)
     drafter = _with_target_scales(target, drafter.to(target.device))
-    drafter.info = read_info(folder)
+    drafter.info, drafter.folder = read_info(folder), folder
     if (tokens := folder / TOKENS_FILE).exists():
         try:
             drafter.frequent_tokens = torch.from_numpy(np.load(tokens).astype(np.int64)).to(target.device)
@@ -235,14 +236,26 @@ def read_info(folder: Path) -> DrafterInfo:
         ) from error
 
 
-def check_drafter(folder: Path, target_digest: str) -> None:
+def check_drafter(folder: Path, target: TargetInfo) -> None:
     """Refuse a drafter trained for another revision of the target. Reads JSON only."""
-    trained_for = read_info(folder).target_digest
-    if trained_for and trained_for != target_digest:
-        raise DraftsmithError(
-            f"drafter {folder / INFO_FILE}: trained for the target {trained_for[:12]}, this target is "
-            f"{target_digest[:12]}. Give a drafter of this target, or set sft.adopt: true to start from this one."
-        )
+    info = read_info(folder)
+    if not info.target_digest or info.target_digest == target.digest:
+        return
+    facts = [("source", target.source, info.target_source)]
+    if target.source == info.target_source:
+        facts = [
+            ("dtype", target.dtype if target.kind in ("gguf", "package") else "", info.target_dtype),  # of its weights
+            ("revision", target.revision or "", info.target_revision),
+            ("tokenizer and chat template", target.tokenizer_digest[:12], info.tokenizer_digest[:12]),
+        ]
+    changed = [fact for fact in facts if all(fact) and fact[1] != fact[2]]
+    cause = "".join(f", with {what} {now} instead of {then}" for what, now, then in changed)
+    remedy = f"Load the target with {' and '.join(f'{what} {then}' for what, _, then in changed)}"
+    raise DraftsmithError(
+        f"drafter {folder / INFO_FILE}: trained for the target {info.target_digest[:12]}, this target is "
+        f"{target.digest[:12]}{cause}. {remedy if changed else 'Give a drafter of this target'}, or set sft.adopt: "
+        "true to start from this one."
+    )
 
 
 def check_layers(folder: Path, num_target_layers: int) -> None:

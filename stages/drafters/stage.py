@@ -65,9 +65,7 @@ def run(ctx: StageContext, config: ChampionConfig) -> None:
             "one."
         )
         adopted = dataclasses.replace(
-            info,
-            target_digest=target.digest,
-            target_source=target.source,
+            info.made_for(target),
             parents=checkpoint.lineage_from(source),
             training={"stage": "champion", "trained_for": info.target_digest},
         )

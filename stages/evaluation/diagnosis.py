@@ -38,7 +38,7 @@ def preflight(config: DiagnosisConfig, target: Path) -> None:
     from draftsmith.stages.drafters.checkpoint import check_complete, check_drafter, check_shape  # imports torch
 
     folder = Path(config.drafter)
-    check_drafter(folder, read_target_info(target).digest)
+    check_drafter(folder, read_target_info(target))
     check_shape(folder, model_path(target))
     check_complete(folder)
 

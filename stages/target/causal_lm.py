@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoTokenizer
 
 from draftsmith.artifacts.errors import DraftsmithError, find_disk_error, is_full_disk, one_line
+from draftsmith.stages.runtime.facts import Facts
 from draftsmith.stages.runtime.memory import out_of_memory, to_device
 from draftsmith.stages.runtime.ranks import ALONE, Ranks
 from draftsmith.stages.target.adapters import Adapters, add_adapters
@@ -44,7 +45,7 @@ class _StopForwardError(Exception):
     """Ends a forward after the last layer whose features are wanted. Decoders have no other way to stop at a layer."""
 
 
-class Target:
+class Target(Facts):
     """The target `p`. Everything is computed without gradient; parameters are frozen."""
 
     def __init__(
@@ -145,16 +146,30 @@ class Target:
         dtype: Dtype = "bfloat16",
         device: str | None = None,
         adapters: Mapping[str, str | Path] | None = None,
+        revision: str | None = None,
     ) -> Target:
         """Load a model from any `target.source`: a folder, a hub id, a GGUF file, or `package:NAME`.
 
-        adapters: as in `target.adapters`. Raises DraftsmithError like stage `target`.
+        adapters, revision: as in section `target`. Raises DraftsmithError like stage `target`.
         """
         with tempfile.TemporaryDirectory(prefix="draftsmith-target-") as artifact:
             paths = {name: str(path) for name, path in (adapters or {}).items()}
-            config = TargetConfig(source=str(source), dtype=dtype, adapters=paths)
+            config = TargetConfig(source=str(source), revision=revision, dtype=dtype, adapters=paths)
             resolve_target(config, Path(artifact), lambda _line: None)
             return cls.load(Path(artifact), device=device)
+
+    def _facts(self) -> Mapping[str, object]:
+        info, parameters = self.info, sum(each.numel() for each in self.model.parameters())
+        return {
+            "source": info.source,
+            **({"revision": info.revision} if info.revision else {}),
+            "architecture": info.architecture,
+            "parameters": f"{parameters / 1e6:,.1f}M",
+            "layers": info.num_layers,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": self.device,
+            "digest": info.digest[:12],
+        }
 
     @property
     def device(self) -> torch.device:

@@ -167,12 +167,8 @@ class Trainer(ABC, Generic[AnyConfig, AnyData]):
             self.adapter.save(ctx.out / ADAPTER_FOLDER)
             self.adapter.merge()
             trained["lora"] = {"rank": self.adapter.rank, "base": parents[-1]}
-        self.drafter.info = DrafterInfo(
-            target_digest=self.target.info.digest,
-            target_source=self.target.info.source,
-            parents=parents,
-            training={"stage": stage, "steps": self.config.steps, **trained},
-        )
+        training = {"stage": stage, "steps": self.config.steps, **trained}
+        self.drafter.info = DrafterInfo(parents=parents, training=training).made_for(self.target.info)
         save_drafter(self.drafter, ctx.out / DRAFTER_FOLDER, self.target.dtype)
 
 

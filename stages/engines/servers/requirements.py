@@ -78,7 +78,7 @@ def server_requirements(
         return plain
     from draftsmith.stages.drafters.checkpoint import check_drafter, check_layers  # imports torch
 
-    check_drafter(drafter_folder, target.digest)
+    check_drafter(drafter_folder, target)
     check_layers(drafter_folder, target.num_layers)
     algorithm = speculative_algorithm(drafter_folder)
     return replace(

@@ -21,7 +21,7 @@ def preflight(config: SftConfig, target: Path) -> None:
     if config.init_from:
         folder = checkpoint.drafter_source(config.init_from, config.init_revision)
         if not config.adopt:
-            checkpoint.check_drafter(folder, read_target_info(target).digest)
+            checkpoint.check_drafter(folder, read_target_info(target))
         checkpoint.check_shape(folder, model_path(target))
         checkpoint.check_complete(folder)
     elif config.steps == 0:

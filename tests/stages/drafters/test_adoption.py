@@ -13,8 +13,8 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.results.drafting import AdoptedChampion
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.drafters.base import DrafterInfo
-from draftsmith.stages.drafters.checkpoint import check_drafter, read_info, save_drafter
-from draftsmith.stages.drafters.digest import drafter_digest
+from draftsmith.stages.drafters.checkpoint import check_drafter, read_info, save_drafter, write_info
+from draftsmith.stages.drafters.digest import WEIGHTS_FILE, drafter_digest
 from draftsmith.stages.drafters.stage import STAGE as CHAMPION
 from draftsmith.stages.drafters.stage import ChampionConfig
 from draftsmith.stages.target.causal_lm import Target
@@ -39,11 +39,11 @@ def test_a_drafter_is_adopted_for_another_revision_but_not_for_another_shape(
 ) -> None:
     revision = Path(shutil.copytree(tiny_drafter.target, tmp_path / "revision"))
     set_fields("target.json", digest="0123456789abcdef" * 4)(revision)
-    old, digest = tiny_drafter.drafter / "drafter", read_target_info(revision).digest
+    old, info = tiny_drafter.drafter / "drafter", read_target_info(revision)
     with pytest.raises(DraftsmithError, match="trained for the target"):
-        check_drafter(old, digest)
+        check_drafter(old, info)
     new = adopt(tmp_path / "adopted", revision, old, tiny_drafter.rollout)
-    check_drafter(new, digest)
+    check_drafter(new, info)
     assert drafter_digest(new) == drafter_digest(old)
     assert read_info(new).parents == (*read_info(old).parents, drafter_digest(old))
     assert read_info(new).training["steps"] == 0
@@ -61,6 +61,31 @@ def test_frequent_tokens_come_from_training_answers_alone(tmp_path: Path, tiny_d
     for answers in (tiny_drafter.heldout, tiny_drafter.rollout):
         adopted = adopt(tmp_path / answers.name, tiny_drafter.target, public, answers)
         assert (adopted / "frequent_tokens.npy").is_file() is (answers == tiny_drafter.rollout)
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "cause", "remedy"),
+    [
+        ({"kind": "package"}, {"dtype": "float32"}, "dtype float32 instead of bfloat16", "with dtype bfloat16, or"),
+        ({"revision": "aa"}, {"revision": "bb"}, "revision bb instead of aa", "with revision aa, or"),
+        ({}, {"tokenizer_digest": "b" * 64}, "tokenizer and chat template bbbbbbbbbbbb instead of", "chat template"),
+        ({}, {"source": "Qwen/B"}, "source Qwen/B instead of Qwen/A", "with source Qwen/A, or"),
+        ({"kind": "folder"}, {"dtype": "float32"}, "this target is 1111", "Give a drafter of this target"),
+    ],
+)
+def test_the_error_of_another_target_names_what_differs(
+    then: dict[str, str], now: dict[str, str], cause: str, remedy: str, plain_artifact: Path, tmp_path: Path
+) -> None:
+    usual = {"source": "Qwen/A", "kind": "hub", "dtype": "bfloat16", "tokenizer_digest": "a" * 64}
+    before = read_target_info(plain_artifact).model_copy(update={**usual, "digest": "0" * 64, **then})
+    after = before.model_copy(update={"digest": "1" * 64, **now})
+    (tmp_path / WEIGHTS_FILE).touch()
+    (tmp_path / "config.json").write_text("{}")
+    write_info(tmp_path, DrafterInfo().made_for(before))
+    check_drafter(tmp_path, before)
+    with pytest.raises(DraftsmithError) as raised:
+        check_drafter(tmp_path, after)
+    assert cause in str(raised.value) and remedy in str(raised.value)
 
 
 @pytest.mark.parametrize("changed", [False, True])
@@ -85,6 +110,7 @@ def test_a_champion_is_adopted_for_a_changed_target(
     assert ctx.json(AdoptedChampion.FILE) == {"target_changed": changed, "trained_for": then, "target": now}
     info = read_info(taken)
     assert (info.target_digest, info.parents) == (now, ("before", digest) if changed else ("before",))
+    assert info.target_dtype == ("float32" if changed else "")
     assert any("the target has changed since version 3 was promoted" in line for line in ctx.logs) is changed
 
     with pytest.raises(DraftsmithError, match="a-line version 3"):

@@ -96,7 +96,7 @@ def test_frequent_tokens_and_record_are_read_and_may_be_absent(saved: Path, plai
     assert head.token_ids is not None and head.token_ids.tolist() == [61, 62, 63]
     (saved / "drafter.json").unlink()
     (saved / "frequent_tokens.npy").unlink()
-    check_drafter(saved, plain_target.info.digest)
+    check_drafter(saved, plain_target.info)
     assert read_info(saved) == DrafterInfo()
     loaded = load_drafter(saved, plain_target)
     assert loaded.frequent_tokens is None
