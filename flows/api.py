@@ -6,8 +6,10 @@ import Prefect, whose environment `refresh` sets first.
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -19,23 +21,29 @@ import pandas as pd
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import home, home_umask
 from draftsmith.artifacts.host import bypass_proxy_for_localhost
+from draftsmith.artifacts.store.manifest import MANIFEST, read_manifest
+from draftsmith.artifacts.store.mirror import open_store
+from draftsmith.artifacts.tables.readers import RowReader
+from draftsmith.artifacts.tables.schemas import TRAJECTORIES
 from draftsmith.flows.config.load import config_from_fields, read_config
 from draftsmith.flows.execution.display import Display
 from draftsmith.flows.orchestration.launch import launch
 from draftsmith.flows.planning.graph import Selection
 from draftsmith.flows.refresh.graph import REFRESH
+from draftsmith.flows.refresh.line import find_artifact
 from draftsmith.flows.refresh.measurements import resolve_drafter
 from draftsmith.stages.data.logs.filter import RowFilter, prompt_id
 from draftsmith.stages.data.logs.rows import AnswerReader, LoggedRow
 from draftsmith.stages.data.logs.stage import LogsConfig
 from draftsmith.stages.data.row_files import RejectLog, match_files, read_rows
-from draftsmith.stages.data.trajectories import Trajectory, load_trajectories
+from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, Trajectory, load_trajectories, trajectory_lengths
 from draftsmith.stages.drafters import checkpoint
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.evaluation.acceptance import acceptance_table, has_loop, tau_difference
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.replay.trace import AcceptanceStats
+from draftsmith.stages.runtime.facts import Facts
 from draftsmith.stages.runtime.statistics import Estimate
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.config import Dtype
@@ -56,6 +64,7 @@ def load_target(
     dtype: Dtype | None = None,
     device: str | None = None,
     adapters: Mapping[str, str | Path] | None = None,
+    revision: str | None = None,
 ) -> Target:
     """Load a frozen causal language model.
 
@@ -64,13 +73,14 @@ def load_target(
     dtype: of weights and computation; by default bfloat16, or an artifact's own dtype.
     device: of torch; by default a GPU if there is one.
     adapters: name -> folder of a LoRA adapter that answers may be given under; an artifact has its own.
+    revision: of a hub id: commit, tag or branch; by default the hub's main branch.
 
     Raises DraftsmithError if the model cannot be loaded, or if no drafter can be trained for it.
     """
     folder = Path(source).expanduser()
     if (folder / INFO_FILE).is_file():
         return Target.load(folder, dtype, device)
-    return Target.from_source(source, dtype or "bfloat16", device, adapters)
+    return Target.from_source(source, dtype or "bfloat16", device, adapters, revision)
 
 
 def load_drafter(source: str | Path, target: Target) -> Drafter:
@@ -79,7 +89,8 @@ def load_drafter(source: str | Path, target: Target) -> Drafter:
     source: a checkpoint's folder, the artifact folder of a stage `sft` or `opd`, a hub id (z-lab/Qwen3-4B-DFlash-b16),
     or a registered version: `LINE@champion`, `LINE@3`, `models:/LINE@champion`, `models:/LINE/3`.
 
-    Raises DraftsmithError if it is missing or damaged, or was trained for another target.
+    Raises DraftsmithError if it is missing or damaged, or was trained for another target, such as the same model in
+    another dtype or revision.
     """
     text = str(source)
     if text.startswith(_MODELS):
@@ -87,14 +98,25 @@ def load_drafter(source: str | Path, target: Target) -> Drafter:
     return checkpoint.load_drafter(resolve_drafter(text)[1], target)
 
 
-@dataclass(frozen=True, eq=False)
-class Answers(Sequence[Trajectory]):
+@dataclass(frozen=True, eq=False, repr=False)
+class Answers(Facts, Sequence[Trajectory]):
     """N answers of a target. Each has `tokens` (ids of prompt and answer) and `prompt_length`."""
 
     trajectories: Sequence[Trajectory]
     prompts: list[str]  # [N] names of the prompts; answers to the same prompt count as one observation
     sampling: SamplingParams  # temperature (0: greedy), top_p and top_k of the answers
     rejected: Mapping[str, int] = field(default_factory=dict)  # reason -> rows of a file that are not used
+
+    def _facts(self) -> Mapping[str, object]:
+        lengths = trajectory_lengths(self.trajectories)
+        drawn = f"temperature {self.sampling.temperature:g}, {self.sampling.truncation}"
+        return {
+            "answers": len(self),
+            "prompts": len(set(self.prompts)),
+            "sampling": "greedy" if self.sampling.greedy else drawn,
+            **({"mean length": f"{lengths.mean():.0f} tokens with the prompt"} if len(self) else {}),
+            **({"rejected": sum(self.rejected.values())} if self.rejected else {}),
+        }
 
     def __len__(self) -> int:
         return len(self.trajectories)
@@ -172,7 +194,7 @@ class _AnswerRows(RowFilter[Trajectory]):
         return Trajectory(row.where, tokens, len(answer.prompt_ids), answer.adapter)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Comparison:
     """Acceptance of drafters on the same answers, with statistics over prompts as in an evaluation."""
 
@@ -189,6 +211,12 @@ class Comparison:
         """
         rows = {name: {column: metrics[column] for column in _COLUMNS} for name, metrics in self.table.items()}
         return pd.DataFrame.from_dict(rows, orient="index", columns=list(_COLUMNS))
+
+    def __repr__(self) -> str:
+        return self.to_pandas().to_string(float_format="{:.3f}".format)
+
+    def _repr_html_(self) -> str:
+        return str(self.to_pandas().to_html(float_format="{:.3f}".format))
 
     def difference(self, drafter: str, other: str) -> Estimate:
         """Return tau of one drafter minus tau of another (tokens per verify step), paired over prompts.
@@ -223,10 +251,23 @@ def compare(target: Target, drafters: Mapping[str, Drafter], answers: Answers) -
 
     drafters: name -> drafter of `load_drafter`, for this target. Each drafts with its trained block size.
 
-    Raises DraftsmithError if there is no drafter.
+    Warns of a drafter that was trained on the prompts of some answers, as far as the store says so.
+    Raises DraftsmithError if there is no drafter or no answer.
     """
-    if not drafters:
+    if not drafters or not isinstance(drafters, Mapping):
         raise DraftsmithError("compare: no drafter was given. Pass them by name, such as {'sft': drafter}.")
+    if not isinstance(answers, Answers) or not answers:
+        raise DraftsmithError("compare: no answers were given. Pass what read_answers returns.")
+    ids = [prompt_id(np.asarray(each.tokens[: each.prompt_length])) for each in answers]
+    for name, drafter in drafters.items():
+        trained = _trained_prompts(drafter.folder) if drafter.folder is not None else set()
+        if count := sum(each in trained for each in ids):
+            warnings.warn(
+                f"{name} was trained on the prompts of {count} of {len(ids)} answers, on which it accepts more than on "
+                "others. Compare on held-out answers, such as those of its refresh: read_answers(FOLDER of the node "
+                "`heldout`).",
+                stacklevel=2,
+            )
     options = ReplayOptions(sampling=answers.sampling, with_proposals=False)
     tallies = Replayer(target, options).acceptance(drafters, answers.trajectories)
     looping = [has_loop(each.tokens[each.prompt_length :]) for each in answers]
@@ -235,20 +276,54 @@ def compare(target: Target, drafters: Mapping[str, Drafter], answers: Answers) -
     return Comparison(tallies, answers.prompts, metrics)
 
 
-@dataclass(frozen=True)
-class RefreshResult:
+def _trained_prompts(checkpoint: Path) -> set[str]:
+    """Return the prompts (`prompt_id`) that a checkpoint and those before it were trained on, as far as the store says.
+
+    checkpoint: folder of a drafter; outside an artifact it has none.
+    """
+    artifact, prompts = checkpoint.parent, set[str]()
+    if not (artifact / MANIFEST).is_file():
+        return prompts
+    with suppress(DraftsmithError):  # a part of its history is damaged
+        manifest, store = read_manifest(artifact), open_store(home())
+        for before in ("folder", "init_from"):  # of the champion that was copied, or of the drafter that SFT began with
+            if folder := manifest.config.get(before):
+                prompts |= _trained_prompts(Path(folder).expanduser())
+        for name, entry in manifest.inputs.items():
+            if (source := find_artifact(entry, store)) is None:
+                continue
+            if name == "drafter":
+                prompts |= _trained_prompts(source / DRAFTER_FOLDER)
+            elif name == "trajectories" and manifest.config.get("steps"):
+                for rows in RowReader(source / "trajectories.parquet", TRAJECTORIES).row_groups(["prompt_ids"]):
+                    prompts |= {prompt_id(ids.values.to_numpy()) for ids in rows["prompt_ids"]}
+    return prompts
+
+
+@dataclass(frozen=True, repr=False)
+class RefreshResult(Facts):
     """The result of a refresh."""
 
     artifacts: Mapping[str, Path]  # node -> folder of its artifact
     outcome: str | None  # promoted, refused, inconclusive, waiting, current or unserved; None: no line, or `until`
     message: str  # the outcome with its reason
 
+    def _facts(self) -> Mapping[str, object]:
+        told = {"outcome": self.outcome, "because": self.message} if self.outcome is not None else {}
+        return {**told, "artifacts": ", ".join(self.artifacts) or "none"}
 
-def refresh(config: str | Path | Mapping[str, Any], *, until: str | Collection[str] | None = None) -> RefreshResult:
+
+def refresh(
+    config: str | Path | Mapping[str, Any],
+    *,
+    until: str | Collection[str] | None = None,
+    force: str | Collection[str] | None = None,
+) -> RefreshResult:
     """Run a refresh as `draftsmith run` does: make what is missing, evaluate, and promote if the gate says so.
 
     config: the path of a YAML file, or its fields; `extends` and other paths are relative to the current directory.
     until: make only these nodes and what they need; nothing is promoted.
+    force: make these nodes again although the store has them, such as `target`; `drift` refreshes whatever tau is.
 
     Artifacts go to the store under `DRAFTSMITH_HOME` (by default .draftsmith). Progress is printed. A drafter that is
     not promoted is an outcome, not an error.
@@ -260,7 +335,8 @@ def refresh(config: str | Path | Mapping[str, Any], *, until: str | Collection[s
         options = config_from_fields(config, REFRESH.config)
     else:
         options = read_config(config, (), REFRESH.config)
-    selection = Selection.from_options(None, None, [until] if isinstance(until, str) else until)
+    forced, wanted = ([names] if isinstance(names, str) else names for names in (force, until))
+    selection = Selection.from_options(forced, None, wanted)
     bypass_proxy_for_localhost()
     with home_umask(home()):
         artifacts, conclusion = launch(options, REFRESH, Display(), selection)

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import draftsmith
+from draftsmith.artifacts.store.local import Store
+from draftsmith.artifacts.store.manifest import ArtifactRef
+from draftsmith.artifacts.tables.parquet import write_table
+from draftsmith.artifacts.tables.schemas import TRAJECTORIES
 from draftsmith.flows.config.load import config_from_fields
 from draftsmith.flows.refresh.config import RefreshConfig
-from draftsmith.stages.data.trajectories import Trajectory
+from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, Trajectory
+from draftsmith.stages.drafters.checkpoint import save_drafter
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
 from draftsmith.stages.evaluation.acceptance import acceptance_table
 from draftsmith.stages.replay.replayer import Replayer
@@ -22,6 +29,7 @@ from draftsmith.stages.target.sampling import GREEDY
 from tests.flows.processes import ROOT, run_python
 from tests.stages.data.row_files import write
 from tests.testbed import random_target
+from tests.testbed.artifacts import committed
 from tests.testbed.drafter import DrafterArtifacts
 
 
@@ -92,8 +100,78 @@ def test_a_single_prompt_has_no_interval(plain_target: Target, plain_drafter: DF
     comparison = draftsmith.compare(plain_target, {"one": plain_drafter}, answers_of([20, 9], ["a", "a"]))
     assert comparison.to_pandas()["tau_low"].isna().all()
     assert comparison.difference("one", "one").interval() is None
-    with pytest.raises(draftsmith.DraftsmithError):
-        draftsmith.compare(plain_target, {}, answers_of([20], ["a"]))
+
+
+def test_objects_show_their_facts_and_no_tokens(
+    plain_target: Target, plain_drafter: DFlashDrafter, tmp_path: Path
+) -> None:
+    answers = answers_of([20, 9, 14], ["a", "b", "b"])
+    result = draftsmith.RefreshResult({"sft": tmp_path}, "refused", "tau: <1 %")
+    shown: list[tuple[Any, str]] = [
+        (plain_target, f"Target: source {plain_target.info.source}, architecture {plain_target.info.architecture}"),
+        (plain_drafter, f"DFlashDrafter: kind dflash, layers {plain_drafter.config.num_hidden_layers}, block size"),
+        (answers, "Answers: answers 3, prompts 2, sampling greedy, mean length 18 tokens with the prompt"),
+        (result, "RefreshResult: outcome refused, because tau: <1 %, artifacts sft"),
+    ]
+    for each, line in shown:
+        assert repr(each).startswith(line) and "\n" not in repr(each) and len(repr(each)) < 400
+        assert each._repr_html_().startswith("<table><tr><th>") and each._repr_html_().count("<tr>") > 2
+    assert "tau: &lt;1 %" in result._repr_html_() and "tokens=" not in repr(answers[0])
+    comparison = draftsmith.compare(plain_target, {"one": plain_drafter}, answers)
+    head, row = repr(comparison).splitlines()
+    assert head.split() == list(comparison.to_pandas().columns) and row.split()[0] == "one"
+    assert "<table" in comparison._repr_html_()
+
+
+def test_compare_warns_of_answers_whose_prompts_a_drafter_was_trained_on(
+    plain_target: Target, plain_drafter: DFlashDrafter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A drafter after a drafter: SFT on some prompts, a champion copied from it, OPD on others, a drafter adopted."""
+    monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path))
+    store, answers = Store(tmp_path / "store"), answers_of([20, 9, 14, 30], ["a", "b", "c", "d"])
+
+    def trained(stage: str, key: str, on: int, config: dict[str, object], **inputs: ArtifactRef) -> ArtifactRef:
+        names: dict[str, object] = {"trajectory_id": "p/0", "prompt_id": "p", "split": "train", "sample": 0, "seed": 0}
+        sampling = {"finish_reason": "stop", "temperature": 0, "top_p": 1, "top_k": 0, "engine": "logs"}
+        ids = {"prompt_ids": answers[on].tokens[:4], "response_ids": answers[on].tokens[4:]}
+        given = committed(
+            store,
+            "rollout",
+            lambda out: write_table(out / "trajectories.parquet", TRAJECTORIES, [names | sampling | ids]),
+            key,
+        )
+        return committed(
+            store,
+            stage,
+            lambda out: save_drafter(plain_drafter, out / DRAFTER_FOLDER, torch.float32),
+            key,
+            config=config,
+            inputs={**inputs, "trajectories": given},
+        )
+
+    sft = trained("sft", "a", 0, {"steps": 5})
+    champion = committed(store, "champion", {"drafter/x": ""}, "b", config={"folder": str(sft.path / DRAFTER_FOLDER)})
+    opd = trained("opd", "c", 1, {"steps": 5}, drafter=champion)
+    adopted = trained("sft", "d", 2, {"steps": 0, "init_from": str(opd.path / DRAFTER_FOLDER)})
+    drafter = draftsmith.load_drafter(adopted.path, plain_target)
+    with pytest.warns(UserWarning, match="ours was trained on the prompts of 2 of 4 answers"):
+        draftsmith.compare(plain_target, {"ours": drafter}, answers)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draftsmith.compare(plain_target, {"ours": drafter, "elsewhere": plain_drafter}, answers[2:])
+
+
+def test_a_comparison_without_drafters_or_answers_is_an_error(
+    plain_target: Target, plain_drafter: DFlashDrafter
+) -> None:
+    some: Any = answers_of([20], ["a"])
+    given: Any
+    for given in ([], answers_of([], [])):
+        with pytest.raises(draftsmith.DraftsmithError, match="read_answers"):
+            draftsmith.compare(plain_target, {"one": plain_drafter}, given)
+    for given in ({}, [plain_drafter]):
+        with pytest.raises(draftsmith.DraftsmithError, match="by name"):
+            draftsmith.compare(plain_target, given, some)
 
 
 def test_fields_of_a_config_may_extend_a_file(tmp_path: Path) -> None:
@@ -115,10 +193,14 @@ from tests.flows.toy import TOY
 api.REFRESH = TOY
 
 async def notebook():
-    return [api.refresh({"name": "toy", "verdict": verdict}) for verdict in ("promoted", "refused")]
+    results = []
+    for verdict, force in (("promoted", None), ("refused", "left")):
+        result = api.refresh({"name": "toy", "verdict": verdict}, force=force)
+        made = json.loads((result.artifacts["left"] / "manifest.json").read_text())["created_at"]
+        results.append([result.outcome, result.message, sorted(result.artifacts), made])
+    return results
 
-results = asyncio.run(notebook())
-print(json.dumps([[result.outcome, result.message, sorted(result.artifacts)] for result in results]))
+print(json.dumps(asyncio.run(notebook())))
 """
 
 
@@ -129,3 +211,4 @@ def test_the_outcome_of_a_refresh_is_its_result(tmp_path: Path) -> None:
     assert (promoted[0], refused[0]) == ("promoted", "refused")
     assert "promoted" in promoted[1] and "refused" in refused[1]
     assert promoted[2] == refused[2] == ["left", "right", "target", "total"]
+    assert promoted[3] < refused[3]  # made again, as it was forced
