@@ -227,10 +227,8 @@ def _check_drafter(
             checkpoint.check_complete(source)
     else:
         config.check_lora(None, config.drafter.kind)
-        try:
-            plan, where = checkpoint.plan_of_new(config.drafter, target_config, tokenizer), "new"
-        except checkpoint_format.NoMaskTokenError as error:
-            raise DraftsmithError(f"{error}: {', '.join(map(str, info.mask_candidates[:4]))}, …") from error
+        shape = checkpoint.with_mask_token(config.drafter, info)
+        plan, where = checkpoint.plan_of_new(shape, target_config, tokenizer), "new"
     if reason := checkpoint_format.unservable_layers(plan.target_layer_ids, target_config.num_hidden_layers):
         if served:
             remedy = f"Change {node}.drafter.target_layer_ids."

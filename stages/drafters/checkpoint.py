@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from pydantic import TypeAdapter
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 from draftsmith.artifacts.errors import DraftsmithError, one_line
 from draftsmith.artifacts.home import home
@@ -24,7 +24,7 @@ from draftsmith.stages.drafters.registry import KINDS, DrafterConfig
 from draftsmith.stages.drafters.spec import Architecture, RawConfig
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.hub import check_snapshot, hub_commit, hub_snapshot
-from draftsmith.stages.target.info import TargetInfo
+from draftsmith.stages.target.info import TargetInfo, load_tokenizer, model_path, read_target_info
 
 _INFO = TypeAdapter(DrafterInfo)
 INFO_FILE, TOKENS_FILE = "drafter.json", "frequent_tokens.npy"
@@ -77,8 +77,21 @@ class DrafterPlan:
     operations: Callable[..., float]  # as of `Drafter.operations`
 
 
+def with_mask_token(shape: DrafterConfig, target: TargetInfo) -> DrafterConfig:
+    """Return the shape with the mask token that it leaves open: one that no text of the target contains.
+
+    If a vocabulary has none, it is the token that ends answers, after which nothing is drafted.
+    """
+    if getattr(shape, "mask_token", 0) is not None:
+        return shape
+    return shape.model_copy(update={"mask_token": [*target.mask_candidates, *target.eos_ids][0]})
+
+
 def plan_of_new(shape: DrafterConfig, target_config: Any, tokenizer: Callable[[], Any]) -> DrafterPlan:
-    """Plan a drafter that is still to be trained. Raises DraftsmithError if its shape does not fit the target."""
+    """Plan a drafter that is still to be trained. Raises DraftsmithError if its shape does not fit the target.
+
+    shape: with its mask token (`with_mask_token`).
+    """
     config = ARCHITECTURES[shape.kind].new_config(shape, target_config, tokenizer)
     return _plan(shape.kind, config, target_config, "sft.drafter", tokenizer)
 
@@ -169,7 +182,7 @@ def create_drafter(shape: DrafterConfig, target: Target, seed: int, frequent: to
 
     frequent: [V] token ids, most frequent first; required for a reduced draft vocabulary.
     """
-    architecture = ARCHITECTURES[shape.kind]
+    architecture, shape = ARCHITECTURES[shape.kind], with_mask_token(shape, target.info)
     config = architecture.new_config(shape, target.config, lambda: target.tokenizer)
     _check_fits(shape.kind, config, target.config, "sft.drafter")
     drafter = architecture.create(config, target, frequent)
@@ -292,13 +305,14 @@ def check_shape(folder: Path, target_model: Path) -> None:
     _check_fits(*read_config(folder), read_target_config(target_model), str(folder))
 
 
-def check_new(shape: DrafterConfig, target_model: Path) -> None:
-    """Refuse a shape that does not fit the target: layer ids, mask token. Config and tokenizer only."""
-    plan_of_new(
-        shape,
-        read_target_config(target_model),
-        lambda: AutoTokenizer.from_pretrained(target_model, local_files_only=True),
-    )
+def check_new(shape: DrafterConfig, target: Path) -> None:
+    """Refuse a shape that does not fit the target: layer ids, mask token. Config and tokenizer only.
+
+    target: folder of its artifact.
+    """
+    model = model_path(target)
+    shape = with_mask_token(shape, read_target_info(target))
+    plan_of_new(shape, read_target_config(model), lambda: load_tokenizer(model))
 
 
 def read_target_config(target_model: Path) -> Any:

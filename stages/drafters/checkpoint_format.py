@@ -25,10 +25,6 @@ CONFIG_FILE = "config.json"
 _PARTIAL_ROTATION = "partial_rotary_factor"
 
 
-class NoMaskTokenError(DraftsmithError):
-    """A new drafter has no mask token."""
-
-
 @contextmanager
 def config_errors(where: str) -> Iterator[None]:
     """Turn errors of values that the reader does not expect into one clear error."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from tests.testbed.random_target import randomise
+from tests.testbed.random_target import MASK, randomise
 
 if TYPE_CHECKING:
     from draftsmith.stages.drafters.dflash2.model import DFlash2Drafter
@@ -22,9 +22,9 @@ def random_dflash2(target: Target, seed: int = 0, **shape: Any) -> DFlash2Drafte
     from draftsmith.stages.drafters.dflash2.config import DFlash2Config
     from draftsmith.stages.drafters.dflash2.model import DFlash2Drafter
 
-    fields = {"num_layers": 2, "block_size": 5, "target_layer_ids": (2, 0), "intermediate_size": 40, **SIZES, **shape}
+    fields = {"num_layers": 2, "block_size": 5, "target_layer_ids": (2, 0), "intermediate_size": 40, "mask_token": MASK}
     config = checkpoint.new_config(
-        DFlash2Config(kind="dflash2", **fields), target.model.config, lambda: target.tokenizer
+        DFlash2Config(kind="dflash2", **(fields | SIZES | shape)), target.model.config, lambda: target.tokenizer
     )
     drafter = DFlash2Drafter(config, target.embedding)
     randomise(drafter, seed)

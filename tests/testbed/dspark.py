@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tests.testbed.random_target import randomise
+from tests.testbed.random_target import MASK, randomise
 
 if TYPE_CHECKING:
     from draftsmith.stages.drafters.dspark.model import DSparkDrafter
@@ -29,6 +29,7 @@ def random_dspark(
         block_size=5,
         target_layer_ids=(2, 0),
         intermediate_size=40,
+        mask_token=MASK,
         markov_rank=6,
         confidence_head=confidence_head,
     )

@@ -138,7 +138,8 @@ def random_drafter(target: Target, seed: int = 0, *, is_causal: bool | None = No
     from draftsmith.stages.drafters.dflash import checkpoint
     from draftsmith.stages.drafters.dflash.config import DFlashConfig
 
-    shape = DFlashConfig(num_layers=2, block_size=5, target_layer_ids=(2, 0), intermediate_size=40, **windows)
+    sizes = {"num_layers": 2, "block_size": 5, "target_layer_ids": (2, 0), "intermediate_size": 40, "mask_token": MASK}
+    shape = DFlashConfig.model_validate(sizes | windows)
     config = checkpoint.new_config(shape, target.model.config, lambda: target.tokenizer)
     if is_causal is not None:
         config.is_causal = is_causal

@@ -36,10 +36,7 @@ _COMPUTED_EITHER = {"projector_type": None, "sample_from_anchor": True}  # at th
 # Architectures with the same config fields that draft in another way.
 _OTHER_ARCHITECTURES = ("DFlash2", "DFlashLaguna", "DSpark")
 own_name, save = speculators.own_name, checkpoint_format.save
-MASK_ADVICE = (
-    "Set sft.drafter.mask_token to a special token that never occurs in text (ids: mask_candidates in the target's "
-    "target.json)."
-)
+MASK_ADVICE = "Remove sft.drafter.mask_token: one that no text contains is then chosen."
 
 
 def default_layer_ids(num_target_layers: int, count: int) -> list[int]:
@@ -49,23 +46,16 @@ def default_layer_ids(num_target_layers: int, count: int) -> list[int]:
     return [round(1 + i * (num_target_layers - 4) / (count - 1)) for i in range(count)]
 
 
-def mask_token_id(tokenizer: Any, wanted: str | int | None) -> int:
+def mask_token_id(tokenizer: Any, wanted: str | int) -> int:
     """Return the id of the mask token. Raises DraftsmithError if it is not one token of the vocabulary.
 
     wanted: an id is used as it is, because models keep unused rows after the tokenizer's tokens.
     """
     if isinstance(wanted, int):
         return wanted
-    token = wanted if wanted is not None else tokenizer.mask_token
-    if token is None:
-        raise checkpoint_format.NoMaskTokenError(
-            f"sft.drafter.mask_token: the target's tokenizer has no mask token. {MASK_ADVICE}"
-        )
-    index = tokenizer.convert_tokens_to_ids(token)
-    if index is None or index == tokenizer.unk_token_id or tokenizer.convert_ids_to_tokens(index) != token:
-        raise checkpoint_format.NoMaskTokenError(
-            f"sft.drafter.mask_token: {token!r} is not a token of the target. {MASK_ADVICE}"
-        )
+    index = tokenizer.convert_tokens_to_ids(wanted)
+    if index is None or index == tokenizer.unk_token_id or tokenizer.convert_ids_to_tokens(index) != wanted:
+        raise DraftsmithError(f"sft.drafter.mask_token: {wanted!r} is not a token of the target. {MASK_ADVICE}")
     return int(index)
 
 
@@ -73,6 +63,7 @@ def new_config(shape: DFlashConfig, target_config: Any, tokenizer: Callable[[], 
     """Return the config of a new drafter: widths, heads and rotary parameters are the target's."""
     layers = target_config.num_hidden_layers
     ids = shape.target_layer_ids or default_layer_ids(layers, shape.num_target_features or shape.num_layers)
+    assert shape.mask_token is not None  # `with_mask_token`
     mask_id = mask_token_id(tokenizer(), shape.mask_token)
     return Qwen3Config(
         architectures=[ARCHITECTURE],

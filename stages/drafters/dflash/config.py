@@ -25,8 +25,8 @@ class DFlashConfig(DrafterShape):
     mask_token: Annotated[
         str | int | None,
         Field(
-            description="a token of the target's vocabulary, or the id of an unused row of its embedding (Qwen3: "
-            "151669); left out: the tokenizer's mask token"
+            description="a token of the target's vocabulary, or the id of an unused row of its embedding; left out: "
+            "the first that no text contains, which `draftsmith check` names"
         ),
     ] = None
     intermediate_size: Annotated[int | None, Field(ge=1, description="width of the MLP; left out: the target's")] = None

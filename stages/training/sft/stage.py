@@ -27,7 +27,7 @@ def preflight(config: SftConfig, target: Path) -> None:
     elif config.steps == 0:
         raise DraftsmithError("sft.steps: 0 steps train nothing. Name the drafter to take as it is in sft.init_from.")
     else:
-        checkpoint.check_new(config.drafter, model_path(target))
+        checkpoint.check_new(config.drafter, target)
 
 
 STAGE = Stage(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.base import Drafter, DrafterInfo
 from draftsmith.stages.drafters.checkpoint import (
     check_drafter,
+    check_new,
     create_drafter,
     load_drafter,
     plan_of_checkpoint,
@@ -28,6 +30,7 @@ from draftsmith.stages.drafters.dflash2.config import DFlash2Config
 from draftsmith.stages.drafters.dspark.config import DSparkConfig
 from draftsmith.stages.drafters.eagle3.config import Eagle3Config
 from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.target.info import read_target_info, write_target_info
 from tests.stages.drafters.edits import Edit, edit_config, save, setting, within, without
 from tests.testbed import random_target
 from tests.testbed.dflash2 import SIZES, random_dflash2
@@ -101,6 +104,18 @@ def test_frequent_tokens_and_record_are_read_and_may_be_absent(saved: Path, plai
     loaded = load_drafter(saved, plain_target)
     assert loaded.frequent_tokens is None
     assert loaded.drafting_head(plain_target.head_weight, 5).token_ids is None
+
+
+@pytest.mark.parametrize(("candidates", "chosen"), [([7, 5], 7), ([], 63)], ids=["one that no text has", "the end"])
+def test_a_mask_token_that_is_left_open_is_chosen(
+    candidates: list[int], chosen: int, plain_artifact: Path, tmp_path: Path
+) -> None:
+    artifact = Path(shutil.copytree(plain_artifact, tmp_path / "target"))
+    write_target_info(read_target_info(artifact).model_copy(update={"mask_candidates": candidates}), artifact)
+    shape = DFlashConfig(num_layers=1, block_size=4)
+    check_new(shape, artifact)
+    drafter = create_drafter(shape, Target.load(artifact, device="cpu"), 0)
+    assert drafter.config.dflash_config["mask_token_id"] == chosen
 
 
 @pytest.mark.parametrize(
