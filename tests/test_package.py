@@ -69,7 +69,6 @@ def test_the_wheel_of_the_sdist_holds_the_configs_and_runs_a_refresh_from_an_emp
     assert sorted(path.relative_to(package) for path in (package / "configs").rglob("*.yaml")) == sorted(
         path.relative_to(ROOT) for path in configs
     )
-    assert (package / "flows" / "refresh" / "beginnings" / "logs.yaml").is_file()
     config, empty = tmp_path / "small.yaml", tmp_path / "empty"
     config.write_text(yaml.safe_dump(small_refresh("small", tiny_target, tiny_prompts, 16, sft={"steps": 2})))
     empty.mkdir()

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from draftsmith.artifacts.errors import DraftsmithError, RefusedError, RetryableError
 from draftsmith.artifacts.home import home
+from draftsmith.artifacts.host import visible_gpus
 from draftsmith.artifacts.store.manifest import local_time
 from draftsmith.artifacts.store.mirror import open_store
 from draftsmith.artifacts.store.retention import (
@@ -58,7 +59,7 @@ from draftsmith.flows.refresh import registry_commands
 from draftsmith.flows.refresh.config import RefreshConfig
 from draftsmith.flows.refresh.decisions import restarted
 from draftsmith.flows.refresh.graph import REFRESH
-from draftsmith.flows.refresh.init import QUESTIONS, write_first_config
+from draftsmith.flows.refresh.init import QUESTIONS, SIZES, write_first_config
 from draftsmith.flows.refresh.measurements import DIAGNOSE, DIAGNOSIS, EVALUATE, diagnose_config, evaluate_config
 from draftsmith.stages.evaluation.drift import DriftConfig
 from draftsmith.stages.runtime.invocation import COMMAND
@@ -112,10 +113,12 @@ def _run_config(options: argparse.Namespace, pipeline: Pipeline, config: RunOpti
 
 
 def _init(options: argparse.Namespace, pipeline: Pipeline) -> None:
-    write_first_config(options.file, options.beginning, {name: getattr(options, name) for name in QUESTIONS})
+    given = {name: getattr(options, name) for name in QUESTIONS}
+    size = write_first_config(options.file, options.beginning, options.size, given)
     command = shlex.join(["draftsmith", "run", str(options.file)])
     Display().line(f"{options.file}: written. If its check passes, run it: {command}")
-    options.config, options.overrides, options.gpu = options.file, [], None
+    options.config, options.overrides = options.file, []
+    options.gpu = "H100" if size is not SIZES["laptop"] and not visible_gpus() else None  # it is for another machine
     _check(options, pipeline)
 
 

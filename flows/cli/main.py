@@ -56,10 +56,15 @@ def parser() -> argparse.ArgumentParser:
     init.add_argument(
         "--from",
         dest="beginning",
-        choices=["model", "logs", "drafter", "node"],
-        help="your own target and prompts; your own logs; a drafter of the Hub; a node of 8 GPUs. Left out: asked for",
+        choices=["prompts", "logs"],
+        help="your own prompts, or answers that your target gave in production. Left out: asked for",
     )
-    for option in ("--target", "--prompts", "--logs", "--temperature", "--drafter", "--mask-token"):
+    init.add_argument(
+        "--size",
+        choices=["laptop", "gpu", "node"],
+        help="a CPU, one GPU, or 8 GPUs with SGLang servers. Left out: this machine",
+    )
+    for option in ("--target", "--prompts", "--logs", "--temperature"):
         init.add_argument(option, metavar="VALUE", help="the answer to this question, for scripts")
 
     stage = commands.add_parser("stage", help="run one node, with its inputs from the store")

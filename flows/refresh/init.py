@@ -4,51 +4,115 @@ from __future__ import annotations
 
 import re
 import sys
+import tempfile
 from collections.abc import Mapping
-from itertools import islice
+from dataclasses import dataclass, field
 from pathlib import Path
-from string import Template
 from typing import Any
 
 import yaml
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.data.row_files import Row, match_files, read_rows
+from draftsmith.artifacts.host import visible_gpus
+from draftsmith.flows.checks.models import fetch_metadata, metadata_artifact
+from draftsmith.stages.data.held_out import HELDOUT_SHARE, hash_fraction, prompt_identity
+from draftsmith.stages.data.prompt_streams import prompt_rows
+from draftsmith.stages.data.prompts import JsonlSource
+from draftsmith.stages.data.row_files import RejectLog, match_files, read_rows
+from draftsmith.stages.target.config import TargetConfig
+from draftsmith.stages.target.info import TargetInfo, model_path
 
-_TEMPLATES = Path(__file__).parent / "beginnings"
-_ROWS = 9200  # prompts that configs/model.yaml needs; also assumed for a file that does not exist yet
-_TRAIN, _VALIDATION, _HELDOUT = 8000, 64, 512
-_PER_STEP, _ROLLOUT = 8, 64  # answers of a training step, and of SFT without steps, in configs/model.yaml
-
+_PUBLISHED = ("z-lab/{}-DFlash-b16", "z-lab/{}-DFlash")  # drafters of a model of the hub, by its name
+_GPUS = 8  # of a node
+_FEWEST, _LARGER_SHARE = 18, 0.3  # with fewer held-out prompts a larger share is held out
+_WIDTH = 120  # of a line of the file
 
 QUESTIONS = {  # name of the option -> question, and the default of the answer
     "target": ("Target (hub id, folder or .gguf file)", "Qwen/Qwen3-4B"),
     "prompts": ("Prompts (JSON Lines or Parquet: file, folder or glob)", "prompts.jsonl"),
     "logs": ("Logged answers (JSON Lines or Parquet: file, folder or glob)", "answers.jsonl"),
     "temperature": ("Temperature that they were sampled at (0: greedy)", "0"),
-    "drafter": ("Drafter (hub id or folder)", "z-lab/Qwen3-4B-DFlash-b16"),
-    "mask_token": ("Mask token of the new drafter (Qwen3: 151669; null: the tokenizer's own)", "null"),
 }
-_NUMBERS = ("temperature", "mask_token")  # answers that are parsed as YAML; the others are text
-BEGINNINGS = {
-    "model": ("target", "prompts", "mask_token"),
-    "logs": ("target", "logs", "temperature", "drafter"),
-    "drafter": ("target", "drafter", "prompts"),
-    "node": ("target", "drafter"),
-}
-_DESCRIPTIONS = {
-    "model": "your own target and prompts, and a new drafter",
-    "logs": "answers that your target gave in production",
-    "drafter": "a drafter of the hub, your prompts",
-    "node": "a model line on a node of 8 GPUs",
-}
+BEGINNINGS = {"prompts": ("target", "prompts"), "logs": ("target", "logs", "temperature")}
 
 
-def write_first_config(path: Path, beginning: str | None, given: Mapping[str, str | None]) -> None:
-    """Write a config from a template to a new file; on a terminal, ask for the values that are not given.
+@dataclass(frozen=True)
+class Size:
+    """What a machine computes in a refresh."""
 
-    beginning: name of the template. given: option -> value, None if it is left out. Raises DraftsmithError without
-    writing anything.
+    about: str
+    answers: int  # that are trained on, at most
+    measured: int  # validation and held-out prompts, at most
+    prompt_tokens: int
+    new_tokens: int
+    layers: int  # of the target for each layer of a new drafter, which has at most five
+    block_size: int
+    training: dict[str, Any]  # fields of sft and opd
+    sft: dict[str, Any] = field(default_factory=dict)  # fields of sft alone
+    engine: dict[str, Any] = field(default_factory=dict)
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    other: dict[str, dict[str, Any]] = field(default_factory=dict)  # section -> fields
+
+
+_SERVERS = {"kind": "sglang", "concurrency": 32, "launch": {"servers": _GPUS, "memory_fraction": 0.8}}
+_READS = {"tokens_per_target_forward": 16384}
+_BLOCKS = {"block_sizes": [8, 12, 16], "validation_prompts": 16}
+SIZES = {
+    "laptop": Size(
+        "a laptop's CPU: to try it with a small target",
+        answers=400,
+        measured=72,
+        prompt_tokens=512,
+        new_tokens=64,
+        layers=12,
+        block_size=8,
+        training={"sequences_per_step": 4, "anchors_per_sequence": 16, "head_tokens": 4096},
+        sft={"gamma": 2.0},
+        engine={"slots": 16},
+        evaluation={"rounds": 1, "speed_prompts": 18},
+    ),
+    "gpu": Size(
+        "one GPU",
+        answers=8000,
+        measured=576,
+        prompt_tokens=2048,
+        new_tokens=1024,
+        layers=6,
+        block_size=16,
+        training={"sequences_per_step": 8, "anchors_per_sequence": 64},
+        engine={"slots": 32},
+        evaluation=_BLOCKS,
+    ),
+    "node": Size(
+        "a node of 8 GPUs, with SGLang servers",
+        answers=16000,
+        measured=576,
+        prompt_tokens=2048,
+        new_tokens=1024,
+        layers=6,
+        block_size=16,
+        training={"sequences_per_step": 24, "anchors_per_sequence": 512, "parallel": {"processes": _GPUS}, **_READS},
+        engine=_SERVERS,
+        evaluation={
+            "engine": _SERVERS,
+            "concurrency": [1, 16],
+            "rounds": 5,
+            "speed_prompts": 64,
+            "exactness_prompts": 0,
+            **_BLOCKS,
+            **_READS,
+        },
+        other={"mining": _READS, "stages": {"shards": _GPUS}},
+    ),
+}
+_PASSES = 4  # of a new drafter's SFT over the answers
+
+
+def write_first_config(path: Path, beginning: str | None, size: str | None, given: Mapping[str, str | None]) -> Size:
+    """Write a new config for a target; on a terminal, ask for what is not given. Return its size.
+
+    beginning, size: of `BEGINNINGS` and `SIZES`. given: option -> value, None if it is left out. Raises DraftsmithError
+    without writing anything.
     """
     if path.exists():
         raise DraftsmithError(f"{path} exists. Give the name of a new file.")
@@ -58,53 +122,162 @@ def write_first_config(path: Path, beginning: str | None, given: Mapping[str, st
     if beginning is None:
         if not interactive:
             raise DraftsmithError(f"--from is missing. Give one of {', '.join(BEGINNINGS)}.")
-        beginning = _ask_beginning()
+        abouts = {"prompts": "your own prompts", "logs": "answers that your target gave in production"}
+        beginning = _choose("Begin with", abouts, "prompts")
     names = BEGINNINGS[beginning]
     if unused := [name for name, value in given.items() if value is not None and name not in names]:
-        option = f"--{unused[0].replace('_', '-')}"
-        raise DraftsmithError(f"{option} is not used with --from {beginning}. Remove it.")
-    values: dict[str, object] = {"name": re.sub(r"^[^\w]+|[^\w.-]", "-", path.stem).strip("-") or "draftsmith"}
+        raise DraftsmithError(f"--{unused[0]} is not used with --from {beginning}. Remove it.")
+    if size is None:
+        gpus = len(visible_gpus())
+        size = "laptop" if not gpus else "gpu" if gpus < _GPUS else "node"
+        if interactive:
+            size = _choose("Size", {name: each.about for name, each in SIZES.items()}, size)
+    values = {}
     for name in names:
         (question, default), value = QUESTIONS[name], given[name]
         if value is None:
             value = (input(f"{question} [{default}]: ").strip() if interactive else "") or default
-        values[name] = yaml.safe_load(value) if name in _NUMBERS else value
-    if "prompts" in names:
-        values |= _counts(str(values["prompts"]))
-    template = Template((_TEMPLATES / f"{beginning}.yaml").read_text("utf-8"))
-    text = template.substitute({name: _as_yaml(value) for name, value in values.items()})
+        values[name] = value
+    name = re.sub(r"^[^\w]+|[^\w.-]", "-", path.stem).strip("-") or "draftsmith"
+    text = _as_text(_sections(name, values, SIZES[size]), f"For {SIZES[size].about}. Written by `draftsmith init`.")
     with path.open("x", encoding="utf-8") as file:
         file.write(text)
+    return SIZES[size]
 
 
-def _ask_beginning() -> str:
-    for name, description in _DESCRIPTIONS.items():
+def _choose(question: str, choices: Mapping[str, str], default: str) -> str:
+    for name, description in choices.items():
         print(f"  {name:<8} {description}")
-    while (answer := input(f"Begin with ({', '.join(BEGINNINGS)}) [model]: ").strip() or "model") not in BEGINNINGS:
+    while (answer := input(f"{question} ({', '.join(choices)}) [{default}]: ").strip() or default) not in choices:
         print(f"{answer!r} is none of them.")
     return answer
 
 
-def _counts(prompts: str) -> dict[str, int]:
-    """Return counts of prompts and steps that fit the files' rows, one in ten of which may be held out."""
-    try:
-        first = islice(read_rows(match_files([prompts], "--prompts")), _ROWS)
-        rows = sum(isinstance(row, Row) for row in first)
-    except DraftsmithError:  # it does not exist yet, which the check reports
-        rows = _ROWS
-    few = rows < _ROWS
-    train = rows * 4 // 5 if few else _TRAIN
-    return {
-        "train": train,
-        "validation": max(1, rows // 100) if few else _VALIDATION,
-        "heldout": max(1, rows // 20) if few else _HELDOUT,
-        "rollout": min(_ROLLOUT, train),
-        "sft_steps": max(1, 4 * train // _PER_STEP),
-        "opd_steps": max(1, train // _PER_STEP),
+def _sections(name: str, values: Mapping[str, str], size: Size) -> dict[str, Any]:
+    """Return the config's sections. values: the answers to the questions."""
+    with tempfile.TemporaryDirectory(prefix="draftsmith-init-") as scratch:
+        info = metadata_artifact(TargetConfig(source=values["target"]), Path(scratch))
+        published = _published(info, model_path(Path(scratch)))
+    new_tokens = min(size.new_tokens, info.max_positions // 2)
+    path = values["prompts"] if "prompts" in values else values["logs"]
+    answers, measured, share = _counts(path, size)
+    counts = {
+        **({"heldout_share": share} if share != HELDOUT_SHARE else {}),
+        "validation": (validation := max(1, measured // 4)),  # on which the challenger is chosen
+        "heldout": measured - validation,
+        "max_prompt_tokens": min(size.prompt_tokens, info.max_positions - new_tokens),
     }
+    engine, sampling = {"engine": size.engine}, {"max_new_tokens": new_tokens}
+    training = dict(size.training)
+    if "head_tokens" in training:
+        training["head_tokens"] = min(training["head_tokens"], info.vocab_size // 2)
+    steps = max(1, answers // training["sequences_per_step"])
+    sft: dict[str, Any] = {"init_from": published, "steps": 0}
+    if published is None:
+        sft = {"drafter": _shape(info, size), "steps": _PASSES * steps, **size.sft, **training}
+    given: dict[str, Any]
+    if "prompts" in values:
+        rollout = {"sampling": sampling, **engine}
+        given = {
+            "prompts": {"sources": [{"kind": "jsonl", "path": path}], "train": answers, **counts, "too_long": "skip"},
+            # without SFT's steps only for the list of frequent tokens
+            "rollout": {"prompts": min(64, answers) if published else answers, **rollout},
+            "assisted": {"prompts": answers, **rollout},
+        }
+    else:
+        logs = {
+            "paths": path,
+            "temperature": yaml.safe_load(values["temperature"]),
+            "since": None,
+            "rows": size.answers,
+        }
+        given = {"logs": logs, "prompts": counts}
+    return {
+        "name": name,
+        "registry": {"name": name},
+        "target": {"source": values["target"], "dtype": "bfloat16"},
+        **given,
+        "sft": sft,
+        "opd": {"steps": steps, **training},
+        "heldout": {"sampling": sampling, **engine},
+        "evaluation": {"sampling": sampling, **size.evaluation},
+        **size.other,
+    }
+
+
+def _published(info: TargetInfo, model: Path) -> str | None:
+    """Return the hub id of a drafter that was published for the target; None if there is none that fits."""
+    from draftsmith.stages.drafters import checkpoint  # imports torch, and the other commands read this module
+
+    for pattern in _PUBLISHED if info.kind == "hub" else ():
+        drafter = pattern.format(info.source.rpartition("/")[2])
+        try:
+            folder = fetch_metadata(drafter, None, "sft.init_from")
+            checkpoint.check_shape(folder, model)
+        except DraftsmithError:
+            continue
+        return drafter
+    return None
+
+
+def _shape(info: TargetInfo, size: Size) -> dict[str, Any]:
+    """Return the shape of a new drafter, which reads layers of the target from its second to its last but two."""
+    layers = max(1, min(5, info.num_layers // size.layers))
+    features = max(layers, min(5, info.num_layers - 3))
+    shape = {"num_layers": layers, "block_size": size.block_size}
+    return shape if features == layers else {**shape, "num_target_features": features}
+
+
+def _counts(path: str, size: Size) -> tuple[int, int, float]:
+    """Return how many prompts of files train and how many measure, of those that a run finds there, and the held-out
+    share, which is larger where there are few.
+    """
+    places: dict[str, float] = {}  # of each text: held out below the share
+    train = held_out = unread = 0
+    try:
+        rows = prompt_rows(JsonlSource(path=path), read_rows(match_files([path], path)), RejectLog("", 1.0))
+        for _, prompt in rows:
+            if prompt.messages:
+                places[prompt.text_hash] = hash_fraction(prompt_identity(prompt.messages))
+            else:  # token ids, whose text the run decodes
+                unread += 1
+            if 0.8 * (len(places) + unread) > max(size.answers, size.measured / HELDOUT_SHARE):
+                break
+    except DraftsmithError:  # it does not exist yet, which the check reports
+        return size.answers, size.measured, HELDOUT_SHARE
+    for share in (HELDOUT_SHARE, _LARGER_SHARE):
+        known = sum(place < share for place in places.values())
+        held_out, train = known + int(0.6 * share * unread), len(places) - known + int((1 - 1.4 * share) * unread)
+        if held_out >= _FEWEST:
+            break
+    return max(1, min(size.answers, train)), max(2, min(size.measured, held_out)), share
+
+
+_COMMENTS = {
+    "registry": "its model line: successive drafters, one of which serves",
+    "prompts": 'a row is {"prompt": …} or {"messages": …}; held-out ones measure, and never train',
+    "logs": 'a row is {"messages": …, "completion": …} or token ids; on a schedule set `since: 7d` or `last`',
+    "rollout": "the target's answers, which SFT learns from",
+    "sft": "where the line begins. If a drafter serves already: {init_from: FOLDER or hub id, steps: 0}",
+    "assisted": "the target's answers, which OPD learns from",
+    "opd": "one pass over the answers",
+}
+
+
+def _as_text(sections: Mapping[str, Any], title: str) -> str:
+    """Return the sections as YAML, a line for each, or for each of its fields if it is long."""
+    lines = [f"# {title}"]
+    for name, value in sections.items():
+        comment = f"  # {_COMMENTS[name]}" if name in _COMMENTS else ""
+        whole = f"{name}: {_as_yaml(value)}"
+        if len(whole) + len(comment) <= _WIDTH or not isinstance(value, dict):
+            lines.append(whole + comment)
+        else:
+            lines += [f"{name}:{comment}", *(f"  {field}: {_as_yaml(each)}" for field, each in value.items())]
+    return "\n".join(lines) + "\n"
 
 
 def _as_yaml(value: Any) -> str:
     """Return a value as YAML inside of {…}, quoted if it must be."""
-    text = yaml.safe_dump({"v": value}, default_flow_style=True, allow_unicode=True, width=sys.maxsize)
+    text = yaml.safe_dump({"v": value}, default_flow_style=True, allow_unicode=True, sort_keys=False, width=sys.maxsize)
     return text.removeprefix("{v: ").removesuffix("}\n")

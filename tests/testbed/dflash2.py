@@ -22,9 +22,10 @@ def random_dflash2(target: Target, seed: int = 0, **shape: Any) -> DFlash2Drafte
     from draftsmith.stages.drafters.dflash2.config import DFlash2Config
     from draftsmith.stages.drafters.dflash2.model import DFlash2Drafter
 
-    fields = {"num_layers": 2, "block_size": 5, "target_layer_ids": (2, 0), "intermediate_size": 40, "mask_token": MASK}
+    fields: dict[str, Any] = {"num_layers": 2, "block_size": 5, "target_layer_ids": (2, 0), "intermediate_size": 40}
+    fields |= {"mask_token": MASK, **SIZES, **shape}
     config = checkpoint.new_config(
-        DFlash2Config(kind="dflash2", **(fields | SIZES | shape)), target.model.config, lambda: target.tokenizer
+        DFlash2Config(kind="dflash2", **fields), target.model.config, lambda: target.tokenizer
     )
     drafter = DFlash2Drafter(config, target.embedding)
     randomise(drafter, seed)

