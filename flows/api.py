@@ -142,6 +142,7 @@ def read_answers(
     top_p: float = 1.0,
     top_k: int = 0,
     chat_template_kwargs: Mapping[str, bool | int | float | str | None] | None = None,
+    fields: Mapping[str, str] | None = None,
 ) -> Answers:
     """Read answers of a target: those of an artifact, or rows of files as section `logs` of a config takes them.
 
@@ -153,6 +154,7 @@ def read_answers(
     temperature, top_p, top_k: of files, the sampling of the answers (temperature 0: greedy). Rows with other values are
     rejected.
     chat_template_kwargs: of files, what the service passed to the chat template.
+    fields: of files, the rows' names of our fields, as `logs.fields` of a config: {"completion": "answer"}.
 
     Raises DraftsmithError if no answer is usable, or if more than 1 % of the rows are unreadable. `rejected` counts the
     unused rows by reason.
@@ -166,7 +168,12 @@ def read_answers(
         raise DraftsmithError(f"{source}: rows of a file need the target that gave the answers. Pass it as `target`.")
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     config = LogsConfig.model_validate(
-        {"paths": [str(source)], "chat_template_kwargs": dict(chat_template_kwargs or {}), **sampling}
+        {
+            "paths": [str(source)],
+            "chat_template_kwargs": dict(chat_template_kwargs or {}),
+            "fields": dict(fields or {}),
+            **sampling,
+        }
     )
     rows = _AnswerRows(config, target)
     taken = [

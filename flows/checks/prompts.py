@@ -185,8 +185,9 @@ def _check_files(
     rows = held_out = unread = duplicates = 0
     unchanged = not (source.suffix or config.system)
     for _, candidate in prompt_rows(
-        source, read_rows(files), rejects, unchanged=unchanged, adapters=adapters, slices=config.slices
-    ):
+        source, read_rows(files), rejects, unchanged=unchanged, adapters=adapters, slices=config.slices,
+        of_logs=config.of_logs,
+    ):  # fmt: skip
         text = candidate.text_hash if candidate.messages else ""
         if text in seen:
             duplicates += 1

@@ -139,13 +139,14 @@ def open_streams(
 
     if isinstance(source, ReasoningGymSource):
         return [PromptStream(task, _task_candidates(task, source, finish, config), share) for task in source.tasks]
-    rejects = RejectLog("prompts.max_bad_share", config.max_bad_share, lines)
+    rejects = RejectLog(f"{config.section}.max_bad_share", config.max_bad_share, lines)
     unchanged = not (source.suffix or config.system)
 
     def candidates(rows: Iterable[Row | BadRow], rejects: RejectLog) -> Iterator[tuple[Row, PromptCandidate]]:
         for row, candidate in prompt_rows(
-            source, rows, rejects, read_ids, unchanged=unchanged, adapters=adapters, slices=config.slices
-        ):
+            source, rows, rejects, read_ids, unchanged=unchanged, adapters=adapters, slices=config.slices,
+            of_logs=config.of_logs,
+        ):  # fmt: skip
             yield row, finish(candidate)
 
     if isinstance(source, HuggingFaceSource):
@@ -158,8 +159,8 @@ def open_streams(
     def ranked() -> Iterator[RankedCandidate]:
         """Yield the candidates that may be used: without training prompts, those of the held-out class alone."""
         first, empty = rejects.rows == 0, True  # a second reading must not count or list rows again
-        counted = rejects if first else RejectLog("prompts.max_bad_share", config.max_bad_share)
-        rows = read_rows(match_files([source.path], "prompts.sources", source.pinned_files))
+        counted = rejects if first else RejectLog(f"{config.section}.max_bad_share", config.max_bad_share)
+        rows = read_rows(match_files([source.path], config.paths_field, source.pinned_files))
         for row, candidate in candidates(rows, counted):
             empty = False
             if counts["train"] or hash_fraction(candidate.identity) < share:
@@ -226,6 +227,7 @@ def prompt_rows(
     unchanged: bool = True,
     adapters: Collection[str] = (),
     slices: Sequence[str] = (),
+    of_logs: bool = False,
 ) -> Iterator[tuple[Row, PromptCandidate]]:
     """Yield the rows that pass the filter, with their prompts, before suffix and system prompt are added.
 
@@ -233,6 +235,7 @@ def prompt_rows(
     read_ids: without it, prompts of token ids alone have no messages. unchanged: nothing will be added to a prompt;
     otherwise a prompt of token ids is built again from its messages, which have no tools. adapters: names of the
     target's; a row that names another cannot be read. slices: fields whose values are the labels of a prompt.
+    of_logs: as of `row_messages`.
     """
     for row in rows:
         rejects.rows += 1
@@ -247,7 +250,7 @@ def prompt_rows(
             ids = prompt_token_ids(fields, source.field, row.where)
             later: tuple[str, ...] = ()
             if ids is None:
-                messages = first_question(fields, source.field, row.where)
+                messages = first_question(fields, source.field, row.where, of_logs=of_logs)
                 later = later_questions(fields, source.field)
             else:
                 known = messages_beside_ids(fields, tools=unchanged)

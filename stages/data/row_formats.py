@@ -42,9 +42,13 @@ PROMPT_IDS = "prompt_token_ids"
 ADAPTER = "adapter"
 _CHATS = ("messages", "conversations")  # lists of messages, possibly as JSON text
 _TEXTS = (*_CHATS, "prompt", "turns")
-_SHAPES = (
+_PROMPT_SHAPES = (
     '{"messages": [{"role", "content"}]}, {"conversations": [{"from", "value"}]}, {"prompt": text or messages} or '
     '{"turns": [text, …]}'
+)
+LOG_SHAPES = (
+    '{"messages": [{"role", "content"}], "completion": text} or '
+    '{"prompt_token_ids": [...], "completion_token_ids": [...]}'
 )
 _MASKED = "FULL BENCHMARK DATA SHOULD BE FETCHED FROM THE SOURCE"  # SPEED-Bench's questions that it may not ship
 TOOLS = "tools, which a prompt made of its messages would lack"
@@ -93,10 +97,19 @@ def row_adapter(row: Fields, adapters: Collection[str], where: str) -> str:
     return name
 
 
+def unknown_shape(row: Fields, where: str, *, of_logs: bool) -> DraftsmithError:
+    """Return the error for a row of none of the shapes that a source of prompts, or section logs, takes."""
+    known = ", ".join(sorted(name for name, value in row.items() if value is not None)) or "nothing"
+    shapes, remedy = _PROMPT_SHAPES, "Set the source's field."
+    if of_logs:
+        shapes, remedy = LOG_SHAPES, "Name its fields in logs.fields, or correct it."
+    return DraftsmithError(f"{where}: none of the shapes {shapes}; it has {known}. {remedy}")
+
+
 def rename_fields(row: Fields, names: FieldNames) -> Fields:
     """Return the row with our names for its fields; a named field that it lacks is None.
 
-    Under another name, `messages` may also be plain text, which becomes one user message.
+    Under another name, text of any kind in place of `messages` becomes one user message.
     """
     if not names:
         return row
@@ -125,10 +138,10 @@ def prompt_token_ids(row: Fields, field: str | None, where: str) -> list[int] | 
 def messages_beside_ids(row: Fields, *, tools: bool = True) -> list[Message] | None:
     """Return the messages of a prompt of token ids; None if the row has none that can be read.
 
-    A `prompt` beside the ids is ignored: it is often the output of the chat template. tools: as in `row_messages`.
+    Plain text beside the ids is ignored: it is often the output of the chat template. tools: as in `row_messages`.
     Raises RejectedRow.
     """
-    name = next((name for name in _CHATS if row.get(name) is not None), None)
+    name = next((name for name in _CHATS if row.get(name) is not None and not _is_plain(row[name])), None)
     if name is None:
         if not tools and _calls_tools(row, ()):
             raise RejectedRow(TOOLS)
@@ -141,14 +154,14 @@ def messages_beside_ids(row: Fields, *, tools: bool = True) -> list[Message] | N
 
 
 def row_messages(
-    row: Fields, field: str | None, where: str, *, tools: bool = False, answered: bool = True
+    row: Fields, field: str | None, where: str, *, tools: bool = False, answered: bool = True, of_logs: bool = False
 ) -> list[Message]:
     """Return the prompt of a row as messages that end before an answer.
 
     Answers at the end of a conversation (and a `completion` beside it) are left out: the target will give its own.
     where: names the row in errors. tools: whether a row that calls tools is read too, without its calls. answered:
-    whether it may end with an answer. Raises RejectedRow for content that text cannot hold, DraftsmithError for a row
-    of another shape.
+    whether it may end with an answer. of_logs: whether the section is logs. Raises RejectedRow for content that text
+    cannot hold, DraftsmithError for a row of another shape.
     """
     if field is not None:
         if row.get(field) is None:
@@ -157,8 +170,7 @@ def row_messages(
     else:
         present = [name for name in _TEXTS if row.get(name) is not None]
         if not present:
-            known = ", ".join(sorted(row)) or "nothing"
-            raise DraftsmithError(f"{where}: none of the shapes {_SHAPES}; it has {known}. Set the source's field.")
+            raise unknown_shape(row, where, of_logs=of_logs)
         name = present[0]
     value = _unpacked(row[name], f"{where}: {name}") if name in _CHATS else row[name]
     # a field of another name is the prompt as it is, whatever tools are beside it
@@ -193,9 +205,9 @@ def later_questions(row: Fields, field: str | None) -> tuple[str, ...]:
     return tuple(questions[1:]) if len(questions) == len(asked) else ()
 
 
-def first_question(row: Fields, field: str | None, where: str) -> list[Message]:
+def first_question(row: Fields, field: str | None, where: str, *, of_logs: bool = False) -> list[Message]:
     """Return the prompt of a row, without the questions that `later_questions` returns. Raises as `row_messages`."""
-    messages = row_messages(row, field, where)
+    messages = row_messages(row, field, where, of_logs=of_logs)
     if any(_MASKED in message["content"] for message in messages):
         raise RejectedRow("a question that SPEED-Bench does not ship: fill them in with its prepare.py")
     later = len(later_questions(row, field))
@@ -247,16 +259,24 @@ def _is_given(value: Any) -> bool:
     return bool(value) and not (isinstance(value, str) and value.strip() in ("", "[]", "{}", "null"))
 
 
+def _is_plain(value: Any) -> bool:
+    """Return whether a value is text that does not begin like JSON."""
+    return isinstance(value, str) and not value.lstrip().startswith(("[", "{"))
+
+
 def _unpacked(value: Any, where: str) -> Any:
-    """Return the messages that an export wrote as JSON text. Other text would be mistaken for a user message."""
-    if not isinstance(value, str):
+    """Return the messages that an export wrote as JSON text, and plain text as it is: one message of the user.
+
+    Text that begins like JSON is no plain text: it may be the first part of the messages.
+    """
+    if not isinstance(value, str) or _is_plain(value):
         return value
     try:
         parsed = json.loads(value)
     except (ValueError, RecursionError):
         parsed = None
     if not isinstance(parsed, list) or not all(isinstance(each, dict) for each in parsed):
-        raise DraftsmithError(f"{where} is text, but not a JSON list of messages. Give a list, or text in `prompt`.")
+        raise DraftsmithError(f"{where} begins like JSON, but is no list of messages. Give a list of messages.")
     return parsed
 
 

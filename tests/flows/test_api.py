@@ -65,6 +65,9 @@ def test_rows_of_a_file_become_answers_or_are_counted_as_rejected(plain_target: 
     assert len(set(answers.prompts)) == 1 and sum(answers.rejected.values()) == 2
     sampled = draftsmith.read_answers(path, plain_target, temperature=0.5)
     assert sampled.sampling.temperature == 0.5 and len(sampled) == 3
+    renamed = write(tmp_path / "renamed.jsonl", [{"asked": [1, 2, 3], "given": [4, 5, 6]}])
+    names = {"prompt_token_ids": "asked", "completion_token_ids": "given"}
+    assert draftsmith.read_answers(renamed, plain_target, fields=names)[0].tokens == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_file_without_a_target_or_a_usable_row_is_an_error(plain_target: Target, tmp_path: Path) -> None:

@@ -21,15 +21,14 @@ from draftsmith.artifacts.tables.schemas import ADAPTED_TRAJECTORIES, TRAJECTORI
 from draftsmith.stages.data.held_out import read_held_out
 from draftsmith.stages.data.logs.earlier import changes_since, read_contents, select_rows
 from draftsmith.stages.data.logs.filter import (
-    USED_BEFORE,
     AcceptedAnswer,
     EarlierAnswers,
     LogFilter,
     read_earlier_answers,
 )
-from draftsmith.stages.data.logs.rows import SHAPES
 from draftsmith.stages.data.logs.stage import LogsConfig
 from draftsmith.stages.data.row_files import RejectLog, Throttle, describe_counts, is_remote, no_rows_error, read_rows
+from draftsmith.stages.data.row_formats import LOG_SHAPES
 from draftsmith.stages.data.time_window import LAST, to_iso
 from draftsmith.stages.runtime.stage import StageContext, progress_callback
 from draftsmith.stages.target.causal_lm import Target
@@ -209,15 +208,15 @@ def _nothing_usable(config: LogsConfig, log_filter: LogFilter) -> str:
     rejects, paths = log_filter.rejects, ", ".join(config.paths)
     if not rejects.rows:
         return no_rows_error(config.paths)
-    if log_filter.outside_window + rejects.reasons[USED_BEFORE] == rejects.rows:
+    if rejects.outside + log_filter.overlap == rejects.rows:  # of the overlap, all that can be used was used before
         since = f"from {to_iso(config.since_time)} or later" if config.since_time is not None else ""
         after = f"later than {config.after}" if config.after is not None else ""
         window = " and ".join(part for part in (since, after) if part)
-        return f"logs: none of {rejects.rows} rows of {paths} is {window}. Give newer files or an earlier time."
+        return f"logs: none of {rejects.rows} rows of {paths} is {window}. Give newer files, or an earlier logs.since."
     reasons = ", ".join([text for text in (rejects.describe(), log_filter.describe_unselected()) if text])
     return (
-        f"logs: none of {rejects.rows} rows of {paths} can be used ({reasons}). Give rows of the shapes {SHAPES}, "
-        "token ids if text does not survive."
+        f"logs: none of {rejects.rows} rows of {paths} can be used ({reasons}). Give rows of the shapes "
+        f"{LOG_SHAPES}, token ids if text does not survive."
     )
 
 

@@ -25,14 +25,11 @@ from draftsmith.stages.data.row_formats import (
     row_adapter,
     row_messages,
     token_ids_field,
+    unknown_shape,
 )
 from draftsmith.stages.target.info import TargetInfo
 from draftsmith.stages.target.sampling import SamplingParams
 
-SHAPES = (
-    '{"messages": [{"role", "content"}], "completion": text} or '
-    '{"prompt_token_ids": [...], "completion_token_ids": [...]}'
-)
 _THOUGHT = "reasoning_content"  # the field for what a server's reasoning parser removes from an answer's text
 _TOO_LONG = "too long"
 _MAX_TEMPERATURE = 1e6  # a larger number is not a temperature
@@ -72,7 +69,7 @@ class LoggedRow(Row):
         """
         temperature = self.temperature  # a Parquet file may have it as float32
         if temperature is not None and not math.isclose(temperature, sampling.temperature, rel_tol=1e-6):
-            return "another temperature"
+            return f"another temperature ({temperature:.4g}; logs.temperature is {sampling.temperature:g})"
         if any(self._number(name, neutral) != neutral for name, neutral in _PENALTIES.items()):
             return "sampled with penalties"
         if _has_effect(self.fields.get("logit_bias")):
@@ -88,11 +85,11 @@ class LoggedRow(Row):
             return "sampled with min_p"
         top_p = self._number("top_p", sampling.top_p)  # a Parquet file may have it as float32
         if not 0 <= top_p <= 1 or not math.isclose(top_p, sampling.top_p, rel_tol=1e-6):
-            return "another top_p"
+            return f"another top_p ({top_p:.4g}; logs.top_p is {sampling.top_p:g})"
         logged, configured = (
             k if 0 < k < _ALL_TOKENS else 0 for k in (self._number("top_k", sampling.top_k), sampling.top_k)
         )
-        return "another top_k" if logged != configured else None
+        return f"another top_k ({logged:g}; logs.top_k is {configured})" if logged != configured else None
 
     def _number(self, name: str, default: float) -> float:
         """Return a field as a number, or the default if it is none."""
@@ -142,10 +139,7 @@ def logged_text(row: LoggedRow) -> tuple[list[Message], str]:
     """Return prompt and answer of a row of text. Raises RejectedRow, and DraftsmithError for a row of another shape."""
     completion = row.fields.get("completion")
     if not isinstance(completion, str) or row.fields.get("messages") is None:
-        known = ", ".join(sorted(name for name, value in row.fields.items() if value is not None)) or "nothing"
-        raise DraftsmithError(
-            f"{row.where}: none of the shapes {SHAPES}; it has {known}. Name its fields in logs.fields, or correct it."
-        )
+        raise unknown_shape(row.fields, row.where, of_logs=True)
     if isinstance(thought := row.fields.get(_THOUGHT), str) and thought.strip():
         raise RejectedRow("thinking that is not in the completion")
     return row_messages(row.fields, "messages", row.where, answered=False), completion

@@ -83,7 +83,10 @@ def test_duplicate_prompts_count_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "reason"),
     [
-        ([answer(1, temperature=1)], "0 of all 1 rows can be used; not used: 1 another temperature"),
+        (
+            [answer(1, temperature=1)],
+            "0 of all 1 rows can be used; not used: 1 another temperature (1; logs.",
+        ),
         (['{"messages": '], "row 1: not JSON"),
     ],
 )

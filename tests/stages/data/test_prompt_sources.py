@@ -276,11 +276,36 @@ def test_messages_may_be_json_text() -> None:
         logged_text(LoggedRow("log", 1, row | {"messages": json.dumps(CHAT[:3])}))
 
 
-@pytest.mark.parametrize("text", ["Hello", "", '"Hello"', '{"role": "user", "content": "Hello"}', "[1]", '["Hello"]'])
+@pytest.mark.parametrize("text", ["", '{"role": "user", "content": "Hello"}', "[1]", '["Hello"]', '[{"role": "us'])
 @pytest.mark.parametrize("name", ["messages", "conversations"])
-def test_other_text_in_place_of_messages_is_an_error(text: str, name: str) -> None:
+def test_what_begins_like_json_but_is_no_list_of_messages_is_an_error(text: str, name: str) -> None:
     with pytest.raises(DraftsmithError, match=f"^row 1: {name} "):
         row_messages({name: text}, None, "row 1")
+
+
+def test_text_in_place_of_messages_is_one_message_of_the_user_in_prompts_and_logs() -> None:
+    for text in ("Hello", '"Hello"', "7"):
+        assert row_messages({"messages": text}, None, "row 1") == [{"role": "user", "content": text}]
+    row = {"messages": "Hello", "completion": "Yes?"}
+    assert logged_text(LoggedRow("log", 1, row)) == ([ASKED], "Yes?")
+
+
+def test_a_row_of_another_shape_names_the_remedy_of_its_section(tmp_path: Path) -> None:
+    """Rows of the logs are read as prompts first."""
+    row = {"question": "Hello", "reply": "Yes?"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    source = JsonlSource.model_validate({"path": str(tmp_path / "a.jsonl")})
+    errors = {}
+    for of_logs in (False, True):
+        rejects = RejectLog("max_bad_share", 0)
+        with pytest.raises(DraftsmithError) as caught:
+            list(prompt_rows(source, read_rows([source.path]), rejects, of_logs=of_logs))
+        errors[of_logs] = str(caught.value)
+    assert errors[False].endswith("it has question, reply. Set the source's field.")
+    with pytest.raises(DraftsmithError) as of_log:
+        logged_text(LoggedRow(source.path, 1, row))
+    assert errors[True] == str(of_log.value)
+    assert errors[True].endswith("it has question, reply. Name its fields in logs.fields, or correct it.")
 
 
 @pytest.mark.parametrize(

@@ -111,13 +111,13 @@ SAMPLED = {"temperature": 0.7, "top_p": 0.9, "top_k": 20}
         ({}, {"json_schema": '{"type": "object"}', "regex": None}, "sampled under a grammar"),
         (SAMPLED, {"logit_bias": "none", "response_format": "markdown"}, None),
         (SAMPLED, {"top_p": float(np.float32(0.9)), "top_k": 20, "min_p": 0.0}, None),
-        (SAMPLED, {"top_p": 1.0}, "another top_p"),
-        (SAMPLED, {"top_k": -1}, "another top_k"),
+        (SAMPLED, {"top_p": 1.0}, "another top_p (1; logs.top_p is 0.9)"),
+        (SAMPLED, {"top_k": -1}, "another top_k (0; logs.top_k is 20)"),
         (SAMPLED, {"min_p": 0.05}, "sampled with min_p"),
         (SAMPLED, {"presence_penalty": 0.5}, "sampled with penalties"),
         (SAMPLED, {"top_p": "0.9 of them", "top_k": {"documents": 3}}, None),  # somebody else's fields
         ({"temperature": 1}, {"top_k": -1}, None),
-        ({"temperature": 1}, {"top_k": 50}, "another top_k"),
+        ({"temperature": 1}, {"top_k": 50}, "another top_k (50; logs.top_k is 0)"),
     ],
 )
 def test_a_row_with_other_sampling_than_configured_is_rejected(

@@ -103,7 +103,7 @@ def test_rejected_rows_are_counted_and_listed_with_their_reason(logs: Logs, eos:
         (good | {"completion_token_ids": [*response[:3], 10**6]}, "token id outside the target's vocabulary"),
         (good | {"completion_token_ids": response[:3] * 200}, "too long"),
         (good | {"prompt_token_ids": []}, "empty prompt"),
-        (as_ids(logs.answers[1]) | {"temperature": 0.7}, "another temperature"),
+        (as_ids(logs.answers[1]) | {"temperature": 0.7}, "another temperature (0.7; logs.temperature is 0)"),
         ({"messages": messages, "completion": ""}, "answer shorter than two tokens"),
         ({"messages": messages, "completion": "cut in two: \ud83d"}, "text is not valid Unicode"),
         ({"messages": [{"role": "user", "content": "\udc00"}], "completion": "yes"}, "text is not valid Unicode"),
@@ -212,7 +212,7 @@ def test_a_malformed_row_is_an_error_that_names_file_and_row(logs: Logs, row: Ro
 
 
 def test_a_log_without_a_usable_row_reports_the_reasons(logs: Logs) -> None:
-    with pytest.raises(DraftsmithError, match=r"log\.jsonl .*3 another temperature"):
+    with pytest.raises(DraftsmithError, match=r"log\.jsonl .*3 another temperature \(1; logs\.temperature is 0\)"):
         logs.run([as_ids(row) | {"temperature": 1.0} for row in logs.answers[:3]])
     with pytest.raises(DraftsmithError, match=r"empty\.jsonl: is empty"):
         logs.run(logs.write("empty.jsonl", []))

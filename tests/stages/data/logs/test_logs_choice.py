@@ -307,6 +307,15 @@ def test_late_rows_are_read_once(logs: Logs) -> None:
     assert responses(table(longer))[-1] == too_late["response_ids"] and len(responses(table(longer))) == 5
 
 
+def test_without_new_rows_the_window_is_named_as_the_cause(logs: Logs) -> None:
+    """Whatever speaks against the rows of the overlap, which are read again."""
+    rows = [at(row, minutes) for row, minutes in zip(logs.answers[:4], (-90, -30, -1, 0), strict=True)]
+    log = logs.write("a.jsonl", [*rows, at(logs.answers[4], -5) | {"temperature": 0.7}])
+    first = logs.run(log, since="last")
+    with pytest.raises(DraftsmithError, match=rf"none of 5 rows of .* is later than {NOON}.* an earlier logs\.since"):
+        following(logs, first, log)
+
+
 def test_without_lateness_or_earlier_answers_a_window_begins_after_the_newest_row(logs: Logs) -> None:
     log = logs.write("a.jsonl", [at(logs.answers[n], minutes) for n, minutes in enumerate((-5, 0, 5))])
     first = logs.run(log, since="last")
