@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from draftsmith.artifacts.errors import DraftsmithError
@@ -31,8 +32,11 @@ from draftsmith.flows.checks.models import (
     check_stage_settings,
     check_target,
     fetch_target_metadata,
+    fetch_weights,
 )
 from draftsmith.flows.checks.prompts import (
+    ReadSample,
+    check_answers,
     check_lengths,
     check_logs,
     check_max_lengths,
@@ -46,12 +50,13 @@ from draftsmith.flows.execution.machine import check_home, free_disk_bytes
 from draftsmith.flows.orchestration import server
 from draftsmith.flows.planning.graph import Node, Pipeline, PlannedNode, Status, plan, topological_order
 from draftsmith.stages.data.logs.earlier import EarlierConfig, is_available
+from draftsmith.stages.data.logs.stage import LogsConfig
 from draftsmith.stages.data.prompts import PromptsConfig
 from draftsmith.stages.target.info import read_target_info
 
 
 def check(config: RunOptions, pipeline: Pipeline, home: Path, gpu: GpuRates | None = None) -> Findings:
-    """Make all checks of a valid config, without loading weights, and return their results.
+    """Make all checks of a valid config, and return their results. Only for logged answers are weights loaded.
 
     gpu: to estimate memory and time for, in place of this machine's.
     They leave no files, except MLflow's database, which is asked for the line's champion, and an empty object in the
@@ -91,8 +96,13 @@ def check(config: RunOptions, pipeline: Pipeline, home: Path, gpu: GpuRates | No
     _without_target(findings, nodes, nodes)
     with tempfile.TemporaryDirectory(prefix="draftsmith-check-") as scratch:
         if fetch_target_metadata(findings, nodes, Path(scratch)):
-            plans = _with_target(findings, nodes, nodes, Path(scratch), whole=False)
             stored = [item.ref.path for item in planned if item.ref is not None and item.node.stage.name == "target"]
+            weights = None
+            if any(isinstance(node.config, LogsConfig) and node.config.scored for node in nodes):
+                with findings.check("target"):
+                    weights = fetch_weights(nodes, Path(scratch), stored[0] if stored else None)
+            test = partial(check_answers, findings, weights)
+            plans = _with_target(findings, nodes, nodes, Path(scratch), whole=False, test=test)
             check_served_targets(findings, to_make, Path(scratch), stored[0] if stored else None)
             with findings.check("resources"):
                 machine = Hardware.here() if gpu is None else Hardware.assumed(gpu)
@@ -130,11 +140,17 @@ def _check_earlier(findings: Findings, to_make: Sequence[Node]) -> None:
 
 
 def _with_target(
-    findings: Findings, nodes: Sequence[Node], to_make: Sequence[Node], artifact: Path, *, whole: bool
+    findings: Findings,
+    nodes: Sequence[Node],
+    to_make: Sequence[Node],
+    artifact: Path,
+    *,
+    whole: bool,
+    test: ReadSample | None = None,
 ) -> DrafterPlans:
     """Make the checks that need the target; return the drafters' plans.
 
-    artifact: the target's. whole: it has its weights.
+    artifact: the target's. whole: it has its weights. test: as of `check_logs`.
     """
     with findings.check("target"):
         check_target(findings, to_make, artifact)
@@ -142,7 +158,7 @@ def _with_target(
     check_max_lengths(findings, to_make, read_target_info(artifact).max_positions)
     check_stage_settings(findings, to_make, artifact, whole=whole)
     check_shared_target(findings, to_make, artifact)
-    check_logs(findings, to_make, artifact)
+    check_logs(findings, to_make, artifact, test)
     with findings.check("GPUs"):
         check_accelerators(findings)
     return plans

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.host import memory_bytes, visible_gpus
 from draftsmith.flows.checks.drafters import creates_drafter, drafter_origins, drafts_on_sglang, sglang_engine
 from draftsmith.flows.checks.findings import Findings
 from draftsmith.flows.execution.display import format_bytes
@@ -27,6 +28,7 @@ from draftsmith.stages.training.config import SftConfig
 if TYPE_CHECKING:
     from draftsmith.stages.drafters.checkpoint import DrafterPlan
 
+_WEIGHTS_SHARE = 0.7  # of the memory that computes, for weights that a check loads
 DrafterPlans = Mapping[str, "DrafterPlan"]  # node -> the drafter that a run starts with there
 
 
@@ -48,6 +50,30 @@ def fetch_target_metadata(findings: Findings, nodes: Sequence[Node], artifact: P
             return False
         return True
     return False
+
+
+def fetch_weights(nodes: Sequence[Node], metadata: Path, stored: Path | None) -> Path | None:
+    """Return an artifact of the target with its weights; None if they are on the hub only, or fill the memory.
+
+    metadata: that of `fetch_target_metadata`, in which a new one is written. stored: the one in the store, if any.
+    """
+    # imports torch, and planning imports this module
+    from draftsmith.stages.target.resolve import resolve_target
+
+    info, folder = read_target_info(metadata), model_path(metadata)
+    size = target_size(folder).parameters * DTYPE_BYTES[info.dtype]
+    if size > _WEIGHTS_SHARE * min([gpu.memory for gpu in visible_gpus()], default=memory_bytes()):
+        return None
+    if stored is not None:
+        return stored
+    if info.kind == "hub":
+        try:
+            check_weights(folder)
+        except DraftsmithError:
+            return None
+    config = next(node.config for node in nodes if isinstance(node.config, TargetConfig))
+    resolve_target(config, metadata / "whole", lambda _line: None)
+    return metadata / "whole"
 
 
 def metadata_artifact(config: TargetConfig, out: Path) -> TargetInfo:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from draftsmith.artifacts.errors import DraftsmithError, one_line
 from draftsmith.flows.checks.findings import Findings
 from draftsmith.flows.planning.graph import Node
 from draftsmith.stages.data.held_out import HeldOut, hash_fraction, prompt_identity
-from draftsmith.stages.data.logs.filter import LogFilter, SchemaFilter
+from draftsmith.stages.data.logs.filter import AcceptedAnswer, LogFilter, SchemaFilter
 from draftsmith.stages.data.logs.stage import LogsConfig
 from draftsmith.stages.data.prompt_streams import load_rows, open_streams, prompt_rows
 from draftsmith.stages.data.prompts import (
@@ -250,11 +251,14 @@ def _enough_rows(source: PromptSource, label: str, rows: int, wanted: int, *, fi
     return f"{label}: {rows} rows{unfiltered} for {wanted} prompts"
 
 
-def check_logs(findings: Findings, nodes: Sequence[Node], target: Path | None) -> None:
+ReadSample = Callable[[str, LogsConfig, Sequence[AcceptedAnswer]], None]  # of a node
+
+
+def check_logs(findings: Findings, nodes: Sequence[Node], target: Path | None, test: ReadSample | None = None) -> None:
     """Check that logs have usable answers: count them in the first rows, with the reasons why others are not used.
 
     target: an artifact of the target, of which only small files such as the tokenizer are read. None: rows are checked
-    by their fields, temperature and time only.
+    by their fields, temperature and time only. test: is given some of the usable answers.
     """
     for node in nodes:
         if isinstance(node.config, LogsConfig):
@@ -263,20 +267,62 @@ def check_logs(findings: Findings, nodes: Sequence[Node], target: Path | None) -
             if isinstance(prompts, PromptsConfig):
                 held_out = HeldOut(prompts.max_heldout_share, by=prompts.heldout_by)
             with findings.check(node.name):
-                _check_log(findings, node.name, node.config, target, held_out)
+                answers = _check_log(findings, node.name, node.config, target, held_out)
+                if answers and test is not None:
+                    test(node.name, node.config, answers)
 
 
-def _check_log(findings: Findings, name: str, config: LogsConfig, target: Path | None, held_out: HeldOut) -> None:
+def check_answers(
+    findings: Findings, weights: Path | None, name: str, config: LogsConfig, answers: Sequence[AcceptedAnswer]
+) -> None:
+    """Check by the target's log-probs that answers are its own, as stage `logs` will.
+
+    weights: an artifact of the target with its weights; None if they are not here. Raises DraftsmithError.
+    """
+    if weights is None:
+        findings.skip(
+            name, "whether the answers are this target's: its weights are not here, or too large. A run tests it first."
+        )
+        return
+    from draftsmith.stages.data.logs.likelihood import describe_foreign, foreign_error, read_answer  # import torch
+    from draftsmith.stages.target.causal_lm import Target
+
+    target, read, end = Target.load(weights), [], time.monotonic() + _LOG_SECONDS
+    for answer in answers:
+        prompt, response = answer.prompt_ids.tolist(), answer.response_ids.tolist()
+        read.append(read_answer(target, prompt, response, config.sampling, answer.adapter))
+        if time.monotonic() > end:
+            break
+    if error := foreign_error(target, config, read):
+        raise DraftsmithError(error)
+    if foreign := describe_foreign(config, read):
+        findings.warn(name, foreign)
+    else:
+        findings.ok(name, f"{len(read)} answers that were tested are this target's")
+
+
+def _check_log(
+    findings: Findings, name: str, config: LogsConfig, target: Path | None, held_out: HeldOut
+) -> list[AcceptedAnswer]:
+    """Return `scored` random ones of the usable answers; none without a target."""
     rejects = RejectLog(f"{name}.max_bad_share", config.max_bad_share)
     row_filter: LogFilter | SchemaFilter = SchemaFilter(config, rejects)
     if target is not None:
         row_filter = LogFilter(config, target, held_out, rejects)
     used, whole, end = 0, True, time.monotonic() + _LOG_SECONDS
+    sample, chance = list[AcceptedAnswer](), random.Random(0)
     for row in read_rows(config.files()):
         if rejects.rows >= _LOG_ROWS or time.monotonic() > end:
             whole = False
             break
-        used += row_filter.accept(row) is not None
+        if (accepted := row_filter.accept(row)) is None:
+            continue
+        used += 1
+        if isinstance(accepted, AcceptedAnswer):  # of any number, each is as likely to be kept
+            if len(sample) < config.scored:
+                sample.append(accepted)
+            elif (place := chance.randrange(used)) < config.scored:
+                sample[place] = accepted
     read = "all" if whole else "the first"
     unused = ", ".join([text for text in (rejects.describe(), row_filter.describe_unselected()) if text])
     line = f"{used} of {read} {rejects.rows} rows can be used{f'; not used: {unused}' if unused else ''}"
@@ -289,10 +335,10 @@ def _check_log(findings: Findings, name: str, config: LogsConfig, target: Path |
         findings.ok(name, f"requests in flight, by the times of {row_filter.in_flight.timed} rows: gate.loads: {loads}")
     if row_filter.outside_window + row_filter.overlap == rejects.rows and not whole:
         findings.skip(name, f"whether there are rows of the window. {line}; others may follow")
-        return
+        return []
     if config.after is not None and row_filter.outside_window + row_filter.overlap == rejects.rows:
         findings.warn(name, f"no row is later than {config.after}. Without new rows, only a drift check is possible.")
-        return
+        return []
     if not rejects.rows:
         raise DraftsmithError(no_rows_error(config.paths))
     if not used and whole:
@@ -302,3 +348,4 @@ def _check_log(findings: Findings, name: str, config: LogsConfig, target: Path |
         findings.warn(name, f"{line}. Check that these are this target's answers, and that the sampling is theirs.")
     else:
         findings.ok(name, line)
+    return sample

@@ -24,7 +24,7 @@ _TURNS: list[Message] = [
     {"role": "user", "content": _SECOND},
 ]
 # a request may set these, and they change how a template ends the prompt
-_SWITCHES = [{name: value} for name in ("thinking", "enable_thinking") for value in (True, False)]
+SWITCHES = [{name: value} for name in ("thinking", "enable_thinking") for value in (True, False)]
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class TemplateInverter:
             if after.strip() and self._open.endswith(after):  # the text before it is there only without a system prompt
                 self._open = after
         ends = {end}
-        for switch in _SWITCHES:
+        for switch in SWITCHES:
             with suppress(DraftsmithError):
                 ends.add(text(_TURNS, **switch).rpartition(_SECOND)[2])
         self._ends = sorted(ends, key=len, reverse=True)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import stdtrit  # of scipy.stats, which takes a second to load
+from scipy.special import betaincinv, stdtrit  # of scipy.stats, which takes a second to load
 
 CONFIDENCE = 0.95  # of a single interval, and of all verdicts of a report jointly
 Interval = tuple[float, float]
@@ -108,6 +108,14 @@ def mean_estimate(values: np.ndarray) -> Estimate:
     units = len(values)
     error = float(values.std(ddof=1)) / math.sqrt(units) if units > 1 else math.nan
     return Estimate(float(values.mean()), error, units, units - 1.0)
+
+
+def share_interval(count: int, units: int, level: float = CONFIDENCE) -> Interval:
+    """Return the interval of a share of which `count` of `units` were found (Clopper and Pearson 1934)."""
+    tail = (1 - level) / 2
+    low = betaincinv(count, units - count + 1, tail) if count else 0.0
+    high = betaincinv(count + 1, units - count, 1 - tail) if count < units else 1.0
+    return float(low), float(high)
 
 
 def combine_errors(repeated: Estimate, sampled: Estimate) -> Estimate:

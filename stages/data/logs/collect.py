@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 
 from draftsmith.artifacts.atomic import atomic_path, write_text
 from draftsmith.artifacts.errors import DraftsmithError
@@ -26,14 +26,14 @@ from draftsmith.stages.data.logs.filter import (
     LogFilter,
     read_earlier_answers,
 )
+from draftsmith.stages.data.logs.likelihood import ReadAnswer, describe_foreign, foreign_error, read_answer
 from draftsmith.stages.data.logs.stage import LogsConfig
-from draftsmith.stages.data.row_files import RejectLog, Throttle, describe_counts, is_remote, no_rows_error, read_rows
+from draftsmith.stages.data.row_files import RejectLog, Throttle, is_remote, no_rows_error, read_rows
 from draftsmith.stages.data.row_formats import LOG_SHAPES
 from draftsmith.stages.data.time_window import LAST, to_iso
 from draftsmith.stages.runtime.stage import StageContext, progress_callback
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.info import read_target_info
-from draftsmith.stages.target.sampling import SamplingParams
 
 _COLUMNS = ("prompt_id", "prompt_ids", "response_ids", "finish_reason", "adapter")  # fields of an AcceptedAnswer
 _GROUP_TOKENS, _GROUP_ROWS = 1 << 20, 4096  # of answers that are appended together
@@ -84,7 +84,7 @@ def run(ctx: StageContext, config: LogsConfig) -> None:
     loads = log_filter.in_flight.shares()
     if loads:
         ctx.log(f"requests in flight, by the times of {log_filter.in_flight.timed} rows: gate.loads: {loads}")
-    improbable = _find_improbable(ctx, config, table.rows)
+    improbable = _test_answers(ctx, config, table.rows)
     replayed, info = table.rows - used, read_target_info(ctx.inputs["target"])
     whole = _reads_all_rows(config, max_new) and not any(is_remote(file) for file in config.files())
     LogsSummary(
@@ -135,35 +135,31 @@ def _earlier_answers(
     return earlier, None
 
 
-def _find_improbable(ctx: StageContext, config: LogsConfig, rows: int) -> list[str]:
-    """Score answers that are evenly spread over the table; return the reasons against those that fail."""
+def _test_answers(ctx: StageContext, config: LogsConfig, rows: int) -> list[str]:
+    """Test answers that are evenly spread over the table; return the reasons against those that fail.
+
+    Raises DraftsmithError if too many fail.
+    """
     count = min(config.scored, rows)
     if not count:
         return []
     mask = np.zeros(rows, dtype=bool)
     mask[np.linspace(0, rows - 1, count).astype(int)] = True
-    target, failed, done = Target.load(ctx.inputs["target"]), [], 0
+    target, read, improbable = Target.load(ctx.inputs["target"]), list[ReadAnswer](), []
+    test = partial(read_answer, target, sampling=config.sampling)
     for batch in select_rows(ctx.out / "trajectories.parquet", mask):
         for row in batch.to_pylist():
-            adapter = row.get("adapter", "")
-            reason = check_likelihood(target, row["prompt_ids"], row["response_ids"], config.sampling, adapter)
-            if reason:
-                failed.append({"trajectory_id": row["trajectory_id"], "reason": reason})
-            done += 1
-            ctx.progress(done, count, "answers read by the target", improbable=len(failed))
+            read.append(answer := test(row["prompt_ids"], row["response_ids"], adapter=row.get("adapter", "")))
+            if answer.reason:
+                improbable.append({"trajectory_id": row["trajectory_id"], "reason": answer.reason})
+            ctx.progress(len(read), count, "answers read by the target", improbable=len(improbable))
             ctx.check_interrupted()
-    write_text(ctx.out / "improbable.jsonl", "".join(json.dumps(entry) + "\n" for entry in failed))
-    by_reason = Counter(entry["reason"] for entry in failed)
-    if failed:
-        sampling = f"temperature {config.temperature:g}" + (
-            f", {config.sampling.truncation}" if config.temperature else ""
-        )
-        ctx.log(
-            f"warning: {len(failed)} of {count} answers are not what this target gives at {sampling} "
-            f"({describe_counts(by_reason)}; improbable.jsonl). They may have been sampled differently, come from "
-            "another model, or lack a part."
-        )
-    return list(by_reason.elements())
+    write_text(ctx.out / "improbable.jsonl", "".join(json.dumps(entry) + "\n" for entry in improbable))
+    if error := foreign_error(target, config, read):
+        raise DraftsmithError(f"logs: {error}")
+    if improbable:
+        ctx.log(f"warning: {describe_foreign(config, read)}: improbable.jsonl")
+    return [entry["reason"] for entry in improbable]
 
 
 def _reads_all_rows(config: LogsConfig, max_new: int | None) -> bool:
@@ -274,66 +270,3 @@ class TrajectoryTable(TableWriter):
         ]
         self.append(pa.table(columns, names=self.schema.columns.names))
         self.answer_tokens += pc.sum(pc.list_value_length(batch["response_ids"])).as_py()
-
-
-GAP = 1.0  # nats below the best token: more than near-ties of another kernel or dtype
-UNCHOSEN_SHARE, UNCHOSEN_MIN = 0.03, 2  # tokens of a greedy answer that may be farther below: seams of tokens
-DEVIATIONS = 6.0  # of a sampled answer's log-prob from its expectation
-BEGINNING = 8  # tokens that are also tested alone
-_POSITIONS = 512  # whose logits are in memory together
-
-LIKELY, UNLIKELY, OTHER_BEGINNING, TOO_LIKELY = "", "improbable", "improbable beginning", "more probable than sampled"
-
-
-@torch.no_grad()
-def check_likelihood(
-    target: Target, prompt: Sequence[int], answer: Sequence[int], sampling: SamplingParams, adapter: str = ""
-) -> str:
-    """Return what speaks against an answer, one of the constants above; empty if nothing does.
-
-    Greedy answers have no token that the target clearly would not have chosen. For sampled answers, the expected log-
-    prob is minus the entropy, summed over the positions. A sum over hundreds of tokens is close to normal, so its
-    deviation is measured in standard deviations. The check finds sampled rows among greedy ones and the reverse,
-    another model's answers, and answers whose beginning (the reasoning) was removed. It tolerates retokenised text and
-    near-ties of other kernels.
-    """
-    ids = torch.tensor([[*prompt, *answer]], device=target.device)
-    read = target.read(ids, adapters=[adapter])
-    hidden = read.hidden[0, len(prompt) - 1 : -1]  # of the positions before each token of the answer
-    tokens = ids[0, len(prompt) :]
-    gaps, surprises, variances = [], [], []
-    for start in range(0, len(tokens), _POSITIONS):
-        logits = target.logits(hidden[start : start + _POSITIONS])
-        chosen = tokens[start : start + _POSITIONS, None]
-        if sampling.greedy:
-            gaps.append(logits.max(-1).values - logits.gather(-1, chosen)[:, 0])
-            continue
-        logprobs = torch.log_softmax(logits / sampling.temperature, -1)
-        probs = logprobs.exp()
-        finite = torch.where(probs > 0, logprobs, 0.0)
-        entropy = -(probs * finite).sum(-1)
-        surprises.append(-logprobs.gather(-1, chosen)[:, 0] - entropy)  # zero on average
-        variances.append((probs * finite.square()).sum(-1) - entropy.square())
-    if sampling.greedy:
-        return _check_greedy(torch.cat(gaps))
-    return _check_sampled(torch.cat(surprises), torch.cat(variances), sampling)
-
-
-def _check_greedy(gaps: torch.Tensor) -> str:
-    """Classify a greedy answer by how far (nats, [N]) each token's logit is below the best one."""
-    unchosen = gaps > GAP
-    if int(unchosen.sum()) >= max(UNCHOSEN_MIN, UNCHOSEN_SHARE * len(gaps)):
-        return UNLIKELY
-    return OTHER_BEGINNING if bool(unchosen[0]) else LIKELY
-
-
-def _check_sampled(surprises: torch.Tensor, variances: torch.Tensor, sampling: SamplingParams) -> str:
-    """Classify a sampled answer by [N] surprisals minus entropies and their variances."""
-    # a little is added: a certain position has variance zero, and another kernel's log-prob is not quite ours
-    deviations = surprises.sum() / (variances.sum() + 0.01 * len(variances)).sqrt()
-    if deviations > DEVIATIONS:
-        return UNLIKELY
-    if deviations < -DEVIATIONS and not sampling.truncates:  # truncation by itself makes answers more probable
-        return TOO_LIKELY
-    beginning = surprises[:BEGINNING].sum() / (variances[:BEGINNING].sum() + 1.0).sqrt()
-    return OTHER_BEGINNING if beginning > DEVIATIONS else LIKELY

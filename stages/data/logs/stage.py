@@ -105,6 +105,13 @@ class LogsConfig(Config):
         description="number of used answers that the target scores: its log-probs show whether they are its own at "
         "this temperature; those that are not are counted and listed in improbable.jsonl",
     )
+    max_foreign_share: float = Field(
+        default=0.05,
+        ge=0,
+        le=1,
+        description="share of the answers that may be foreign: not what the target gives at this temperature. The run "
+        "stops where the lower end of the share's interval (95 %) is above it; with 64 scored, from 8 of them on",
+    )
     chat_template_kwargs: TemplateKwargs = Field(
         default={}, description="passed to the chat template for rows of text; the same as the service passed"
     )

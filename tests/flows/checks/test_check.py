@@ -12,8 +12,11 @@ from typing import Any
 import pytest
 import yaml
 
+from draftsmith.artifacts.tables.parquet import read_table
+from draftsmith.artifacts.tables.schemas import TRAJECTORIES
 from draftsmith.flows.cli.main import main
 from tests.flows.processes import ROOT
+from tests.stages.data.logs.logs_run import as_ids
 from tests.stages.data.row_files import write
 from tests.testbed.adapters import write_adapter
 from tests.testbed.drafter import DrafterArtifacts
@@ -86,9 +89,26 @@ def test_logs_are_checked_beside_prompts_of_a_limited_length(
     """Their sampling has no limit of new tokens."""
     answers = [row | {"completion": "once upon a time ."} for row in read_rows(tiny_prompts)]
     del config["rollout"], config["assisted"]
-    config["logs"] = {"paths": [str(write(tmp_path / "answers.jsonl", answers))], "temperature": 0}
+    config["logs"] = {"paths": [str(write(tmp_path / "answers.jsonl", answers))], "temperature": 0, "scored": 0}
     code, out = check(config)
     assert code == 0 and "logs" in levels(out)
+
+
+def test_logs_of_another_model_are_an_error_before_anything_runs(
+    check: Check, tmp_path: Path, tiny_drafter: DrafterArtifacts, config: dict[str, Any]
+) -> None:
+    stored = read_table(tiny_drafter.rollout / "trajectories.parquet", TRAJECTORIES).to_pylist()
+    own = [as_ids(row) for row in stored[:40]]
+    others = [row | {"completion_token_ids": own[i - 1]["completion_token_ids"]} for i, row in enumerate(own)]
+    del config["rollout"], config["assisted"]
+    path = tmp_path / "answers.jsonl"
+    config["logs"] = {"paths": [str(path)], "temperature": 0}
+    write(path, own)
+    code, out = check(config)
+    assert code == 0 and re.search(r"ok +logs +\d+ answers that were tested are this target's", out)
+    write(path, others)
+    code, out = check(config)
+    assert code == 2 and "over logs.max_foreign_share 0.05. They look like" in out
 
 
 def test_one_run_reports_the_failures_of_all_checks(check: Check, tmp_path: Path, config: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from draftsmith.stages.runtime.statistics import (
     mean_estimate,
     ratio,
     ratio_difference,
+    share_interval,
     stratum_indices,
 )
 
@@ -120,3 +121,9 @@ def test_a_one_sided_bound_is_nearer_than_a_two_sided_one() -> None:
     estimate = Estimate(1.0, 0.5, 5, 4.0)
     assert estimate.upper(0.975) == pytest.approx((estimate.interval(0.95) or (0, 0))[1])
     assert estimate.upper(0.95) < estimate.upper(0.975)
+
+
+@pytest.mark.parametrize(("count", "units"), [(0, 6), (6, 6), (8, 64), (20, 64)])
+def test_the_interval_of_a_share_is_clopper_and_pearsons(count: int, units: int) -> None:
+    expected = stats.binomtest(count, units).proportion_ci(0.95, method="exact")
+    assert share_interval(count, units) == pytest.approx((expected.low, expected.high))
