@@ -253,7 +253,7 @@ def _mining(config: MiningConfig, use: StageUse) -> Need:
     return Need(
         memory=PROCESS_BYTES + weights + head + tokens * sizes.feature_bytes + scoring_logits(sizes) + scoring,
         tables=_tables(use.answers), loaded=weights, disk=disk, temporary_disk=disk,
-        work=("replay", steps / STEPS_PER_TOKEN), on_gpu=on_gpu,
+        work=("replay", steps / STEPS_PER_TOKEN) if steps else None, on_gpu=on_gpu,  # of logs without `rows`: unknown
     )  # fmt: skip
 
 

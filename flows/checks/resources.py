@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from draftsmith.artifacts.host import memory_bytes, visible_gpus
 from draftsmith.artifacts.store.manifest import Manifest
 from draftsmith.artifacts.store.mirror import open_store
-from draftsmith.flows.checks.drafters import is_drafter
+from draftsmith.flows.checks.drafters import creates_drafter, is_drafter
 from draftsmith.flows.checks.engines import runs_elsewhere
 from draftsmith.flows.checks.estimates import NEEDS, Need
 from draftsmith.flows.checks.findings import Findings
@@ -136,28 +136,39 @@ def check_resources(
 
 
 def model_sizes(nodes: Sequence[Node], artifact: Path, plans: DrafterPlans, machine: Hardware) -> Sizes | None:
-    """Return the sizes of the target and of a run's largest drafter; None without prompts or a drafter.
+    """Return the sizes of the target and of a run's largest drafter; None if that is not known.
 
-    artifact: the target's.
+    artifact: the target's. Nodes that end before the first drafter need none: it counts as empty.
     """
     prompts = next((node.config for node in nodes if isinstance(node.config, PromptsConfig)), None)
     plan = max(plans.values(), key=lambda plan: plan.parameters, default=None)
-    if prompts is None or plan is None:
+    if plan is None and any(creates_drafter(node) or any(map(is_drafter, node.inputs)) for node in nodes):
         return None
-    info = read_target_info(artifact)
-    return Sizes(
-        target=target_size(model_path(artifact)),
+    info, target = read_target_info(artifact), target_size(model_path(artifact))
+    sizes = Sizes(
+        target=target,
+        drafter=replace(target, parameters=0, layers=0, windows=()),
+        features=0,
+        block_size=1,
+        itemsize=DTYPE_BYTES[info.dtype],
+        longest_prompt=prompts.max_prompt_tokens if prompts is not None else 0,
+        positions=info.max_positions,
+        kind="",
+        deepest=0,
+        operations=lambda *_, **__: 0.0,
+        device_memory=float(min(machine.gpus, default=memory_bytes())),
+        accelerated=bool(machine.gpus),
+    )
+    if plan is None:
+        return sizes
+    return replace(
+        sizes,
         drafter=ModelSize.from_config(plan.config, plan.parameters, map_sizes=plan.map_sizes),
         features=len(plan.target_layer_ids),
         block_size=plan.block_size,
-        itemsize=DTYPE_BYTES[info.dtype],
-        longest_prompt=prompts.max_prompt_tokens,
-        positions=info.max_positions,
         kind=plan.kind,
         deepest=max(plan.target_layer_ids) + 1,
         operations=plan.operations,
-        device_memory=float(min(machine.gpus, default=memory_bytes())),
-        accelerated=bool(machine.gpus),
     )
 
 
@@ -240,9 +251,8 @@ def _time(
 ) -> tuple[float | None, str]:
     """Return the seconds that a node takes, None if unknown, and where they come from."""
     if (last := history.last(node)) is not None:
-        seconds = max(last.duration_s, last.metrics.get("seconds", 0.0))  # the metric includes earlier attempts
-        seconds *= _work_ratio(node, need, last)
-        return seconds, "by its last run"
+        steps = last.metrics.get("seconds", last.duration_s)  # of a training's steps, earlier attempts included
+        return max(0.0, last.duration_s - steps) + steps * _work_ratio(node, need, last), "by its last run"
     if machine.rates is not None and need.on_gpu:
         seconds = need.steps * sum(map(machine.rates.seconds, need.on_gpu.values()))
         return seconds + need.server_starts * _SERVER_START_S, f"by arithmetic for {machine.rates.name}"

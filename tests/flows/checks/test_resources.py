@@ -14,6 +14,7 @@ from draftsmith.flows.checks.findings import Findings, Level
 from draftsmith.flows.checks.resources import Hardware
 from draftsmith.flows.checks.work import GPUS, Work
 from draftsmith.flows.planning.graph import Node, topological_order
+from draftsmith.flows.refresh.config import RefreshConfig
 from draftsmith.flows.refresh.graph import refresh_nodes
 from draftsmith.stages.catalog import STAGES
 from draftsmith.stages.engines.stage import RolloutConfig
@@ -24,7 +25,7 @@ from draftsmith.stages.training.config import SftConfig
 from tests.flows.checks.test_check import QWEN3_4B
 from tests.flows.processes import ROOT
 from tests.testbed.drafter import DrafterArtifacts
-from tests.testbed.refresh import load_config, node_of
+from tests.testbed.refresh import load_config, node_of, small_refresh
 
 TARGET, OTHER = TargetConfig(source="/models/one"), TargetConfig(source="/models/other")
 TRAINED = ("target", "trajectories")
@@ -106,6 +107,24 @@ def test_answers_take_no_more_disk_space_than_estimated(tiny_drafter: DrafterArt
     assert path.stat().st_size < 4 * tokens < 10 * path.stat().st_size
 
 
+def test_mining_of_logs_without_a_number_of_rows_takes_an_unknown_time() -> None:
+    logs, mining = node_of("logs", paths=["a.jsonl"], temperature=0), node_of("mining", {"trajectories": "logs"})
+    for node, work in ((logs, None), (node_of("logs", paths=["a.jsonl"], temperature=0, rows=2000), 2000 * 40960)):
+        need = resources._needs([node, mining], qwen_sizes())["mining"]
+        assert need.work == (None if work is None else ("replay", pytest.approx(work)))
+
+
+def test_nodes_before_the_first_drafter_are_estimated_without_one(tiny_drafter: DrafterArtifacts) -> None:
+    """A run until the answers."""
+    config = RefreshConfig.model_validate(small_refresh("tiny", "nowhere", "prompts.jsonl", 32))
+    nodes = {node.name: node for node in refresh_nodes(config)}
+    answers = [nodes[name] for name in ("target", "prompts", "rollout")]
+    sizes = resources.model_sizes(answers, tiny_drafter.target, {}, CPU)
+    assert sizes is not None
+    assert resources._needs(answers, sizes)["rollout"].memory > PROCESS_BYTES + 4 * sizes.target.parameters
+    assert resources.model_sizes([*answers, nodes["sft"]], tiny_drafter.target, {}, CPU) is None
+
+
 @pytest.mark.parametrize(
     ("need", "gpus", "host", "level"),
     [
@@ -175,6 +194,8 @@ def test_time_is_estimated_from_the_last_run_and_its_size() -> None:
     assert seconds("rollout", RolloutConfig(), Need(makes=AnswerCounts(100, count=300)), here, OTHER) is None
     sft = made("sft", few, 100, TRAINED)
     assert seconds("sft", asked, Need(), [*here, sft]) == 400
+    sft.metrics["seconds"] = 60.0  # of its steps: the process starts once, however many there are
+    assert seconds("sft", asked, Need(), [*here, sft]) == 40 + 240
     sft.metrics["seconds"] = 125.0  # includes earlier attempts
     assert seconds("sft", asked, Need(), [*here, sft]) == 500
     many = SftConfig.model_validate({"steps": 50, "parallel": {"processes": 4}})
