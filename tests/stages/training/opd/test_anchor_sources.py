@@ -34,6 +34,7 @@ from draftsmith.stages.training.opd.verify_steps import (
     score_steps,
     verify_blocks,
 )
+from tests.benchmarks.proof import scrambled
 from tests.stages.kernel_flops import KERNEL_FLOPS
 from tests.stages.training.case import heads_of, loss_context
 from tests.stages.training.opd.world import (
@@ -272,8 +273,9 @@ def test_proposals_are_scored_on_the_keys_of_the_first_read(indices: list[int], 
     batch = source.batch(indices)
     assert [len(names) for names, _ in batch.kept] != []
     anchors = position_anchors(batch.trajectories, PER_SEQUENCE, np.full(len(indices), 0.5), torch.device("cpu"))
-    blocks = draft_blocks(world.moved, encode_batch(world.moved, batch), batch, anchors)
-    steps = verify_blocks(blocks, heads_of(world.moved, world.target), proposals=7)
+    drafter = scrambled(world.moved)  # its proposals are rejected, whatever the target
+    blocks = draft_blocks(drafter, encode_batch(drafter, batch), batch, anchors)
+    steps = verify_blocks(blocks, heads_of(drafter, world.target), proposals=7)
     unscored = UnscoredSteps(steps, batch.trajectories, anchors, range(len(indices)))
     found, operations = [], []
     for kept in ((), batch.kept):
