@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime
 from typing import ClassVar, Literal
 
 from draftsmith.artifacts.results.base import Record, ResultFile
+
+
+def day(time: datetime) -> str:
+    """Return `24 Nov`."""
+    return f"{time.day} {time:%b}"
 
 
 class PromptsSummary(ResultFile, Record):
@@ -31,6 +37,20 @@ class LogWindow(Record):
     since: str | None = None
     after: str | None = None
     newest: str | None = None
+
+    @property
+    def text(self) -> str:
+        """Return `week of 24 Nov`, `24 Nov to 9 Dec`, `24 Nov` or `until 9 Dec`; empty if rows have no times."""
+        first, last = (
+            datetime.fromisoformat(time) if time else None for time in (self.since or self.after, self.newest)
+        )
+        if last is None:
+            return ""
+        if first is None:
+            return f"until {day(last)}"
+        if first.date() == last.date():
+            return day(last)
+        return f"week of {day(first)}" if 5 <= (last - first).days <= 7 else f"{day(first)} to {day(last)}"
 
 
 class LogsSummary(ResultFile, Record):

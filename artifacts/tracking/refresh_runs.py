@@ -23,7 +23,7 @@ from draftsmith.artifacts.locks import is_locked
 from draftsmith.artifacts.store.local import SHORT, Store
 from draftsmith.artifacts.store.manifest import ArtifactRef, Manifest
 from draftsmith.artifacts.tracking.registry import Version
-from draftsmith.artifacts.tracking.runs import HOME, KEY, NOTE, STAGE, Tracking
+from draftsmith.artifacts.tracking.runs import CONFIG, HOME, KEY, NOTE, STAGE, Tracking
 from draftsmith.artifacts.tracking.terms import Status, end_run, log_metrics, review_files, sanitize_key
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 _MADE = "made."  # prefix of a refresh's params: the artifact of each node
 OUTCOME = "outcome"  # tag: the outcome of a refresh
+VERSION = "version"  # tag: the version that it made, such as `my-line@3`
 REUSED = "reused"  # tag: how often a finished refresh was run again without new artifacts, and when last
 CONTINUE = "To continue:"  # in the description of a refresh that did not finish, before a command
 _IS_REFRESH = f"tags.{STAGE} = 'refresh'"
@@ -48,7 +49,7 @@ def artifact_params(artifacts: Mapping[str, ArtifactRef]) -> dict[str, str]:
 def artifact_folders(tracking: Tracking, name: str, node: str) -> dict[str, str]:
     """Return node -> folder of the artifacts of a refresh; empty if there is no such refresh.
 
-    name: the run's id, or its name, which stands for the last refresh of that name that made `node`.
+    name: the run's id, or its name or that of its config, which stand for the last such refresh that made `node`.
     """
     if (run := _find_refresh(tracking, name, node)) is None:
         return {}
@@ -71,14 +72,19 @@ def fetch_page(tracking: Tracking, name: str, node: str, page: str, folder: Path
 def _find_refresh(tracking: Tracking, name: str, node: str) -> Run | None:
     client, _ = tracking.connect()
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    chosen = f"attributes.run_id = '{name}'" if re.fullmatch("[0-9a-f]{32}", name) else _name_filter(name)
-    runs = client.search_runs(experiments, f"{chosen} and {_IS_REFRESH}", max_results=100)
-    return next((run for run in runs if f"{_MADE}{node}" in run.data.params), None)
+    chosen = [_is(field, name) for field in (f"tags.{CONFIG}", "attributes.run_name")]
+    if re.fullmatch("[0-9a-f]{32}", name):
+        chosen = [_is("attributes.run_id", name)]
+    for each in chosen:
+        for run in client.search_runs(experiments, f"{each} and {_IS_REFRESH}", max_results=100):
+            if f"{_MADE}{node}" in run.data.params:
+                return run
+    return None
 
 
-def _name_filter(name: str) -> str:
+def _is(field: str, name: str) -> str:
     quote = '"' if "'" in name else "'"  # MLflow's filters have no other escape
-    return f"attributes.run_name = {quote}{name}{quote}"
+    return f"{field} = {quote}{name}{quote}"
 
 
 @dataclass(frozen=True)
@@ -146,7 +152,7 @@ def close_dead_runs(tracking: Tracking, store: Store) -> list[str]:
             if ref is None:
                 client.set_terminated(run.info.run_id, "KILLED")
             else:
-                end_run(client, run.info.run_id, "FINISHED", store.manifest(ref).metrics, review_files(ref.path))
+                end_run(client, run.info.run_id, "FINISHED", review_files(ref.path))
             closed.append(run.info.run_name)
             gone.add(run.info.run_id)
     return closed
@@ -213,7 +219,7 @@ class RunRecord:
         """
         if not self._building and self._id is None and self._earlier is None:
             wanted = artifact_params(artifacts).items()
-            finished = f"{_name_filter(self.name)} and {_IS_REFRESH} and attributes.status = 'FINISHED'"
+            finished = f"{_is(f'tags.{CONFIG}', self.name)} and {_IS_REFRESH} and attributes.status = 'FINISHED'"
             with self.tracking.best_effort():
                 client, experiment = self.tracking.connect()
                 runs = client.search_runs([experiment], finished, max_results=100)
@@ -234,9 +240,10 @@ class RunRecord:
         files: Iterable[Path],
         tags: Mapping[str, str],
         *,
+        name: str | None = None,
         concluded: bool = False,
     ) -> None:
-        """End the run. One that failed before its first stage was built leaves none in MLflow.
+        """End the run under a new name. One that failed before its first stage was built leaves none in MLflow.
 
         An earlier run with the same artifacts is only tagged as reused, unless it ended without a conclusion
         (`--until`) and this one is `concluded`.
@@ -244,16 +251,17 @@ class RunRecord:
         made, run_id = artifact_params(artifacts), self._earlier
         if run_id is None:
             inputs = {name: artifacts[name] for name in self.data if name in artifacts}
-            self.tracking.close_refresh(status, metrics, files, tags, inputs, made)
+            self.tracking.close_refresh(status, metrics, files, tags, inputs, made, name)
             return
         with self.tracking.best_effort():
             client, _ = self.tracking.connect()
             run = client.get_run(run_id).data
             recorded = {name: value for name, value in run.params.items() if name.startswith(_MADE)}
             if concluded and OUTCOME not in run.tags and recorded == made:
-                log_metrics(client, run_id, [(name, value, 0) for name, value in metrics.items()])
-                for name, text in tags.items():
-                    client.set_tag(run_id, name, text)
+                client.update_run(run_id, name=name)
+                log_metrics(client, run_id, [(metric, value, 0) for metric, value in metrics.items()])
+                for tag, text in tags.items():
+                    client.set_tag(run_id, tag, text)
             times = int(run.tags.get(REUSED, "0").partition(" ")[0]) + 1
             now = datetime.now(UTC).isoformat(timespec="seconds")
             client.set_tag(run_id, REUSED, f"{times} time{'s' * (times > 1)}, last at {now}")
@@ -270,7 +278,8 @@ def log_models(
 ) -> None:
     """Log each compared drafter as a model, unless it has this evaluation's metrics already.
 
-    run_id: of the refresh, for an evaluation without a run. drafters: name -> manifest of the drafter, and its metrics.
+    run_id: of the refresh, for an evaluation without a run. drafters: name of a new model -> manifest of the drafter,
+    and its metrics.
     """
     from mlflow.entities import Metric  # here: importing mlflow takes seconds
 
@@ -300,7 +309,6 @@ def link_version(tracking: Tracking, version: Version, drafter: Manifest) -> Non
             return
         page = f"[Metrics by slice](#/experiments/{experiment}/models/{model.model_id})"
         client.update_model_version(version.line, str(version.number), f"{version.tags['decision']}\n\n{page}")
-        client.set_model_version_tag(version.line, str(version.number), "draftsmith.model_id", model.model_id)
         linked = json.loads((model.tags or {}).get("mlflow.modelVersions", "[]"))
         link = {"name": version.line, "version": str(version.number)}
         if link not in linked:

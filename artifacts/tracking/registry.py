@@ -1,10 +1,10 @@
 """Model lines in MLflow's model registry: versions that point to artifacts, and which of them serves.
 
 A line is a registered model. A version is one drafter: its source is the artifact in the store, and its tags describe
-it, its target and its metrics. The alias `champion` is the version that serves, `previous` the champion before it, and
-`challenger` the last version that was compared with the champion. Each event of a line (promotion, rollback, drift
-check) is a tag of the registered model. Unlike the runs, nothing here ignores failures of MLflow: a promotion that is
-not recorded did not happen.
+it, its target and its metrics (`record` holds most of them as JSON). The alias `champion` is the version that serves,
+`previous` the champion before it, and `challenger` the last version that was compared with the champion. Each event of
+a line (promotion, rollback, drift check) is a tag of the registered model. Unlike the runs, nothing here ignores
+failures of MLflow: a promotion that is not recorded did not happen.
 
 A home also records in which MLflow servers it registered versions: only together they know which artifacts are needed.
 """
@@ -52,6 +52,9 @@ CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
 _TAG, _EVENT, _DRIFT = "draftsmith.", "draftsmith.event.", "draftsmith.drift."
 _EVENT_NAME = re.compile(re.escape(_EVENT) + r"(\d{6})\.\d{1,9}")
 _IDENTITY = ("stage", "key", "content_id")
+# Tags of a version that are shown; and one for each server that drafts with it. All others are one tag, a JSON object.
+_SHOWN = ("tau", "speedup", "outcome", "rules", "promoted_at", "refreshed_at", "uploaded", "base", "on_promote")
+_RECORD, _SERVER = "record", "server."
 # Tags with the metrics of a version at its promotion, which drift checks compare with.
 PROMOTION_TAGS = (
     *("figures", "measured_with", "tau", "tau_interval", "speedup", "speedup_interval"),
@@ -279,7 +282,7 @@ class Registry:
             client.create_registered_model(line, description="A model line of Draftsmith. It has no champion yet.")
         is_server = self._tracking.uri.startswith(("http://", "https://"))  # a server refuses file paths
         source = f"draftsmith-store:{ref.path}" if is_server else ref.uri
-        named = {f"{_TAG}{name}": value for name, value in tags.items()}
+        named = {f"{_TAG}{name}": value for name, value in _with_record(tags).items()}
         return int(client.create_model_version(line, source=source, run_id=run_id, tags=named).version)
 
     def upload(self, version: Version, folder: Path, run_id: str | None, base: Version | None = None) -> None:
@@ -467,13 +470,13 @@ class Registry:
 
     def _content_ids(self) -> dict[tuple[str, int], str]:
         """Return (line, version) -> content id."""
-        tag = f"{_TAG}content_id"
         with self._client() as client:
-            versions = paginate(client.search_model_versions)
-            return {(each.name, int(each.version)): each.tags[tag] for each in versions if tag in each.tags}
+            found = {(each.name, int(each.version)): _tags(each) for each in paginate(client.search_model_versions)}
+        return {version: tags["content_id"] for version, tags in found.items() if "content_id" in tags}
 
     def _tag(self, client: MlflowClient, line: str, number: int, tags: Mapping[str, str]) -> None:
-        for name, value in tags.items():
+        known = client.get_model_version(line, str(number)).tags.get(f"{_TAG}{_RECORD}", "")
+        for name, value in _with_record(tags, known).items():
             client.set_model_version_tag(line, str(number), f"{_TAG}{name}", value)
         if "decision" in tags:
             client.update_model_version(line, str(number), description=tags["decision"])
@@ -525,16 +528,35 @@ def _description(champion: Version, what: str, why: str) -> str:
     """Return a registered model's description in Markdown: the champion, why, and the report."""
     since = f"{what.removesuffix(' to')} {champion.tags['promoted_at']}"
     lines = [f"**Champion: version {champion.number}**, {since}.", escape_markdown(why)]
+    if (decision := champion.tags.get("decision", why)) != why:  # a person has promoted it
+        lines.append(f"Its gate: {escape_markdown(decision)}")
     if report := champion.tags.get("report"):
         lines.append(f"Report: {escape_markdown(report)}")
     return "\n\n".join(lines)
+
+
+def _with_record(tags: Mapping[str, str], known: str = "") -> dict[str, str]:
+    """Return the tags as they are stored: the shown ones, and the others in the record. known: the record until now."""
+    shown = {name: value for name, value in tags.items() if name in _SHOWN or name.startswith(_SERVER)}
+    record = {name: value for name, value in tags.items() if name not in shown}
+    return shown | ({_RECORD: json.dumps(json.loads(known or "{}") | record)} if record else {})
+
+
+def _tags(found: Any) -> dict[str, str]:
+    """Return the tags of MLflow's model version without their prefix, those in the record among them."""
+    tags = {name.removeprefix(_TAG): value for name, value in found.tags.items() if name.startswith(_TAG)}
+    where = f"{found.name} version {found.version}: tag {_TAG}{_RECORD}"
+    record = _parsed_json(tags.pop(_RECORD, "") or "{}", where)
+    if not isinstance(record, dict) or not all(isinstance(value, str) for value in record.values()):
+        raise DraftsmithError(f"{where}: not a JSON object of texts. {_CORRECT}.")
+    return tags | record
 
 
 def _version(found: Any) -> Version:
     """Convert MLflow's model version to a `Version`. Raises DraftsmithError for a tag that cannot be what we wrote."""
     line = line_name(found.name, where="a registered model")
     number = version_number(found.version, where=f"{line}: a version")
-    tags = {name.removeprefix(_TAG): value for name, value in found.tags.items() if name.startswith(_TAG)}
+    tags = _tags(found)
     where = f"{line} version {number}: tag {_TAG}"
     for name, parse in _PARSERS.items():
         if value := tags.get(name):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import platform
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,13 +48,17 @@ log = logging.getLogger(__name__)
 EXPERIMENT = "draftsmith"
 # Tags of every run: its stage ("refresh" for a whole one), the key of what it makes, host and folder of its home.
 STAGE, KEY, HOME = "stage", "key", "home"
-NOTE = "mlflow.note.content"  # tag that MLflow shows as a run's description
+CONFIG = "config"  # tag of a refresh: the name of its config
+NOTE = "mlflow.note.content"  # tag that MLflow shows as the description of a run or an experiment
+# Tag of an experiment: the table of its runs that MLflow shows at `…/runs?viewStateShareKey=headlines`.
+_VIEW = "mlflow.sharedViewState.headlines"
 # Tag of an experiment, without which MLflow's page asks for its kind.
 _KIND = {"mlflow.experimentKind": "custom_model_development"}
 SCHEMA_MISMATCH = "out-of-date database schema"  # MLflow's message for a database of another version
 LOCKED = "database is locked"  # SQLite's message while another program writes
 _HTTP = ("http://", "https://")
 _DATABASE_ERROR = re.compile(r"\([\w.]+\.\w+Error\) ")  # (sqlite3.OperationalError) …
+CURVES = "train/"  # prefix of the metrics of stages: MLflow sorts by name, so that a refresh's metrics come first
 FLUSH_S = 5.0  # metrics reach MLflow at most this late
 AFTER_FAILURE_S = 60.0  # pause after a failure; doubles with every further one, up to 8 minutes
 
@@ -65,6 +70,7 @@ class Tracking:
         """Choose server and experiment without connecting. `MLFLOW_EXPERIMENT_NAME` overrides `experiment`."""
         self.folder = folder.resolve()
         self.experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME") or experiment or EXPERIMENT
+        self._line = experiment
         self.default_uri = f"sqlite:///{self.folder / 'mlflow.db'}"
         self.uri = os.environ.get("MLFLOW_TRACKING_URI") or self.default_uri
         self.is_default = self.uri == self.default_uri  # the home's own database, used by nobody else
@@ -138,7 +144,7 @@ class Tracking:
             client, experiment = self.connect()
             self._refresh_lock.enter_context(locked(self.refresh_file(key)))
             self._refresh_files.append(self.refresh_file(key))
-            tags = self._tags("refresh", key)
+            tags = {**self._tags("refresh", key), CONFIG: name}
             self._refresh = client.create_run(experiment, run_name=name, tags=tags).info.run_id
             log_params(client, self._refresh, params)
         return self._refresh
@@ -151,8 +157,9 @@ class Tracking:
         tags: Mapping[str, str] | None = None,
         inputs: Mapping[str, ArtifactRef] | None = None,
         params: Mapping[str, str] | None = None,
+        name: str | None = None,
     ) -> None:
-        """End the refresh's run. files: the report. tags: its outcome. inputs: its data sets."""
+        """End the refresh's run. files: the report. tags: its outcome. inputs: its data sets. name: its new one."""
         run_id, self._refresh = self._refresh, None
         with self._refresh_lock.pop_all(), self.best_effort():
             if run_id is not None:
@@ -161,7 +168,11 @@ class Tracking:
                     client.set_tag(run_id, tag, value)
                 log_params(client, run_id, params or {})
                 log_datasets(client, run_id, inputs or {})
-                end_run(client, run_id, status, metrics or {}, files)
+                log_metrics(client, run_id, [(key, float(value), 0) for key, value in (metrics or {}).items()])
+                if name is not None:
+                    client.update_run(run_id, name=name)
+                end_run(client, run_id, status, files)
+                self._describe_experiment((metrics or {}).keys())
             for file in self._refresh_files:  # a later run, even on another host, closes runs that left their file
                 file.unlink(missing_ok=True)
             self._refresh_files.clear()
@@ -173,12 +184,13 @@ class Tracking:
         key: str,
         *,
         name: str | None = None,
-        params: Mapping[str, object] | None = None,
         inputs: Mapping[str, ArtifactRef] | None = None,
     ) -> StageRun:
         """Start the nested run of a stage, or resume the unfinished one of the same key. Needs the key's lock.
 
-        name: of the run, by default the stage's. params: the stage's config. inputs: its data sets.
+        It has curves of training; its config and final metrics are in `manifest.json`, among its files.
+
+        name: of the run, by default the stage's. inputs: its data sets.
         """
         run = StageRun(self)
         with self.best_effort(run):
@@ -192,8 +204,6 @@ class Tracking:
                 client.update_run(run.run_id, status="RUNNING")
                 for tag, value in tags.items():
                     client.set_tag(run.run_id, tag, value)
-            if old is None or not old.data.params:
-                log_params(client, run.run_id, params or {})
             log_datasets(client, run.run_id, inputs or {})
         return run
 
@@ -204,7 +214,7 @@ class Tracking:
             with self.best_effort():
                 client, _ = self.connect()
                 if client.get_run(run_id).info.status in ("FAILED", "KILLED"):
-                    end_run(client, run_id, "FINISHED", manifest.metrics, review_files(folder))
+                    end_run(client, run_id, "FINISHED", review_files(folder))
 
     def check_file_system(self) -> None:
         """Raise DraftsmithError if the database is SQLite on a network file system."""
@@ -286,6 +296,23 @@ class Tracking:
             return client.create_experiment(name, artifact_location=location, tags=_KIND)
         return experiment.experiment_id
 
+    def _describe_experiment(self, metrics: Collection[str]) -> None:
+        """Give a line's experiment a description, unless it has one, and a view whose columns are its metrics."""
+        client, experiment = self.connect()
+        if self._line is None or not metrics:
+            return
+        tags = client.get_experiment(experiment).tags
+        known = json.loads(tags.get(_VIEW, "{}")).get("selectedColumns", [])
+        columns = sorted({*known, *(f"metrics.`{name}`" for name in metrics)})
+        client.set_experiment_tag(experiment, _VIEW, json.dumps({"selectedColumns": columns}))
+        if NOTE not in tags:
+            text = (
+                f"Refreshes of the model line {self._line}. [Its page](#/models/{self._line}): the champion and all "
+                f"versions. [Its refreshes, with the headline metrics](#/experiments/{experiment}/runs?"
+                f"viewStateShareKey={_VIEW.rpartition('.')[2]}). In a terminal: `draftsmith status {self._line}`."
+            )
+            client.set_experiment_tag(experiment, NOTE, text)
+
     def _check_experiment(self) -> None:
         """Raise DraftsmithError if the experiment was deleted, since MLflow still finds it but refuses runs."""
         client, experiment_id = self.connect()
@@ -343,7 +370,7 @@ class StageRun:
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Log the values of one step. They are sent at the first call after `FLUSH_S` seconds, or when the run ends."""
-        self._buffer += [(name, float(value), step) for name, value in values.items()]
+        self._buffer += [(f"{CURVES}{name}", float(value), step) for name, value in values.items()]
         waited = time.monotonic() - self._flushed
         if self._failures:
             due = waited > AFTER_FAILURE_S * 2 ** min(self._failures - 1, 3)
@@ -388,14 +415,14 @@ class StageRun:
         self.resumed = True
         self._last_step.clear()
 
-    def close(self, status: Status, metrics: Mapping[str, float] | None = None, folder: Path | None = None) -> None:
-        """End the run with its final metrics and the review files of the artifact in `folder`, never its weights."""
+    def close(self, status: Status, folder: Path | None = None) -> None:
+        """End the run with the review files of the artifact in `folder`, never its weights."""
         self.flush()
 
         if not self._failures:  # otherwise `close_dead_runs` ends it later
 
             def end(client: MlflowClient, run_id: str) -> None:
-                end_run(client, run_id, status, metrics or {}, review_files(folder) if folder is not None else ())
+                end_run(client, run_id, status, review_files(folder) if folder is not None else ())
 
             self._call(end)
 

@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,7 +19,7 @@ import pyarrow.parquet as pq
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.locks import user_name
 from draftsmith.artifacts.redaction import redacted
-from draftsmith.artifacts.results.data import PromptsSummary
+from draftsmith.artifacts.results.data import LogsSummary, PromptsSummary, day
 from draftsmith.artifacts.store.manifest import MANIFEST, ArtifactRef, read_manifest
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 METRICS_PER_BATCH = 1000
-PARAMS_PER_BATCH = 100
+MOST_PARAMS = 44  # of a config; with one for each node of a refresh they are at most 60
 PARAM_KEY_CHARS, PARAM_VALUE_CHARS, SOURCE_CHARS = 250, 6000, 1000
 
 REVIEW_FILES = (
@@ -36,10 +37,10 @@ REVIEW_FILES = (
     "summary.json",
     "evaluation.json",
     "decision.json",
+    "drift.json",
     "drafter.json",
     "report.html",
-    "*.svg",
-    "*.png",
+    "review.json",
 )
 REVIEW_BYTES = 20_000_000  # larger files are not uploaded
 
@@ -73,26 +74,28 @@ def escape_markdown(text: str) -> str:
     return text.replace("<", "&lt;").replace("[", "\\[").replace("`", "\\`")
 
 
-def flatten(config: Mapping[str, object], prefix: str = "") -> dict[str, str]:
-    """Return a nested config as MLflow params: dotted names, lists as JSON, long values cut to MLflow's limit."""
+def flatten(config: Mapping[str, object]) -> dict[str, str]:
+    """Return a config as MLflow params: SECTION.FIELD, or whole sections if more than `MOST_PARAMS` fields.
+
+    What is nested deeper is JSON, and long values are cut to MLflow's limit.
+    """
+    fields: dict[str, object] = {}
+    for section, value in config.items():
+        inner = {f"{section}.{name}": each for name, each in value.items()} if isinstance(value, Mapping) else None
+        fields |= {section: value} if inner is None else inner
     flat: dict[str, str] = {}
-    for name, value in config.items():
-        key = sanitize_key(f"{prefix}{name}")
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{key}.")
-        else:
-            text = redacted(value if isinstance(value, str) else json.dumps(value, default=str))
-            flat[key] = text if len(text) <= PARAM_VALUE_CHARS else text[: PARAM_VALUE_CHARS - 1] + "…"
+    for name, value in (fields if len(fields) <= MOST_PARAMS else config).items():
+        text = redacted(value if isinstance(value, str) else json.dumps(value, default=str))
+        text = text if len(text) <= PARAM_VALUE_CHARS else text[: PARAM_VALUE_CHARS - 1] + "…"
+        flat[sanitize_key(name)] = text
     return flat
 
 
 def log_params(client: MlflowClient, run_id: str, config: Mapping[str, object]) -> None:
-    """Log a nested config as params, in batches."""
+    """Log a config as params."""
     from mlflow.entities import Param  # here: importing mlflow takes seconds
 
-    params = [Param(key, value) for key, value in flatten(config).items()]
-    for start in range(0, len(params), PARAMS_PER_BATCH):
-        client.log_batch(run_id, params=params[start : start + PARAMS_PER_BATCH])
+    client.log_batch(run_id, params=[Param(key, value) for key, value in flatten(config).items()])
 
 
 def log_metrics(client: MlflowClient, run_id: str, points: list[tuple[str, float, int]]) -> None:
@@ -105,11 +108,8 @@ def log_metrics(client: MlflowClient, run_id: str, points: list[tuple[str, float
         client.log_batch(run_id, metrics=metrics[start : start + METRICS_PER_BATCH])
 
 
-def end_run(
-    client: MlflowClient, run_id: str, status: Status, metrics: Mapping[str, float], files: Iterable[Path] = ()
-) -> None:
-    """End a run with its final metrics and files. If a file cannot be logged, end it first, then raise the error."""
-    log_metrics(client, run_id, [(name, float(value), 0) for name, value in metrics.items()])
+def end_run(client: MlflowClient, run_id: str, status: Status, files: Iterable[Path] = ()) -> None:
+    """End a run with its files. If a file cannot be logged, end it first, then raise the error."""
     refused: Exception | None = None
     try:
         for path in files:
@@ -155,14 +155,18 @@ def log_datasets(client: MlflowClient, run_id: str, inputs: Mapping[str, Artifac
 def _dataset(node: str, ref: ArtifactRef) -> Dataset:
     from mlflow.entities import Dataset  # here: importing mlflow takes seconds
 
+    name = node
     try:
         rows, columns = _table(ref.path)
-        metrics = read_manifest(ref.path).metrics
+        manifest = read_manifest(ref.path)
+        metrics = manifest.metrics
+        if rows is not None:
+            name = _name(node, ref.path, rows, manifest.created_at)
     except (DraftsmithError, OSError, ValueError):  # only in the bucket, or damaged: the data set has only its digest
         rows, columns, metrics = None, [], {}
     profile = {"num_rows": rows} if rows is not None else {}
     return Dataset(
-        name=_name(node, ref.path, rows)[:_NAME_CHARS],
+        name=name[:_NAME_CHARS],
         digest=ref.content_id[:_DIGEST_CHARS],  # MLflow's own digest covers only a sample of the rows
         source_type="local",
         source=json.dumps({"uri": ref.uri}),
@@ -183,15 +187,20 @@ def _table(folder: Path) -> tuple[int | None, list[dict[str, object]]]:
     return int(footer.metadata.num_rows), columns
 
 
-def _name(node: str, folder: Path, rows: int | None) -> str:
-    """Return a name such as `gsm_symbolic + 2, 192/4/36` (train, validation, held-out), or `heldout, 36 rows`."""
-    try:
-        counts = PromptsSummary.read(folder).counts
+def _name(node: str, folder: Path, rows: int, created_at: str) -> str:
+    """Return what a table has, how much and from when.
+
+    `heldout: 36 answers, 1 Dec`, `logs: 228 answers, week of 24 Nov`, or `prompts: 192 train, 4 validation, 36 heldout
+    (gsm_symbolic + 2), 1 Dec`.
+    """
+    logs, prompts = LogsSummary.read_if_there(folder), PromptsSummary.read_if_there(folder)
+    when = (logs.window.text if logs is not None else "") or day(datetime.fromisoformat(created_at))
+    many = f"{rows} {'answers' if (folder / 'trajectories.parquet').is_file() else 'rows'}"
+    if prompts is not None and prompts.counts:
+        counts, splits = prompts.counts, Counter[str]()
+        for by_split in counts.values():
+            splits.update(by_split)
         first = max(counts, key=lambda source: sum(counts[source].values()))
-    except (DraftsmithError, OSError, ValueError):
-        return node if rows is None else f"{node}, {rows} rows"
-    splits: Counter[str] = Counter()
-    for by_split in counts.values():
-        splits.update(by_split)
-    others = f" + {len(counts) - 1}" if len(counts) > 1 else ""
-    return f"{first}{others}, {'/'.join(str(splits[name]) for name in _SPLITS)}"
+        others = f" + {len(counts) - 1}" if len(counts) > 1 else ""
+        many = f"{', '.join(f'{splits[name]} {name}' for name in _SPLITS if splits[name])} ({first}{others})"
+    return f"{node}: {many}, {when}"

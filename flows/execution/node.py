@@ -162,7 +162,6 @@ def _build(context: RunContext, job: StageJob, claim: Claim) -> ArtifactRef:
         claim.stage,
         claim.key,
         name=node.name,
-        params=node.config.model_dump(mode="json"),
         inputs={node.inputs[name]: ref for name, ref in job.inputs.items()},
     )
     note = AttemptNote(claim.out.parent, context.config.name, node.name)
@@ -197,7 +196,7 @@ def _build(context: RunContext, job: StageJob, claim: Claim) -> ArtifactRef:
             note.failed(error)
         tracked.close("KILLED" if stopped else "FAILED")
         raise
-    tracked.close("FINISHED", outcome.summary, ref.path)
+    tracked.close("FINISHED", ref.path)
     context.display.finished(node.name, duration_s, outcome.summary)
     return ref
 

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,14 @@ from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted, one_l
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.host import bypass_proxy_for_localhost
 from draftsmith.artifacts.redaction import redact_logs
+from draftsmith.artifacts.results.data import LogsSummary, day
+from draftsmith.artifacts.results.gate import ReviewResult
 from draftsmith.artifacts.store.manifest import ArtifactRef
 from draftsmith.artifacts.store.retention import artifacts_in_use
 from draftsmith.artifacts.tracking.refresh_runs import (
     CONTINUE,
     OUTCOME,
+    VERSION,
     RunRecord,
     close_dead_runs,
     describe_misplaced_files,
@@ -110,6 +114,7 @@ def _run(
     display = Display()
     if (page := page_url()) is not None:
         display.line(f"Prefect: {page}")
+    given = config.model_dump(mode="json", exclude_defaults=True, exclude={"stages"})
     config = with_retries(lambda: resolve_config(config, pipeline), config.stages, display.line)
     redact_logs()
     bypass_proxy_for_localhost()  # a deployment's run does not come through the command
@@ -139,7 +144,7 @@ def _run(
     policy = full_policy if whole else None
     context.display.newer_files(planned)
     context.display.lines(checks.before(planned) if checks is not None else [])
-    record = RunRecord(context.tracking, config.name, config.model_dump(mode="json"), pipeline.data)
+    record = RunRecord(context.tracking, config.name, given, pipeline.data)
     context = dataclasses.replace(context, refresh_run=record.open)
     results: dict[str, NodeResult] = {}
     status: Status = "KILLED"
@@ -185,6 +190,7 @@ def _run(
             metrics,
             _report(context, results),
             tags,
+            name=_name(results, tags),
             concluded=conclusion is not None,
         )
         if tracking.had_failures and status != "KILLED":  # stages may have ended while MLflow was away
@@ -278,12 +284,23 @@ def _metrics_and_tags(
     return metrics, tags
 
 
+def _name(results: Mapping[str, NodeResult], tags: Mapping[str, str]) -> str | None:
+    """Return the run's name in MLflow, such as `week of 24 Nov: promoted @3`; None without an outcome."""
+    if OUTCOME not in tags:
+        return None
+    logs = LogsSummary.read_if_there(results["logs"].ref.path) if "logs" in results else None
+    when = (logs.window.text if logs is not None else "") or day(datetime.now(UTC))
+    version = tags.get(VERSION, "").rpartition("@")[2]
+    return f"{when}: {tags[OUTCOME]}{f' @{version}' if version else ''}"
+
+
 def _review(context: RunContext, results: Mapping[str, NodeResult]) -> RunReview | None:
     folders = ArtifactFolders(context.store, _refs(results))
     return context.pipeline.review(folders) if context.pipeline.review is not None else None
 
 
 def _report(context: RunContext, results: Mapping[str, NodeResult]) -> list[Path]:
-    name, file = context.pipeline.report
-    path = ArtifactFolders(context.store, _refs(results))[name] / file if name in results else None
-    return [path] if path is not None and path.is_file() else []
+    name, page = context.pipeline.report
+    folder = ArtifactFolders(context.store, _refs(results))[name] if name in results else None
+    paths = [folder / file for file in (page, ReviewResult.FILE)] if folder is not None else []
+    return [path for path in paths if path.is_file()]

@@ -24,7 +24,7 @@ from draftsmith.artifacts.results.drafting import AdoptedChampion
 from draftsmith.artifacts.results.evaluation import ALL, DriftResult, EvaluationResult
 from draftsmith.artifacts.results.gate import GateDecision
 from draftsmith.artifacts.store.manifest import read_manifest
-from draftsmith.artifacts.tracking.refresh_runs import OUTCOME, link_version
+from draftsmith.artifacts.tracking.refresh_runs import OUTCOME, VERSION, link_version
 from draftsmith.artifacts.tracking.registry import CHAMPION, PROMOTION_TAGS, ChampionMovedError, Version
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.config.options import RunOptions
@@ -46,7 +46,6 @@ from draftsmith.flows.refresh.line import (
     version_tags,
     with_current_champion,
 )
-from draftsmith.flows.refresh.summary import DETAIL
 from draftsmith.flows.refresh.swap import swap_in_run
 from draftsmith.stages.data.logs.earlier import is_available
 from draftsmith.stages.data.time_window import LAST
@@ -70,7 +69,6 @@ class RefreshPolicy:
         assert config.registry is not None
         self.config, self.line = config, config.registry
         self._forced = sorted(set(force) - set(_BEFORE_DRIFT))
-        self._drift_metrics: dict[str, float] = {}
         self._drift_tags: dict[str, str] = {}
         self._swapped = ""  # what happened to the servers
         self._unserved: DraftsmithError | None = None  # why a server does not draft with the champion
@@ -104,7 +102,6 @@ class RefreshPolicy:
         drift = DriftResult.read(folders["drift"])
         adopted = AdoptedChampion.read(folders["champion"])
         reasons = self._reasons(drift, target_changed=adopted.target_changed)
-        self._drift_metrics = {f"{DETAIL}drift.{name}.tau": metrics.tau or 0.0 for name, metrics in drift.root.items()}
         self._drift_tags = {"drift": "; ".join(reasons)[:_MAX_TAG_CHARS] or "none"}
         champion, overall = self.line.champion, drift.overall
         check = {"version": champion.version, **overall.to_json(), "decision": "; ".join(reasons)[:1000] or "current"}
@@ -125,9 +122,10 @@ class RefreshPolicy:
             f"{overall.prompts} prompts, {'unknown' if before is None else format(before, '.3f')} at its "
             f"promotion; {'; '.join(notes)}"
         )
-        metrics = {"tau.champion": overall.tau or 0.0, **self._drift_metrics}
         tags = {OUTCOME: "current", **self._drift_tags}
-        return self._with_servers(Conclusion("Current", message, metrics=metrics, tags=tags))
+        return self._with_servers(
+            Conclusion("Current", message, metrics={"tau.champion": overall.tau or 0.0}, tags=tags)
+        )
 
     def _reasons(self, drift: DriftResult | None, *, target_changed: bool) -> list[str]:
         """Return why the refresh continues; empty if there is no reason. drift: None before the check."""
@@ -139,7 +137,7 @@ class RefreshPolicy:
         if target_changed:
             reasons.append("the target has changed since its promotion")
         if (days := age_days(self.line.refreshed_at)) > config.max_age_days:
-            reasons.append(f"the last refresh was {days:.0f} days ago, more than {config.max_age_days:g}")
+            reasons.append(f"the last refresh was {days:.3g} days ago, more than {config.max_age_days:g}")
         if days < -MAX_CLOCK_SKEW_DAYS:
             reasons.append(f"the last refresh was at {self.line.refreshed_at}, which is ahead of this machine's clock")
         if changes := self._changed_settings():  # taus that were measured differently do not show drift
@@ -256,7 +254,7 @@ class RefreshPolicy:
     ) -> Conclusion:
         tags = {
             OUTCOME: name.lower(),
-            "version": f"{version.line}@{version.number}",
+            VERSION: f"{version.line}@{version.number}",
             **({"rules": rules} if (rules := failed_rules(decision)) else {}),
             **self._drift_tags,
         }
@@ -269,8 +267,7 @@ class RefreshPolicy:
                 name,
                 message,
                 error,
-                self._drift_metrics,
-                tags,
+                tags=tags,
                 overrules_review=overrules,
                 asset=asset,
                 metadata=metadata,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.results.data import day
 from draftsmith.artifacts.results.evaluation import DriftResult, EvaluationResult
 from draftsmith.artifacts.results.gate import GateDecision, Outcome, ReviewResult
 from draftsmith.artifacts.store.manifest import MANIFEST, Manifest, read_manifest
@@ -19,7 +21,7 @@ from draftsmith.flows.refresh.line import registry
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.report.presentation import Step, next_steps, refresh_anyway
 from draftsmith.stages.report.presentation import drafters as drafter_table
-from draftsmith.stages.report.review import Review, duration, number, review_of, target_name
+from draftsmith.stages.report.review import Review, duration, name_of, number, review_of, target_name
 from draftsmith.stages.runtime.invocation import Invocation
 
 WIDTH, LINES = 80, 25
@@ -159,7 +161,6 @@ def _wrapped(text: str, indent: str = "", most: int | None = None) -> list[str]:
     )
 
 
-DETAIL = "detail/"  # prefix of all metrics but the headlines
 _HEADLINE = (
     *("tau.challenger", "tau.challenger.low", "tau.challenger.high", "tau.champion"),
     *("tau_gain", "tau_gain.low", "tau_gain.high"),
@@ -179,15 +180,16 @@ def review(folders: Mapping[str, Path]) -> RunReview | None:
         promoted = verdict.model_copy(update={"label": "Promoted", "sentence": verdict.followed})
     description, concluded = (_description(review, outcome, folders["report"]) for outcome in (verdict, promoted))
     evaluation = EvaluationResult.read_if_there(folders.get("evaluation"))
-    metrics = metric_names(review.metrics, evaluation.setting if evaluation is not None else "")
+    metrics = headlines_of(review.metrics, evaluation.setting if evaluation is not None else "")
     return RunReview(metrics, description, concluded, {OUTCOME: verdict.kind})
 
 
 def compared(folders: Mapping[str, Path]) -> dict[str, tuple[Manifest, Metrics]]:
-    """Return the manifest of each drafter that the evaluation compared, and its metrics by slice.
+    """Return the manifest of each drafter that the evaluation compared, and its metrics by slice, by a telling name.
 
     folders: node -> folder, with an evaluation.
     """
+    when = day(datetime.fromisoformat(read_manifest(folders["evaluation"]).created_at))
     evaluation = EvaluationResult.read(folders["evaluation"])
     paths = dict(folders.items())  # only manifests are read, so nothing is fetched
     drafters: dict[str, tuple[Manifest, Metrics]] = {}
@@ -197,17 +199,17 @@ def compared(folders: Mapping[str, Path]) -> dict[str, tuple[Manifest, Metrics]]
         metrics = {
             name: {key: record[key] for key in _MODEL_METRICS if key in record} for name, record in records.items()
         }
-        drafters[arm] = (read_manifest(paths[arm]), metrics)
+        drafters[f"{name_of(arm)}, {when}"] = (read_manifest(paths[arm]), metrics)
     return drafters
 
 
-def metric_names(metrics: Mapping[str, float], setting: str = "") -> dict[str, float]:
-    """Return the metrics of a refresh under their names in MLflow: at most 12 headlines, the rest under `DETAIL`.
+def headlines_of(metrics: Mapping[str, float], setting: str = "") -> dict[str, float]:
+    """Return the metrics of a refresh that MLflow gets, at most 12; the others are in `review.json`.
 
     setting: the one of the speed headlines, such as `c16.t0`.
     """
     headlines = {*_HEADLINE, *(f"{name}.{setting}" for name in _SPEED_HEADLINES)}
-    return {name if name in headlines else f"{DETAIL}{name}": value for name, value in metrics.items()}
+    return {name: value for name, value in metrics.items() if name in headlines}
 
 
 def _description(review: ReviewResult, outcome: Outcome, folder: Path) -> str:

@@ -60,8 +60,7 @@ def test_a_dead_run_is_finished_if_it_made_the_artifact_and_killed_if_another_di
         (claim.out / "x").write_text("x")
         store.commit(claim, Provenance({}, {}, "c", 0, mlflow_run_id=run.run_id), metrics={"tau": 2.0})
     assert close_dead_runs(tracking, store) == ["sft"]
-    ended = run_of(tracking, run.run_id)
-    assert (ended.info.status, ended.data.metrics["tau"]) == ("FINISHED", 2.0)
+    assert run_of(tracking, run.run_id).info.status == "FINISHED"
     with store.claim("sft", KEY, force=True):
         forced = tracking.stage_run(None, "sft", KEY)
     assert forced.run_id != run.run_id

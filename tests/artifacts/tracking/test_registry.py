@@ -80,6 +80,41 @@ def test_a_line_records_which_version_served_when_and_why(line: str, registry: R
     ]  # fmt: skip
 
 
+def test_a_version_has_few_tags_and_all_of_them_are_read_back(line: str, registry: Registry, tmp_path: Path) -> None:
+    """Also of a version that was registered when each was a tag."""
+    details = {f"n{number}": str(number) for number in range(20)}
+    tags = {"tau": "2.5", "outcome": "promoted", "figures": '{"all": {"tau": 2.5}}', **details}
+    made = ref(tmp_path, "a")
+    version = registry.register(line, made, tags)
+    registry.tag(version, {"refreshed_at": "2026-12-01T00:00:00+00:00", "n3": "three", "server.gpu1:30000": "{}"})
+    client, _ = registry._tracking.connect()
+    stored = client.get_model_version(line, "1").tags
+    shown = ("outcome", "record", "refreshed_at", "server.gpu1:30000", "tau")
+    assert sorted(stored) == [f"draftsmith.{name}" for name in shown]
+    found = registry.version(line, 1)
+    assert found.tags.items() >= {**tags, "n3": "three"}.items()
+    assert (found.key, found.metrics()) == (made.key, {"all": {"tau": 2.5}})
+    assert registry.content_ids() >= {made.content_id}
+
+    client.set_model_version_tag(line, "1", "draftsmith.figures", "{}")
+    registry.register(line, made, {"figures": '{"all": {"tau": 3}}'})
+    assert registry.version(line, 1).metrics() == {"all": {"tau": 3}}, "the record counts"
+    client.set_model_version_tag(line, "1", "draftsmith.record", '["a list"]')
+    with pytest.raises(DraftsmithError, match=r"version 1: tag draftsmith\.record: not a JSON object of texts\."):
+        registry.versions(line)
+    client.delete_registered_model(line)  # the other tests list all versions
+
+
+def test_a_promotion_by_hand_keeps_the_gates_reason(line: str, registry: Registry, tmp_path: Path) -> None:
+    version = registry.register(line, ref(tmp_path, "a"), {"decision": "tau fell by 3 %"})
+    registry.promote(version, expected=None, why="approved by QA", what="promoted by hand")
+    client, _ = registry._tracking.connect()
+    text = client.get_registered_model(line).description
+    assert "approved by QA" in text and "Its gate: tau fell by 3 %" in text
+    registry.promote(version, expected=version, why="tau fell by 3 %")
+    assert client.get_registered_model(line).description.count("tau fell by 3 %") == 1
+
+
 def test_a_line_records_results_of_drift_checks(line: str, registry: Registry, tmp_path: Path) -> None:
     assert registry.drift(line) == []
     registry.register(line, ref(tmp_path, "a"), {})

@@ -157,7 +157,7 @@ def test_a_rollback_warns_about_another_target(
 
 def test_permanent_errors_are_not_retryable(registry: Registry, tmp_path: Path) -> None:
     with pytest.raises(DraftsmithError, match="refused this") as refused:
-        registry.register("a-line", ref(tmp_path, "a"), {"x" * 300: "a tag that MLflow refuses"})
+        registry.register("a-line", ref(tmp_path, "a"), {f"server.{'x' * 300}": "a tag that MLflow refuses"})
     assert not isinstance(refused.value, RetryableError)
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "mlflow.db").write_text("no database at all, for 16 bytes and more")

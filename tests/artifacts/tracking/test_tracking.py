@@ -15,6 +15,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,13 @@ from pyarrow import parquet
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.artifacts.locks import user_name
+from draftsmith.artifacts.results.data import day
 from draftsmith.artifacts.store.local import Store
 from draftsmith.artifacts.store.manifest import MANIFEST, ArtifactRef
 from draftsmith.artifacts.tracking import terms as mlflow_terms
 from draftsmith.artifacts.tracking.refresh_runs import describe_misplaced_files
-from draftsmith.artifacts.tracking.runs import Tracking
-from draftsmith.artifacts.tracking.terms import flatten
+from draftsmith.artifacts.tracking.runs import NOTE, Tracking
+from draftsmith.artifacts.tracking.terms import MOST_PARAMS, flatten
 from draftsmith.stages.engines.servers.process import free_ports
 from tests.testbed.artifacts import committed
 from tests.testbed.databases import give_databases
@@ -56,7 +58,7 @@ def all_runs(tracking: Tracking) -> list[Any]:
 
 def artifact(folder: Path) -> ArtifactRef:
     folder.mkdir()
-    for name in (MANIFEST, "summary.json", "report.html", "acceptance.svg"):
+    for name in (MANIFEST, "summary.json", "report.html", "review.json"):
         (folder / name).write_text("{}")
     (folder / "model.safetensors").write_bytes(b"weights")
     return ArtifactRef("mining", KEY, "f" * 64, folder)
@@ -67,24 +69,26 @@ def test_a_refresh_and_its_stages_are_nested_with_params_metrics_and_review_file
 ) -> None:
     ref = artifact(tmp_path / "a")
     parent = tracking.open_refresh("quickstart", {"name": "quickstart", "sft": {"steps": 3}})
-    run = tracking.stage_run(parent, "sft", KEY, params={"steps": 3, "lr": {"peak": 0.1}}, inputs={"trajectories": ref})
+    run = tracking.stage_run(parent, "sft", KEY, inputs={"trajectories": ref})
     for step in range(2500):  # more than two batches of MLflow
         run.metrics(step, {"loss": 3.0 - step / 1000})
-    run.close("FINISHED", {"tau": 2.5, "tau_k=3+mine": 2.25}, ref.path)  # an arm's name may be anything
-    tracking.close_refresh("FINISHED", {"tau_sft": 2.5}, [ref.path / "report.html"])
+    run.close("FINISHED", ref.path)
+    metrics = {"tau_sft": 2.5, "tau_k=3+mine": 2.25}  # an arm's name may be anything
+    tracking.close_refresh("FINISHED", metrics, [ref.path / "report.html"])
 
     stage, refresh = run_of(tracking, run.run_id), run_of(tracking, parent)
     assert stage.data.tags["mlflow.parentRunId"] == parent
     assert stage.data.tags["key"] == KEY
-    assert stage.data.params == {"steps": "3", "lr.peak": "0.1"}
-    assert stage.data.metrics == {"loss": 3.0 - 2499 / 1000, "tau": 2.5, "tau_k_3_mine": 2.25}
-    history = client(tracking).get_metric_history(run.run_id, "loss")
+    assert (stage.data.params, stage.data.metrics) == ({}, {"train/loss": 3.0 - 2499 / 1000})
+    assert refresh.data.metrics == {"tau_sft": 2.5, "tau_k_3_mine": 2.25}
+    assert max(refresh.data.metrics) < "train/", "MLflow sorts columns by name"
+    history = client(tracking).get_metric_history(run.run_id, "train/loss")
     assert sorted(metric.step for metric in history) == list(range(2500))
     (dataset,) = stage.inputs.dataset_inputs
     assert dataset.dataset.digest == "f" * 36
     assert ref.uri in dataset.dataset.source
     files = {file.path for file in client(tracking).list_artifacts(run.run_id)}
-    assert files == {MANIFEST, "summary.json", "report.html", "acceptance.svg"}
+    assert files == {MANIFEST, "summary.json", "report.html", "review.json"}
     assert (refresh.info.status, stage.info.status) == ("FINISHED", "FINISHED")
     assert refresh.data.params["sft.steps"] == "3"
     assert Path(stage.info.artifact_uri.removeprefix("file://")).is_relative_to(tracking.folder / "mlartifacts")
@@ -133,19 +137,28 @@ def test_data_sets_have_names_rows_and_columns(tracking: Tracking, tmp_path: Pat
     rows = [{"prompt_id": str(number), "split": "train"} for number in range(8)]
     counts = {"gsm8k": {"train": 4, "heldout": 1}, "gcd": {"train": 2}, "chain": {"validation": 1}}
     inputs = {"gone": ArtifactRef("rollout", KEY, "gone" * 9, tmp_path / "gone")}
-    for node in ("prompts", "heldout"):
+    window = {"since": "2026-11-23T03:00:00+00:00", "newest": "2026-11-30T02:58:00+00:00"}
+    for node in ("prompts", "heldout", "logs"):
 
         def fill(out: Path, node: str = node) -> None:
-            parquet.write_table(pyarrow.Table.from_pylist(rows), out / "table.parquet")
-            if node == "prompts":
-                (out / "prompts.json").write_text(json.dumps({"counts": counts}))
+            table = "trajectories" if node == "logs" else "table"
+            parquet.write_table(pyarrow.Table.from_pylist(rows), out / f"{table}.parquet")
+            summary = {"prompts": {"counts": counts}, "logs": {"window": window}}.get(node)
+            if summary is not None:
+                (out / f"{node}.json").write_text(json.dumps(summary))
 
         inputs[node] = committed(Store(tmp_path / "store"), node, fill, metrics={"response_tokens": 80.0})
+    today = day(datetime.now(UTC))
     run = tracking.stage_run(None, "sft", KEY, inputs=inputs)
     found = {each.tags[0].value: each.dataset for each in run_of(tracking, run.run_id).inputs.dataset_inputs}
     run.close("FINISHED")
     names = {node: data.name for node, data in found.items()}
-    assert names == {"prompts": "gsm8k + 2, 6/1/1", "heldout": "heldout, 8 rows", "gone": "gone"}
+    assert names == {
+        "prompts": f"prompts: 6 train, 1 validation, 1 heldout (gsm8k + 2), {today}",
+        "heldout": f"heldout: 8 rows, {today}",
+        "logs": "logs: 8 answers, week of 23 Nov",
+        "gone": "gone",
+    }
     profile = json.loads(found["heldout"].profile)
     assert (profile["num_rows"], profile["response_tokens"]) == (8, 80.0)
     columns = json.loads(found["heldout"].schema)["mlflow_colspec"]
@@ -153,8 +166,28 @@ def test_data_sets_have_names_rows_and_columns(tracking: Tracking, tmp_path: Pat
     assert found["gone"].schema is None and found["gone"].digest == ("gone" * 9)[:36]
 
 
+def test_a_lines_experiment_says_what_it_is_and_shows_the_headlines(tmp_path: Path, migrated: Path) -> None:
+    (tmp_path / "mlflow.db").write_bytes((migrated / "mlflow.db").read_bytes())
+    line = Tracking(tmp_path, "my-line")
+    for metrics in ({"tau.champion": 2.4, "cost.wall_s": 3.0}, {"tau.champion": 2.5}, {}):  # the last one failed
+        line.open_refresh("weekly", {})
+        line.close_refresh("FINISHED", metrics, name="1 Dec: current")
+    _, experiment = line.connect()
+    tags = client(line).get_experiment(experiment).tags
+    view = tags["mlflow.sharedViewState.headlines"]
+    assert json.loads(view) == {"selectedColumns": ["metrics.`cost.wall_s`", "metrics.`tau.champion`"]}
+    for link in ("#/models/my-line", f"#/experiments/{experiment}/runs?viewStateShareKey=headlines"):
+        assert f"({link})" in tags[NOTE]
+    client(line).set_experiment_tag(experiment, NOTE, "ours")
+    line.open_refresh("weekly", {})
+    line.close_refresh("FINISHED", {"tau.champion": 2.5})
+    assert client(line).get_experiment(experiment).tags[NOTE] == "ours"
+    runs = client(line).search_runs([experiment])
+    assert {run.info.run_name for run in runs} == {"weekly", "1 Dec: current"}
+
+
 def test_an_unfinished_run_of_the_same_key_is_resumed_without_repeating_steps(tracking: Tracking) -> None:
-    first = tracking.stage_run(None, "sft", KEY, params={"steps": 3})
+    first = tracking.stage_run(None, "sft", KEY)
     first.metrics(0, {"loss": 3.0})
     first.metrics(1, {"loss": 2.0})
     first.close("FAILED")
@@ -162,7 +195,7 @@ def test_an_unfinished_run_of_the_same_key_is_resumed_without_repeating_steps(tr
     other = tracking.stage_run(parent, "sft", "cd" * 32)
     other.close("FINISHED")
     assert other.run_id != first.run_id
-    second = tracking.stage_run(parent, "sft", KEY, params={"steps": "written once"})
+    second = tracking.stage_run(parent, "sft", KEY)
     assert (second.run_id, second.resumed) == (first.run_id, True)
     assert run_of(tracking, second.run_id).info.status == "RUNNING"
     for step in (1, 2):  # the stage resumed from its checkpoint
@@ -170,9 +203,8 @@ def test_an_unfinished_run_of_the_same_key_is_resumed_without_repeating_steps(tr
     second.close("FINISHED")
     tracking.close_refresh("FINISHED")
     run = run_of(tracking, second.run_id)
-    assert run.data.params == {"steps": "3"}
     assert run.data.tags["mlflow.parentRunId"] == parent
-    history = client(tracking).get_metric_history(second.run_id, "loss")
+    history = client(tracking).get_metric_history(second.run_id, "train/loss")
     assert [(metric.step, metric.value) for metric in history] == [(0, 3.0), (1, 2.0), (2, 0.0)]
 
 
@@ -184,7 +216,7 @@ def test_two_processes_can_share_a_new_database(tmp_path: Path) -> None:
         tracking = Tracking(Path(sys.argv[1]))
         tracking.check()
         parent = tracking.open_refresh(sys.argv[2], {"a": 1})
-        run = tracking.stage_run(parent, "sft", sys.argv[2] * 64, params={"b": 2})
+        run = tracking.stage_run(parent, "sft", sys.argv[2] * 64)
         for step in range(200):
             run.metrics(step, {"loss": 1.0})
         run.close("FINISHED")
@@ -307,7 +339,7 @@ def test_a_failure_during_the_work_is_one_warning_and_loses_nothing(
             database.execute(f"ALTER TABLE {table} RENAME TO gone_{table}")
     with caplog.at_level(logging.WARNING):
         run.metrics(0, {"loss": 1.0})
-        run.close("FINISHED", {"tau": 1.0})
+        run.close("FINISHED")
         later = broken.stage_run(parent, "opd", "cd" * 32)
         later.close("FINISHED")
         broken.close_refresh("FINISHED")
@@ -327,21 +359,26 @@ def test_metrics_are_sent_after_mlflow_is_back(tracking: Tracking, monkeypatch: 
         lost.setattr(client, "log_batch", lambda *_a, **_k: (_ for _ in ()).throw(ConnectionError("gone")))
         run.metrics(1, {"loss": 2.0})
     run.metrics(2, {"loss": 1.0})  # not sent yet: the pause after a failure is a minute
-    assert [m.step for m in client.get_metric_history(str(run.run_id), "loss")] == [0]
-    run.close("FINISHED", {"tau": 2.5})
-    assert [(m.step, m.value) for m in client.get_metric_history(str(run.run_id), "loss")] == [(0, 3), (1, 2), (2, 1)]
+    assert [metric.step for metric in client.get_metric_history(str(run.run_id), "train/loss")] == [0]
+    run.close("FINISHED")
+    history = client.get_metric_history(str(run.run_id), "train/loss")
+    assert [(metric.step, metric.value) for metric in history] == [(0, 3), (1, 2), (2, 1)]
     assert run_of(tracking, run.run_id).info.status == "FINISHED"
 
 
 def test_params_are_flat_and_within_mlflows_limits() -> None:
-    flat = flatten({"a": {"b": 1, "c": [1, "x"]}, "d": None, "e": "text", "f(g)": True, "long": "x" * 10_000})
+    inner = {"b": 1, "c": [1, "x"], "deep": {"er": {"est": 1}}}
+    flat = flatten({"a": inner, "d": None, "e": "text", "f(g)": True, "long": "x" * 10_000})
     assert flat["a.b"] == "1"
     assert flat["a.c"] == '[1, "x"]'
+    assert flat["a.deep"] == '{"er": {"est": 1}}'
     assert flat["d"] == "null"
     assert flat["e"] == "text"
     assert flat["f_g_"] == "true"
     assert len(flat["long"]) == 6000
     assert flat["long"].endswith("…")
+    many = {"a": {f"field{number}": number for number in range(MOST_PARAMS)}, "b": 1}
+    assert flatten(many) == {"a": json.dumps(many["a"]), "b": "1"}, "sections in place of too many fields"
 
 
 def test_telemetry_is_off_and_the_import_is_lazy(tmp_path: Path) -> None:
@@ -370,9 +407,8 @@ def test_a_run_ends_even_if_mlflow_refuses_its_files(
     run = tracking.stage_run(parent, "sft", KEY)
     client, _ = tracking.connect()
     monkeypatch.setattr(client, "log_artifact", lambda *_: (_ for _ in ()).throw(PermissionError("/home/old")))
-    run.close("FINISHED", {"tau": 2.5}, artifact(tmp_path / "made").path)
+    run.close("FINISHED", artifact(tmp_path / "made").path)
     tracking.close_refresh("FINISHED", {"tau": 2.5}, [page], {"outcome": "promoted"})
-    for each in (parent, run.run_id):
-        ended = run_of(tracking, each)
-        assert (ended.info.status, ended.data.metrics) == ("FINISHED", {"tau": 2.5})
+    assert {run_of(tracking, each).info.status for each in (parent, run.run_id)} == {"FINISHED"}
+    assert run_of(tracking, parent).data.metrics == {"tau": 2.5}
     assert run_of(tracking, parent).data.tags["outcome"] == "promoted"

@@ -56,6 +56,7 @@ HONEST: dict[str, str] = {
     "version: draftsmith.answers": json.dumps(ANSWERS),
     "version: draftsmith.figures": json.dumps({"all": {"tau": 2.5}}),
     "version: draftsmith.measured_with": "{}",
+    "version: draftsmith.record": json.dumps({"decision": "better"}),
     "version: draftsmith.promoted_at": "2026-01-01T00:00:00+00:00",
     "version: draftsmith.read_until": "2026-01-01T00:00:00Z",
     "run: home": "host:/work/home",
@@ -64,7 +65,7 @@ HONEST: dict[str, str] = {
     "run: made.report": "report/0123456789abcdef#0123456789abcdef",
 }
 TEXTS = HOSTILE.filter(lambda value: isinstance(value, str))
-RECORDS: dict[str, Any] = {**EVENT, **CHECK, **ANSWERS, "all": {"tau": 2.5}}
+RECORDS: dict[str, Any] = {**EVENT, **CHECK, **ANSWERS, "all": {"tau": 2.5}, "key": "../..", "content_id": "../.."}
 JSON_TEXTS = changed(RECORDS).map(json.dumps)
 EVENT_NAMES = st.builds(lambda text: f"model: draftsmith.event.{text}", st.text() | st.integers().map(str))
 
@@ -198,11 +199,11 @@ def test_fields_of_a_later_version_are_ignored(line: str, home: Path, drafters: 
     for name, text in client.get_registered_model(line).tags.items():
         client.set_registered_model_tag(line, name, json.dumps(with_a_later_field(json.loads(text))))
     changed = set()
-    for number in ("1", "2"):
-        for name, text in client.get_model_version(line, number).tags.items():
-            if text.startswith("{") and name not in ("draftsmith.heldout_shares", "draftsmith.suffixes"):  # by source
-                client.set_model_version_tag(line, number, name, json.dumps(with_a_later_field(json.loads(text))))
-                changed.add(name.removeprefix("draftsmith."))
+    for version in (lines.version(line, 1), lines.version(line, 2)):
+        for name, text in version.tags.items():
+            if text.startswith("{") and name not in ("heldout_shares", "suffixes"):  # by source
+                lines.tag(version, {name: json.dumps(with_a_later_field(json.loads(text))), "made_up": "later"})
+                changed.add(name)
     assert changed >= {"figures", "measured_with", "answers", "confidence"}
 
     display = Display()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from draftsmith.artifacts.errors import RefusedError
+from draftsmith.artifacts.results.data import day
 from draftsmith.artifacts.results.evaluation import EvaluationResult
 from draftsmith.artifacts.results.gate import GateDecision
 from draftsmith.artifacts.store.local import Store
@@ -19,7 +21,7 @@ from draftsmith.flows.orchestration.run import _metrics_and_tags
 from draftsmith.flows.planning.graph import Conclusion
 from draftsmith.flows.refresh.graph import REFRESH
 from draftsmith.flows.refresh.summary import compared
-from draftsmith.stages.report.review import outcome_of
+from draftsmith.stages.report.review import name_of, outcome_of
 from tests.flows.refresh.line_runs import config_of
 from tests.stages.report.sample_report import OF_A_LINE
 from tests.testbed.artifacts import committed
@@ -65,8 +67,9 @@ def test_compared_drafters_have_metrics_by_prompt_set(home: Path) -> None:
     arms = dict(zip(OF_A_LINE["drafters"], "abcd", strict=False))
     made = {arm: committed(store, "opd", {"drafter.json": "{}"}, key) for arm, key in arms.items()}
     drafters = compared({"evaluation": evaluated.path, **{arm: ref.path for arm, ref in made.items()}})
-    assert set(drafters) == set(arms) and len(drafters["opd"][1]) > 1
-    for arm, (manifest, metrics) in drafters.items():
+    when = day(datetime.now(UTC))
+    assert list(drafters) == [f"{name_of(arm)}, {when}" for arm in arms]
+    for arm, (manifest, metrics) in zip(arms, drafters.values(), strict=True):
         assert manifest.key == made[arm].key
         assert metrics[ALL]["tau"] == OF_A_LINE["drafters"][arm]["tau"]
         assert metrics[ALL]["speedup"] == OF_A_LINE["speed"][arm]["speedup"]
