@@ -29,6 +29,7 @@ from draftsmith.flows.config.load import config_from_fields, read_config
 from draftsmith.flows.execution.display import Display
 from draftsmith.flows.orchestration.launch import launch
 from draftsmith.flows.planning.graph import Selection
+from draftsmith.flows.refresh.diff import version_diff
 from draftsmith.flows.refresh.graph import REFRESH
 from draftsmith.flows.refresh.line import find_artifact
 from draftsmith.flows.refresh.measurements import resolve_drafter
@@ -281,6 +282,18 @@ def compare(target: Target, drafters: Mapping[str, Drafter], answers: Answers) -
     table = acceptance_table(tallies, answers.prompts, looping)
     metrics = {name: acceptance.to_json() for name, acceptance in table.items()}
     return Comparison(tallies, answers.prompts, metrics)
+
+
+def diff(first: str, second: str) -> pd.DataFrame:
+    """Compare two versions of model lines by what their refreshes stored, as `draftsmith diff` does.
+
+    first, second: `my-line@1`, `my-line@champion`, or a line for its champion. Returns a table of text with a column
+    for each: gate, data, tau by slice and speed with 95 % intervals, and the config fields that differ. Each was
+    measured in its own refresh; a column `gain` is on the same prompts, where the second one was compared with the
+    first one. Raises DraftsmithError for an unknown version.
+    """
+    (_, *columns), rows = version_diff(first, second)
+    return pd.DataFrame([row[1:] for row in rows], [row[0] for row in rows], columns)
 
 
 def _trained_prompts(checkpoint: Path) -> set[str]:

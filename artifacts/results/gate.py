@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -94,3 +94,4 @@ class ReviewResult(ResultFile, Record):
     outcome: Outcome
     speed_warnings: Annotated[Sequence[str], Field(alias="doubts")] = ()
     metrics: Annotated[Mapping[str, float], Field(alias="figures")] = {}
+    config: Mapping[str, Mapping[str, Any]] = {}  # of every node

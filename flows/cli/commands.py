@@ -58,6 +58,7 @@ from draftsmith.flows.planning.inputs import forget_listings, note_listings, rea
 from draftsmith.flows.refresh import registry_commands
 from draftsmith.flows.refresh.config import RefreshConfig
 from draftsmith.flows.refresh.decisions import restarted
+from draftsmith.flows.refresh.diff import version_diff
 from draftsmith.flows.refresh.graph import REFRESH
 from draftsmith.flows.refresh.init import QUESTIONS, SIZES, write_first_config
 from draftsmith.flows.refresh.measurements import DIAGNOSE, DIAGNOSIS, EVALUATE, diagnose_config, evaluate_config
@@ -244,6 +245,11 @@ def _report(options: argparse.Namespace, pipeline: Pipeline) -> None:
         webbrowser.open(page.as_uri())
 
 
+def _diff(options: argparse.Namespace, _pipeline: Pipeline) -> None:
+    head, rows = version_diff(options.first, options.second)
+    Display().table(head, rows, text_columns=len(head))
+
+
 def _deploy(options: argparse.Namespace, pipeline: Pipeline) -> None:
     config = read_config(options.config, options.overrides, pipeline.config)
     arguments: dict[str, object] = {name: getattr(options, name) for name in ("force", "start", "until")}
@@ -313,6 +319,7 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace, Pipeline], None]] = {
     "watch": _watch,
     "show": lambda options, _: show_artifact(Display(), options.artifact, verify=options.verify),
     "report": _report,
+    "diff": _diff,
     "champions": lambda options, _: registry_commands.champions(Display(), options.line),
     "promote": lambda options, _: registry_commands.promote(
         Display(), options.version, options.why, dry_run=options.dry_run, servers=options.url

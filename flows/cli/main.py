@@ -86,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
     show.add_argument("artifact", metavar="ARTIFACT", help="a stage, the start of a key or content id, or a path")
     show.add_argument("--verify", action="store_true", help="compare every file with its checksum")
 
-    report = commands.add_parser("report", help="print where a refresh's report is (MLflow compares two)")
+    report = commands.add_parser("report", help="print where a refresh's report is")
     report.add_argument(
         "refresh",
         metavar="REFRESH",
@@ -98,6 +98,10 @@ def parser() -> argparse.ArgumentParser:
     champions.add_argument(
         "line", metavar="NAME", nargs="?", help="as in registry.name of a config; by default all lines"
     )
+
+    diff = commands.add_parser("diff", help="compare two versions: gate, data, tau by slice, speed, config")
+    diff.add_argument("first", metavar="NAME@VERSION", help="such as smollm2@1 or smollm2@champion")
+    diff.add_argument("second", metavar="NAME@VERSION")
 
     promote = commands.add_parser("promote", help="make a version of a line the champion")
     promote.add_argument("version", metavar="NAME@VERSION", help="such as smollm2@3 or smollm2@challenger")

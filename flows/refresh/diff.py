@@ -1,0 +1,88 @@
+"""Compares two versions of model lines by what their refreshes stored: `draftsmith diff`, and the same from Python."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from draftsmith.artifacts.home import home
+from draftsmith.artifacts.results.data import LogsSummary
+from draftsmith.artifacts.results.evaluation import ALL, CHAMPION
+from draftsmith.artifacts.results.gate import ReviewResult
+from draftsmith.artifacts.tracking.refresh_runs import artifact_folders
+from draftsmith.artifacts.tracking.registry import Version
+from draftsmith.artifacts.tracking.runs import Tracking
+from draftsmith.flows.execution.display import flatten, shorten
+from draftsmith.flows.refresh.line import registry
+from draftsmith.stages.report.review import ABSENT, interval
+
+_FILLED_IN = (f"{CHAMPION}.", "earlier.", "report.")  # of a node's config: what a run has looked up
+
+
+def version_diff(first: str, second: str) -> tuple[list[str], list[list[str]]]:
+    """Return a table, its head and rows of text: gate, data, tau by slice, speed, and the config fields that differ.
+
+    first, second: versions, such as `my-line@1`, `my-line@champion`; a name alone is its champion. Each was measured in
+    its own refresh. If the second one was compared with the first one, a last column has its gain of tau on the same
+    prompts. A refresh whose report is not on this machine has no data window and no config.
+
+    Raises DraftsmithError for an unknown version.
+    """
+    old, new = (_Side.of(registry().resolve(text)) for text in (first, second))
+    gains = new.gains_over(old.version)
+    rows = [
+        ["gate", old.version.tags.get("outcome", ABSENT), new.version.tags.get("outcome", ABSENT), ""],
+        ["why", old.version.tags.get("decision", ABSENT), new.version.tags.get("decision", ABSENT), ""],
+        ["data", old.window, new.window, ""],
+    ]
+    then, now = old.version.metrics(), new.version.metrics()
+    for name in dict.fromkeys((ALL, *then, *now)):
+        taus = (_interval(each.get(name, {}), "tau", "low", "high") for each in (then, now))
+        rows.append([f"tau{'' if name == ALL else f', {name}'}", *taus, gains.get(name, "")])
+    for name in dict.fromkeys((ALL, *then, *now)):
+        speeds = [_interval(each.get(name, {}), "speedup", "speedup_low", "speedup_high") for each in (then, now)]
+        if set(speeds) != {ABSENT}:
+            rows.append([f"speed-up{'' if name == ALL else f', {name}'}", *speeds, ""])
+    for name in sorted({*old.config, *new.config}) if old.config and new.config else ():
+        if (before := old.config.get(name, ABSENT)) != (after := new.config.get(name, ABSENT)):
+            rows.append([name, shorten(before), shorten(after), ""])
+    head = ["", *(f"{side.version.line}@{side.version.number}" for side in (old, new)), "gain"]
+    return (head, rows) if gains else (head[:-1], [row[:-1] for row in rows])
+
+
+@dataclass(frozen=True)
+class _Side:
+    """A version with what its last refresh reported."""
+
+    version: Version
+    window: str  # of its data
+    config: Mapping[str, object]  # by node and field
+    review: ReviewResult | None
+
+    @classmethod
+    def of(cls, version: Version) -> _Side:
+        folders = artifact_folders(Tracking(home()), f"{version.line}@{version.number}", "report")
+        review = ReviewResult.read_if_there(Path(folders["report"]) if folders else None)
+        logs = LogsSummary.read_if_there(Path(folders["logs"]) if "logs" in folders else None)
+        config = flatten(review.config if review is not None else {})
+        own = {name: value for name, value in config.items() if not name.startswith(_FILLED_IN)}
+        window = logs.window.text if logs is not None else ""
+        return cls(version, window or version.created_at[:10], own, review)
+
+    def gains_over(self, other: Version) -> dict[str, str]:
+        """Return the gain of tau by slice, where the other version was the champion of this one's refresh."""
+        if self.review is None or self.review.config.get(CHAMPION) != {"line": other.line, "version": other.number}:
+            return {}
+        metrics, gain = self.review.metrics, "tau_gain"
+        names = [name for name in metrics if name.partition("/")[0] == gain and f"{name}.low" in metrics]
+        ends = ("", ".low", ".high")
+        return {
+            name.partition("/")[2] or ALL: _interval(metrics, *(f"{name}{end}" for end in ends), form="+.1%")
+            for name in names
+        }
+
+
+def _interval(metrics: Mapping[str, Any], *names: str, form: str = ".2f") -> str:
+    return interval((metrics.get(name) for name in names), form).replace("\n", " ")
