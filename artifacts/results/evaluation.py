@@ -310,15 +310,20 @@ class EvaluationResult(ResultFile, Record):
         return not self.step_times
 
     def schedule(self, arm: str) -> list[list[int]]:
-        """Return [fewest, most, proposals] for each range of requests in flight; empty unless speeds were predicted.
+        """Return [fewest, most, proposals] for each range of requests in flight.
 
-        proposals: of the arm's fastest block size there, or 0 where it is slower than decoding without a drafter.
+        Empty unless speeds were predicted at several numbers, and the arm is faster than no drafter at one of them.
+
+        proposals: of the arm's fastest block size there, never 0: with it vLLM's throughput collapses
+        (vllm-project/vllm#49548), so a schedule cannot turn drafting off where that would be faster.
         """
         ranges: list[list[int]] = []
         curve = [] if self.load_is_measured else self.load_curve(arm)  # servers are timed with one block size
+        if len(curve) < 2 or all(point.value <= 0 for point in curve):
+            return []
         for point, following in zip_longest(curve, curve[1:]):
             most = point.concurrency if following is None else following.concurrency - 1
-            proposals = point.block_size - 1 if point.value > 0 else 0
+            proposals = point.block_size - 1
             if ranges and ranges[-1][2] == proposals:
                 ranges[-1][1] = most
             else:

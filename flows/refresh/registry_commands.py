@@ -259,8 +259,9 @@ def _show_options(display: Display, engine: str, version: Version, folder: Path)
     options = options_of_vllm if engine == "vLLM" else drafting_options
     display.line(f"  for {engine}: {shlex.join(options(folder, algorithm, block))}")
     schedule = [row[:3] for row in version.json(SCHEDULE, [])]  # fewest, most, proposals
-    if not (most := max((proposals for *_, proposals in schedule), default=0)):
-        return  # no load curve, or never faster than without a drafter
+    if not schedule or schedule[0][0] == schedule[-1][1] or not all(proposals for *_, proposals in schedule):
+        return  # unknown: earlier releases registered 0 proposals, and predictions at one number of requests
+    most = max(proposals for *_, proposals in schedule)
     if engine == "vLLM":
         by_load = options_of_vllm(folder, algorithm, 1 + most, schedule)
     elif algorithm == "EAGLE3":

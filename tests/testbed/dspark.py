@@ -18,8 +18,9 @@ def random_dspark(
     from_anchor: bool = True,
     confidence_head: bool = True,
     confidence_reads_token: bool = True,
+    target_layer_ids: tuple[int, ...] = (2, 0),
 ) -> DSparkDrafter:
-    """Return a drafter of 2 layers, block 5, target layers 2 and 0, a bias of rank 6, with large random weights."""
+    """Return a drafter of 2 layers, block 5, a bias of rank 6, with large random weights."""
     from draftsmith.stages.drafters.dspark import checkpoint
     from draftsmith.stages.drafters.dspark.config import DSparkConfig
 
@@ -27,7 +28,7 @@ def random_dspark(
         kind="dspark",
         num_layers=2,
         block_size=5,
-        target_layer_ids=(2, 0),
+        target_layer_ids=target_layer_ids,
         intermediate_size=40,
         mask_token=MASK,
         markov_rank=6,

@@ -80,6 +80,8 @@ def server_requirements(
 
     check_drafter(drafter_folder, target)
     check_layers(drafter_folder, target.num_layers)
+    if isinstance(config, SGLangEngineConfig):
+        _check_slots(drafter_folder)
     algorithm = speculative_algorithm(drafter_folder)
     return replace(
         plain,
@@ -89,6 +91,21 @@ def server_requirements(
         block_size=served_block_size(drafter_folder, drafting, algorithm),
         trace=not isinstance(config, SGLangEngineConfig) or config.trace,
     )
+
+
+def _check_slots(drafter_folder: Path) -> None:
+    """Raise DraftsmithError for a DSpark of the speculators library that SGLang reads one slot off.
+
+    There a block has a query of the anchor's own that proposes nothing, which SGLang counts as the first proposal
+    (sgl-project/sglang#30982). Converted to SGLang's layout, the same drafter is read right.
+    """
+    raw = _drafter_config(drafter_folder)
+    if raw.get("speculators_model_type") == "dspark" and raw.get("sample_from_anchor") is False:
+        raise DraftsmithError(
+            f"drafter {drafter_folder}: is in the layout of speculators with sample_from_anchor: false, which SGLang "
+            "reads one slot off, so that it accepts about 1. Run a config with it as sft.init_from and sft.steps: 0, "
+            "and serve the `draftsmith export` of that."
+        )
 
 
 def speculative_algorithm(drafter_folder: Path) -> str:

@@ -25,7 +25,7 @@ from draftsmith.artifacts.store.retention import exclusive_for_prune
 from draftsmith.artifacts.tracking.registry import Version
 from draftsmith.flows.execution.display import Display
 from draftsmith.flows.refresh import registry_commands
-from draftsmith.flows.refresh.line import CONFIDENCE, FASTEST_BLOCK, version_tags
+from draftsmith.flows.refresh.line import CONFIDENCE, FASTEST_BLOCK, SCHEDULE, version_tags
 from draftsmith.stages.data.prompts import PromptsConfig
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.drafters.base import Drafter
@@ -112,7 +112,7 @@ def test_blocks_by_load_are_in_vllms_config(
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "for vLLM, by load: " in line]
     words = shlex.split(line.partition("by load: ")[2])
     config = json.loads(words[words.index("--speculative-config") + 1])
-    assert config["num_speculative_tokens_per_batch_size"] == [[1, 3, 4], [4, 7, 2], [8, 16, 0]]
+    assert config["num_speculative_tokens_per_batch_size"] == [[1, 3, 4], [4, 15, 2], [16, 16, 1]], "never 0"
     assert config["num_speculative_tokens"] == 4
     registry_commands.export(Display(), "line", tmp_path / "sglang")
     assert "by load" not in printed(capsys) and not (tmp_path / "sglang" / "sglang-adaptive.json").exists()
@@ -134,7 +134,7 @@ def test_blocks_by_load_of_an_eagle3_are_a_file_that_sglang_reads(
         "--speculative-num-steps 4 --speculative-eagle-topk 1 --speculative-num-draft-tokens 5 --speculative-ad" in text
     )
     written = json.loads((tmp_path / "out" / "sglang-adaptive.json").read_text())
-    assert written == {n: {"candidate_steps": [steps]} for n, steps in (("1", 4), ("4", 2), ("8", 0))}
+    assert written == {n: {"candidate_steps": [steps]} for n, steps in (("1", 4), ("4", 2), ("16", 1))}
     assert drafter_digest(tmp_path / "out") == drafter_digest(version.path / DRAFTER_FOLDER)
 
 
@@ -157,12 +157,15 @@ def test_step_times_of_a_dspark_are_a_file_that_sglang_reads(
     assert written == parts
 
 
-@pytest.mark.parametrize("curve", [[], [(1, 5, -0.1), (2, 3, -0.2)]])
-def test_without_a_load_where_drafting_pays_there_is_no_second_line(
+@pytest.mark.parametrize("curve", [[], [(1, 5, -0.1), (2, 3, -0.2)], [(1, 2, 0.5)]])
+def test_there_is_no_second_line_unless_several_loads_are_known_and_drafting_pays(
     curve: list[tuple[int, int, float]], version: Version, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     load_tags(version, curve)
     registry_commands.export(Display(), "line", tmp_path / "vllm", "speculators")
+    assert "by load" not in printed(capsys)
+    cast("dict[str, str]", version.tags)[SCHEDULE] = "[[1, 3, 4], [4, 16, 0]]"  # of an earlier release
+    registry_commands.export(Display(), "line", tmp_path / "earlier", "speculators")
     assert "by load" not in printed(capsys)
 
 

@@ -18,6 +18,9 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import check_complete, load_drafter, save_drafter
 from draftsmith.stages.drafters.export import export_speculators
+from draftsmith.stages.drafters.spec import DraftingConfig
+from draftsmith.stages.engines.config import SGLangEngineConfig, VLLMEngineConfig
+from draftsmith.stages.engines.servers.requirements import server_requirements
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.info import model_path
 from tests.stages.drafters.edits import Edit, edit_tensors, setting, without
@@ -131,6 +134,23 @@ def test_unsupported_configs_are_refused(name: str, plain_target: Target, export
     edit(folder)
     with pytest.raises(DraftsmithError, match=message):
         load_drafter(folder, plain_target)
+
+
+@pytest.mark.parametrize("from_anchor", [True, False])
+def test_a_dspark_that_sglang_reads_one_slot_off_is_refused_in_this_layout_alone(
+    from_anchor: bool, plain_target: Target, plain_artifact: Path, exported: Export, tmp_path: Path
+) -> None:
+    folder = exported(random_dspark(plain_target, from_anchor=from_anchor, target_layer_ids=(0, 2)))
+
+    def block_size(drafter: Path, engine: Any) -> int | None:
+        return server_requirements(engine, plain_artifact, drafter, DraftingConfig(), 50).block_size
+
+    sglang = SGLangEngineConfig(kind="sglang", urls=("http://localhost:1",))
+    vllm = VLLMEngineConfig(kind="vllm", urls=("http://localhost:1",))
+    if not from_anchor:
+        with pytest.raises(DraftsmithError, match=r"out: .*sample_from_anchor: false, which SGLang reads one slot off"):
+            block_size(folder, sglang)
+    assert {block_size(tmp_path / "own", sglang), block_size(folder, vllm)} == {5}
 
 
 @pytest.mark.parametrize(
