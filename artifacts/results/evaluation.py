@@ -274,6 +274,7 @@ class EvaluationResult(ResultFile, Record):
     acceptance_by_offset: Mapping[str, Mapping[str, Sequence[float]]] = {}  # slice -> arm
     comparisons: Annotated[Sequence[ArmComparison], Field(alias="compared")] = ()
     validation_tau: Mapping[str, float | None] | None = None
+    chosen_on: int | None = None  # validation prompts of `validation_tau`
     step_times: Sequence[StepTime] = ()  # of the embedded engine alone
     load: Sequence[LoadPoint] = ()
 
@@ -290,6 +291,13 @@ class EvaluationResult(ResultFile, Record):
         if taus:
             return max((arm for arm in arms if arm in taus), key=taus.__getitem__)
         return "opd" if "opd" in arms else arms[-1]
+
+    @property
+    def better_arm(self) -> str | None:
+        """Return the arm with the highest tau on held-out prompts, if the challenger was chosen before it."""
+        taus = {arm: self.drafters[arm].tau for arm in self.validation_tau or {} if arm in self.drafters}
+        best = max((arm for arm in taus if arm != CHAMPION), key=taus.__getitem__, default=None)
+        return best if best is not None and taus[best] > self.drafters[self.challenger].tau else None
 
     @property
     def setting(self) -> str:

@@ -73,14 +73,22 @@ def is_drafter(name: str) -> bool:
 
 
 def check_gate(findings: Findings, nodes: Sequence[Node]) -> None:
-    """Warn if too few timed runs make every speed inconclusive, so that the gate cannot promote."""
+    """Warn if too few timed runs make every speed inconclusive, or if few prompts choose the challenger."""
     by_name = {node.name: node for node in nodes}
     for node in nodes:
-        if not isinstance(node.config, GateConfig) or not node.config.judge_speed:
+        if not isinstance(node.config, GateConfig):
             continue
         evaluation = by_name[node.inputs["evaluation"]]
         measured, prompts = evaluation.config, by_name[evaluation.inputs["prompts"]].config
         assert isinstance(measured, EvaluationConfig) and isinstance(prompts, PromptsConfig)
+        if (chosen_on := prompts.prompt_count("validation")) < FEWEST_RUNS:
+            findings.warn(
+                node.name,
+                f"the challenger is chosen by chance: prompts.validation is {chosen_on}, and with fewer than "
+                f"{FEWEST_RUNS} the spread of the drafters is unknown. Raise it.",
+            )
+        if not node.config.judge_speed:
+            continue
         fewest = FEWEST_RUNS if measured.by_prompt else fewest_prompts(max(measured.concurrency))
         needed = [
             ("evaluation.rounds", measured.rounds, 1 if measured.by_prompt else FEWEST_RUNS),

@@ -73,7 +73,8 @@ def run_command(options: argparse.Namespace, pipeline: Pipeline | None) -> None:
 
 
 def _run(options: argparse.Namespace, pipeline: Pipeline) -> None:
-    os.environ[COMMAND] = json.dumps({"config": str(options.config), "overrides": options.overrides})
+    typed = {"config": str(options.config), "overrides": options.overrides, "mlflow": Tracking(home()).ui_command}
+    os.environ[COMMAND] = json.dumps(typed)
     _run_config(options, pipeline, _read_config(options, pipeline, retry=not options.plan))
 
 

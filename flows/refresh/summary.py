@@ -19,7 +19,7 @@ from draftsmith.flows.execution.display import Display, EndedRun
 from draftsmith.flows.planning.graph import UNSERVED, RunReview
 from draftsmith.flows.refresh.line import registry
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
-from draftsmith.stages.report.presentation import Step, next_steps, refresh_anyway
+from draftsmith.stages.report.presentation import Step, choice_sentence, next_steps, refresh_anyway
 from draftsmith.stages.report.presentation import drafters as drafter_table
 from draftsmith.stages.report.review import Review, duration, name_of, number, review_of, target_name
 from draftsmith.stages.runtime.invocation import Invocation
@@ -44,7 +44,8 @@ def show_results(display: Display, folders: Mapping[str, Path], ending: EndedRun
 def screen(folders: Mapping[str, Path], ending: EndedRun) -> list[str]:
     """Return the lines of the screen, at most 25 with 80 columns, except for long paths and commands."""
     line = getattr(ending.config, "registry", None)
-    command = Invocation(ending.file, ending.overrides, line.name if line is not None else None)
+    name = line.name if line is not None else None
+    command = Invocation(ending.file, ending.overrides, name, mlflow=ending.mlflow)
     champion = line.champion if line is not None else None
     review = _review(folders, champion.version if champion is not None else None)
     machine = review.machine if review is not None else ""
@@ -55,7 +56,10 @@ def screen(folders: Mapping[str, Path], ending: EndedRun) -> list[str]:
         command = replace(command, version=_version(command, folders, review) or command.version)
         verdict = _verdict(review, command, ending)
         rest = [_NOTHING_BROKEN] if review.outcome.kind == "inconclusive" else []
-        rest += ["", *_table(review, EvaluationResult.read(folders["evaluation"]))]
+        evaluation = EvaluationResult.read(folders["evaluation"])
+        rest += ["", *_table(review, evaluation)]
+        if review.checks and evaluation.better_arm is not None:
+            rest += _wrapped(choice_sentence(evaluation))
         if review.checks:
             rest += _wrapped("Gate  " + "  ".join(f"{tick} {group}" for tick, group in review.ticks()), "      ")
         if "report" in folders:

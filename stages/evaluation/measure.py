@@ -331,7 +331,7 @@ class _Replays:
         drafters: dict[str, Acceptance] = acceptance_table(trained, units, looping)
         for arm, tally in tallies.get("full_head", {}).items():
             drafters[arm] = drafters[arm].model_copy(update={"tau_full_head": tally.tau})
-        validation = self.validation()
+        validation, chosen_on = self.validation()
         for arm, tally in validation.items():
             if (found := calibration(tally.decisions, trained[arm].decisions)) is not None:
                 drafters[arm] = drafters[arm].model_copy(update={"confidence": found})
@@ -345,22 +345,27 @@ class _Replays:
             acceptance_by_offset={each.name: each.by_offset for each in slices(trained, units, labels) if each.name},
             comparisons=tau_comparisons(trained, units, labels),
             validation_tau={arm: tally.tau for arm, tally in validation.items()} or None,
+            chosen_on=chosen_on,
         )
         return result, _Replayed(trained, units, stored.trajectories)
 
-    def validation(self) -> dict[str, AcceptanceStats]:
-        """Replay every drafter on the validation split, which choices are made on; empty without its answers."""
+    def validation(self) -> tuple[dict[str, AcceptanceStats], int | None]:
+        """Replay every drafter on the validation split, which choices are made on. Return also how many prompts it has.
+
+        Empty and None without its answers.
+        """
         ctx = self.ctx
         if VALIDATION not in stored_splits(ctx.inputs["trajectories"]):
-            return {}
+            return {}, None
         stored = load_trajectories(ctx.inputs["trajectories"], [VALIDATION])
-        return self.replayer(VALIDATION, self.config.drafted(), stored.sampling, WHOLE).acceptance(
+        tallies = self.replayer(VALIDATION, self.config.drafted(), stored.sampling, WHOLE).acceptance(
             self.drafters,
             stored.trajectories,
             progress=progress_callback(ctx, "trajectories"),
             cache=ctx.work / REPLAYED / VALIDATION,
             shards=[folder / REPLAYED / VALIDATION for folder in ctx.shards],
         )
+        return tallies, len(set(stored.prompts))
 
 
 def _drafting_variants(config: EvaluationConfig) -> dict[str, DraftingConfig]:

@@ -237,13 +237,18 @@ def gate(review: Review) -> Table:
 
 
 def choice_sentence(evaluation: EvaluationResult) -> str:
-    """Return why this variant is the challenger; empty where there was no choice."""
+    """Return why this variant is the challenger, and which one measured better; empty where there was no choice."""
     lengths = {arm: tau for arm, tau in (evaluation.validation_tau or {}).items() if arm != CHAMPION}
     if len(lengths) < 2:
         return ""
     listed = ", ".join(f"{name_of(arm)} {number(tau, '.3f')}" for arm, tau in lengths.items())
     challenger = name_of(evaluation.challenger)
-    return f"{challenger} is the challenger: it has the highest acceptance length on the validation split ({listed})."
+    on = "the validation split" if evaluation.chosen_on is None else f"{evaluation.chosen_on} validation prompts"
+    sentence = f"{challenger} is the challenger: it has the highest acceptance length on {on} ({listed})."
+    if (better := evaluation.better_arm) is None:
+        return sentence
+    taus = [number(evaluation.drafters[arm].tau, ".2f") for arm in (better, evaluation.challenger)]
+    return f"{sentence} On the held-out prompts {name_of(better)} measured better ({taus[0]} against {taus[1]})."
 
 
 def stages(lineage: Sequence[LineageEntry]) -> Table:
@@ -328,6 +333,10 @@ def next_steps(review: Review, command: Invocation, seconds: Mapping[str, float]
     unsafe = any(check.result == "failed" and check.group in _UNSAFE for check in review.checks)
     drafters = [challenger, *([champion] if review.other == CHAMPION else [])]
     compare = Step("measure the drafters again", command.command("evaluate", drafters=drafters))
+    lost = next((v.differences.get(review.other or "") for v in review.variants if v.is_challenger), None)
+    if lost is not None and lost.significant and lost.value < 0:  # nobody promotes that by hand
+        loss = Step(f"see how it was trained: train/loss of run {review.challenger}", command.mlflow)
+        return [look, *([loss] if command.mlflow else []), compare]
     return [look, compare, *([] if unsafe else [by_hand])]
 
 

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-COMMAND = "DRAFTSMITH_COMMAND"  # of the environment: the config and overrides of the command, as JSON
+COMMAND = "DRAFTSMITH_COMMAND"  # of the environment: the config, overrides and MLflow of the command, as JSON
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class Invocation:
     overrides: Sequence[str] = ()
     line: str | None = None
     version: str = "challenger"  # of the challenger: a number, or the alias that it has until one is promoted
+    mlflow: str = ""  # the command, or the address, to look at the runs
 
     def run(self, *more: str) -> str:
         """Return the command that runs the refresh again."""

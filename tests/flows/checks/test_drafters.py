@@ -54,11 +54,13 @@ def test_equal_sampling_gives_no_warning(tmp_path: Path) -> None:
         ("evaluation.rounds 2", ["evaluation.rounds=2", "evaluation.concurrency=2"]),
         ("evaluation.speed_prompts 4", ["evaluation.rounds=1", "evaluation.speed_prompts=4"]),  # of its rounds
         ("held-out prompts, 31", ["evaluation.concurrency=16", "evaluation.speed_prompts=32", "prompts.heldout=31"]),
+        ("prompts.validation is 4", ["prompts.validation=4", "gate.judge_speed=false"]),
+        (None, ["prompts.validation=5"]),
         (None, ["evaluation.rounds=2", "gate.judge_speed=false"]),
         (None, ["registry=null"]),
     ],
 )
-def test_a_gate_that_can_never_promote_is_a_warning(low: str | None, overrides: list[str]) -> None:
+def test_a_gate_that_cannot_decide_is_a_warning(low: str | None, overrides: list[str]) -> None:
     findings = Findings()
     check_gate(findings, refresh_nodes(load_config(ROOT / "configs" / "quickstart.yaml", overrides)))
     assert len(findings.remarks) == (low is not None)

@@ -65,6 +65,20 @@ def test_every_outcome_fits_on_a_screen(
     assert lines[-2].startswith("Drafter  ") and lines[-1] == "MLflow   mlflow ui --db x"
 
 
+def test_the_screen_says_if_another_arm_measured_better_than_the_challenger(
+    line: str, drafters: list[ArtifactRef], tmp_path: Path
+) -> None:
+    registry().register(line, drafters[0], {})
+    chosen = OF_A_LINE | {"validation_tau": {"sft": 3.9, "opd": 3.5}, "chosen_on": 4}
+    decision = DECISION | {"outcome": "promoted", "promote": True, "challenger": "sft"}
+    lines = screen(ended(tmp_path / "sft", chosen, decision, sft=drafters[0].path), ending(config_of(line)))
+    text, tau = " ".join(lines), OF_A_LINE["drafters"]["opd"]["tau"]
+    assert "SFT is the challenger: it has the highest acceptance length on 4 validation prompts (" in text
+    assert f"On the held-out prompts SFT + OPD measured better ({tau:.2f} against" in text and len(lines) <= LINES
+    best = ended(tmp_path / "opd", OF_A_LINE, DECISION, opd=drafters[0].path)
+    assert "is the challenger" not in " ".join(screen(best, ending(config_of(line))))
+
+
 def test_a_current_champion_is_the_verdict(line: str, tmp_path: Path) -> None:
     (tmp_path / "drift.json").write_text(json.dumps({"all": {"tau": 2.5, "low": 2.4, "high": 2.6, "prompts": 40}}))
     config = config_of(line)

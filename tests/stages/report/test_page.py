@@ -203,7 +203,7 @@ def test_block_sizes_by_load_are_given_as_vllm_takes_them(tmp_path: Path) -> Non
     curve = [load_point("opd", PLAIN, n, math.exp(value), 1.0) | {"block_size": width} for n, width, value in points]
     steps = [{"arm": PLAIN, "concurrency": 1, "block_size": 1, "ms": 9.0}]
     page = render(tmp_path, of_a_line(evaluation=OF_A_LINE | {"load": curve, "step_times": steps}))
-    assert "num_speculative_tokens_per_batch_size: [[1, 3, 7], [4, 7, 3], [8, 16, 0]]" in page.text
+    assert "num_speculative_tokens_per_batch_size: [[1, 3, 7], [4, 15, 3], [16, 16, 1]]" in page.text
     assert "Predicted, each drafter at its fastest block size, with 95 % intervals." in page.text
     of_servers = render(tmp_path, of_a_line(evaluation=OF_A_LINE | {"load": curve})).text
     assert "num_speculative_tokens" not in of_servers, "they decode with one block size"

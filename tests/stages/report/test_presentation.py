@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from draftsmith.flows.cli.main import parser
 from draftsmith.stages.report.presentation import Step, next_steps, refresh_anyway
 from draftsmith.stages.report.review import review_of
 from draftsmith.stages.runtime.invocation import Invocation, invocation
-from tests.stages.report.sample_report import DECISION, OF_A_LINE, rule
+from tests.stages.report.sample_report import DECISION, OF_A_LINE, rule, verdict
 
 ASKED = Invocation("my configs/it's.yaml", ["sft.steps=3", "name=a b"], "weekly", "4")
 SECONDS = {"evaluation": 120.0, "gate": 1.0}
@@ -59,6 +60,15 @@ def test_a_drafter_that_changes_outputs_is_not_to_be_promoted_by_hand() -> None:
     for name, offered in (("tau", True), ("lossless", False), ("near-ties", False), ("checksums", False)):
         made = steps(outcome="refused", rules=[rule(name, passed=False)])
         assert any(" promote " in step.command for step in made) is offered, name
+
+
+def test_after_a_loss_of_acceptance_the_training_is_looked_at_and_nothing_promoted() -> None:
+    lost = OF_A_LINE | {"verdicts": [verdict("tau", "opd", "champion", -1.6, 0.07)]}
+    asked = replace(ASKED, mlflow="mlflow ui --backend-store-uri x")
+    refused: dict[str, Any] = {"outcome": "refused", "rules": [rule("tau", passed=False)]}
+    _, loss, compare = steps(lost, asked, **refused)
+    assert (loss.purpose, loss.command) == ("see how it was trained: train/loss of run opd", asked.mlflow)
+    assert compare.command.startswith("draftsmith evaluate ") and len(steps(lost, **refused)) == 2
 
 
 def test_a_run_that_comes_from_no_command_has_no_file() -> None:
