@@ -55,6 +55,7 @@ _IDENTITY = ("stage", "key", "content_id")
 # Tags of a version that are shown; and one for each server that drafts with it. All others are one tag, a JSON object.
 _SHOWN = ("tau", "speedup", "outcome", "rules", "promoted_at", "refreshed_at", "uploaded", "base", "on_promote")
 _RECORD, _SERVER = "record", "server."
+_MOST_CHECKS_CHARS = 4500  # of drift checks in one tag: a database keeps 5,000
 # Tags with the metrics of a version at its promotion, which drift checks compare with.
 PROMOTION_TAGS = (
     *("figures", "measured_with", "tau", "tau_interval", "speedup", "speedup_interval"),
@@ -217,8 +218,7 @@ class Registry:
         """Return the results of drift checks of a line's champions, oldest first."""
         with self._client() as client:
             model = self._model(client, line)
-            names = sorted(name for name in model.tags if name.startswith(_DRIFT)) if model is not None else []
-            return [_record(DriftCheck, model, name) for name in names]
+            return [_validated(DriftCheck, check, where) for where, checks in _checks(model) for check in checks]
 
     def resolve(self, text: str) -> Version:
         """Return the version of `LINE@ALIAS`, `LINE@3`, or `LINE` for its champion. Raises DraftsmithError."""
@@ -464,7 +464,13 @@ class Registry:
             earlier = self.drift(line)
             if earlier and {**earlier[-1].to_json(), "at": None} == {**result, "at": None}:
                 return
-            client.set_registered_model_tag(line, f"{_DRIFT}{len(earlier):06d}", json.dumps(dict(result)))
+            tags = _checks(self._model(client, line))
+            checks = [*(tags[-1][1] if tags else ()), dict(result)]
+            if len(tags) and len(json.dumps(checks)) <= _MOST_CHECKS_CHARS:
+                tags.pop()
+            else:
+                checks = checks[-1:]
+            client.set_registered_model_tag(line, f"{_DRIFT}{len(tags):06d}", json.dumps(checks))
 
     # -- inside --------------------------------------------------------------------------------------------------
 
@@ -580,6 +586,15 @@ def _events(model: Any) -> dict[str, LineEvent]:
     """Return the promotions and rollbacks of a registered model by the names of their tags, oldest first."""
     names = sorted(filter(_EVENT_NAME.fullmatch, () if model is None else model.tags))
     return {name: _record(LineEvent, model, name) for name in names}
+
+
+def _checks(model: Any) -> list[tuple[str, list[Any]]]:
+    """Return the drift checks of a registered model by tag, with its place for errors, oldest first."""
+    found = []
+    for name in sorted(name for name in (() if model is None else model.tags) if name.startswith(_DRIFT)):
+        checks = _parsed_json(model.tags[name], where := f"{model.name}: tag {name}")
+        found.append((where, checks if isinstance(checks, list) else [checks]))  # of earlier releases: a single one
+    return found
 
 
 def _next_index(events: Mapping[str, LineEvent]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 import secrets
 import shutil
@@ -124,6 +125,15 @@ def test_a_line_records_results_of_drift_checks(line: str, registry: Registry, t
     assert [each.to_json() for each in registry.drift(line)] == [seen[0], seen[2]], (
         "the same check, planned again, is one point"
     )
+    client, _ = registry._tracking.connect()
+    assert list(client.get_registered_model(line).tags) == ["draftsmith.drift.000000"]
+    client.set_registered_model_tag(line, "draftsmith.drift.000001", json.dumps(seen[1]))  # of an earlier release
+    more = [{"at": f"2026-02-{day:02d}", "version": 1, "tau": day, "decision": "x" * 1000} for day in range(1, 10)]
+    for each in more:
+        registry.add_drift(line, each)
+    assert [each.to_json() for each in registry.drift(line)] == [seen[0], seen[2], seen[1], *more]
+    texts = client.get_registered_model(line).tags
+    assert len(texts) == 4 and max(map(len, texts.values())) <= 4500
 
 
 def test_a_name_resolves_to_a_version_or_the_error_lists_versions(
