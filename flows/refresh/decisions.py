@@ -137,7 +137,8 @@ class RefreshPolicy:
         if target_changed:
             reasons.append("the target has changed since its promotion")
         if (days := age_days(self.line.refreshed_at)) > config.max_age_days:
-            reasons.append(f"the last refresh was {days:.3g} days ago, more than {config.max_age_days:g}")
+            ago = f"{days:.0f}" if days >= 10 else f"{days:.2g}"  # never 0
+            reasons.append(f"the last refresh was {ago} days ago, more than {config.max_age_days:g}")
         if days < -MAX_CLOCK_SKEW_DAYS:
             reasons.append(f"the last refresh was at {self.line.refreshed_at}, which is ahead of this machine's clock")
         if changes := self._changed_settings():  # taus that were measured differently do not show drift

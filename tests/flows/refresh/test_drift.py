@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +55,10 @@ def test_a_refresh_continues_if_forced_or_if_the_last_one_is_too_old(
     assert stops() == "Current", "the last refresh counts, not the last promotion"
     registry().tag(version, {"refreshed_at": "2020-01-01T00:00:00+00:00"})
     assert stops() is None
-    assert "the last refresh was" in registry().drift(line)[-1].decision
+    assert re.match(r"the last refresh was 2\d\d\d days ago, more than 90$", registry().drift(line)[-1].decision)
+    registry().tag(version, {"refreshed_at": (datetime.now(UTC) - timedelta(hours=2)).isoformat()})
+    assert stops(max_age_days=0.001) is None
+    assert registry().drift(line)[-1].decision == "the last refresh was 0.083 days ago, more than 0.001"
     assert stops(max_age_days=36500) == "Current"
     node, made = checked(config := resolve(config_of(line, drift={"max_age_days": 36500})), home, target_changed=True)
     assert RefreshPolicy(config, ()).should_stop(node, made) is None, "a changed target is a reason whatever tau is"
