@@ -1,7 +1,7 @@
 """Model lines in MLflow's model registry: versions that point to artifacts, and which of them serves.
 
 A line is a registered model. A version is one drafter: its source is the artifact in the store, and its tags describe
-it, its target and its metrics (`record` holds most of them as JSON). The alias `champion` is the version that serves,
+it, its target and its metrics (`version_record` has most of them). The alias `champion` is the version that serves,
 `previous` the champion before it, and `challenger` the last version that was compared with the champion. Each event of
 a line (promotion, rollback, drift check) is a tag of the registered model. Unlike the runs, nothing here ignores
 failures of MLflow: a promotion that is not recorded did not happen.
@@ -54,7 +54,7 @@ _EVENT_NAME = re.compile(re.escape(_EVENT) + r"(\d{6})\.\d{1,9}")
 _IDENTITY = ("stage", "key", "content_id")
 # Tags of a version that are shown; and one for each server that drafts with it. All others are one tag, a JSON object.
 _SHOWN = ("tau", "speedup", "outcome", "rules", "promoted_at", "refreshed_at", "uploaded", "base", "on_promote")
-_RECORD, _SERVER = "record", "server."
+_RECORD, _SERVER = "version_record", "server."  # MLflow sorts them by name, and this one is long
 _MOST_CHECKS_CHARS = 4500  # of drift checks in one tag: a database keeps 5,000
 # Tags with the metrics of a version at its promotion, which drift checks compare with.
 PROMOTION_TAGS = (

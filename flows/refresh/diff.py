@@ -18,7 +18,7 @@ from draftsmith.flows.execution.display import flatten, shorten
 from draftsmith.flows.refresh.line import registry
 from draftsmith.stages.report.review import ABSENT, interval
 
-_FILLED_IN = (f"{CHAMPION}.", "earlier.", "report.")  # of a node's config: what a run has looked up
+_FILLED_IN = (CHAMPION, "drift", "earlier", "report")  # nodes whose config a run has looked up, or that need a champion
 
 
 def version_diff(first: str, second: str) -> tuple[list[str], list[list[str]]]:
@@ -45,9 +45,14 @@ def version_diff(first: str, second: str) -> tuple[list[str], list[list[str]]]:
         speeds = [_interval(each.get(name, {}), "speedup", "speedup_low", "speedup_high") for each in (then, now)]
         if set(speeds) != {ABSENT}:
             rows.append([f"speed-up{'' if name == ALL else f', {name}'}", *speeds, ""])
-    for name in sorted({*old.config, *new.config}) if old.config and new.config else ():
-        if (before := old.config.get(name, ABSENT)) != (after := new.config.get(name, ABSENT)):
-            rows.append([name, shorten(before), shorten(after), ""])
+    for node in dict.fromkeys((*old.config, *new.config)) if old.config and new.config else ():
+        if node not in old.config or node not in new.config:
+            rows.append([node, *("made" if node in side.config else ABSENT for side in (old, new)), ""])
+            continue
+        before, after = flatten(old.config[node]), flatten(new.config[node])
+        for name in dict.fromkeys((*before, *after)):
+            if (values := [each.get(name, ABSENT) for each in (before, after)])[0] != values[1]:
+                rows.append([f"{node}.{name}", *map(shorten, values), ""])
     head = ["", *(f"{side.version.line}@{side.version.number}" for side in (old, new)), "gain"]
     return (head, rows) if gains else (head[:-1], [row[:-1] for row in rows])
 
@@ -58,7 +63,7 @@ class _Side:
 
     version: Version
     window: str  # of its data
-    config: Mapping[str, object]  # by node and field
+    config: Mapping[str, Mapping[str, Any]]  # by node
     review: ReviewResult | None
 
     @classmethod
@@ -66,8 +71,8 @@ class _Side:
         folders = artifact_folders(Tracking(home()), f"{version.line}@{version.number}", "report")
         review = ReviewResult.read_if_there(Path(folders["report"]) if folders else None)
         logs = LogsSummary.read_if_there(Path(folders["logs"]) if "logs" in folders else None)
-        config = flatten(review.config if review is not None else {})
-        own = {name: value for name, value in config.items() if not name.startswith(_FILLED_IN)}
+        config = review.config if review is not None else {}
+        own = {node: fields for node, fields in config.items() if node not in _FILLED_IN}
         window = logs.window.text if logs is not None else ""
         return cls(version, window or version.created_at[:10], own, review)
 

@@ -90,7 +90,7 @@ def test_a_version_has_few_tags_and_all_of_them_are_read_back(line: str, registr
     registry.tag(version, {"refreshed_at": "2026-12-01T00:00:00+00:00", "n3": "three", "server.gpu1:30000": "{}"})
     client, _ = registry._tracking.connect()
     stored = client.get_model_version(line, "1").tags
-    shown = ("outcome", "record", "refreshed_at", "server.gpu1:30000", "tau")
+    shown = ("outcome", "refreshed_at", "server.gpu1:30000", "tau", "version_record")
     assert sorted(stored) == [f"draftsmith.{name}" for name in shown]
     found = registry.version(line, 1)
     assert found.tags.items() >= {**tags, "n3": "three"}.items()
@@ -100,8 +100,10 @@ def test_a_version_has_few_tags_and_all_of_them_are_read_back(line: str, registr
     client.set_model_version_tag(line, "1", "draftsmith.figures", "{}")
     registry.register(line, made, {"figures": '{"all": {"tau": 3}}'})
     assert registry.version(line, 1).metrics() == {"all": {"tau": 3}}, "the record counts"
-    client.set_model_version_tag(line, "1", "draftsmith.record", '["a list"]')
-    with pytest.raises(DraftsmithError, match=r"version 1: tag draftsmith\.record: not a JSON object of texts\."):
+    client.set_model_version_tag(line, "1", "draftsmith.version_record", '["a list"]')
+    with pytest.raises(
+        DraftsmithError, match=r"version 1: tag draftsmith\.version_record: not a JSON object of texts\."
+    ):
         registry.versions(line)
     client.delete_registered_model(line)  # the other tests list all versions
 

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.integration
 def reported(store: Store, line: str, number: int, since: str, newest: str, steps: int) -> None:
     """Record the refresh of a version: its report, its logs and its run in MLflow."""
     config: dict[str, object] = {"sft": {"steps": steps, "drafter": None}, "report": {"history": number}}
+    config |= {"control": {"steps": steps}} if number > 1 else {}
     figures = {"tau_gain": 0.02, "tau_gain/chat": 0.1, "tau_gain/chat.low": 0.05, "tau_gain/chat.high": 0.15}
     if number > 1:
         config |= {"champion": {"line": line, "version": number - 1}}
@@ -57,6 +58,7 @@ def test_two_versions_are_compared(
     assert rows["tau"] == ["2.50 [2.40, 2.60]", "2.75 [2.65, 2.85]", ""], "no interval of the gain on all prompts"
     assert rows["tau, chat"][2] == "+10.0% [+5.0%, +15.0%]"
     assert rows["speed-up"][:2] == ["1.20 [1.15, 1.25]"] * 2 and rows["sft.steps"] == ["100", "200", ""]
+    assert rows["control"] == ["—", "made", ""] and "control.steps" not in rows
     assert rows["gate"][:2] == ["promoted"] * 2 and not {"sft.drafter", "report.history"} & rows.keys()
     assert list(draftsmith.diff(f"{line}@2", f"{line}@1").columns) == [f"{line}@2", f"{line}@1"], "no gain backwards"
 

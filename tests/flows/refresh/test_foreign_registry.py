@@ -56,7 +56,7 @@ HONEST: dict[str, str] = {
     "version: draftsmith.answers": json.dumps(ANSWERS),
     "version: draftsmith.figures": json.dumps({"all": {"tau": 2.5}}),
     "version: draftsmith.measured_with": "{}",
-    "version: draftsmith.record": json.dumps({"decision": "better"}),
+    "version: draftsmith.version_record": json.dumps({"decision": "better"}),
     "version: draftsmith.promoted_at": "2026-01-01T00:00:00+00:00",
     "version: draftsmith.read_until": "2026-01-01T00:00:00Z",
     "run: home": "host:/work/home",
