@@ -59,7 +59,7 @@ def version_diff(first: str, second: str) -> tuple[list[str], list[list[str]]]:
 
 @dataclass(frozen=True)
 class _Side:
-    """A version with what its last refresh reported."""
+    """A version with what its refresh reported."""
 
     version: Version
     window: str  # of its data
@@ -68,7 +68,7 @@ class _Side:
 
     @classmethod
     def of(cls, version: Version) -> _Side:
-        folders = artifact_folders(Tracking(home()), f"{version.line}@{version.number}", "report")
+        folders = artifact_folders(Tracking(home()), version.run_id, "report") if version.run_id else {}
         review = ReviewResult.read_if_there(Path(folders["report"]) if folders else None)
         logs = LogsSummary.read_if_there(Path(folders["logs"]) if "logs" in folders else None)
         config = review.config if review is not None else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import draftsmith
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.store.local import Store
 from draftsmith.artifacts.store.manifest import ArtifactRef
-from draftsmith.artifacts.tracking.refresh_runs import VERSION, RunRecord
+from draftsmith.artifacts.tracking.refresh_runs import RunRecord
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.cli.main import main
 from tests.flows.refresh.line_runs import config_of, finished, gated
@@ -20,8 +21,8 @@ from tests.testbed.artifacts import committed
 pytestmark = pytest.mark.integration
 
 
-def reported(store: Store, line: str, number: int, since: str, newest: str, steps: int) -> None:
-    """Record the refresh of a version: its report, its logs and its run in MLflow."""
+def reported(store: Store, line: str, number: int, since: str, newest: str, steps: int) -> str | None:
+    """Record the refresh of a version: its report, its logs and its run in MLflow, whose id is returned."""
     config: dict[str, object] = {"sft": {"steps": steps, "drafter": None}, "report": {"history": number}}
     config |= {"control": {"steps": steps}} if number > 1 else {}
     figures = {"tau_gain": 0.02, "tau_gain/chat": 0.1, "tau_gain/chat.low": 0.05, "tau_gain/chat.high": 0.15}
@@ -36,21 +37,21 @@ def reported(store: Store, line: str, number: int, since: str, newest: str, step
         node: committed(store, node, files, store.key(node, "c", {"n": number}, {}, 0)) for node, files in made.items()
     }
     record = RunRecord(Tracking(store.root.parent, line), "weekly", {})
-    record.open()
-    record.close("FINISHED", refs, {}, [], {VERSION: f"{line}@{number}"})
+    run_id = record.open()
+    record.close("FINISHED", refs, {}, [], {})
+    return run_id
 
 
 def test_two_versions_are_compared(
     line: str, home: Path, drafters: list[ArtifactRef], capsys: pytest.CaptureFixture[str]
 ) -> None:
     store, config = Store(home / "store"), config_of(line)
-    for drafter, tau in zip(drafters, (2.5, 2.75), strict=False):
-        finished(config, gated(store, drafter, tau=tau))
-    by_tags = draftsmith.diff(f"{line}@1", f"{line}@2")  # without reports
-    assert list(by_tags.columns) == [f"{line}@1", f"{line}@2"] and "sft.steps" not in by_tags.index
-
-    reported(store, line, 1, "2026-11-16T03:00:00+00:00", "2026-11-23T02:00:00+00:00", 100)
-    reported(store, line, 2, "2026-11-23T03:00:00+00:00", "2026-11-30T02:00:00+00:00", 200)
+    runs = [
+        reported(store, line, 1, "2026-11-16T03:00:00+00:00", "2026-11-23T02:00:00+00:00", 100),
+        reported(store, line, 2, "2026-11-23T03:00:00+00:00", "2026-11-30T02:00:00+00:00", 200),
+    ]
+    for drafter, tau, run_id in zip(drafters, (2.5, 2.75), runs, strict=False):
+        finished(config, gated(store, drafter, tau=tau), run_id)
     table = draftsmith.diff(f"{line}@1", line)
     assert list(table.columns) == [f"{line}@1", f"{line}@2", "gain"]
     rows = {name: list(row) for name, row in zip(table.index, table.to_numpy(), strict=True)}
@@ -67,3 +68,6 @@ def test_two_versions_are_compared(
     assert "data week of 16 Nov week of 23 Nov" in text and "sft.steps 100 200" in text
     with pytest.raises(DraftsmithError, match="has no version 9"):
         draftsmith.diff(f"{line}@1", f"{line}@9")
+    shutil.rmtree(store.root / "report")
+    by_tags = draftsmith.diff(f"{line}@1", f"{line}@2")
+    assert list(by_tags.columns) == [f"{line}@1", f"{line}@2"] and "sft.steps" not in by_tags.index
