@@ -113,7 +113,7 @@ class Version:
 
         Of a drafter that is uploaded as adapters: the checkpoint that they begin with, then each version's adapters.
         """
-        return self.tags.get("uploaded", "")
+        return self.tags.get("uploaded", "").strip()
 
     @property
     def waits(self) -> bool:

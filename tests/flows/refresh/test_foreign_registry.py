@@ -155,6 +155,11 @@ def tree(place: Path) -> dict[str, bytes]:
     }
 
 
+def test_an_upload_without_an_address_is_none(place: Path) -> None:
+    with answering({**HONEST, "version: draftsmith.uploaded": "\r"}), pytest.raises(DraftsmithError, match="not here"):
+        uses(place)["export"]()
+
+
 @pytest.mark.parametrize("entry", [*HONEST, "model: draftsmith.event.…"])
 @given(data=st.data())
 def test_whatever_a_registry_holds_nothing_outside_the_home_is_touched(
