@@ -242,7 +242,7 @@ def with_current_champion(line: RegistryConfig) -> RegistryConfig:
     return current.model_copy(
         update={
             "champion": champion_config(version),
-            "answers": _answers(version),
+            "answers": earlier_answers(version),
             "history": tuple(history(line.name)),
             "refreshed_at": max(
                 (at for other in versions if (at := other.tags.get(REFRESHED_AT))),
@@ -254,7 +254,7 @@ def with_current_champion(line: RegistryConfig) -> RegistryConfig:
     )
 
 
-def _answers(version: Version) -> EarlierConfig | None:
+def earlier_answers(version: Version) -> EarlierConfig | None:
     """Return the logged answers that a version was trained on, without fields that a later Draftsmith wrote."""
     if not (given := version.json("answers", {})):
         return None

@@ -10,13 +10,14 @@ from pathlib import Path
 from draftsmith.artifacts.errors import DraftsmithError, one_line
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.results.data import LogsSummary
+from draftsmith.artifacts.results.evaluation import ALL
 from draftsmith.artifacts.store.manifest import local_time
 from draftsmith.artifacts.tracking import refresh_runs
 from draftsmith.artifacts.tracking.registry import BY_HAND, ROLLED_BACK, Version
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.execution.display import Display
 from draftsmith.flows.orchestration.server import permanent_server
-from draftsmith.flows.refresh.line import registry
+from draftsmith.flows.refresh.line import earlier_answers, registry
 from draftsmith.flows.refresh.swap import swapped_servers
 
 
@@ -46,14 +47,15 @@ def _champion(champion: Version) -> str:
     """Return since when and why a version serves, and what it was measured with."""
     events = [event for event in registry().events(champion.line) if event.version == champion.number]
     since = f" since {local_time(events[-1].at)}, by {events[-1].by}: {events[-1].why}" if events else ""
-    names = {"tau": "tau", "speedup": "speed-up"}
-    measured = [f"{name} {float(value):.3f}" for tag, name in names.items() if (value := champion.tags.get(tag))]
+    names, metrics = {"tau": "tau", "speedup": "speed-up"}, champion.metrics().get(ALL, {})
+    measured = [f"{text} {metrics[name]:.3f}" for name, text in names.items() if metrics.get(name) is not None]
     return "; ".join([f"version {champion.number}{since}", *measured])
 
 
 def _rows_read(champion: Version) -> str:
     """Return the window of the logged rows that a version was trained on; empty if it has read none."""
-    summary = LogsSummary.read_if_there(Path(champion.json("answers", {}).get("folder", "/nowhere")))
+    answers = earlier_answers(champion)
+    summary = LogsSummary.read_if_there(Path(answers.folder) if answers is not None else None)
     newest = champion.tags.get("read_until", "")
     if summary is None:  # the store is elsewhere, or was pruned
         return f"logged answers until {local_time(newest)}" if newest else ""
