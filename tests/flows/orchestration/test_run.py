@@ -163,7 +163,7 @@ def test_mlflow_has_a_run_for_each_refresh_and_each_executed_stage(story: dict[s
         ]
     )
     with sqlite3.connect(story["home"] / "mlflow.db") as database:
-        steps = database.execute("select step, value from metrics where key = 'value' order by step").fetchall()
+        steps = database.execute("select step, value from metrics where key = 'train/value' order by step").fetchall()
         reused = database.execute("select value from tags where key = 'reused'").fetchall()
     assert steps == [(step, float(step - 1)) for step in range(1, 7)]
     assert [text.split()[0] for (text,) in reused] == ["1"], "the run that made the artifacts is tagged"

@@ -219,16 +219,27 @@ def test_no_tag_leads_out_of_the_home(line: str, home: Path, drafters: list[Arti
         lambda: registry_commands.export(Display(), line, tmp_path / "again"),
     ]
     client, version, before = tracking.connect()[0], registry().version(line, 1), outside()
+    record = json.loads(client.get_model_version(line, "1").tags["draftsmith.version_record"])
     assert home.parent / DRAFTER_FOLDER / "model.safetensors" in before
-    for tag, others in (("drafter_digest", version.tags["drafter_digest"]), ("key", version.key), ("stage", "opd")):
-        client.set_model_version_tag(line, "1", f"draftsmith.{tag}", "../..")
+
+    def write(tags: dict[str, str]) -> None:
+        for tag, value in tags.items():
+            client.set_model_version_tag(line, "1", f"draftsmith.{tag}", value)
+
+    for tag, others in (
+        ("drafter_digest", {"version_record": json.dumps(record)}),
+        ("key", {"key": version.key}),
+        ("stage", {"stage": "opd"}),
+    ):
+        write({"version_record": json.dumps(record | {tag: "../.."})} if tag in record else {tag: "../.."})
         version = dataclasses.replace(version, tags={**version.tags, "drafter_digest": "../.."})
         for use in uses:
             with pytest.raises(DraftsmithError, match=rf"^{line} version 1: tag draftsmith\.\w+: '\.\./\.\.' is no "):
                 use()
         assert outside() == before
-        client.set_model_version_tag(line, "1", f"draftsmith.{tag}", others)
-    client.delete_model_version_tag(line, "1", "draftsmith.drafter_digest")
+        write(others)
+    del record["drafter_digest"]
+    write({"version_record": json.dumps(record)})
     with pytest.raises(DraftsmithError, match=r"tag draftsmith\.drafter_digest: nothing is no sha256 digest"):
         registry_commands.export(Display(), line, tmp_path / "again")
 
