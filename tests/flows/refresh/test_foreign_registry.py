@@ -59,7 +59,7 @@ HONEST: dict[str, str] = {
     "version: draftsmith.version_record": json.dumps({"decision": "better"}),
     "version: draftsmith.promoted_at": "2026-01-01T00:00:00+00:00",
     "version: draftsmith.read_until": "2026-01-01T00:00:00Z",
-    "run: home": "host:/work/home",
+    "run: home": "host:/srv/home",
     "run: stage": "refresh",
     "run: key": "0123456789abcdef",
     "run: made.report": "report/0123456789abcdef#0123456789abcdef",
@@ -181,7 +181,7 @@ def test_an_honest_registry_is_read(place: Path) -> None:
     with answering(HONEST):
         found = uses(place)
         assert [event.version for event in registry().events(LINE)] == [1]
-        assert found["report"]() == {"report": "/work/home/store/report/0123456789abcdef"}
+        assert found["report"]() == {"report": "/srv/home/store/report/0123456789abcdef"}
         resolved = with_current_champion(RegistryConfig(name=LINE))
     assert resolved.champion is not None and resolved.champion.drafter_digest == DIGEST
     assert resolved.answers is not None and resolved.answers.sha256 == DIGEST
