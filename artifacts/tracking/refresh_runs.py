@@ -61,7 +61,7 @@ def artifact_folders(tracking: Tracking, name: str, node: str) -> dict[str, str]
 
 
 def fetch_page(tracking: Tracking, name: str, node: str, page: str, folder: Path) -> None:
-    """Copy the page of a refresh's report from MLflow into the folder. name, node: as of `artifact_folders`."""
+    """Copy the page of a refresh's report from MLflow into the folder. name, node: see `artifact_folders`."""
     if (run := _find_refresh(tracking, name, node)) is not None:
         client, _ = tracking.connect()
         if any(file.path == page for file in client.list_artifacts(run.info.run_id)):

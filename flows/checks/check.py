@@ -56,7 +56,7 @@ from draftsmith.stages.target.info import read_target_info
 
 
 def check(config: RunOptions, pipeline: Pipeline, home: Path, gpu: GpuRates | None = None) -> Findings:
-    """Make all checks of a valid config, and return their results. Only for logged answers are weights loaded.
+    """Make all checks of a valid config, and return their results. Weights are loaded only to test logged answers.
 
     gpu: to estimate memory and time for, in place of this machine's.
     They leave no files, except MLflow's database, which is asked for the line's champion, and an empty object in the
@@ -150,7 +150,7 @@ def _with_target(
 ) -> DrafterPlans:
     """Make the checks that need the target; return the drafters' plans.
 
-    artifact: the target's. whole: it has its weights. test: as of `check_logs`.
+    artifact: the target's. whole: it has its weights. test: see `check_logs`.
     """
     with findings.check("target"):
         check_target(findings, to_make, artifact)

@@ -48,7 +48,7 @@ class Size:
     layers: int  # of the target for each layer of a new drafter, which has at most five
     block_size: int
     training: dict[str, Any]  # fields of sft and opd
-    sft: dict[str, Any] = field(default_factory=dict)  # fields of sft alone
+    sft: dict[str, Any] = field(default_factory=dict)  # fields of sft only
     engine: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
     other: dict[str, dict[str, Any]] = field(default_factory=dict)  # section -> fields
@@ -111,7 +111,7 @@ _PASSES = 4  # of a new drafter's SFT over the answers
 def write_first_config(path: Path, beginning: str | None, size: str | None, given: Mapping[str, str | None]) -> Size:
     """Write a new config for a target; on a terminal, ask for what is not given. Return its size.
 
-    beginning, size: of `BEGINNINGS` and `SIZES`. given: option -> value, None if it is left out. Raises DraftsmithError
+    beginning, size: of `BEGINNINGS` and `SIZES`. given: option -> value, or None. Raises DraftsmithError
     without writing anything.
     """
     if path.exists():

@@ -235,7 +235,7 @@ def prompt_rows(
     read_ids: without it, prompts of token ids alone have no messages. unchanged: nothing will be added to a prompt;
     otherwise a prompt of token ids is built again from its messages, which have no tools. adapters: names of the
     target's; a row that names another cannot be read. slices: fields whose values are the labels of a prompt.
-    of_logs: as of `row_messages`.
+    of_logs: see `row_messages`.
     """
     for row in rows:
         rejects.rows += 1

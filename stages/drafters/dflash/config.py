@@ -25,7 +25,7 @@ class DFlashConfig(DrafterShape):
     mask_token: Annotated[
         str | int | None,
         Field(
-            description="a token of the target's vocabulary, or the id of an unused row of its embedding; left out: "
+            description="a token of the target's vocabulary, or the id of an unused row of its embedding; by default "
             "the first that no text contains, which `draftsmith check` names"
         ),
     ] = None
