@@ -20,7 +20,7 @@ SPECULATORS := .venv-speculators
 # the ends of the ranges of pyproject.toml; versions: tests/versions
 PYTHON_oldest ?= python3.11
 PYTHON_newest ?= python3.13
-NUMERICAL := $(addprefix tests/stages/,drafters replay training target $(patsubst %,engines/test_%.py,exactness rollout sampling sampled_proposals))
+NUMERICAL := $(addprefix tests/stages/,drafters replay training targets $(patsubst %,engines/test_%.py,exactness rollout sampling sampled_proposals))
 # of an environment's Python: pip, with a line for each download
 PIP_INSTALL := tests/pip_install.py
 

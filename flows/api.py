@@ -46,10 +46,10 @@ from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.replay.trace import AcceptanceStats
 from draftsmith.stages.runtime.facts import Facts
 from draftsmith.stages.runtime.statistics import Estimate
-from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.config import Dtype
-from draftsmith.stages.target.info import INFO_FILE
-from draftsmith.stages.target.sampling import SamplingParams
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.config import Dtype
+from draftsmith.stages.targets.info import INFO_FILE
+from draftsmith.stages.targets.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

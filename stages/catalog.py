@@ -7,7 +7,7 @@ stage's code follows every module named here.
 from __future__ import annotations
 
 STAGES = {
-    "target": "draftsmith.stages.target.stage",
+    "target": "draftsmith.stages.targets.stage",
     "sources": "draftsmith.stages.data.sources",
     "prompts": "draftsmith.stages.data.prompts",
     "champion": "draftsmith.stages.drafters.stage",

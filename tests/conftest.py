@@ -37,7 +37,7 @@ if TYPE_CHECKING:  # most packages need neither
 
     from draftsmith.stages.drafters.dflash.model import DFlashDrafter
     from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter
-    from draftsmith.stages.target.causal_lm import Target
+    from draftsmith.stages.targets.causal_lm import Target
     from tests.stages.bench import Bench
 
 
@@ -144,7 +144,7 @@ def plain_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def plain_target(plain_artifact: Path) -> Target:
     """The same, loaded. Not to be changed."""
-    from draftsmith.stages.target.causal_lm import Target
+    from draftsmith.stages.targets.causal_lm import Target
 
     return Target.load(plain_artifact, device="cpu")
 

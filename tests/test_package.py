@@ -98,7 +98,7 @@ def test_an_import_that_breaks_a_rule_is_refused(tmp_path: Path) -> None:
             "import draftsmith.stages.training.sft.stage",
         ),
         "know neither Prefect nor MLflow": ("stages/replay/chains.py", "import mlflow"),
-        "No circle of imports": ("stages/target/config.py", "import draftsmith.stages.target.info"),
+        "No circle of imports": ("stages/targets/config.py", "import draftsmith.stages.targets.info"),
     }
     for module, line in rules.values():
         broken = package / module

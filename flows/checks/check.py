@@ -52,7 +52,7 @@ from draftsmith.flows.planning.graph import Node, Pipeline, PlannedNode, Status,
 from draftsmith.stages.data.logs.earlier import EarlierConfig, is_available
 from draftsmith.stages.data.logs.stage import LogsConfig
 from draftsmith.stages.data.prompts import PromptsConfig
-from draftsmith.stages.target.info import read_target_info
+from draftsmith.stages.targets.info import read_target_info
 
 
 def check(config: RunOptions, pipeline: Pipeline, home: Path, gpu: GpuRates | None = None) -> Findings:

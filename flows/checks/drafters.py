@@ -16,7 +16,7 @@ from draftsmith.stages.evaluation.gate import GateConfig
 from draftsmith.stages.evaluation.timed_runs import settings_of
 from draftsmith.stages.evaluation.validity import fewest_prompts
 from draftsmith.stages.evaluation.verdicts import FEWEST_RUNS
-from draftsmith.stages.target.sampling import SamplingParams
+from draftsmith.stages.targets.sampling import SamplingParams
 from draftsmith.stages.training.config import OpdConfig, SftConfig
 
 

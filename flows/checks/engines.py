@@ -17,7 +17,7 @@ from draftsmith.stages.engines.environment import EngineEnvironment, health_prob
 from draftsmith.stages.engines.sglang.server import build_problems, environment_warnings
 from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.evaluation.config import EvaluationConfig
-from draftsmith.stages.target.info import model_path, read_target_info
+from draftsmith.stages.targets.info import model_path, read_target_info
 from draftsmith.stages.training.config import TrainingConfig
 
 
@@ -59,7 +59,7 @@ def check_served_targets(findings: Findings, nodes: Sequence[Node], artifact: Pa
 
     artifact: the target's, perhaps without weights. stored: with its weights, None if the store has none.
     """
-    from draftsmith.stages.engines.kinds import differing_settings, open_servers  # import torch
+    from draftsmith.stages.engines.registry import differing_settings, open_servers  # import torch
     from draftsmith.stages.engines.servers.requirements import server_requirements
 
     for node in nodes:
@@ -119,7 +119,7 @@ def sampling_problem(node: Node) -> str | None:
 
 def check_shared_target(findings: Findings, nodes: Sequence[Node], artifact: Path) -> None:
     """Check that a target that processes share can be divided among them. artifact: the target's."""
-    from draftsmith.stages.target.loading import check_divides  # imports torch, and planning must not
+    from draftsmith.stages.targets.loading import check_divides  # imports torch, and planning must not
 
     for node in nodes:
         parallel = node.stage.parallel(node.config) if node.stage.parallel is not None else None

@@ -1,4 +1,4 @@
-"""Estimates of what each stage needs of a machine. Letters of the formulas as in `stages/target/estimate.py`.
+"""Estimates of what each stage needs of a machine. Letters of the formulas as in `stages/targets/estimate.py`.
 
 No stage imports this module, so a better estimate changes no cache key (`tests/stages/test_digests.py`).
 """
@@ -25,8 +25,8 @@ from draftsmith.stages.evaluation.config import EvaluationConfig
 from draftsmith.stages.replay.options import TREE_TOKENS
 from draftsmith.stages.replay.stage import SAMPLE, MiningConfig
 from draftsmith.stages.runtime.stage import CHECKPOINTS_KEPT
-from draftsmith.stages.target.config import TargetConfig, source_kind
-from draftsmith.stages.target.estimate import (
+from draftsmith.stages.targets.config import TargetConfig, source_kind
+from draftsmith.stages.targets.estimate import (
     PROCESS_BYTES,
     AnswerCounts,
     ModelSize,
@@ -101,7 +101,7 @@ def _embedded(slots: int, longest: int, drafter: bool, head_tokens: int | None, 
     of the head.
     """
     own = sizes.weights(sizes.drafter) + sizes.reduced_head(head_tokens)[1] if drafter else 0.0
-    packed = sizes.itemsize == 2 and not sizes.accelerated  # `target/packed_linear.py`; the decoder's are replaced
+    packed = sizes.itemsize == 2 and not sizes.accelerated  # `targets/packed_linear.py`; the decoder's are replaced
     copies = own + sizes.target.vocabulary * sizes.target.hidden * sizes.itemsize if packed else 0.0
     return PROCESS_BYTES + sizes.weights(sizes.target) + own + copies + _decoding(slots, longest, drafter, sizes)
 

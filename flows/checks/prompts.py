@@ -31,7 +31,7 @@ from draftsmith.stages.data.row_formats import RejectedRow, row_messages
 from draftsmith.stages.data.trajectories import Prompt, positions_needed
 from draftsmith.stages.engines.stage import RolloutConfig, prompt_shortage, prompts_to_answer
 from draftsmith.stages.evaluation.config import EvaluationConfig, prompts_to_decode
-from draftsmith.stages.target.config import TargetConfig
+from draftsmith.stages.targets.config import TargetConfig
 
 _COUNTED_BYTES = 1 << 28  # of larger files only the first row is read
 _LOG_ROWS, _LOG_SECONDS = 20_000, 20.0  # limits for one log
@@ -285,7 +285,7 @@ def check_answers(
         )
         return
     from draftsmith.stages.data.logs.likelihood import describe_foreign, foreign_error, read_answer  # import torch
-    from draftsmith.stages.target.causal_lm import Target
+    from draftsmith.stages.targets.causal_lm import Target
 
     target, read, end = Target.load(weights), [], time.monotonic() + _LOG_SECONDS
     for answer in answers:

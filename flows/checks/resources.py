@@ -21,8 +21,8 @@ from draftsmith.flows.execution.display import format_bytes, format_duration
 from draftsmith.flows.execution.machine import free_disk_bytes, gpu_names
 from draftsmith.flows.planning.graph import Node
 from draftsmith.stages.data.prompts import SPLITS, PromptsConfig
-from draftsmith.stages.target.estimate import DTYPE_BYTES, PROCESS_BYTES, ModelSize, Sizes, StageUse, target_size
-from draftsmith.stages.target.info import model_path, read_target_info
+from draftsmith.stages.targets.estimate import DTYPE_BYTES, PROCESS_BYTES, ModelSize, Sizes, StageUse, target_size
+from draftsmith.stages.targets.info import model_path, read_target_info
 
 _TIGHT, _TOO_MUCH = 0.85, 1.35  # needed / available: estimates are meant to be right within a third
 _SERVER_FRACTION = 0.85  # of a GPU's memory that servers take by default, about

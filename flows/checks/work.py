@@ -5,7 +5,7 @@ are what the kernels between products read and write; what a product itself move
 are those of PyTorch without compiler or CUDA graphs. All three are compared with torch's counts of real steps in
 `tests/flows/checks/test_work.py`. The time is arithmetic: no GPU was measured.
 
-Letters as in `stages/target/estimate.py`; also q, k widths of queries and keys, I width of the MLP, A blocks an answer.
+Letters as in `targets/estimate.py`; also q, k widths of queries and keys, I width of the MLP, A blocks an answer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 
 from draftsmith.stages.drafters.spec import StepShape
 from draftsmith.stages.replay.options import TREE_TOKENS
-from draftsmith.stages.target.estimate import ModelSize, Sizes, StageUse
+from draftsmith.stages.targets.estimate import ModelSize, Sizes, StageUse
 from draftsmith.stages.training.config import OpdConfig, TrainingConfig
 from draftsmith.stages.training.estimate import head_rows, reads_distribution, rows_of_process, trained_parameters
 

@@ -22,7 +22,7 @@ from draftsmith.stages.evaluation.gate import GateConfig
 from draftsmith.stages.replay.stage import MiningConfig
 from draftsmith.stages.report.stage import HistoryPoint, ReportConfig
 from draftsmith.stages.runtime.stage import Config
-from draftsmith.stages.target.config import TargetConfig
+from draftsmith.stages.targets.config import TargetConfig
 from draftsmith.stages.training.config import OpdConfig, SftConfig
 
 # held-out prompts of a refresh from logs alone: enough for an interval of a few percent

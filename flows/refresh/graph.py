@@ -20,7 +20,7 @@ from draftsmith.stages.catalog import STAGES
 from draftsmith.stages.data.logs.stage import LogsConfig
 from draftsmith.stages.data.prompts import PromptsConfig
 from draftsmith.stages.runtime.stage import SOURCES
-from draftsmith.stages.target.config import TargetConfig
+from draftsmith.stages.targets.config import TargetConfig
 
 
 def first_nodes(target: TargetConfig, prompts: PromptsConfig, logs: LogsConfig | None = None) -> list[Node]:

@@ -19,8 +19,8 @@ from draftsmith.stages.data.held_out import HELDOUT_SHARE, hash_fraction, prompt
 from draftsmith.stages.data.prompt_streams import prompt_rows
 from draftsmith.stages.data.prompts import JsonlSource
 from draftsmith.stages.data.row_files import RejectLog, match_files, read_rows
-from draftsmith.stages.target.config import TargetConfig
-from draftsmith.stages.target.info import TargetInfo, model_path
+from draftsmith.stages.targets.config import TargetConfig
+from draftsmith.stages.targets.info import TargetInfo, model_path
 
 _PUBLISHED = ("z-lab/{}-DFlash-b16", "z-lab/{}-DFlash")  # drafters of a model of the hub, by its name
 _GPUS = 8  # of a node

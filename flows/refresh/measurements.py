@@ -26,7 +26,7 @@ from draftsmith.stages.engines.config import SGLangEngineConfig
 from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.evaluation.config import DRAFTERS, PREFIX, EvaluationConfig
 from draftsmith.stages.evaluation.diagnosis import DiagnosisConfig
-from draftsmith.stages.target.config import TargetConfig
+from draftsmith.stages.targets.config import TargetConfig
 from draftsmith.stages.training.config import SftConfig
 
 

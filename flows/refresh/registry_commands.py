@@ -36,7 +36,7 @@ from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.servers.requirements import served_block_size, speculative_algorithm
 from draftsmith.stages.engines.sglang.server import drafting_options, write_schedule, write_step_costs
 from draftsmith.stages.engines.vllm.server import drafting_options as options_of_vllm
-from draftsmith.stages.target.info import model_path, read_target_info
+from draftsmith.stages.targets.info import model_path, read_target_info
 
 log = logging.getLogger(__name__)
 _WIDE = 120  # columns of a terminal that shows more

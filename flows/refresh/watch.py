@@ -20,7 +20,7 @@ from draftsmith.flows.refresh.decisions import degraded_sets
 from draftsmith.flows.refresh.line import BLOCK_SIZE, registry
 from draftsmith.flows.refresh.registry_commands import named_servers
 from draftsmith.flows.refresh.swap import swapped_servers
-from draftsmith.stages.engines.served import ask_servers, count_finished, served_tau
+from draftsmith.stages.engines.server_state import ask_servers, count_finished, served_tau
 from draftsmith.stages.engines.servers.state import ServerState, TracedRequest
 from draftsmith.stages.evaluation.verdicts import FEWEST_IN_SLICE, too_small
 from draftsmith.stages.replay.trace import DEPTHS

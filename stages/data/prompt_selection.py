@@ -21,8 +21,8 @@ from draftsmith.stages.data.prompts import MORE_LOGS, SPLITS, PromptsConfig, Spl
 from draftsmith.stages.data.row_files import Throttle, describe_counts
 from draftsmith.stages.data.row_formats import ADAPTER, Message
 from draftsmith.stages.runtime.stage import StageContext
-from draftsmith.stages.target.config import BASE
-from draftsmith.stages.target.info import load_tokenizer, model_path, read_target_info
+from draftsmith.stages.targets.config import BASE
+from draftsmith.stages.targets.info import load_tokenizer, model_path, read_target_info
 
 _REPORT_EVERY = 64  # prompts
 _MOST_VALUES = 50  # of a field in `slices`: more make slices that are too small, as users' ids do

@@ -44,7 +44,7 @@ from draftsmith.stages.data.row_formats import (
     row_labels,
 )
 from draftsmith.stages.data.time_window import row_time
-from draftsmith.stages.target.hub import hub_advice, is_hub_refusal
+from draftsmith.stages.targets.hub import hub_advice, is_hub_refusal
 
 _MIN_KEPT, _KEPT_PER_PROMPT = 256, 4  # candidates of a file in memory: at least, and for each needed prompt
 _SEEDS_PER_SPLIT = 1_000_000  # a task makes item i from seed + i; every split has a separate range of seeds

@@ -15,8 +15,8 @@ from draftsmith.stages.data.row_formats import FieldFilter, FieldNames, Template
 from draftsmith.stages.data.sources import SourcesConfig
 from draftsmith.stages.data.time_window import Since, window_start
 from draftsmith.stages.runtime.stage import NOT_FETCHED, SOURCES, Config, FilledIn, InputListing, NotInKey, Stage
-from draftsmith.stages.target.hub import hub_commit
-from draftsmith.stages.target.info import read_target_info
+from draftsmith.stages.targets.hub import hub_commit
+from draftsmith.stages.targets.info import read_target_info
 
 Split = Literal["train", "validation", "heldout"]
 # Held-out prompts are selected first: a text that occurs twice stays held out and is not trained on.

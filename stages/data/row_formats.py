@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.data.row_files import Fields, json_type
-from draftsmith.stages.target.config import BASE
+from draftsmith.stages.targets.config import BASE
 
 Message: TypeAlias = dict[str, str]  # role, content
 FieldValue: TypeAlias = str | int | float | bool

@@ -18,8 +18,8 @@ from draftsmith.artifacts.tables.parquet import read_table
 from draftsmith.artifacts.tables.readers import RowReader
 from draftsmith.artifacts.tables.schemas import ADAPTERS, LABELS, LOGS_SET, PROMPTS, TRAJECTORIES
 from draftsmith.stages.runtime.memory import to_device
-from draftsmith.stages.target.info import read_target_info
-from draftsmith.stages.target.sampling import SamplingParams
+from draftsmith.stages.targets.info import read_target_info
+from draftsmith.stages.targets.sampling import SamplingParams
 
 if TYPE_CHECKING:
     import torch

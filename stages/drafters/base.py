@@ -15,9 +15,9 @@ from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.drafters.sampling import argmax, probability_of
 from draftsmith.stages.drafters.spec import StepShape, TrainingRecipe
 from draftsmith.stages.runtime.facts import Facts
-from draftsmith.stages.target.info import IDENTITY, LogitMap, TargetInfo
-from draftsmith.stages.target.kv_cache import Rows
-from draftsmith.stages.target.packed_linear import packed_copy
+from draftsmith.stages.targets.info import IDENTITY, LogitMap, TargetInfo
+from draftsmith.stages.targets.kv_cache import Rows
+from draftsmith.stages.targets.packed_linear import packed_copy
 
 LOGITS_PER_CHUNK = 2**26  # 256 MB in float32
 
@@ -194,7 +194,7 @@ class Drafter(Facts, nn.Module, ABC):
         return self.head_over(target_head, self.frequent_tokens[:head_tokens])
 
     def for_decoding(self) -> Drafter:
-        """Return a copy with packed weights (`target/packed_linear.py`) where possible. It cannot be trained."""
+        """Return a copy with packed weights (`targets/packed_linear.py`) where possible. It cannot be trained."""
         return packed_copy(self, self.layer_names, (("k_proj", "v_proj"), ("gate_proj", "up_proj")))
 
     @property

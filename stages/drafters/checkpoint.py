@@ -22,9 +22,9 @@ from draftsmith.stages.drafters.base import Drafter, DrafterInfo
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.registry import KINDS, DrafterConfig
 from draftsmith.stages.drafters.spec import Architecture, RawConfig
-from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.hub import check_snapshot, hub_commit, hub_snapshot
-from draftsmith.stages.target.info import TargetInfo, load_tokenizer, model_path, read_target_info
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.hub import check_snapshot, hub_commit, hub_snapshot
+from draftsmith.stages.targets.info import TargetInfo, load_tokenizer, model_path, read_target_info
 
 _INFO = TypeAdapter(DrafterInfo)
 INFO_FILE, TOKENS_FILE = "drafter.json", "frequent_tokens.npy"

@@ -19,7 +19,7 @@ from draftsmith.artifacts.errors import DraftsmithError, one_line
 from draftsmith.stages.drafters import speculators
 from draftsmith.stages.drafters.digest import WEIGHTS_FILE
 from draftsmith.stages.drafters.spec import RawConfig
-from draftsmith.stages.target.layers import usual_layer, wrong_numbers
+from draftsmith.stages.targets.layers import usual_layer, wrong_numbers
 
 CONFIG_FILE = "config.json"
 _PARTIAL_ROTATION = "partial_rotary_factor"

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch.nn import functional as F
 
-from draftsmith.stages.target.info import IDENTITY, LogitMap
-from draftsmith.stages.target.packed_linear import PackedLinear, can_pack
+from draftsmith.stages.targets.info import IDENTITY, LogitMap
+from draftsmith.stages.targets.packed_linear import PackedLinear, can_pack
 
 if TYPE_CHECKING:
-    from draftsmith.stages.target.causal_lm import Target
+    from draftsmith.stages.targets.causal_lm import Target
 
 
 def flat_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -48,7 +48,7 @@ class Head:
         return self if temperature == 1.0 else replace(self, logit_map=self.logit_map.with_temperature(temperature))
 
     def for_decoding(self, target: Target) -> Self:
-        """Return the head over packed weights (`target/packed_linear.py`) where they can be packed."""
+        """Return the head over packed weights (`targets/packed_linear.py`) where they can be packed."""
         if not can_pack(self.weight):
             return self
         own = self.weight is target.head_weight

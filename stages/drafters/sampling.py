@@ -13,7 +13,7 @@ from enum import IntEnum
 import numpy as np
 import torch
 
-from draftsmith.stages.target.sampling import SamplingParams
+from draftsmith.stages.targets.sampling import SamplingParams
 
 _SLICE, _SMALLEST_SLICE = 512, 32  # scores; powers of two that divide the size of a vocabulary
 

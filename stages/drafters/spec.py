@@ -16,7 +16,7 @@ from draftsmith.stages.runtime.stage import Config
 if TYPE_CHECKING:
     import torch
 
-    from draftsmith.stages.target.causal_lm import Target
+    from draftsmith.stages.targets.causal_lm import Target
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from draftsmith.artifacts.store.mirror import open_store
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.runtime.stage import Config, NotInKey, Stage, StageContext
-from draftsmith.stages.target.info import model_path, read_target_info
+from draftsmith.stages.targets.info import model_path, read_target_info
 
 
 class ChampionConfig(Config):

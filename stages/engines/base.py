@@ -10,7 +10,7 @@ import numpy as np
 
 from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.replay.trace import Trace
-from draftsmith.stages.target.sampling import GREEDY, SamplingParams
+from draftsmith.stages.targets.sampling import GREEDY, SamplingParams
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.identifiers import ServerUrl
 from draftsmith.artifacts.redaction import find_secrets
 from draftsmith.stages.runtime.stage import Config, NotInKey
-from draftsmith.stages.target.sampling import SamplingParams, TopK
+from draftsmith.stages.targets.sampling import SamplingParams, TopK
 
 NO_REDUCED_HEAD = (
     "only the embedded engine drafts from a part of the vocabulary. Remove it, or set engine.kind: embedded."

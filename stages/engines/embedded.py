@@ -22,8 +22,8 @@ from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.base import Completion, Request, VerifyStep
 from draftsmith.stages.engines.verification import BlockDrafter, Drafted, sample_target, verify
 from draftsmith.stages.runtime.memory import to_device
-from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.kv_cache import SlotCache
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.kv_cache import SlotCache
 
 # Prompts of similar length are prefilled together, up to this many tokens: matrix products reach their full rate with a
 # few hundred rows, and more prompts in one forward only mean more padding.

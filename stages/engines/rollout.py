@@ -29,13 +29,13 @@ from draftsmith.stages.drafters.spec import NO_FREQUENT_TOKENS
 from draftsmith.stages.engines.base import Completion, Engine, Request
 from draftsmith.stages.engines.config import EmbeddedEngineConfig, SamplingConfig, ServerEngineConfig
 from draftsmith.stages.engines.embedded import EmbeddedEngine
-from draftsmith.stages.engines.kinds import open_servers
 from draftsmith.stages.engines.partial_answers import SCHEMAS, PartialAnswers, store_logged_answers
+from draftsmith.stages.engines.registry import open_servers
 from draftsmith.stages.engines.servers.requirements import server_requirements
 from draftsmith.stages.engines.stage import RolloutConfig, prompts_to_answer
 from draftsmith.stages.runtime.stage import StageContext
-from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.info import load_tokenizer, model_path, read_target_info
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.info import load_tokenizer, model_path, read_target_info
 
 _SEAM = 16  # tokens by which an answer may become longer when its text is tokenised again
 _WRITTEN_ROWS = 64  # written to the final tables in one step; traces have many short rows: BATCH_ROWS

@@ -16,12 +16,12 @@ import httpx
 
 from draftsmith.artifacts.errors import DraftsmithError, RefusedError
 from draftsmith.artifacts.identifiers import Digest, ServerUrl
-from draftsmith.stages.engines.served import ask_servers, from_servers
+from draftsmith.stages.engines.server_state import ask_servers, from_servers
 from draftsmith.stages.engines.servers.client import Json
 from draftsmith.stages.engines.servers.state import NewDrafter, ServerState, Time
-from draftsmith.stages.engines.sglang.served import write_drafter as write_sglang
+from draftsmith.stages.engines.sglang.swap import write_drafter as write_sglang
 from draftsmith.stages.engines.vllm.plugin import BACKEND
-from draftsmith.stages.engines.vllm.served import write_drafter as write_vllm
+from draftsmith.stages.engines.vllm.swap import write_drafter as write_vllm
 
 if TYPE_CHECKING:  # it imports torch
     from draftsmith.stages.replay.proof import Proof

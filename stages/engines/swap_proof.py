@@ -17,14 +17,14 @@ from draftsmith.stages.drafters.checkpoint import check_complete, load_drafter, 
 from draftsmith.stages.drafters.digest import BOOKKEEPING
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.base import Request
-from draftsmith.stages.engines.kinds import identify, open_servers
-from draftsmith.stages.engines.served import API_KEYS
+from draftsmith.stages.engines.registry import identify, open_servers
+from draftsmith.stages.engines.server_state import API_KEYS
 from draftsmith.stages.engines.servers.identity import TargetTooLargeError, check_memory
 from draftsmith.stages.engines.servers.requirements import server_requirements
 from draftsmith.stages.engines.servers.state import NewDrafter, ServerState
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.proof import Proof, ServedAnswer, prove
-from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.targets.causal_lm import Target
 
 log = logging.getLogger(__name__)
 

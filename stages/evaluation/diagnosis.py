@@ -11,7 +11,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.engines.config import SamplingConfig
 from draftsmith.stages.replay.options import PARITY_MISMATCH, MaxParityMismatch
 from draftsmith.stages.runtime.stage import Compute, Config, NotInKey, Stage
-from draftsmith.stages.target.info import model_path, read_target_info
+from draftsmith.stages.targets.info import model_path, read_target_info
 
 
 class DiagnosisConfig(Config):

@@ -35,7 +35,7 @@ def run(ctx: StageContext, config: DriftConfig) -> None:
     # these load torch, and planning reads this module
     from draftsmith.stages.drafters.checkpoint import load_drafter
     from draftsmith.stages.replay.replayer import Replayer
-    from draftsmith.stages.target.causal_lm import Target
+    from draftsmith.stages.targets.causal_lm import Target
 
     stored = load_trajectories(ctx.inputs["trajectories"], ["heldout"])
     target = Target.load(ctx.inputs["target"])

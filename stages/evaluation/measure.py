@@ -56,7 +56,7 @@ from draftsmith.stages.evaluation.acceptance import (
     tau_differences,
 )
 from draftsmith.stages.evaluation.config import DRAFTERS, PREFIX, EvaluationConfig, prompts_to_decode
-from draftsmith.stages.evaluation.load import from_timed_runs, measure_times, predict, step_table
+from draftsmith.stages.evaluation.load_curve import from_timed_runs, measure_times, predict, step_table
 from draftsmith.stages.evaluation.looks import Looks, needs_another, open_look
 from draftsmith.stages.evaluation.speed_embedded import EmbeddedSpeedTest, measure_embedded, one_thread
 from draftsmith.stages.evaluation.speed_servers import ServerSpeedTest, measure_servers
@@ -78,8 +78,8 @@ from draftsmith.stages.replay.trace import AcceptanceStats
 from draftsmith.stages.runtime.memory import release_memory
 from draftsmith.stages.runtime.stage import INCONCLUSIVE, WHOLE, Shard, StageContext, progress_callback
 from draftsmith.stages.runtime.statistics import Estimate, Unit
-from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.sampling import SamplingParams
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.sampling import SamplingParams
 
 REPLAYED = "replayed"  # traces by replay, of an unfinished attempt or a shard
 VALIDATION = "validation"

@@ -46,7 +46,7 @@ from draftsmith.stages.evaluation.timed_runs import (
 )
 from draftsmith.stages.evaluation.validity import steady
 from draftsmith.stages.runtime.stage import StageContext
-from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.targets.causal_lm import Target
 
 ENGINE = "embedded"
 

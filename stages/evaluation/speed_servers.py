@@ -30,7 +30,7 @@ from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.engines.config import ServerEngineConfig
-from draftsmith.stages.engines.kinds import open_servers
+from draftsmith.stages.engines.registry import open_servers
 from draftsmith.stages.engines.servers.engine import ServerEngine
 from draftsmith.stages.engines.servers.requirements import server_requirements
 from draftsmith.stages.evaluation.config import EvaluationConfig
@@ -56,7 +56,7 @@ from draftsmith.stages.replay.parity import ParityTolerance, check_steps, check_
 from draftsmith.stages.replay.replayer import Replayer, samples_proposals
 from draftsmith.stages.runtime.memory import release_memory
 from draftsmith.stages.runtime.stage import StageContext, progress_callback
-from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.targets.causal_lm import Target
 
 WARM_UP_TOKENS = 16  # a prefill and some steps at every batch size
 _TRIES = 3  # at a timed run in which no request is lost

@@ -29,7 +29,7 @@ from draftsmith.stages.drafters.dflash.model import DFlashDrafter, FeatureContex
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.engines.config import ServerEngineConfig
-from draftsmith.stages.engines.kinds import identify, open_servers
+from draftsmith.stages.engines.registry import identify, open_servers
 from draftsmith.stages.engines.servers.requirements import server_requirements
 from draftsmith.stages.evaluation.diagnosis import DiagnosisConfig
 from draftsmith.stages.replay.chains import replay_sequentially
@@ -38,9 +38,9 @@ from draftsmith.stages.replay.parity import ParityTolerance, check_steps, trace_
 from draftsmith.stages.replay.replayer import Replayer, samples_proposals
 from draftsmith.stages.replay.trace import Trace
 from draftsmith.stages.runtime.stage import StageContext, progress_callback
-from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.info import read_target_info
-from draftsmith.stages.target.sampling import GREEDY, SamplingParams
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.info import read_target_info
+from draftsmith.stages.targets.sampling import GREEDY, SamplingParams
 
 THETAS = (10_000.0, 500_000.0, 1_000_000.0, 5_000_000.0)  # of public models; the first is what libraries fall back to
 SHORTEST_WINDOW = 8

@@ -34,8 +34,8 @@ from draftsmith.stages.replay.replayer import Replayer, count_in, samples_propos
 from draftsmith.stages.replay.sampled import truncation_warning
 from draftsmith.stages.replay.stage import SAMPLE, MiningConfig
 from draftsmith.stages.runtime.stage import WHOLE, Shard, StageContext
-from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.info import model_path, read_target_info
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.info import model_path, read_target_info
 
 SHARD = "shard.json"  # of a shard's artifact: what is in it
 

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.runtime.stage import WHOLE, NotInKey, Shard
-from draftsmith.stages.target.sampling import GREEDY, SamplingParams
+from draftsmith.stages.targets.sampling import GREEDY, SamplingParams
 
 TREE_TOKENS = 512  # rejected proposals of a trajectory that the target scores in one forward
 POSITIONS_PER_CHUNK = 1024  # whose logits are in memory together

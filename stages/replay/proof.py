@@ -29,8 +29,8 @@ from draftsmith.stages.replay.replayer import Replayer, samples_proposals
 from draftsmith.stages.replay.sampled import TargetSampler, acceptance_ratio
 from draftsmith.stages.replay.trace import Trace
 from draftsmith.stages.runtime.memory import to_device
-from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.sampling import SamplingParams
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.sampling import SamplingParams
 
 ServedAnswer: TypeAlias = tuple[Trajectory, Trace]  # its steps as served; `proposed` is [S, 0] if only counts are known
 

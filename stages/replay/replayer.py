@@ -22,8 +22,8 @@ from draftsmith.stages.replay.scoring import EncodedGroup, StepScores, score_tra
 from draftsmith.stages.replay.trace import AcceptanceStats, Trace
 from draftsmith.stages.runtime.memory import retry_in_halves
 from draftsmith.stages.runtime.stage import WHOLE, Shard
-from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.sampling import SamplingParams
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.sampling import SamplingParams
 
 Result = TypeVar("Result")
 KeptGroup: TypeAlias = tuple[Sequence[str], EncodedGroup]  # names of the trajectories of a forward with its cache

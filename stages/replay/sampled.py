@@ -37,9 +37,9 @@ from draftsmith.stages.drafters.sampling import (
     truncate,
 )
 from draftsmith.stages.runtime.memory import to_device
-from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.kv_cache import Rows
-from draftsmith.stages.target.sampling import SamplingParams
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.kv_cache import Rows
+from draftsmith.stages.targets.sampling import SamplingParams
 
 FEW_OUTSIDE = 0.01  # share that is no reason for a warning: random weights in bfloat16 came to 0.5 %
 

@@ -18,8 +18,8 @@ import torch
 from draftsmith.stages.replay.options import POSITIONS_PER_CHUNK, TREE_TOKENS
 from draftsmith.stages.replay.trace import Trace
 from draftsmith.stages.runtime.memory import to_device
-from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.kv_cache import Rows, SlotCache
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.kv_cache import Rows, SlotCache
 
 # Rows are scored together while padding stays below this share of the leaves, or below a number of tokens that a
 # forward hardly notices: every forward has a fixed cost too.

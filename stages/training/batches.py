@@ -28,8 +28,8 @@ from draftsmith.stages.data.trajectories import (
 )
 from draftsmith.stages.replay.replayer import KeptGroup, encode_group
 from draftsmith.stages.runtime.ranks import ALONE, Ranks
-from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.estimate import ModelSize
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.estimate import ModelSize
 from draftsmith.stages.training.config import TrainingConfig
 
 

@@ -20,7 +20,7 @@ from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.drafters.spec import StepShape
 from draftsmith.stages.replay.sampled import TargetSampler
 from draftsmith.stages.runtime.memory import to_device
-from draftsmith.stages.target.sampling import GREEDY, SamplingParams
+from draftsmith.stages.targets.sampling import GREEDY, SamplingParams
 from draftsmith.stages.training.batches import Batch
 from draftsmith.stages.training.config import TrainingConfig
 

@@ -207,7 +207,7 @@ class SftConfig(TrainingConfig):
         """Return the commit of the checkpoint that `init_from` names, if it is on the hub."""
         if self.init_from is None or Path(self.init_from).expanduser().is_dir():
             return {}
-        from draftsmith.stages.target.hub import hub_commit  # loads the hub's client, which planning seldom needs
+        from draftsmith.stages.targets.hub import hub_commit  # loads the hub's client, which planning seldom needs
 
         return {self.init_from: hub_commit(self.init_from, self.init_revision) or NOT_FETCHED}
 

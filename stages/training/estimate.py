@@ -13,7 +13,7 @@ import math
 
 from draftsmith.stages.drafters.registry import KINDS
 from draftsmith.stages.replay.options import POSITIONS_PER_CHUNK, TREE_TOKENS
-from draftsmith.stages.target.estimate import DTYPE_BYTES, PROCESS_BYTES, ModelSize, Sizes, StageUse
+from draftsmith.stages.targets.estimate import DTYPE_BYTES, PROCESS_BYTES, ModelSize, Sizes, StageUse
 from draftsmith.stages.training.config import OpdConfig, SftConfig, TrainingConfig
 
 USABLE = 0.85  # of a device's memory: the rest is for what the allocator leaves unused

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from draftsmith.stages.drafters.adapters import adapted
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint_format import cast
-from draftsmith.stages.target.config import ADAPTER_FILES
+from draftsmith.stages.targets.config import ADAPTER_FILES
 from draftsmith.stages.training.config import LoraOptions
 
 

@@ -29,10 +29,10 @@ from draftsmith.stages.drafters.checkpoint import save_drafter
 from draftsmith.stages.replay.replayer import tree_tokens_of
 from draftsmith.stages.runtime.ranks import ALONE, Ranks
 from draftsmith.stages.runtime.stage import StageContext
-from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.estimate import AnswerCounts, ModelSize, Sizes, StageUse
-from draftsmith.stages.target.loading import divided_parameters
-from draftsmith.stages.target.sampling import GREEDY, SamplingParams
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.estimate import AnswerCounts, ModelSize, Sizes, StageUse
+from draftsmith.stages.targets.loading import divided_parameters
+from draftsmith.stages.targets.sampling import GREEDY, SamplingParams
 from draftsmith.stages.training.batches import FeatureSource, RankSlice, split_rows, trajectories_of_step
 from draftsmith.stages.training.blocks import LossReport
 from draftsmith.stages.training.config import TrainingConfig

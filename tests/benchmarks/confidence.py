@@ -23,7 +23,7 @@ from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.evaluation.acceptance import calibration, expected_calibration_error
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Replayer
-from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training.config import SftConfig
 from draftsmith.stages.training.sft.stage import STAGE as SFT
 from tests.benchmarks import harness

@@ -20,9 +20,9 @@ import torch
 from draftsmith.flows.checks.work import target_forward
 from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.embedded import EmbeddedEngine
-from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.estimate import ModelSize
-from draftsmith.stages.target.info import model_path
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.estimate import ModelSize
+from draftsmith.stages.targets.info import model_path
 from tests.benchmarks import harness, machine
 
 OURS, THEIRS = "embedded engine", "transformers generate"

@@ -14,8 +14,8 @@ import torch
 
 from draftsmith.stages.engines.servers.identity import QUANTISED_TOLERANCE, TOLERANCE, mean_difference
 from draftsmith.stages.engines.servers.requirements import SCORED_TEXT
-from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.config import Dtype
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.config import Dtype
 
 DTYPES: tuple[Dtype, ...] = ("float32", "float16", "bfloat16")
 MOVES = (1e-5, 1e-4, 1e-3)

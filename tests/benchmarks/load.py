@@ -27,15 +27,15 @@ from draftsmith.stages.data.trajectories import (
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.engines.base import Completion, Request
-from draftsmith.stages.evaluation import load
+from draftsmith.stages.evaluation import load_curve
 from draftsmith.stages.evaluation.config import EvaluationConfig
-from draftsmith.stages.evaluation.load import Cell, measure_times, predict, widths_of
+from draftsmith.stages.evaluation.load_curve import Cell, measure_times, predict, widths_of
 from draftsmith.stages.evaluation.speed_embedded import Decoder, EmbeddedSpeedTest
 from draftsmith.stages.evaluation.timed_runs import Setting
 from draftsmith.stages.evaluation.verdicts import estimate_of
 from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.replay.trace import AcceptanceStats
-from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.targets.causal_lm import Target
 from tests.benchmarks import harness
 from tests.testbed import cache
 from tests.testbed.context import RecordingContext
@@ -112,7 +112,7 @@ class Benchmark:
 
     def predict(self) -> list[LoadPoint]:
         """Return the predicted speed of each drafter, compared with none, as in stage `evaluation`."""
-        load.IN_FLIGHT = IN_FLIGHT
+        load_curve.IN_FLIGHT = IN_FLIGHT
         setting = Setting(self.test.config.sampling.temperature, 1)
         times = measure_times(self.test, self.drafters, self.answers, setting, [self.answer_tokens()], float("inf"))
         return predict(times[0], self.tallies, [str(n) for n in range(len(self.answers))], times[1])

@@ -27,8 +27,8 @@ from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.replay import proof
 from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.replay.trace import Trace
-from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.sampling import GREEDY
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.sampling import GREEDY
 from tests.benchmarks import harness
 
 APART = (0.02, 0.05, 0.2)

@@ -39,8 +39,8 @@ from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.replay.chains import replay_chains, replay_sequentially
 from draftsmith.stages.replay.stage import MiningConfig
 from draftsmith.stages.replay.trace import Trace
-from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.sampling import SamplingParams
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.sampling import SamplingParams
 from tests.benchmarks import harness
 from tests.stages.bench import tau
 

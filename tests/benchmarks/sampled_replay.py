@@ -20,8 +20,8 @@ from draftsmith.stages.drafters.dflash2.config import DFlash2Config
 from draftsmith.stages.drafters.dspark.config import DSparkConfig
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Group, Replayer, group_indices
-from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.sampling import GREEDY, SamplingParams
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.sampling import GREEDY, SamplingParams
 from tests.benchmarks import harness
 
 SHAPES: dict[str, Callable[..., DFlashConfig]] = {

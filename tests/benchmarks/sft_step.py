@@ -36,7 +36,7 @@ from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import create_drafter
 from draftsmith.stages.drafters.dflash import model as dflash_model
 from draftsmith.stages.drafters.dflash.config import DFlashConfig
-from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training import losses
 from draftsmith.stages.training.batches import Batch, FeatureSource, frequent_tokens, step_rng, token_counts
 from draftsmith.stages.training.blocks import (

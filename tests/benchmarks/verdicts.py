@@ -36,7 +36,7 @@ from draftsmith.stages.evaluation.timed_runs import Row, SpeedMeasurement, setti
 from draftsmith.stages.evaluation.validity import machine_errors, speed_warnings, steady
 from draftsmith.stages.evaluation.verdicts import verdicts
 from draftsmith.stages.runtime.statistics import Estimate
-from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.targets.causal_lm import Target
 from tests.testbed.context import RecordingContext
 
 Rows = Sequence[Row]

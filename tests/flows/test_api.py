@@ -24,8 +24,8 @@ from draftsmith.stages.drafters.checkpoint import save_drafter
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
 from draftsmith.stages.evaluation.acceptance import acceptance_table
 from draftsmith.stages.replay.replayer import Replayer
-from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.sampling import GREEDY
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.sampling import GREEDY
 from tests.flows.processes import ROOT, run_python
 from tests.stages.data.row_files import write
 from tests.testbed import random_target

@@ -19,8 +19,8 @@ import torch
 from draftsmith.flows.checks.work import step_work
 from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.base import Drafter
-from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.estimate import PROCESS_BYTES, AnswerCounts, StageUse
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.estimate import PROCESS_BYTES, AnswerCounts, StageUse
 from draftsmith.stages.training.config import OpdConfig
 from draftsmith.stages.training.estimate import row_tokens, training_memory
 from draftsmith.stages.training.loop import MicroBatches, train

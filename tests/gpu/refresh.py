@@ -35,7 +35,7 @@ from draftsmith.flows.planning.inputs import external_digests
 from draftsmith.flows.refresh.config import RefreshConfig
 from draftsmith.flows.refresh.graph import REFRESH
 from draftsmith.stages.drafters.dflash.config import DFlashConfig
-from draftsmith.stages.target.estimate import PROCESS_BYTES
+from draftsmith.stages.targets.estimate import PROCESS_BYTES
 from tests.benchmarks import harness
 from tests.gpu.world import TINY, Scale, make_target
 from tests.sglang_cpu.options import HERE

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from draftsmith.stages.target.estimate import PROCESS_BYTES
+from draftsmith.stages.targets.estimate import PROCESS_BYTES
 from tests.gpu import check
 from tests.gpu.measure import PROFILED
 from tests.gpu.trainings import KINDS

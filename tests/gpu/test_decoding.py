@@ -16,8 +16,8 @@ from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.replay.scoring import StepScores
 from draftsmith.stages.replay.trace import Trace
-from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.self_check import check_agreement
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.self_check import check_agreement
 from tests.gpu.world import EAGLE3, TINY, make_drafter, make_target, make_trajectories
 from tests.testbed import ties
 

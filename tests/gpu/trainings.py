@@ -9,7 +9,7 @@ import numpy as np
 
 from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.base import Drafter
-from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training.config import OpdConfig, SftConfig
 from draftsmith.stages.training.opd.trainer import MinedData, OpdTraining
 from draftsmith.stages.training.opd.verify_steps import MinedTable

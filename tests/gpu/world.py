@@ -15,9 +15,9 @@ from draftsmith.stages.drafters.checkpoint import create_drafter
 from draftsmith.stages.drafters.dflash.config import DFlashConfig
 from draftsmith.stages.drafters.eagle3.config import Eagle3Config
 from draftsmith.stages.drafters.registry import DrafterConfig
-from draftsmith.stages.target.attention import register
-from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.info import TargetInfo
+from draftsmith.stages.targets.attention import register
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.info import TargetInfo
 from tests.stages.training.fake_step import TARGETS
 from tests.testbed import random_target
 

@@ -30,7 +30,7 @@ from draftsmith.stages.engines.servers.client import Json
 from draftsmith.stages.engines.servers.state import NewDrafter
 from draftsmith.stages.engines.sglang.protocol import KEY
 from draftsmith.stages.replay.trace import Trace
-from draftsmith.stages.target.info import read_target_info
+from draftsmith.stages.targets.info import read_target_info
 from tests.integration.recorded import Answer, assert_same_steps, trace_of
 from tests.sglang_cpu.server import generate
 from tests.stages.bench import GREEDY_TOKENS, Bench

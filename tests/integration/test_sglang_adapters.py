@@ -17,7 +17,7 @@ from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.config import OptionValue, SGLangEngineConfig
 from draftsmith.stages.engines.servers.requirements import ServerRequirements, server_requirements
 from draftsmith.stages.engines.sglang.handshake import check_server
-from draftsmith.stages.target.info import model_path
+from draftsmith.stages.targets.info import model_path
 from tests.sglang_cpu.options import CPU_ENVIRONMENT, CPU_OPTIONS
 from tests.sglang_cpu.server import running_server
 from tests.stages.engines.stand_ins import with_client

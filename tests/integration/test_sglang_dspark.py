@@ -17,7 +17,7 @@ from draftsmith.stages.data.trajectories import pad_tokens
 from draftsmith.stages.drafters.checkpoint import save_drafter
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.engines.sglang.server import write_step_costs
-from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.targets.causal_lm import Target
 from tests.integration.recorded import Reference
 from tests.integration.swapping import assert_drafts_with, assert_swaps, dspark
 from tests.sglang_cpu import dspark_model

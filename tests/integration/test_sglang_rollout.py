@@ -25,14 +25,14 @@ from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, load_prompts
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.config import SGLangEngineConfig
-from draftsmith.stages.engines.kinds import open_servers
+from draftsmith.stages.engines.registry import open_servers
 from draftsmith.stages.engines.servers.identity import ServedTarget, check_weights
 from draftsmith.stages.engines.servers.requirements import server_requirements
 from draftsmith.stages.engines.sglang.handshake import served_logprobs, verifies_greedily
 from draftsmith.stages.engines.stage import STAGE
 from draftsmith.stages.evaluation.diagnosis import STAGE as DIAGNOSIS
 from draftsmith.stages.replay.stage import STAGE as MINING
-from draftsmith.stages.target.info import read_target_info
+from draftsmith.stages.targets.info import read_target_info
 from tests.sglang_cpu.fixtures import ServingTarget
 from tests.stages.drafters.edits import with_another_mask
 from tests.stages.engines.stand_ins import with_client, write_other_revision

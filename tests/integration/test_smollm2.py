@@ -11,9 +11,9 @@ from draftsmith.stages.drafters.checkpoint import create_drafter
 from draftsmith.stages.drafters.dflash.config import DFlashConfig
 from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.engines.embedded import EmbeddedEngine
-from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.info import model_path, read_target_info
-from draftsmith.stages.target.stage import STAGE, TargetConfig
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.info import model_path, read_target_info
+from draftsmith.stages.targets.stage import STAGE, TargetConfig
 from tests.testbed.context import RecordingContext
 
 pytestmark = [pytest.mark.smollm2, pytest.mark.integration]

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from draftsmith.stages.drafters.checkpoint import save_drafter
 from draftsmith.stages.drafters.export import export_speculators
-from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.info import model_path
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.info import model_path
 from tests.stages.drafters.test_speculators import FORMS
 
 PYTHON = Path(__file__).parents[2] / ".venv-speculators" / "bin" / "python"

@@ -21,7 +21,7 @@ import torch
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.stages.drafters.checkpoint import save_drafter
 from draftsmith.stages.drafters.digest import drafter_digest
-from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.targets.causal_lm import Target
 from tests.artifacts.tracking import test_logged_models
 from tests.flows.processes import ROOT, wait_until
 from tests.flows.toy import write_config

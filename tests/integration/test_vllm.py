@@ -30,7 +30,7 @@ from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.base import Completion
 from draftsmith.stages.engines.config import VLLMEngineConfig
-from draftsmith.stages.engines.kinds import open_servers
+from draftsmith.stages.engines.registry import open_servers
 from draftsmith.stages.engines.servers.api import BadAnswerError
 from draftsmith.stages.engines.servers.client import ServerAnswer, key_header
 from draftsmith.stages.engines.servers.identity import QUANTISED_TOLERANCE
@@ -47,10 +47,10 @@ from draftsmith.stages.replay.proof import Proof, chances, log_probabilities, mi
 from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.replay.stage import STAGE as MINING
 from draftsmith.stages.replay.trace import Trace
-from draftsmith.stages.target.config import TargetConfig
-from draftsmith.stages.target.describe import describe
-from draftsmith.stages.target.info import model_path, write_target_info
-from draftsmith.stages.target.sampling import SamplingParams
+from draftsmith.stages.targets.config import TargetConfig
+from draftsmith.stages.targets.describe import describe
+from draftsmith.stages.targets.info import model_path, write_target_info
+from draftsmith.stages.targets.sampling import SamplingParams
 from tests.faults.servers import mlflow_server
 from tests.integration.swapping import dflash2, dspark, keep_from_servers, line_of_two, write_other_weights
 from tests.stages.bench import GREEDY_TOKENS, Bench, tau

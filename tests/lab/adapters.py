@@ -26,7 +26,7 @@ from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, load_trajectorie
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Replayer
-from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.targets.causal_lm import Target
 from tests.testbed import cache, target
 from tests.testbed.context import RecordingContext
 from tests.testbed.procedural import text, training

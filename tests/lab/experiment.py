@@ -33,7 +33,7 @@ from draftsmith.stages.data.prompts import PromptsConfig
 from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.replay.stage import MiningConfig
 from draftsmith.stages.runtime.stage import Config
-from draftsmith.stages.target.config import TargetConfig
+from draftsmith.stages.targets.config import TargetConfig
 from draftsmith.stages.training.config import OpdConfig, SftConfig
 from tests.testbed import cache
 from tests.testbed.procedural import text, training, worked
@@ -123,7 +123,7 @@ def lab_nodes(config: LabConfig) -> list[Node]:
     current, base, prompts = "target", "sft", "prompts"
     asked = {"target": "target", "prompts": "prompts"}
     nodes = [
-        Node("target", "draftsmith.stages.target.stage", _target(folder)),
+        Node("target", "draftsmith.stages.targets.stage", _target(folder)),
         Node("prompts", "draftsmith.stages.data.prompts", _prompts(config, config.prompts), {"target": "target"}),
         Node("rollout", "draftsmith.stages.engines.stage", config.rollout, asked),
         Node(
@@ -135,7 +135,7 @@ def lab_nodes(config: LabConfig) -> list[Node]:
         folder = trained_target("lab-revision", config.revision, config.shape, parent=folder)
         taken_over = {"target": current, "drafter": "sft", "trajectories": "fresh"}
         nodes += [
-            Node("revision", "draftsmith.stages.target.stage", _target(folder)),
+            Node("revision", "draftsmith.stages.targets.stage", _target(folder)),
             Node("adoption", "draftsmith.stages.training.sft.stage", SftConfig(steps=0, adopt=True), taken_over),
         ]
     if config.fresh_prompts is not None:

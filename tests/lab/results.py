@@ -17,7 +17,7 @@ from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.replay.trace import AcceptanceStats
 from draftsmith.stages.runtime.statistics import jackknife, sum_by_key
-from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.targets.causal_lm import Target
 
 HEAD = ("arm", "steps", "positions", "seconds", "tau", "of the seeds", "to the control", "95 %", "gain")
 _TRAINING = re.compile(r"(?P<arm>.+)-(?P<steps>\d+)-s\d+")

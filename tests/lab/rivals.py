@@ -24,7 +24,7 @@ from draftsmith.stages.replay.chains import committed_tokens, draft
 from draftsmith.stages.runtime.memory import to_device
 from draftsmith.stages.runtime.ranks import ALONE
 from draftsmith.stages.runtime.stage import StageContext
-from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training.batches import Batch, step_rng
 from draftsmith.stages.training.blocks import (
     DraftingView,

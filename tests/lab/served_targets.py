@@ -23,7 +23,7 @@ from draftsmith.stages.evaluation.acceptance import acceptance_table
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.replay.trace import AcceptanceStats
-from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.targets.causal_lm import Target
 from tests.lab.adapters import GREEDY, TRAINING, stage
 from tests.lab.seasons import copy_target, rounded
 from tests.testbed import target

@@ -36,7 +36,7 @@ def sglang_env() -> Path:
 def serving_target(tiny_drafter: DrafterArtifacts) -> ServingTarget:
     """Return the tiny target and its drafter."""
     from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
-    from draftsmith.stages.target.info import model_path
+    from draftsmith.stages.targets.info import model_path
 
     return ServingTarget(tiny_drafter.target, model_path(tiny_drafter.target), tiny_drafter.drafter / DRAFTER_FOLDER)
 

@@ -19,8 +19,8 @@ from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.replay.chains import replay_chains, replay_sequentially
 from draftsmith.stages.replay.trace import Trace
-from draftsmith.stages.target.causal_lm import Target, TargetOutput
-from draftsmith.stages.target.sampling import GREEDY, SamplingParams
+from draftsmith.stages.targets.causal_lm import Target, TargetOutput
+from draftsmith.stages.targets.sampling import GREEDY, SamplingParams
 from tests.testbed import cache, ties
 from tests.testbed.drafter import DrafterArtifacts
 from tests.testbed.target import MASK

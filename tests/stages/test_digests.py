@@ -8,13 +8,13 @@ from draftsmith.artifacts.store.code_digest import code_modules
 from draftsmith.stages.catalog import STAGES
 
 _STORED = {"artifacts", "artifacts.store", "artifacts.tables"}
-_MODEL = {*_STORED, "data", "runtime", "target"}
+_MODEL = {*_STORED, "data", "runtime", "targets"}
 _DRAFTERS = {"drafters", *(f"drafters.{kind}" for kind in ("dflash", "dflash2", "dspark", "eagle3"))}
 _ENGINES = {"engines", "engines.servers", "engines.sglang", "engines.vllm"}
 _RESULTS = "artifacts.results"
 # stage -> the packages, under `stages` where not `artifacts`, of which modules are in its digest
 PACKAGES = {
-    "target": {"artifacts", "artifacts.store", "runtime", "target"},
+    "target": {"artifacts", "artifacts.store", "runtime", "targets"},
     "sources": {"artifacts", "data", "runtime"},
     "prompts": {*_MODEL, _RESULTS} - {"artifacts.store"},
     "champion": {*_MODEL, *_DRAFTERS, _RESULTS},
@@ -31,7 +31,7 @@ PACKAGES = {
     "diagnosis": {*_MODEL, *_DRAFTERS, *_ENGINES, _RESULTS, "evaluation", "replay"},
 }
 # of a training, which chooses its micro-batch by its memory
-_ESTIMATES = {"target.estimate", "training.estimate"}
+_ESTIMATES = {"targets.estimate", "training.estimate"}
 
 
 def _modules(stage: str) -> set[str]:

@@ -11,7 +11,7 @@ import torch
 from draftsmith.stages.drafters import block_attention
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.dflash.model import AttentionSpan, DFlashDrafter
-from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.targets.causal_lm import Target
 from tests.gpu.world import EAGLE3, TINY, make_drafter, make_target
 from tests.stages.waits import RecordWaits
 

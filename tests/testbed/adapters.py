@@ -96,7 +96,7 @@ def served_inputs(folder: Path, model: Path, prompts: Path, drafter: Path) -> di
     """
     from draftsmith.stages.data.prompts import STAGE as PROMPTS
     from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
-    from draftsmith.stages.target.stage import STAGE as TARGET
+    from draftsmith.stages.targets.stage import STAGE as TARGET
 
     adapters = {
         "a": write_adapter(folder / "a", model, seed=1, size=0.05),

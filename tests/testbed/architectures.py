@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import partial
 
 from draftsmith.stages.drafters.base import Drafter
-from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.targets.causal_lm import Target
 from tests.testbed.dflash2 import random_dflash2
 from tests.testbed.dspark import random_dspark
 from tests.testbed.eagle3 import random_eagle3

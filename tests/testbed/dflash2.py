@@ -8,7 +8,7 @@ from tests.testbed.random_target import MASK, randomise
 
 if TYPE_CHECKING:
     from draftsmith.stages.drafters.dflash2.model import DFlash2Drafter
-    from draftsmith.stages.target.causal_lm import Target
+    from draftsmith.stages.targets.causal_lm import Target
 
 SIZES: dict[str, Any] = {"conv_kernel_size": 2, "conv_group_size": 8, "selector_rank": 6, "selector_top_k": 7}
 

@@ -54,7 +54,7 @@ class DrafterArtifacts:
 
 def write_target(made: DrafterArtifacts, model: Path) -> None:
     """Run the stage `target` on a model's folder."""
-    from draftsmith.stages.target.stage import STAGE
+    from draftsmith.stages.targets.stage import STAGE
 
     context = RecordingContext(made.target, made.root / "target.work")
     context.run(STAGE, source=str(model), dtype="float32")
@@ -72,7 +72,7 @@ def keep_prompts(prompts: Path, folder: Path, heldout: set[str]) -> Path:
 
 def drafter_artifacts() -> DrafterArtifacts:
     """Return the shipped artifacts in the cache, where that of the target is added: it names the model's folder."""
-    from draftsmith.stages.target import config, info, resolve, stage
+    from draftsmith.stages.targets import config, info, resolve, stage
     from tests.testbed import drafter
 
     def build(folder: Path) -> None:

@@ -8,7 +8,7 @@ from tests.testbed.random_target import MASK, randomise
 
 if TYPE_CHECKING:
     from draftsmith.stages.drafters.dspark.model import DSparkDrafter
-    from draftsmith.stages.target.causal_lm import Target
+    from draftsmith.stages.targets.causal_lm import Target
 
 
 def random_dspark(

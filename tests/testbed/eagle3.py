@@ -9,7 +9,7 @@ from tests.testbed import random_target, target
 
 if TYPE_CHECKING:
     from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter
-    from draftsmith.stages.target.causal_lm import Target
+    from draftsmith.stages.targets.causal_lm import Target
 
 RANDOM_VOCABULARY = 40  # of 64
 

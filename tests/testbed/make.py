@@ -27,7 +27,7 @@ from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.engines.stage import STAGE as ROLLOUT
 from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.runtime.stage import Stage
-from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training.sft.stage import STAGE as SFT
 from tests.testbed import target, ties
 from tests.testbed.context import RecordingContext

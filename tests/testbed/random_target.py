@@ -12,7 +12,7 @@ from typing import Any
 from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
-from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.targets.causal_lm import Target
 from tests.testbed.context import RecordingContext
 
 VOCAB_SIZE, HIDDEN_SIZE, LAYERS = 64, 32, 4
@@ -79,7 +79,7 @@ def write_artifact(folder: Path, seed: int = 0) -> Path:
 
 def resolved(folder: Path, **fields: Any) -> Path:
     """Run stage `target` on the model in `folder/model`, float32; return the artifact, `folder/out`."""
-    from draftsmith.stages.target.stage import STAGE, TargetConfig
+    from draftsmith.stages.targets.stage import STAGE, TargetConfig
 
     context = RecordingContext.under(folder)
     STAGE.run(context, TargetConfig(source=str(folder / "model"), dtype="float32", **fields))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
 from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter
-from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.targets.causal_lm import Target
 from tests.testbed import random_target
 from tests.testbed.eagle3 import random_eagle3
 

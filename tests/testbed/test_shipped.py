@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, load_prompts, load_trajectories
 from draftsmith.stages.drafters.checkpoint import load_drafter
-from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.targets.causal_lm import Target
 from tests.testbed import target
 from tests.testbed.drafter import drafter_artifacts
 from tests.testbed.eagle3 import trained_eagle3

@@ -13,8 +13,8 @@ import torch
 if TYPE_CHECKING:
     from draftsmith.stages.data.trajectories import Trajectory
     from draftsmith.stages.drafters.base import Drafter
-    from draftsmith.stages.target.causal_lm import Target
-    from draftsmith.stages.target.sampling import SamplingParams
+    from draftsmith.stages.targets.causal_lm import Target
+    from draftsmith.stages.targets.sampling import SamplingParams
 
 # In float32, logits of the tiny target differ by less than 1e-4 between programs, of its drafters by about 1e-5 between
 # shapes; drawn numbers are held against sums of probabilities that differ by a few 1e-6, as do confidences.

@@ -12,7 +12,7 @@ import pytest
 
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.config import VLLMEngineConfig
-from draftsmith.stages.engines.served import API_KEYS
+from draftsmith.stages.engines.server_state import API_KEYS
 from draftsmith.stages.engines.servers.process import ServerProcess, free_ports
 from draftsmith.stages.engines.servers.requirements import server_requirements
 from draftsmith.stages.engines.vllm.plugin import BACKEND

@@ -32,8 +32,8 @@ from draftsmith.stages.data.row_files import RejectLog, Throttle, is_remote, no_
 from draftsmith.stages.data.row_formats import LOG_SHAPES
 from draftsmith.stages.data.time_window import LAST, to_iso
 from draftsmith.stages.runtime.stage import StageContext, progress_callback
-from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.info import read_target_info
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.info import read_target_info
 
 _COLUMNS = ("prompt_id", "prompt_ids", "response_ids", "finish_reason", "adapter")  # fields of an AcceptedAnswer
 _GROUP_TOKENS, _GROUP_ROWS = 1 << 20, 4096  # of answers that are appended together

@@ -27,7 +27,7 @@ from draftsmith.artifacts.tables.parquet import GROUP_BYTES, has_current_version
 from draftsmith.artifacts.tables.schemas import TRAJECTORIES
 from draftsmith.stages.data.held_out import token_digest
 from draftsmith.stages.runtime.stage import Config, NotInKey, Stage, StageContext
-from draftsmith.stages.target.info import TargetInfo
+from draftsmith.stages.targets.info import TargetInfo
 
 TABLE = "trajectories.parquet"
 ORIGIN, _CONTENTS = "earlier.json", "contents.npy"  # digests of target and tokenizer; digests of the answers

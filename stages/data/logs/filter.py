@@ -26,8 +26,8 @@ from draftsmith.stages.data.row_files import BadRow, RejectLog, Row
 from draftsmith.stages.data.row_formats import Message, RejectedRow, matches_filter, messages_beside_ids, rename_fields
 from draftsmith.stages.data.time_window import TIME_FIELDS, parse_time, row_time
 from draftsmith.stages.data.trajectories import random_rank
-from draftsmith.stages.target.info import load_tokenizer, model_path, read_target_info
-from draftsmith.stages.target.sampling import SamplingParams
+from draftsmith.stages.targets.info import load_tokenizer, model_path, read_target_info
+from draftsmith.stages.targets.sampling import SamplingParams
 
 HELD_OUT = "prompt of the validation or held-out split"
 DUPLICATE = "duplicate of an earlier row"

@@ -16,8 +16,8 @@ from draftsmith.stages.data.chat_template import SWITCHES, TemplateInverter, tok
 from draftsmith.stages.data.logs.stage import LogsConfig
 from draftsmith.stages.data.row_files import describe_counts
 from draftsmith.stages.runtime.statistics import CONFIDENCE, share_interval
-from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.sampling import SamplingParams
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.sampling import SamplingParams
 
 GAP = 1.0  # nats below the best token: more than near-ties of another kernel or dtype
 UNCHOSEN_SHARE, UNCHOSEN_MIN = 0.03, 2  # tokens of a greedy answer that may be farther below: seams of tokens

@@ -27,8 +27,8 @@ from draftsmith.stages.data.row_formats import (
     token_ids_field,
     unknown_shape,
 )
-from draftsmith.stages.target.info import TargetInfo
-from draftsmith.stages.target.sampling import SamplingParams
+from draftsmith.stages.targets.info import TargetInfo
+from draftsmith.stages.targets.sampling import SamplingParams
 
 _THOUGHT = "reasoning_content"  # the field for what a server's reasoning parser removes from an answer's text
 _TOO_LONG = "too long"

@@ -19,8 +19,8 @@ from draftsmith.stages.data.row_formats import FieldFilter, FieldNames, Template
 from draftsmith.stages.data.sources import SourcesConfig
 from draftsmith.stages.data.time_window import LAST, Since, parse_time, window_start
 from draftsmith.stages.runtime.stage import SOURCES, Compute, Config, FilledIn, Stage
-from draftsmith.stages.target.info import read_target_info
-from draftsmith.stages.target.sampling import SamplingParams, TopK
+from draftsmith.stages.targets.info import read_target_info
+from draftsmith.stages.targets.sampling import SamplingParams, TopK
 
 _PATHS = "logs.paths"
 

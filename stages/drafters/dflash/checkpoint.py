@@ -14,8 +14,8 @@ from draftsmith.stages.drafters import checkpoint_format, speculators
 from draftsmith.stages.drafters.dflash.config import DFlashConfig
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
 from draftsmith.stages.drafters.spec import RawConfig
-from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.layers import is_size
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.layers import is_size
 
 ARCHITECTURE = "DFlashDraftModel"
 MODEL = DFlashDrafter

@@ -16,7 +16,7 @@ from draftsmith.stages.drafters.dflash import checkpoint as dflash
 from draftsmith.stages.drafters.dflash2.config import DFlash2Config
 from draftsmith.stages.drafters.dflash2.model import DFlash2Drafter
 from draftsmith.stages.drafters.spec import RawConfig
-from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.targets.causal_lm import Target
 
 ARCHITECTURE = "DFlash2DraftModel"
 MODEL = DFlash2Drafter

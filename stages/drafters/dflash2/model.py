@@ -20,7 +20,7 @@ from draftsmith.stages.drafters.dflash2.config import TRAITS
 from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.drafters.sampling import probability_among
 from draftsmith.stages.drafters.spec import StepShape
-from draftsmith.stages.target.info import LogitMap
+from draftsmith.stages.targets.info import LogitMap
 
 
 class CandidateSelector(nn.Module):

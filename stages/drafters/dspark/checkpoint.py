@@ -19,7 +19,7 @@ from draftsmith.stages.drafters.dflash import checkpoint as dflash
 from draftsmith.stages.drafters.dspark.config import DSparkConfig
 from draftsmith.stages.drafters.dspark.model import DSparkDrafter
 from draftsmith.stages.drafters.spec import RawConfig
-from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.targets.causal_lm import Target
 
 ARCHITECTURE = "Qwen3DSparkModel"
 MODEL = DSparkDrafter

@@ -16,7 +16,7 @@ from draftsmith.stages.drafters.digest import WEIGHTS_FILE
 from draftsmith.stages.drafters.eagle3.config import Eagle3Config
 from draftsmith.stages.drafters.eagle3.model import FEATURES, Eagle3Drafter
 from draftsmith.stages.drafters.spec import RawConfig
-from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.targets.causal_lm import Target
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 MODEL = Eagle3Drafter

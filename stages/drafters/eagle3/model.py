@@ -26,7 +26,7 @@ from draftsmith.stages.drafters.compiled import fused
 from draftsmith.stages.drafters.eagle3.config import TRAITS
 from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.drafters.spec import StepShape
-from draftsmith.stages.target.kv_cache import KeyValueSlots, Rows
+from draftsmith.stages.targets.kv_cache import KeyValueSlots, Rows
 
 FEATURES = 3  # low, middle, high
 

@@ -14,7 +14,7 @@ from draftsmith.artifacts.results.evaluation import TargetDifference
 from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.engines.servers.client import Json, ServerAnswer
 from draftsmith.stages.engines.servers.process import ServerProcess
-from draftsmith.stages.target.info import TargetInfo
+from draftsmith.stages.targets.info import TargetInfo
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.engines.config import GREEDY_ONLY
 from draftsmith.stages.engines.servers.api import BadAnswerError
 from draftsmith.stages.engines.servers.client import RefusedRequestError
+from draftsmith.stages.engines.servers.dispatch import LostTooOftenError, PoisonRequestError, TimedOutError
 from draftsmith.stages.engines.servers.fleet import Fleet
-from draftsmith.stages.engines.servers.pool import LostTooOftenError, PoisonRequestError, TimedOutError
 
 T = TypeVar("T")
 _CHECK_S = 0.5  # between two calls of `check` while waiting for servers
@@ -66,7 +66,7 @@ class LoopThread:
 
 
 class ServerEngine:
-    """Implements `draftsmith.stages.engines.base.Engine`; opened by `open_servers` (`kinds.py`).
+    """Implements `draftsmith.stages.engines.base.Engine`; opened by `open_servers` (`engines/registry.py`).
 
     `first_token_seconds` of completions is NaN unless the engine was opened with `measure_first_token`.
     """

@@ -16,7 +16,7 @@ from draftsmith.artifacts.results.evaluation import TargetDifference
 from draftsmith.stages.engines.config import ServerEngineConfig
 from draftsmith.stages.engines.servers.api import ServerApi, ServerInfo
 from draftsmith.stages.engines.servers.client import key_header
-from draftsmith.stages.engines.servers.pool import DeathLog, Server, ServerPool
+from draftsmith.stages.engines.servers.dispatch import DeathLog, Server, ServerPool
 from draftsmith.stages.engines.servers.process import ServerProcess
 from draftsmith.stages.engines.servers.requirements import ServerRequirements
 

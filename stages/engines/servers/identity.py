@@ -20,9 +20,9 @@ from draftsmith.artifacts.results.evaluation import TargetDifference
 from draftsmith.stages.engines.config import Options, option_name
 from draftsmith.stages.engines.servers.client import get_json, json_object, query, wrong_server
 from draftsmith.stages.engines.servers.requirements import PROBE_TEXT, ServerRequirements
-from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.info import TargetInfo, model_path, read_target_info
-from draftsmith.stages.target.loading import model_without_weights
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.info import TargetInfo, model_path, read_target_info
+from draftsmith.stages.targets.loading import model_without_weights
 
 TOLERANCE = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.1}  # nats, of the mean; the coarser of the two dtypes'
 # nats, of the mean, of a server of unknown weights that quantises: 8 bits of weights, activations and cache moved

@@ -15,7 +15,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.config import ServerEngineConfig, SGLangEngineConfig
-from draftsmith.stages.target.info import TargetInfo, adapter_folders, load_tokenizer, model_path, read_target_info
+from draftsmith.stages.targets.info import TargetInfo, adapter_folders, load_tokenizer, model_path, read_target_info
 
 PROBE_TEXT = "What is 12 + 30?\n\tNaïve café, 3.14 °C; 你好, привет."  # tokenizers split it differently
 SCORED_TEXT = (  # its log-probs are compared where a server's weights have no known revision

@@ -39,8 +39,8 @@ from draftsmith.stages.engines.servers.identity import (
 from draftsmith.stages.engines.servers.requirements import ServerRequirements
 from draftsmith.stages.engines.sglang.protocol import SUPPORTED, Json, supported
 from draftsmith.stages.engines.sglang.records import generate_payload, read_completion, recorded_drafter
-from draftsmith.stages.target.info import TargetInfo
-from draftsmith.stages.target.sampling import SamplingParams
+from draftsmith.stages.targets.info import TargetInfo
+from draftsmith.stages.targets.sampling import SamplingParams
 
 _PROBE_TOKENS = 8
 _REQUEST_NAME = "of the handshake"

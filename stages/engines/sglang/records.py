@@ -10,7 +10,7 @@ from draftsmith.stages.engines.base import Completion, Request, VerifyStep
 from draftsmith.stages.engines.servers.api import BadAnswerError, wrong_tokens
 from draftsmith.stages.engines.servers.client import ServerAnswer
 from draftsmith.stages.engines.sglang.protocol import KEY, PROTOCOL, Json
-from draftsmith.stages.target.info import TargetInfo
+from draftsmith.stages.targets.info import TargetInfo
 
 # SGLang takes what a request leaves out from the server's `--preferred-sampling-params`, so nothing is left out.
 _NEUTRAL = {

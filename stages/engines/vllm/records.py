@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from draftsmith.stages.engines.base import Completion, Request, VerifyStep
 from draftsmith.stages.engines.servers.api import BadAnswerError, wrong_tokens
 from draftsmith.stages.engines.servers.client import Json, ServerAnswer
-from draftsmith.stages.target.info import TargetInfo
+from draftsmith.stages.targets.info import TargetInfo
 
 # vLLM takes what a request leaves out from the checkpoint's generation_config.json, so nothing is left out.
 _NEUTRAL = {

@@ -17,7 +17,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.engines.config import VLLMEngineConfig
 from draftsmith.stages.engines.servers.process import option_arguments
 from draftsmith.stages.engines.servers.requirements import ServerRequirements, samples_proposals
-from draftsmith.stages.target.config import ADAPTER_FILES
+from draftsmith.stages.targets.config import ADAPTER_FILES
 
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM takes as the largest
 

@@ -16,8 +16,8 @@ from draftsmith.stages.drafters.base import Context, Drafter, PreparedDrafter
 from draftsmith.stages.replay.chains import committed_tokens, draft
 from draftsmith.stages.replay.sampled import TargetSampler
 from draftsmith.stages.runtime.ranks import Ranks
-from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.sampling import GREEDY, SamplingParams
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.sampling import GREEDY, SamplingParams
 from draftsmith.stages.training import losses
 from draftsmith.stages.training.batches import Batch, RankSlice
 from draftsmith.stages.training.blocks import (

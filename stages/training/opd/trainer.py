@@ -13,8 +13,8 @@ from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import lineage_from, load_drafter
 from draftsmith.stages.runtime.ranks import Ranks
 from draftsmith.stages.runtime.stage import StageContext
-from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.sampling import GREEDY
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.sampling import GREEDY
 from draftsmith.stages.training.batches import step_rng
 from draftsmith.stages.training.blocks import LossReport
 from draftsmith.stages.training.config import OpdConfig

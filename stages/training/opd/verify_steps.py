@@ -25,7 +25,7 @@ from draftsmith.stages.replay.sampled import ExpectedCommits, TargetSampler
 from draftsmith.stages.replay.trace import Trace
 from draftsmith.stages.runtime.memory import to_device
 from draftsmith.stages.runtime.ranks import ALONE, Ranks
-from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training.blocks import (
     DraftedBlocks,
     SoftmaxHeads,

@@ -16,7 +16,7 @@ def preflight(config: SftConfig, target: Path) -> None:
     """Check that the drafter to start from fits the target, before anything long runs."""
     # Here, as they load torch, and planning reads this module.
     from draftsmith.stages.drafters import checkpoint
-    from draftsmith.stages.target.info import model_path, read_target_info
+    from draftsmith.stages.targets.info import model_path, read_target_info
 
     if config.init_from:
         folder = checkpoint.drafter_source(config.init_from, config.init_revision)

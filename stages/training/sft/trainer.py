@@ -24,8 +24,8 @@ from draftsmith.stages.drafters.checkpoint import (
 )
 from draftsmith.stages.runtime.ranks import Ranks
 from draftsmith.stages.runtime.stage import StageContext
-from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.sampling import GREEDY
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.sampling import GREEDY
 from draftsmith.stages.training.batches import Batch, frequent_tokens, step_rng, token_counts
 from draftsmith.stages.training.blocks import (
     HeadSource,

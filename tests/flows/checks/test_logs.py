@@ -10,7 +10,7 @@ import pytest
 from draftsmith.flows.checks import prompts as checks
 from draftsmith.flows.checks.findings import Findings, Level
 from draftsmith.flows.checks.models import metadata_artifact
-from draftsmith.stages.target.config import TargetConfig
+from draftsmith.stages.targets.config import TargetConfig
 from tests.stages.data.row_files import write
 from tests.testbed.refresh import node_of
 

@@ -17,7 +17,7 @@ from draftsmith.flows.checks.models import DrafterPlans, check_drafters, check_s
 from draftsmith.flows.checks.prompts import check_lengths, check_prompt_counts
 from draftsmith.flows.planning.graph import Node
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, load_prompts
-from draftsmith.stages.target.info import read_target_info
+from draftsmith.stages.targets.info import read_target_info
 from tests.flows.toy import ToyConfig, toy_nodes
 from tests.flows.toy_stages.combine import CombineConfig
 from tests.testbed.drafter import DrafterArtifacts

@@ -19,8 +19,8 @@ from draftsmith.flows.refresh.graph import refresh_nodes
 from draftsmith.stages.catalog import STAGES
 from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.runtime.stage import Config
-from draftsmith.stages.target.config import TargetConfig
-from draftsmith.stages.target.estimate import PROCESS_BYTES, AnswerCounts, ModelSize, Sizes
+from draftsmith.stages.targets.config import TargetConfig
+from draftsmith.stages.targets.estimate import PROCESS_BYTES, AnswerCounts, ModelSize, Sizes
 from draftsmith.stages.training.config import SftConfig
 from tests.flows.checks.test_check import QWEN3_4B
 from tests.flows.processes import ROOT
@@ -180,7 +180,7 @@ def seconds(
     """Return the estimated seconds of a node; by default on a GPU without a known rate."""
     inputs = {name: name for name in (TRAINED if stage == "sft" else ("target",))}
     node = Node(stage, STAGES[stage], config, inputs)
-    nodes = [Node("target", "draftsmith.stages.target.stage", target), node]
+    nodes = [Node("target", "draftsmith.stages.targets.stage", target), node]
     took, _ = resources._time(
         node, need, resources._History(history, nodes), qwen_sizes(), machine, **{"elsewhere": False, **elsewhere}
     )

@@ -18,8 +18,8 @@ from draftsmith.flows.checks.work import _BLOCKS_A_STEP, GPUS, Work, describe, s
 from draftsmith.stages.drafters import block_attention
 from draftsmith.stages.drafters.dflash.config import DFlashConfig
 from draftsmith.stages.replay import chains
-from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.estimate import AnswerCounts, StageUse
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.estimate import AnswerCounts, StageUse
 from draftsmith.stages.training.config import OpdConfig
 from draftsmith.stages.training.loop import Accumulation
 from draftsmith.stages.training.lora import Adapter

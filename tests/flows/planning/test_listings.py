@@ -35,7 +35,7 @@ from draftsmith.stages.data.logs.stage import LogsConfig
 from draftsmith.stages.data.prompts import PromptsConfig
 from draftsmith.stages.data.sources import SourcesConfig
 from draftsmith.stages.runtime.stage import LISTING_FILE, InputListing, StageRequest
-from draftsmith.stages.target.config import TargetConfig
+from draftsmith.stages.targets.config import TargetConfig
 from tests.flows.toy import TOY, ToyConfig, write_config
 from tests.testbed.context import RecordingContext
 

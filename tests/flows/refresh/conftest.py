@@ -12,7 +12,7 @@ from draftsmith.artifacts.store.local import Store
 from draftsmith.artifacts.store.manifest import ArtifactRef
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.drafters.checkpoint import save_drafter
-from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.targets.causal_lm import Target
 from tests.testbed.artifacts import committed
 from tests.testbed.random_target import random_drafter
 

@@ -12,7 +12,7 @@ from draftsmith.artifacts.tables.parquet import read_table
 from draftsmith.artifacts.tables.schemas import ADAPTED_TRAJECTORIES
 from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.embedded import EmbeddedEngine
-from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.targets.causal_lm import Target
 from tests.testbed.adapters import merge, write_adapter
 from tests.testbed.random_target import write_model
 from tests.testbed.refresh import run_here, small_refresh

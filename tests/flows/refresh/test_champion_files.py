@@ -33,7 +33,7 @@ from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.stage import STAGE as CHAMPION
 from draftsmith.stages.engines.servers import drafter_files
 from draftsmith.stages.engines.servers.drafter_files import WantedDrafter, read_drafter
-from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.targets.causal_lm import Target
 from tests.flows.refresh.line_runs import config_of, finished, gated, serving
 from tests.testbed.adapters import write_adapted_drafter
 from tests.testbed.artifacts import committed

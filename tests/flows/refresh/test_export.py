@@ -31,7 +31,7 @@ from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import load_drafter, read_info, save_drafter
 from draftsmith.stages.drafters.digest import drafter_digest
-from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.targets.causal_lm import Target
 from tests.testbed.artifacts import committed
 from tests.testbed.dspark import random_dspark
 from tests.testbed.eagle3 import random_eagle3

@@ -16,7 +16,7 @@ from draftsmith.flows.refresh.decisions import restarted
 from draftsmith.flows.refresh.graph import refresh_nodes
 from draftsmith.stages.drafters.stage import ChampionConfig
 from draftsmith.stages.report.stage import ReportConfig
-from draftsmith.stages.target.sampling import GREEDY, SamplingParams
+from draftsmith.stages.targets.sampling import GREEDY, SamplingParams
 from draftsmith.stages.training.config import OpdConfig
 from tests.flows.processes import ROOT
 from tests.testbed.refresh import load_config

@@ -24,7 +24,7 @@ from draftsmith.flows.refresh.line import log_tags, prompt_tags, registry
 from draftsmith.stages.data.logs.earlier import STAGE, TABLE, EarlierConfig, is_available
 from draftsmith.stages.data.logs.stage import STAGE as LOGS
 from draftsmith.stages.data.logs.stage import LogsConfig
-from draftsmith.stages.target.info import read_target_info
+from draftsmith.stages.targets.info import read_target_info
 from tests.stages.data.logs.logs_run import as_ids, counts, run, table, write
 from tests.testbed.artifacts import committed
 from tests.testbed.context import RecordingContext

@@ -21,7 +21,7 @@ from draftsmith.flows.refresh.swap import served_by, swapped_servers
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.spec import DraftingConfig
-from draftsmith.stages.engines.served import API_KEYS
+from draftsmith.stages.engines.server_state import API_KEYS
 from draftsmith.stages.engines.servers.requirements import served_block_size
 from tests.flows.refresh.line_runs import checked, config_of, finished, gated, serving
 from tests.stages.engines.http_server import HttpServer, answer

@@ -15,7 +15,7 @@ from draftsmith.artifacts.results.base import SetMetrics
 from draftsmith.artifacts.results.evaluation import ALL
 from draftsmith.flows.refresh.line import registry
 from draftsmith.flows.refresh.watch import by_depth, compare, watch
-from draftsmith.stages.engines.served import served_tau
+from draftsmith.stages.engines.server_state import served_tau
 from draftsmith.stages.engines.servers.state import Finished, TracedRequest
 from draftsmith.stages.engines.sglang.protocol import REQUESTS_STATE, SWAP_STATE
 from draftsmith.stages.evaluation.acceptance import tau_by_slice

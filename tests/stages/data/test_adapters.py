@@ -17,7 +17,7 @@ from draftsmith.stages.data.logs.earlier import TABLE
 from draftsmith.stages.data.trajectories import load_prompts, load_trajectories, prompt_labels
 from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.embedded import EmbeddedEngine
-from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.targets.causal_lm import Target
 from tests.stages.data.logs.logs_run import earlier
 from tests.stages.data.logs.logs_run import run as run_logs
 from tests.stages.data.prompts_run import error, of_classes, run_with_context

@@ -21,7 +21,7 @@ from draftsmith.stages.data.chat_template import TemplateInverter
 from draftsmith.stages.data.held_out import HELDOUT_SHARE, HeldOut, hash_fraction, prompt_identity, read_held_out
 from draftsmith.stages.data.prompts import PromptsConfig
 from draftsmith.stages.data.row_formats import NOT_TEXT, TOOLS, Message
-from draftsmith.stages.target.info import load_tokenizer, model_path
+from draftsmith.stages.targets.info import load_tokenizer, model_path
 from tests.stages.data import templates
 from tests.stages.data.logs.logs_run import counts, table
 from tests.stages.data.logs.logs_run import run as run_logs

@@ -14,7 +14,7 @@ from draftsmith.artifacts.tables.parquet import TableWriter, write_table
 from draftsmith.artifacts.tables.schemas import TRAJECTORIES
 from draftsmith.stages.data.trajectories import answer_tokens, load_trajectories, trajectory_ids, trajectory_lengths
 from draftsmith.stages.runtime.ranks import ALONE
-from draftsmith.stages.target.sampling import SamplingParams
+from draftsmith.stages.targets.sampling import SamplingParams
 from draftsmith.stages.training.batches import token_counts
 from draftsmith.stages.training.trainer import load_answers
 from tests.testbed.context import RecordingContext

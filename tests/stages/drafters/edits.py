@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from draftsmith.stages.drafters.base import Drafter, DrafterInfo
 from draftsmith.stages.drafters.checkpoint import save_drafter
-from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.targets.causal_lm import Target
 
 Edit = Callable[[Path], object]
 

@@ -17,8 +17,8 @@ from draftsmith.stages.drafters.checkpoint import check_drafter, read_info, save
 from draftsmith.stages.drafters.digest import WEIGHTS_FILE, drafter_digest
 from draftsmith.stages.drafters.stage import STAGE as CHAMPION
 from draftsmith.stages.drafters.stage import ChampionConfig
-from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.info import read_target_info, write_target_info
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.info import read_target_info, write_target_info
 from draftsmith.stages.training.config import SftConfig
 from draftsmith.stages.training.sft.stage import STAGE
 from tests.stages.drafters.edits import set_fields, setting

@@ -29,8 +29,8 @@ from draftsmith.stages.drafters.registry import KINDS, DrafterConfig
 from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.replay.chains import replay_chains, replay_sequentially
-from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.sampling import SamplingParams
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.sampling import SamplingParams
 from tests.stages.drafters.edits import edit_tensors, save
 from tests.stages.drafters.texts import Texts, logits_of
 from tests.testbed import random_target, ties

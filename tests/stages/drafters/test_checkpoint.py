@@ -29,8 +29,8 @@ from draftsmith.stages.drafters.dflash.model import AttentionSpan, DFlashDrafter
 from draftsmith.stages.drafters.dflash2.config import DFlash2Config
 from draftsmith.stages.drafters.dspark.config import DSparkConfig
 from draftsmith.stages.drafters.eagle3.config import Eagle3Config
-from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.info import read_target_info, write_target_info
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.info import read_target_info, write_target_info
 from tests.stages.drafters.edits import Edit, edit_config, save, setting, within, without
 from tests.testbed import random_target
 from tests.testbed.dflash2 import SIZES, random_dflash2

@@ -13,7 +13,7 @@ from transformers import DeepseekV3Config, Glm4MoeLiteConfig
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import load_drafter, save_drafter
 from draftsmith.stages.drafters.checkpoint_format import target_fields, unservable_layers
-from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.targets.causal_lm import Target
 from tests.testbed import random_target
 from tests.testbed.eagle3 import random_eagle3
 

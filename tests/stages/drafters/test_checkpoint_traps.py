@@ -10,8 +10,8 @@ import torch
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.checkpoint import check_shape, load_drafter
-from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.info import model_path
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.info import model_path
 from tests.stages.drafters.edits import Edit, cut, edit_tensors, remove, save, setting, within, without, write
 from tests.testbed import random_target
 from tests.testbed.architectures import RANDOM

@@ -14,7 +14,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from draftsmith.stages.drafters import compiled
-from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training.config import LoraOptions
 from draftsmith.stages.training.lora import Adapter
 from tests.stages.drafters.texts import Texts

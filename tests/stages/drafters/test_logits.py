@@ -19,8 +19,8 @@ from draftsmith.stages.drafters.dspark import checkpoint as dspark
 from draftsmith.stages.drafters.dspark.config import DSparkConfig
 from draftsmith.stages.drafters.dspark.model import DSparkDrafter
 from draftsmith.stages.drafters.speculators import to_speculators
-from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.info import LogitMap
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.info import LogitMap
 from draftsmith.stages.training.blocks import HeadSource
 from draftsmith.stages.training.config import TrainingConfig
 from tests.testbed.dflash2 import SIZES

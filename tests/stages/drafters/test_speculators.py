@@ -21,8 +21,8 @@ from draftsmith.stages.drafters.export import export_speculators
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.config import SGLangEngineConfig, VLLMEngineConfig
 from draftsmith.stages.engines.servers.requirements import server_requirements
-from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.info import model_path
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.info import model_path
 from tests.stages.drafters.edits import Edit, edit_tensors, setting, without
 from tests.testbed.dflash2 import random_dflash2
 from tests.testbed.dspark import random_dspark

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from draftsmith.stages.data.trajectories import pad_tokens
 from draftsmith.stages.drafters.base import Context, Drafter
 from draftsmith.stages.drafters.lm_head import Head
-from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.targets.causal_lm import Target
 from tests.testbed import random_target
 
 

@@ -13,8 +13,8 @@ from draftsmith.artifacts import retry
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.config import SGLangEngineConfig, VLLMEngineConfig
-from draftsmith.stages.engines.kinds import open_servers
-from draftsmith.stages.engines.servers import pool
+from draftsmith.stages.engines.registry import open_servers
+from draftsmith.stages.engines.servers import dispatch
 from draftsmith.stages.engines.servers.engine import ServerEngine
 from draftsmith.stages.engines.servers.requirements import ServerRequirements, server_requirements
 from tests.stages.engines.http_server import HttpServer
@@ -25,9 +25,9 @@ from tests.testbed.drafter import DrafterArtifacts
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retry, "FIRST_S", 0.02)
-    monkeypatch.setattr(pool, "_FULL_PAUSE_S", 0.02)
-    monkeypatch.setattr(pool, "_FAILING_LIMIT_S", 0.3)
-    monkeypatch.setattr(pool, "_STALLED_LIMIT_S", 0.3)
+    monkeypatch.setattr(dispatch, "_FULL_PAUSE_S", 0.02)
+    monkeypatch.setattr(dispatch, "_FAILING_LIMIT_S", 0.3)
+    monkeypatch.setattr(dispatch, "_STALLED_LIMIT_S", 0.3)
 
 
 @pytest.fixture

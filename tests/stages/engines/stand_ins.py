@@ -21,9 +21,9 @@ from draftsmith.stages.engines.servers.api import ServerInfo
 from draftsmith.stages.engines.servers.engine import ServerEngine
 from draftsmith.stages.engines.servers.requirements import ServerRequirements, server_requirements
 from draftsmith.stages.engines.sglang.handshake import check_server
-from draftsmith.stages.target.config import TargetConfig
-from draftsmith.stages.target.describe import describe
-from draftsmith.stages.target.info import model_path, write_target_info
+from draftsmith.stages.targets.config import TargetConfig
+from draftsmith.stages.targets.describe import describe
+from draftsmith.stages.targets.info import model_path, write_target_info
 from tests.stages.engines.http_server import HttpServer, Refusal, Reply, answer, is_probe, serving
 from tests.testbed.drafter import DrafterArtifacts
 

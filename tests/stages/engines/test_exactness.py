@@ -14,8 +14,8 @@ from draftsmith.stages.drafters.sampling import sampling_distribution as distrib
 from draftsmith.stages.drafters.sampling import uniform
 from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.engines.embedded import EmbeddedEngine
-from draftsmith.stages.target.info import model_path
-from draftsmith.stages.target.sampling import SamplingParams
+from draftsmith.stages.targets.info import model_path
+from draftsmith.stages.targets.sampling import SamplingParams
 from tests.stages.bench import GREEDY_TOKENS, Bench
 from tests.testbed.drafter import DrafterArtifacts
 

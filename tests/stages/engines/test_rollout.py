@@ -26,7 +26,7 @@ from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.engines.base import Completion, Request, VerifyStep
 from draftsmith.stages.engines.partial_answers import SCHEMAS, PartialAnswers
 from draftsmith.stages.engines.stage import STAGE, RolloutConfig, preflight
-from draftsmith.stages.target.info import INFO_FILE, load_tokenizer, model_path
+from draftsmith.stages.targets.info import INFO_FILE, load_tokenizer, model_path
 from tests.stages.bench import Bench
 from tests.stages.drafters.edits import set_fields
 from tests.testbed.context import RecordingContext, StoppingContext

@@ -15,8 +15,8 @@ from draftsmith.stages.drafters.sampling import Purpose, sample_inverse_cdf, sam
 from draftsmith.stages.engines import verification
 from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.engines.embedded import EmbeddedEngine
-from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.sampling import SamplingParams
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.sampling import SamplingParams
 from tests.testbed.dflash2 import random_dflash2
 from tests.testbed.dspark import random_dspark
 from tests.testbed.sampling_drafters import sampling_eagle3

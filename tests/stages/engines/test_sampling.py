@@ -19,7 +19,7 @@ from draftsmith.stages.drafters.sampling import (
 )
 from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.verification import sample_target
-from draftsmith.stages.target.sampling import SamplingParams
+from draftsmith.stages.targets.sampling import SamplingParams
 
 
 def test_uniform_numbers_depend_on_seed_and_position_and_are_uniform() -> None:

@@ -7,7 +7,7 @@ import pytest
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.drafters.digest import drafter_digest
-from draftsmith.stages.engines.served import API_KEYS, ask_servers
+from draftsmith.stages.engines.server_state import API_KEYS, ask_servers
 from draftsmith.stages.engines.servers import identity
 from draftsmith.stages.engines.servers.state import NewDrafter, ServerState
 from draftsmith.stages.engines.swap_proof import ReplayProver

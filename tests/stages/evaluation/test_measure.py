@@ -20,14 +20,14 @@ from draftsmith.artifacts.store.manifest import content_id, describe_files
 from draftsmith.artifacts.tables.parquet import read_table, write_table
 from draftsmith.artifacts.tables.schemas import REQUESTS, TRAJECTORIES, TURNS
 from draftsmith.stages.data.trajectories import load_trajectories
-from draftsmith.stages.evaluation import load
+from draftsmith.stages.evaluation import load_curve
 from draftsmith.stages.evaluation import speed_embedded as embedded
 from draftsmith.stages.evaluation.config import EvaluationConfig
 from draftsmith.stages.evaluation.speed_embedded import Decoder, EmbeddedSpeedTest
 from draftsmith.stages.evaluation.stage import STAGE, preflight
 from draftsmith.stages.evaluation.validity import steady
 from draftsmith.stages.runtime.stage import Shard
-from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training.sft.stage import STAGE as SFT
 from tests.stages.bench import Bench, tau
 from tests.testbed.context import RecordingContext, StoppingContext
@@ -44,8 +44,8 @@ def _as_many_rounds_as_asked_for() -> Iterator[None]:
     """However busy the machine is that runs the tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(embedded, "steady", lambda *_: True)
-        patch.setattr(load, "IN_FLIGHT", (1, 4, 32))
-        patch.setattr(load, "SHARE", 1000)
+        patch.setattr(load_curve, "IN_FLIGHT", (1, 4, 32))
+        patch.setattr(load_curve, "SHARE", 1000)
         yield
 
 

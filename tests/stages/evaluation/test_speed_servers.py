@@ -28,7 +28,7 @@ from draftsmith.stages.evaluation.looks import open_look
 from draftsmith.stages.evaluation.speed_servers import ServerSpeedTest, measure_servers
 from draftsmith.stages.evaluation.speed_table import speed_tables
 from draftsmith.stages.evaluation.timed_runs import SpeedMeasurement, requests_for
-from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.targets.causal_lm import Target
 from tests.testbed.context import RecordingContext, StoppingContext
 from tests.testbed.drafter import DrafterArtifacts
 

@@ -23,7 +23,7 @@ from draftsmith.stages.evaluation.speed_table import (
 )
 from draftsmith.stages.evaluation.timed_runs import Setting, TimedRun, requests_for, settings_of
 from draftsmith.stages.evaluation.verdicts import verdicts
-from draftsmith.stages.target.sampling import GREEDY, SamplingParams
+from draftsmith.stages.targets.sampling import GREEDY, SamplingParams
 
 GREEDY_SETTING = Setting(0.0, 2)
 

@@ -20,7 +20,7 @@ from draftsmith.stages.drafters.base import Context, Drafter, PreparedDrafter
 from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.replay import chains as replay
 from draftsmith.stages.replay.chains import replay_chains, replay_sequentially
-from draftsmith.stages.target.kv_cache import Rows
+from draftsmith.stages.targets.kv_cache import Rows
 from tests.stages.bench import assert_same
 
 HEAD = Head(torch.zeros(1, 1))

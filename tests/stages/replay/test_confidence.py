@@ -15,8 +15,8 @@ from draftsmith.stages.replay import chains
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.replay.trace import Trace
-from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.sampling import GREEDY, SamplingParams
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.sampling import GREEDY, SamplingParams
 from tests.testbed.dspark import random_dspark
 
 

@@ -163,7 +163,7 @@ def test_shards_give_the_same_bytes_as_one_process(
     assert sum(counts) == len(load_trajectories(assisted).trajectories) and sum(n > 0 for n in counts) >= 3
     assert all(part.progressed[-1][:2] == (n, n) for part, n in zip(parts, counts, strict=True) if n)
     joined = RecordingContext.under(tmp_path / "joined", mined.inputs, shards=[part.out for part in parts])
-    monkeypatch.setattr("draftsmith.stages.target.causal_lm.Target.load", None)  # nothing is left to compute
+    monkeypatch.setattr("draftsmith.stages.targets.causal_lm.Target.load", None)  # nothing is left to compute
     STAGE.run(joined, config)
     assert_same_bytes(joined, mined)
 

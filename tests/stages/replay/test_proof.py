@@ -17,8 +17,8 @@ from draftsmith.stages.replay import proof
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.proof import ServedAnswer, prove
 from draftsmith.stages.replay.replayer import Replayer
-from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.sampling import GREEDY, SamplingParams
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.sampling import GREEDY, SamplingParams
 from tests.benchmarks.proof import Side, everywhere, moved, read, scrambled, simulate
 from tests.stages.bench import Bench
 from tests.testbed import random_target

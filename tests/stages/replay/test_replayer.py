@@ -17,8 +17,8 @@ from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.replay.chains import successors
 from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.replay.trace import Trace
-from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.sampling import GREEDY, SamplingParams
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.sampling import GREEDY, SamplingParams
 from tests.stages.bench import Bench, assert_recorded, assert_same, tau
 from tests.testbed import random_target
 from tests.testbed.drafter import DrafterArtifacts

@@ -36,8 +36,8 @@ from draftsmith.stages.replay import sampled
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.replay.trace import AcceptanceStats, Trace
-from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.sampling import SamplingParams
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.sampling import SamplingParams
 from tests.stages.bench import tau
 from tests.stages.drafters.texts import logits_of
 from tests.testbed import random_target

@@ -22,7 +22,7 @@ from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.drafters.sampling import Purpose
 from draftsmith.stages.replay import sampled
 from draftsmith.stages.replay.sampled import TargetSampler
-from draftsmith.stages.target.sampling import SamplingParams
+from draftsmith.stages.targets.sampling import SamplingParams
 from tests.stages.replay.test_sampled import cut, same_distribution
 
 V, DRAWS = 4, 20_000

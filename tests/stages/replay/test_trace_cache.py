@@ -16,7 +16,7 @@ from draftsmith.stages.drafters.dflash.model import DFlashDrafter
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.replay.trace import Trace
-from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.targets.causal_lm import Target
 from tests.stages.bench import assert_same
 from tests.testbed.calls import recorded
 

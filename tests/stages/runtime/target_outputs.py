@@ -11,7 +11,7 @@ import torch
 
 from draftsmith.stages.runtime.launch import note_start
 from draftsmith.stages.runtime.ranks import Ranks, process_group
-from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.targets.causal_lm import Target
 
 SHARING = 2
 IDS = (torch.arange(3 * 26).view(3, 26) * 7 + 3).remainder(50)  # several windows long

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.runtime.ranks import ALONE, Ranks
 from draftsmith.stages.runtime.stage import RENDEZVOUS, ParallelConfig
-from draftsmith.stages.target.estimate import AnswerCounts, StageUse
+from draftsmith.stages.targets.estimate import AnswerCounts, StageUse
 from draftsmith.stages.training.config import OpdConfig, SftConfig
 from draftsmith.stages.training.estimate import row_bytes, training_memory
 from tests.flows.checks.test_resources import qwen_sizes

@@ -29,7 +29,7 @@ from draftsmith.stages.replay.stage import STAGE as MINING
 from draftsmith.stages.runtime.checkpoint import list_checkpoints
 from draftsmith.stages.runtime.launch import RankReport, _cause, launch
 from draftsmith.stages.runtime.stage import RENDEZVOUS, ParallelConfig
-from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.targets.causal_lm import Target
 from tests.flows.processes import ROOT, assert_gone, wait_until
 from tests.stages.runtime import hanging_rank, short_of_memory
 from tests.stages.runtime.attempts import CONFIG, LONG, SFT, TWO, attempt, newest, ranks_of

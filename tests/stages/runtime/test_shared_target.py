@@ -11,12 +11,12 @@ import pytest
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.runtime.launch import launch
 from draftsmith.stages.runtime.stage import ParallelConfig
-from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.estimate import target_size
-from draftsmith.stages.target.info import model_path
-from draftsmith.stages.target.loading import check_divides
-from draftsmith.stages.target.stage import STAGE as TARGET
-from draftsmith.stages.target.stage import TargetConfig
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.estimate import target_size
+from draftsmith.stages.targets.info import model_path
+from draftsmith.stages.targets.loading import check_divides
+from draftsmith.stages.targets.stage import STAGE as TARGET
+from draftsmith.stages.targets.stage import TargetConfig
 from tests.stages.runtime.target_outputs import SHARING, TargetOutputs, load_outputs, write_outputs
 from tests.testbed.context import RecordingContext
 from tests.testbed.families import write_family

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
-from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.targets.causal_lm import Target
 from tests.stages.training.case import Case, make_case
 from tests.testbed import random_target
 

@@ -29,8 +29,8 @@ from draftsmith.stages.drafters.dflash2.model import DFlash2Drafter
 from draftsmith.stages.drafters.dspark.model import DSparkDrafter
 from draftsmith.stages.drafters.eagle3.config import Eagle3Config
 from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter
-from draftsmith.stages.target.estimate import ModelSize, Sizes
-from draftsmith.stages.target.sampling import GREEDY, SamplingParams
+from draftsmith.stages.targets.estimate import ModelSize, Sizes
+from draftsmith.stages.targets.sampling import GREEDY, SamplingParams
 from draftsmith.stages.training.batches import Batch
 from draftsmith.stages.training.blocks import (
     HeadSource,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.runtime.ranks import Ranks
-from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training.batches import (
     FeatureSource,
     frequent_tokens,

@@ -19,8 +19,8 @@ from draftsmith.stages.drafters.dflash2.model import DFlash2Drafter
 from draftsmith.stages.drafters.dspark.model import DSparkDrafter
 from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter
 from draftsmith.stages.drafters.lm_head import Head
-from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.sampling import GREEDY, SamplingParams
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.sampling import GREEDY, SamplingParams
 from draftsmith.stages.training.batches import Batch
 from draftsmith.stages.training.blocks import LossReport, SoftmaxHeads, draft_blocks, encode_batch, hidden_on_proposals
 from draftsmith.stages.training.config import SftConfig

@@ -17,7 +17,7 @@ from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.stages.runtime import checkpoint
 from draftsmith.stages.runtime.checkpoint import list_checkpoints, load_checkpoint
 from draftsmith.stages.runtime.ranks import Ranks
-from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training.blocks import LossReport
 from draftsmith.stages.training.config import OptimiserConfig, SftConfig
 from draftsmith.stages.training.loop import MicroBatches, cosine, train

@@ -18,7 +18,7 @@ from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import load_drafter, read_info, save_drafter
 from draftsmith.stages.drafters.digest import content_digest, drafter_digest
 from draftsmith.stages.runtime.checkpoint import list_checkpoints
-from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training.batches import Batch, FeatureSource, step_rng
 from draftsmith.stages.training.blocks import draft_blocks, encode_batch, position_anchors
 from draftsmith.stages.training.config import LoraOptions, SftConfig, TrainingConfig

@@ -11,8 +11,8 @@ from draftsmith.stages.drafters.dflash.config import DFlashConfig
 from draftsmith.stages.drafters.dflash2.config import DFlash2Config
 from draftsmith.stages.drafters.dspark.config import DSparkConfig
 from draftsmith.stages.drafters.eagle3.config import Eagle3Config
-from draftsmith.stages.target.estimate import PROCESS_BYTES, AnswerCounts, StageUse
-from draftsmith.stages.target.sampling import GREEDY, SamplingParams
+from draftsmith.stages.targets.estimate import PROCESS_BYTES, AnswerCounts, StageUse
+from draftsmith.stages.targets.sampling import GREEDY, SamplingParams
 from draftsmith.stages.training.config import OpdConfig, SftConfig, TrainingConfig
 from draftsmith.stages.training.estimate import row_bytes, training_memory
 from tests.stages.training.fake_step import FakeStep

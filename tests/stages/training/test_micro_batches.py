@@ -11,8 +11,8 @@ import torch
 
 from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.base import Drafter
-from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.sampling import GREEDY, SamplingParams
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.sampling import GREEDY, SamplingParams
 from draftsmith.stages.training.batches import FeatureSource, split_rows
 from draftsmith.stages.training.blocks import LossReport
 from draftsmith.stages.training.config import OpdConfig, SftConfig, TrainingConfig

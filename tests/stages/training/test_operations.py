@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from draftsmith.stages.drafters import block_attention
 from draftsmith.stages.drafters.base import Drafter
-from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training.batches import FeatureSource, step_rng
 from draftsmith.stages.training.blocks import LossContext, LossReport, position_anchors
 from draftsmith.stages.training.config import LoraOptions, SftConfig, TrainingConfig

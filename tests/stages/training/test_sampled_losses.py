@@ -16,8 +16,8 @@ from draftsmith.stages.replay import sampled as sampled_replay
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.replay.sampled import TargetSampler
-from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.sampling import SamplingParams
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.sampling import SamplingParams
 from draftsmith.stages.training.batches import FeatureSource, step_rng
 from draftsmith.stages.training.blocks import (
     LossContext,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field, field_validator
 
 from draftsmith.stages.runtime.stage import Config
-from draftsmith.stages.target.config import TOKENIZER_PARTS
+from draftsmith.stages.targets.config import TOKENIZER_PARTS
 from tests.testbed.procedural.text import EASY, FAMILIES, Example, examples
 
 if TYPE_CHECKING:
@@ -186,7 +186,7 @@ def train_target(folder: Path, config: TrainingTextConfig, shape: ShapeConfig, *
     keeps."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from draftsmith.stages.target.loading import load_weights
+    from draftsmith.stages.targets.loading import load_weights
 
     taught = training_examples(config)
     if parent is None:

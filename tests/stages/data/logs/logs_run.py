@@ -17,7 +17,7 @@ from draftsmith.stages.data.logs.filter import SchemaFilter
 from draftsmith.stages.data.logs.stage import STAGE, LogsConfig
 from draftsmith.stages.data.row_files import RejectLog
 from draftsmith.stages.data.row_files import Row as FileRow
-from draftsmith.stages.target.info import read_target_info
+from draftsmith.stages.targets.info import read_target_info
 from tests.stages.data.row_files import write
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts

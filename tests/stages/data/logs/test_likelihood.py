@@ -16,8 +16,8 @@ from draftsmith.stages.data.logs.likelihood import check_likelihood, foreign_err
 from draftsmith.stages.data.logs.stage import LogsConfig
 from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.embedded import EmbeddedEngine
-from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.sampling import SamplingParams
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.sampling import SamplingParams
 from tests.stages.bench import Bench
 from tests.stages.data.logs.logs_run import Logs, Row, as_ids, counts, set_aside
 from tests.testbed.target import revision_folder

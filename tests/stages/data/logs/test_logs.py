@@ -15,7 +15,7 @@ from draftsmith.stages.data.logs.rows import AnswerReader, LoggedRow
 from draftsmith.stages.data.logs.stage import STAGE, LogsConfig
 from draftsmith.stages.data.row_files import RejectLog, read_rows
 from draftsmith.stages.data.row_formats import TOOLS, RejectedRow
-from draftsmith.stages.target.info import load_tokenizer, model_path, read_target_info
+from draftsmith.stages.targets.info import load_tokenizer, model_path, read_target_info
 from tests.stages.data.logs.logs_run import Logs, Row, as_ids, counts, set_aside, table
 from tests.testbed.context import StoppingContext
 from tests.testbed.drafter import DrafterArtifacts

@@ -24,7 +24,7 @@ from draftsmith.stages.data.logs.filter import SchemaFilter
 from draftsmith.stages.data.logs.stage import LogsConfig
 from draftsmith.stages.data.time_window import parse_time, to_iso
 from draftsmith.stages.data.trajectories import load_trajectories
-from draftsmith.stages.target.sampling import SamplingParams
+from draftsmith.stages.targets.sampling import SamplingParams
 from tests.stages.data.logs.logs_run import (
     Logs,
     Row,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from draftsmith.stages.drafters.dflash.model import FeatureSlots
-from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.targets.causal_lm import Target
 from tests.stages.drafters.dflash import reference
 from tests.stages.drafters.texts import Texts
 from tests.testbed import random_target

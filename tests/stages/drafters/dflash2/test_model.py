@@ -13,7 +13,7 @@ from draftsmith.stages.drafters.dflash2.config import DFlash2Config
 from draftsmith.stages.drafters.dflash2.model import DFlash2Drafter
 from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.replay.replayer import Replayer
-from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.targets.causal_lm import Target
 from tests.stages.drafters.dflash import reference
 from tests.stages.drafters.dflash2 import reference as additions
 from tests.stages.drafters.texts import Texts

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from draftsmith.stages.drafters.checkpoint import load_drafter, save_drafter
 from draftsmith.stages.drafters.dspark.model import DSparkDrafter
-from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.targets.causal_lm import Target
 from tests.stages.drafters.edits import edit_config, save
 from tests.testbed.dspark import random_dspark
 

@@ -7,8 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from draftsmith.stages.drafters.dspark.model import DSparkDrafter
-from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.sampling import GREEDY, SamplingParams
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.sampling import GREEDY, SamplingParams
 from draftsmith.stages.training.batches import FeatureSource, step_rng
 from draftsmith.stages.training.blocks import (
     LossContext,

@@ -27,7 +27,7 @@ from draftsmith.stages.drafters.dflash.config import DFlashConfig
 from draftsmith.stages.drafters.eagle3.checkpoint import DEFAULT_BLOCK_SIZE, default_layer_ids
 from draftsmith.stages.drafters.eagle3.config import Eagle3Config
 from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter
-from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.targets.causal_lm import Target
 from tests.stages.drafters.edits import edit_tensors, save, setting, within, without
 from tests.testbed import random_target
 from tests.testbed.eagle3 import RANDOM_VOCABULARY, random_eagle3

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter
-from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.targets.causal_lm import Target
 from tests.stages.drafters.eagle3 import reference
 from tests.stages.drafters.texts import Texts
 from tests.testbed import random_target

@@ -18,7 +18,7 @@ from draftsmith.artifacts.tables.parquet import read_table
 from draftsmith.artifacts.tables.schemas import TRAJECTORIES
 from draftsmith.stages.data.trajectories import load_prompts
 from draftsmith.stages.engines.base import Request
-from draftsmith.stages.engines.servers import pool
+from draftsmith.stages.engines.servers import dispatch
 from draftsmith.stages.engines.servers.engine import _MAX_UNANSWERED, ServerEngine, UnansweredError
 from draftsmith.stages.engines.servers.requirements import ServerRequirements
 from draftsmith.stages.engines.stage import STAGE, RolloutConfig
@@ -121,7 +121,7 @@ def test_requests_that_servers_died_with_are_reported_once_and_the_others_are_an
     """As many as were in flight may be affected."""
     deadly = [request.request_id for request in MANY[: _MAX_UNANSWERED + 5]]
     for url in ("http://a", "http://b"):
-        pool.DeathLog(tmp_path / "servers" / "deaths.json").record(deadly, url)
+        dispatch.DeathLog(tmp_path / "servers" / "deaths.json").record(deadly, url)
     with engine_on(plain, {"concurrency": 4}) as (_server, engine):
         got, error = names_until_error(engine, UnansweredError)
         assert all(name in str(error) for name in deadly)

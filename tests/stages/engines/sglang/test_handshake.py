@@ -11,7 +11,7 @@ from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.servers.api import ServerInfo
 from draftsmith.stages.engines.servers.requirements import ServerRequirements
-from draftsmith.stages.target.sampling import SamplingParams
+from draftsmith.stages.targets.sampling import SamplingParams
 from tests.stages.engines.http_server import Refusal, answer
 from tests.stages.engines.stand_ins import (
     EngineOn,

@@ -18,8 +18,8 @@ from draftsmith.stages.engines.sglang.records import (
     recorded_drafter,
 )
 from draftsmith.stages.evaluation.timed_runs import accepted_lengths
-from draftsmith.stages.target.info import TargetInfo
-from draftsmith.stages.target.sampling import SamplingParams
+from draftsmith.stages.targets.info import TargetInfo
+from draftsmith.stages.targets.sampling import SamplingParams
 from tests.stages.bench import Bench
 
 REQUEST = Request("p/0", [10, 11, 12], 6)

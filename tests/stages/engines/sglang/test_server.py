@@ -19,7 +19,7 @@ from draftsmith.stages.engines.servers import process, requirements
 from draftsmith.stages.engines.sglang import server
 from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.evaluation.config import EvaluationConfig
-from draftsmith.stages.target.info import TargetInfo
+from draftsmith.stages.targets.info import TargetInfo
 
 
 def config(**launch: Any) -> SGLangEngineConfig:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError, RefusedError, RetryableError
-from draftsmith.stages.engines.served import API_KEYS
+from draftsmith.stages.engines.server_state import API_KEYS
 from draftsmith.stages.engines.servers.state import NewDrafter
 from draftsmith.stages.engines.sglang.protocol import Json
 from draftsmith.stages.engines.swap import Served, Swap
@@ -84,7 +84,7 @@ def fleet() -> Iterator[Fleet]:
 
 @pytest.fixture(autouse=True)
 def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("draftsmith.stages.engines.sglang.served._POLL_S", 0.01)
+    monkeypatch.setattr("draftsmith.stages.engines.sglang.swap._POLL_S", 0.01)
 
 
 def test_the_servers_are_swapped_in_turn_and_each_proves_it(fleet: Fleet) -> None:

@@ -16,7 +16,7 @@ from draftsmith.stages.drafters.checkpoint_format import is_speculators
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.config import Options, VLLMEngineConfig
-from draftsmith.stages.engines.kinds import identify
+from draftsmith.stages.engines.registry import identify
 from draftsmith.stages.engines.servers.identity import own_logprobs
 from draftsmith.stages.engines.servers.requirements import ServerRequirements, served_block_size
 from draftsmith.stages.engines.vllm.handshake import check_server

@@ -16,8 +16,8 @@ from draftsmith.stages.engines.vllm.records import (
     read_completion,
     read_steps,
 )
-from draftsmith.stages.target.info import TargetInfo
-from draftsmith.stages.target.sampling import SamplingParams
+from draftsmith.stages.targets.info import TargetInfo
+from draftsmith.stages.targets.sampling import SamplingParams
 from tests.stages.bench import Bench
 
 REQUEST = Request("p/0", [10, 11, 12], 6)

@@ -14,7 +14,7 @@ from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.replay.replayer import score
 from draftsmith.stages.replay.trace import Trace
-from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training.batches import Batch, FeatureSource, step_rng
 from draftsmith.stages.training.blocks import DraftingView, LossReport, encode_batch
 from draftsmith.stages.training.config import TrainingConfig

@@ -21,7 +21,7 @@ from draftsmith.stages.evaluation.drift import STAGE as DRIFT
 from draftsmith.stages.evaluation.stage import STAGE as EVALUATION
 from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.replay.stage import STAGE as MINING
-from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training.opd.stage import STAGE as OPD
 from draftsmith.stages.training.sft.stage import STAGE as SFT
 from tests.stages.training.answers import mined_answers

@@ -17,10 +17,10 @@ import pytest
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.engines.config import SGLangEngineConfig
-from draftsmith.stages.engines.servers import pool as pooling
+from draftsmith.stages.engines.servers import dispatch
 from draftsmith.stages.engines.servers.api import BadAnswerError
 from draftsmith.stages.engines.servers.client import RequestLostError, ServerAnswer, ServerFullError, check_status
-from draftsmith.stages.engines.servers.pool import (
+from draftsmith.stages.engines.servers.dispatch import (
     DeathLog,
     LostTooOftenError,
     PoisonRequestError,
@@ -157,7 +157,7 @@ def test_repeated_bad_answers_are_an_error() -> None:
     with serving(answer) as server:
         with pytest.raises(BadAnswerError):
             with_pool([server], lambda pool: pool.send("r0", payload(), read))
-        assert server.count("/generate") == pooling._TRIES[BadAnswerError]
+        assert server.count("/generate") == dispatch._TRIES[BadAnswerError]
 
 
 # ---- servers that are full
@@ -182,7 +182,7 @@ def with_room_for(number: int, status: int, text: str, answers: Reply) -> Reply:
 def test_requests_wait_for_a_full_server_without_using_an_attempt(
     status: int, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(pooling._TRIES, RequestLostError, 1)
+    monkeypatch.setitem(dispatch._TRIES, RequestLostError, 1)
     with serving(with_room_for(2, status, text, lambda asked: answer(asked, delay_s=0.05))) as server:
 
         async def run(pool: ServerPool) -> Any:
@@ -197,7 +197,7 @@ def test_requests_wait_for_a_full_server_without_using_an_attempt(
 
 
 def test_a_server_that_stays_full_is_a_retryable_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pooling, "_FULL_LIMIT_S", 0.2)
+    monkeypatch.setattr(dispatch, "_FULL_LIMIT_S", 0.2)
     with serving(refusing(429)) as server, pytest.raises(LostTooOftenError):
         with_pool([server], ask)
 
@@ -262,8 +262,8 @@ def test_requests_of_a_dead_server_move_to_the_others_immediately() -> None:
 @pytest.mark.parametrize("status", [503, 500])
 def test_a_server_whose_probes_fail_for_a_while_is_not_lost(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The limit is longer if it is up and computes nothing."""
-    monkeypatch.setattr(pooling, "_FAILING_LIMIT_S", 30.0 if status == 500 else 0.0)
-    monkeypatch.setattr(pooling, "_STALLED_LIMIT_S", 30.0)
+    monkeypatch.setattr(dispatch, "_FAILING_LIMIT_S", 30.0 if status == 500 else 0.0)
+    monkeypatch.setattr(dispatch, "_STALLED_LIMIT_S", 30.0)
     silent = iter([True, True])
 
     def at_first(_: dict[str, Any]) -> dict[str, Any]:
@@ -283,7 +283,7 @@ def test_a_gateway_without_the_endpoint_is_probed_by_a_generation() -> None:
 
 
 def test_a_silent_server_is_found_long_before_the_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pooling, "_PROBE_AFTER_S", 0.2)
+    monkeypatch.setattr(dispatch, "_PROBE_AFTER_S", 0.2)
     monkeypatch.setattr(api, "_HEALTH_TIMEOUT_S", 0.3)
     over = threading.Event()
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from draftsmith.stages.runtime.stage import Stage
-from draftsmith.stages.target.config import TargetConfig
+from draftsmith.stages.targets.config import TargetConfig
 
 STAGE = Stage(
     name="target",
     config=TargetConfig,
     inputs=(),
-    body="draftsmith.stages.target.resolve",
+    body="draftsmith.stages.targets.resolve",
     volatile=("metrics.jsonl", "origin.json", "elsewhere.json"),  # a model that moves is the same model
 )

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.target.config import ADAPTER_FILES
-from draftsmith.stages.target.layers import causal_lm_of, decoder_of
+from draftsmith.stages.targets.config import ADAPTER_FILES
+from draftsmith.stages.targets.layers import causal_lm_of, decoder_of
 
 _PREFIX = "base_model.model."  # of peft's names of tensors
 # What is not W x + lora_alpha / r · B A x. SGLang and vLLM refuse it too, or compute something else (rsLoRA).

@@ -20,7 +20,7 @@ from draftsmith.artifacts.home import home
 from draftsmith.artifacts.store.checksums import Checksums
 from draftsmith.artifacts.store.manifest import ELSEWHERE
 from draftsmith.stages.runtime.stage import StageContext
-from draftsmith.stages.target.config import (
+from draftsmith.stages.targets.config import (
     Dtype,
     TargetConfig,
     adapter_files,
@@ -29,10 +29,10 @@ from draftsmith.stages.target.config import (
     source_files,
     source_kind,
 )
-from draftsmith.stages.target.describe import describe, read_config
-from draftsmith.stages.target.hub import check_snapshot, hub_snapshot
-from draftsmith.stages.target.info import ADAPTERS, TargetInfo, write_target_info
-from draftsmith.stages.target.loading import load_weights
+from draftsmith.stages.targets.describe import describe, read_config
+from draftsmith.stages.targets.hub import check_snapshot, hub_snapshot
+from draftsmith.stages.targets.info import ADAPTERS, TargetInfo, write_target_info
+from draftsmith.stages.targets.loading import load_weights
 
 
 def run(ctx: StageContext, config: TargetConfig) -> None:

@@ -22,9 +22,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.quantizers import AutoHfQuantizer
 
 from draftsmith.artifacts.errors import DraftsmithError, one_line
-from draftsmith.stages.target.adapters import linear_maps, read_adapter
-from draftsmith.stages.target.config import Kind, TargetConfig, adapter_files, check_weights
-from draftsmith.stages.target.info import (
+from draftsmith.stages.targets.adapters import linear_maps, read_adapter
+from draftsmith.stages.targets.config import Kind, TargetConfig, adapter_files, check_weights
+from draftsmith.stages.targets.info import (
     LogitMap,
     TargetInfo,
     adapter_digest,
@@ -32,7 +32,7 @@ from draftsmith.stages.target.info import (
     model_digest,
     tokenizer_digest,
 )
-from draftsmith.stages.target.layers import (
+from draftsmith.stages.targets.layers import (
     Layers,
     UnknownLayersError,
     causal_lm_of,
@@ -42,7 +42,7 @@ from draftsmith.stages.target.layers import (
     usual_layer,
     wrong_numbers,
 )
-from draftsmith.stages.target.loading import model_without_weights
+from draftsmith.stages.targets.loading import model_without_weights
 
 _DRAFTER = re.compile("eagle|medusa|dflash|dspark")  # in names of drafters' classes
 _WHOLE_MODEL = ("ForCausalLM", "ForConditionalGeneration")  # ends of names of whole models' classes

@@ -15,11 +15,11 @@ from torch import nn
 from torch.nn import functional
 from transformers.integrations.sdpa_attention import repeat_kv
 
-from draftsmith.stages.target import attention
-from draftsmith.stages.target.attention import grouped_attention, register
-from draftsmith.stages.target.causal_lm import Target, TargetOutput
-from draftsmith.stages.target.info import TargetInfo
-from draftsmith.stages.target.packed_linear import (
+from draftsmith.stages.targets import attention
+from draftsmith.stages.targets.attention import grouped_attention, register
+from draftsmith.stages.targets.causal_lm import Target, TargetOutput
+from draftsmith.stages.targets.info import TargetInfo
+from draftsmith.stages.targets.packed_linear import (
     PackedGroup,
     PackedLinear,
     can_pack,

@@ -23,7 +23,7 @@ from draftsmith.stages.engines.vllm.api import VLLMApi
 from draftsmith.stages.engines.vllm.handshake import is_vllm
 from draftsmith.stages.engines.vllm.handshake import reported_target as target_of_vllm
 from draftsmith.stages.engines.vllm.handshake import served_block_size as block_size_of_vllm
-from draftsmith.stages.target.info import TargetInfo
+from draftsmith.stages.targets.info import TargetInfo
 
 
 @contextmanager

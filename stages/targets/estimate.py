@@ -47,7 +47,7 @@ class ModelSize:
         cls, config: Any, parameters: int, divided: int = 0, map_sizes: tuple[int, int] = (0, 0)
     ) -> ModelSize:
         """Return the sizes in a text model's config. divided: see the field. map_sizes: of a drafter."""
-        from draftsmith.stages.target.layers import usual_layer  # imports torch, and planning imports this module
+        from draftsmith.stages.targets.layers import usual_layer  # imports torch, and planning imports this module
 
         usual = usual_layer(config)
         heads = usual.num_attention_heads
@@ -158,7 +158,7 @@ def _routed_share(config: Any) -> float:
 
 def target_size(folder: Path) -> ModelSize:
     """Return the size of the model whose config.json lies in `folder`."""
-    from draftsmith.stages.target.loading import divided_parameters, model_without_weights  # imports torch
+    from draftsmith.stages.targets.loading import divided_parameters, model_without_weights  # imports torch
 
     model = model_without_weights(folder)
     parameters = sum(p.numel() for p in model.parameters())  # tied ones once

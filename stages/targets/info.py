@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.errors import DraftsmithError, one_line
-from draftsmith.stages.target.config import TOKENIZER_FILES, TOKENIZER_PARTS, Dtype, Kind
+from draftsmith.stages.targets.config import TOKENIZER_FILES, TOKENIZER_PARTS, Dtype, Kind
 
 if TYPE_CHECKING:
     import torch

@@ -19,7 +19,7 @@ from transformers.cache_utils import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from draftsmith.stages.target.attention import causal_mask
+from draftsmith.stages.targets.attention import causal_mask
 
 CHOOSING = "indexed_attention"  # attention that chooses its entries by the scores of an indexer, with keys of its own
 

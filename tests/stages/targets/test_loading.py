@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.config import TargetConfig, check_weights, model_folder
-from draftsmith.stages.target.describe import describe
-from draftsmith.stages.target.info import TargetInfo
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.config import TargetConfig, check_weights, model_folder
+from draftsmith.stages.targets.describe import describe
+from draftsmith.stages.targets.info import TargetInfo
 from tests.stages.drafters.edits import set_fields
 from tests.testbed.families import FAMILIES, WORDS, family_config, write_family
 from tests.testbed.random_target import fill, save, write_artifact, write_model
@@ -124,7 +124,7 @@ def test_errors_of_the_machine_do_not_blame_the_model(
     def refuse(*_args: object, **_kwargs: object) -> None:
         raise error
 
-    monkeypatch.setattr("draftsmith.stages.target.causal_lm.check_agreement", refuse)
+    monkeypatch.setattr("draftsmith.stages.targets.causal_lm.check_agreement", refuse)
     with pytest.raises(type(error)):
         Target.load(artifact, device="cpu")
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")

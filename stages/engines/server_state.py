@@ -21,8 +21,8 @@ from draftsmith.stages.engines.servers.client import (
     wrong_server,
 )
 from draftsmith.stages.engines.servers.state import Finished, ServerState
-from draftsmith.stages.engines.sglang import served as sglang
-from draftsmith.stages.engines.vllm import served as vllm
+from draftsmith.stages.engines.sglang import swap as sglang
+from draftsmith.stages.engines.vllm import swap as vllm
 from draftsmith.stages.runtime.statistics import jackknife, ratio
 
 API_KEYS = {"sglang": "SGLANG_API_KEY", "vllm": "VLLM_API_KEY"}  # kind -> variable with its servers' key, if any

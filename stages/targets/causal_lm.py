@@ -19,18 +19,18 @@ from draftsmith.artifacts.errors import DraftsmithError, find_disk_error, is_ful
 from draftsmith.stages.runtime.facts import Facts
 from draftsmith.stages.runtime.memory import out_of_memory, to_device
 from draftsmith.stages.runtime.ranks import ALONE, Ranks
-from draftsmith.stages.target.adapters import Adapters, add_adapters
-from draftsmith.stages.target.attention import register
-from draftsmith.stages.target.config import Dtype, TargetConfig
-from draftsmith.stages.target.describe import embedding_scale
-from draftsmith.stages.target.fast_decoder import FastDecoder
-from draftsmith.stages.target.info import TargetInfo, adapter_folders, model_path, read_target_info
-from draftsmith.stages.target.kv_cache import Address, Rows, SlotCache
-from draftsmith.stages.target.layers import CHOOSING, Layers, causal_lm_of, decoder_of, model_class, stable_positions
-from draftsmith.stages.target.loading import load_slice, load_weights
-from draftsmith.stages.target.packed_linear import PackedLinear, can_pack, pack
-from draftsmith.stages.target.resolve import resolve_target
-from draftsmith.stages.target.self_check import check_agreement
+from draftsmith.stages.targets.adapters import Adapters, add_adapters
+from draftsmith.stages.targets.attention import register
+from draftsmith.stages.targets.config import Dtype, TargetConfig
+from draftsmith.stages.targets.describe import embedding_scale
+from draftsmith.stages.targets.fast_decoder import FastDecoder
+from draftsmith.stages.targets.info import TargetInfo, adapter_folders, model_path, read_target_info
+from draftsmith.stages.targets.kv_cache import Address, Rows, SlotCache
+from draftsmith.stages.targets.layers import CHOOSING, Layers, causal_lm_of, decoder_of, model_class, stable_positions
+from draftsmith.stages.targets.loading import load_slice, load_weights
+from draftsmith.stages.targets.packed_linear import PackedLinear, can_pack, pack
+from draftsmith.stages.targets.resolve import resolve_target
+from draftsmith.stages.targets.self_check import check_agreement
 
 
 @dataclass(frozen=True)

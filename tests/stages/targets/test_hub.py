@@ -24,10 +24,10 @@ from draftsmith.stages.data.prompt_streams import load_rows
 from draftsmith.stages.data.prompts import HuggingFaceSource, PromptsConfig
 from draftsmith.stages.drafters.checkpoint import drafter_source
 from draftsmith.stages.runtime.stage import NOT_FETCHED
-from draftsmith.stages.target.config import TargetConfig
-from draftsmith.stages.target.hub import check_snapshot, hub_commit
-from draftsmith.stages.target.info import model_path
-from draftsmith.stages.target.stage import STAGE as TARGET
+from draftsmith.stages.targets.config import TargetConfig
+from draftsmith.stages.targets.hub import check_snapshot, hub_commit
+from draftsmith.stages.targets.info import model_path
+from draftsmith.stages.targets.stage import STAGE as TARGET
 from draftsmith.stages.training.config import SftConfig
 from tests.testbed.context import RecordingContext
 
@@ -196,8 +196,8 @@ PROGRAM = textwrap.dedent(
     from draftsmith.stages.drafters.checkpoint import drafter_source
     from draftsmith.stages.data.prompts import HuggingFaceSource
     from draftsmith.stages.data.prompt_streams import load_rows
-    from draftsmith.stages.target.config import TargetConfig
-    from draftsmith.stages.target.resolve import resolve_target
+    from draftsmith.stages.targets.config import TargetConfig
+    from draftsmith.stages.targets.resolve import resolve_target
 
     for name in ("org/ill", "org/hangs", "org/absent"):
         rows = HuggingFaceSource.model_validate({"kind": "huggingface", "id": name, "split": "train", "field": "x"})

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.info import model_path
-from draftsmith.stages.target.stage import STAGE, TargetConfig
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.info import model_path
+from draftsmith.stages.targets.stage import STAGE, TargetConfig
 from tests.testbed.context import RecordingContext
 from tests.testbed.families import SHAPE, WORDS
 from tests.testbed.random_target import fill, save

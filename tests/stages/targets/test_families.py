@@ -30,15 +30,15 @@ from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.replay.mined_table import steps_table
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Replayer
-from draftsmith.stages.target import layers as capabilities
-from draftsmith.stages.target.attention import scored_attention
-from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.estimate import ModelSize, target_size
-from draftsmith.stages.target.info import LogitMap, TargetInfo, read_target_info, write_target_info
-from draftsmith.stages.target.kv_cache import KeyValueSlots, SlotCache
-from draftsmith.stages.target.layers import Layers
-from draftsmith.stages.target.sampling import SamplingParams
-from draftsmith.stages.target.self_check import check_agreement
+from draftsmith.stages.targets import layers as capabilities
+from draftsmith.stages.targets.attention import scored_attention
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.estimate import ModelSize, target_size
+from draftsmith.stages.targets.info import LogitMap, TargetInfo, read_target_info, write_target_info
+from draftsmith.stages.targets.kv_cache import KeyValueSlots, SlotCache
+from draftsmith.stages.targets.layers import Layers
+from draftsmith.stages.targets.sampling import SamplingParams
+from draftsmith.stages.targets.self_check import check_agreement
 from draftsmith.stages.training.blocks import HeadSource, LossContext
 from draftsmith.stages.training.config import OpdConfig, TrainingConfig
 from draftsmith.stages.training.opd.trainer import MinedData, OpdTraining
@@ -407,7 +407,7 @@ def test_capped_scores_and_sinks_in_chunks(
     total = weights.sum(-1, keepdim=True) + (0 if sinks is None else sinks.exp()[None, :, None, None])
     expected = (weights / total @ values.repeat_interleave(3, 1)).transpose(1, 2)
     for at_once in (2**24, 3 * n * heads * T):
-        monkeypatch.setattr("draftsmith.stages.target.attention._SCORES", at_once)
+        monkeypatch.setattr("draftsmith.stages.targets.attention._SCORES", at_once)
         for mask in (seen, torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)) if masked else (None,):
             out = scored_attention(query, keys, values, mask, 0.3, softcap, sinks)
             torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from draftsmith.stages.target.attention import fold, folded_attention
-from draftsmith.stages.target.kv_cache import SlotCache
-from draftsmith.stages.target.packed_linear import PackedLinear, PackedSlice
+from draftsmith.stages.targets.attention import fold, folded_attention
+from draftsmith.stages.targets.kv_cache import SlotCache
+from draftsmith.stages.targets.packed_linear import PackedLinear, PackedSlice
 
 Map = Callable[[torch.Tensor], torch.Tensor]
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from draftsmith.artifacts.results.evaluation import CHAMPION, PLAIN, LoadPoint, SpeedMetrics, SpeedTable
-from draftsmith.stages.evaluation.load import (
+from draftsmith.stages.evaluation.load_curve import (
     AverageAnswer,
     StepSeconds,
     from_timed_runs,

@@ -22,14 +22,14 @@ from draftsmith.stages.replay.chains import replay_chains
 from draftsmith.stages.replay.replayer import Replayer, encode_group, score, tree_tokens_of
 from draftsmith.stages.replay.scoring import score_traces
 from draftsmith.stages.replay.trace import Trace
-from draftsmith.stages.target.adapters import AdaptedLinear, linear_maps
-from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.config import weight_files
-from draftsmith.stages.target.info import adapter_folders, model_digest, read_target_info
-from draftsmith.stages.target.layers import model_class
-from draftsmith.stages.target.loading import check_divides, load_weights
-from draftsmith.stages.target.resolve import resolve_target
-from draftsmith.stages.target.stage import TargetConfig
+from draftsmith.stages.targets.adapters import AdaptedLinear, linear_maps
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.config import weight_files
+from draftsmith.stages.targets.info import adapter_folders, model_digest, read_target_info
+from draftsmith.stages.targets.layers import model_class
+from draftsmith.stages.targets.loading import check_divides, load_weights
+from draftsmith.stages.targets.resolve import resolve_target
+from draftsmith.stages.targets.stage import TargetConfig
 from draftsmith.stages.training.batches import FeatureSource
 from draftsmith.stages.training.config import SftConfig
 from tests.stages.drafters.edits import Edit, remove, set_fields
