@@ -124,10 +124,10 @@ def measure_times(
         tokens, adapter = answers[row].tokens, answers[row].adapter
         return Request(str(row), tokens[:end], widest + 1, sampling, row, adapter)
 
-    def time_refills(index: int) -> dict[Cell, float]:
+    def time_refills(index: int, counts: Sequence[int]) -> dict[Cell, float]:
         """Return the seconds of reading prompts with each arm. Here the second part of a cell is their number."""
-        read = {count: [request(row, end) for end, row in _spread(prompts, count)] for count in together}
-        cache = test.target.new_cache(together[-1], longest)
+        read = {count: [request(row, end) for end, row in _spread(prompts, count)] for count in counts}
+        cache = test.target.new_cache(counts[-1], longest)
         timers = {
             (arm, count): engines[arm, trained.get(arm, 1)].refill_timer(requests, cache)
             for arm in [PLAIN, *drafters]
@@ -142,12 +142,14 @@ def measure_times(
         return _one_pass({cell: each.step_timer(requests, cell[1], cache) for cell, each in engines.items()}, index)
 
     numbers = list(IN_FLIGHT)
-    refills: list[dict[Cell, float]] = []
+    refills: list[dict[Cell, float]] = [{} for _ in range(1 + PASSES)]
     steps: dict[int, list[dict[Cell, float]]] = {number: [] for number in numbers}
     for index in range(1 + PASSES):
-        refills.append(time_refills(index))
         for place, concurrency in enumerate(numbers):
+            counts = [n for n in together if n <= concurrency and (PLAIN, n) not in refills[index]]
             try:
+                if counts:
+                    refills[index] |= time_refills(index, counts)
                 steps[concurrency].append(time_steps(index, concurrency))
             except Exception as error:
                 if not out_of_memory(error) or place == 0:
@@ -161,6 +163,7 @@ def measure_times(
     release_memory()
     found = {n: {cell: np.array([each[cell] for each in steps[n][1:]]) for cell in engines} for n in numbers}
     tokens = sum(run["tokens"] for run in runs) / sum(run["prompts"] for run in runs)
+    together = [count for count in together if count <= numbers[-1]]  # no more than these end in one step
     refill = {
         arm: np.array([[each[arm, count] for count in together] for each in refills[1:]]) for arm in [PLAIN, *drafters]
     }
