@@ -15,7 +15,7 @@ import json
 import platform
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -53,7 +53,7 @@ _TAG, _EVENT, _DRIFT = "draftsmith.", "draftsmith.event.", "draftsmith.drift."
 _EVENT_NAME = re.compile(re.escape(_EVENT) + r"(\d{6})\.\d{1,9}")
 _IDENTITY = ("stage", "key", "content_id")
 # Tags of a version that are shown; and one for each server that drafts with it. All others are one tag, a JSON object.
-_SHOWN = ("tau", "speedup", "outcome", "rules", "promoted_at", "refreshed_at", "uploaded", "base", "on_promote")
+_SHOWN = ("tau", "speedup", "outcome", "rules", "promoted_at", "refreshed_at", "uploaded", "on_promote")
 _RECORD, _SERVER = "version_record", "server."  # MLflow sorts them by name, and this one is long
 _MOST_CHECKS_CHARS = 4500  # of drift checks in one tag: a database keeps 5,000
 # Tags with the metrics of a version at its promotion, which drift checks compare with.
@@ -72,7 +72,7 @@ _RIVAL_S, _POLL_S = 60.0, 1.0  # how long a promotion waits for the end of anoth
 _CORRECT = "Correct it in MLflow, or remove it"
 # Parsers of tags whose values become parts of paths, requests and plans. A tag may be missing, or empty.
 _PARSERS: Mapping[str, Callable[..., str]] = {
-    **dict.fromkeys(("key", "content_id", "drafter_digest", "base"), sha256_digest),
+    **dict.fromkeys(("key", "content_id", "drafter_digest"), sha256_digest),
     **dict.fromkeys(("promoted_at", "refreshed_at", "read_until"), iso_time),
     "stage": plain_name,
 }
@@ -109,11 +109,9 @@ class Version:
 
     @property
     def uploaded(self) -> str:
-        """Return where MLflow's artifact store has the drafter (`runs:/ID/drafter`); empty if not uploaded.
-
-        Of a drafter that is uploaded as adapters: the checkpoint that they begin with, then each version's adapters.
-        """
-        return self.tags.get("uploaded", "").strip()
+        """Return where MLflow's artifact store has the drafter (`runs:/ID/drafter`); empty if not uploaded."""
+        addresses = self.tags.get("uploaded", "").split()
+        return addresses[0] if len(addresses) == 1 else ""  # several: adapters and their base, of an earlier release
 
     @property
     def waits(self) -> bool:
@@ -285,10 +283,10 @@ class Registry:
         named = {f"{_TAG}{name}": value for name, value in _with_record(tags).items()}
         return int(client.create_model_version(line, source=source, run_id=run_id, tags=named).version)
 
-    def upload(self, version: Version, folder: Path, run_id: str | None, base: Version | None = None) -> None:
-        """Copy a version's drafter to MLflow's artifact store, under a run, for machines that do not share the store.
+    def upload(self, version: Version, folder: Path, run_id: str | None) -> None:
+        """Copy a version's checkpoint to MLflow's artifact store, under a run, for machines without the store.
 
-        folder: a checkpoint, or what `assemble` adds to the one of `base`. Raises RetryableError if there is no run.
+        Raises RetryableError if there is no run.
         """
         if run_id is None:
             raise RetryableError(
@@ -298,32 +296,26 @@ class Registry:
         with self._client() as client:
             with weights_timeout():
                 client.log_artifacts(run_id, str(folder), _DRAFTER)
-            address = f"runs:/{run_id}/{_DRAFTER}"
-            tags = {"base": base.tags["drafter_digest"], "uploaded": f"{base.uploaded} {address}"} if base else {}
-            self._tag(client, version.line, version.number, tags or {"uploaded": address})
+            self._tag(client, version.line, version.number, {"uploaded": f"runs:/{run_id}/{_DRAFTER}"})
 
-    def download(self, version: Version, addresses: Sequence[str], folder: Path) -> list[Path]:
-        """Download uploads that a version's drafter consists of. Return a folder of each, in `folder`."""
-        copies = []
+    def download(self, version: Version, folder: Path) -> Path:
+        """Download a version's upload into a folder. Return its checkpoint there."""
+        run_id, _, name = version.uploaded.removeprefix("runs:/").partition("/")
         with self._client() as client, weights_timeout():
             from mlflow.exceptions import MlflowException  # here: importing mlflow takes seconds
 
-            for place, address in enumerate(addresses):
-                run_id, _, name = address.removeprefix("runs:/").partition("/")
-                try:
-                    found = client.list_artifacts(run_id, name)
-                except MlflowException as error:
-                    if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                        raise
-                    found = []
-                if not found:
-                    raise DraftsmithError(
-                        f"{version}: MLflow no longer has {address}, which its drafter is put together from. Restore "
-                        "that run, mount the store, or promote another version."
-                    )
-                (folder / str(place)).mkdir()
-                copies.append(Path(client.download_artifacts(run_id, name, str(folder / str(place)))))
-        return copies
+            try:
+                found = client.list_artifacts(run_id, name)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                found = []
+            if not found:
+                raise DraftsmithError(
+                    f"{version}: MLflow no longer has {version.uploaded}. Restore that run, mount the store, or "
+                    "promote another version."
+                )
+            return Path(client.download_artifacts(run_id, name, str(folder)))
 
     def promote(
         self,

@@ -42,13 +42,13 @@ from draftsmith.flows.refresh.line import (
     promotion_metrics,
     registry,
     tag_refreshed,
-    upload_drafter,
     version_tags,
     with_current_champion,
 )
 from draftsmith.flows.refresh.swap import swap_in_run
 from draftsmith.stages.data.logs.earlier import is_available
 from draftsmith.stages.data.time_window import LAST
+from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.runtime.stage import Config
 from draftsmith.stages.runtime.statistics import CONFIDENCE, simultaneous_level
 
@@ -175,7 +175,7 @@ class RefreshPolicy:
             raise OutdatedPlanError(f"{self.line.name}: {serves} is the champion by now. {_PLAN_AGAIN}")
         version = lines.register(self.line.name, ref, tags, run_id=run_id)
         if self.line.upload and not version.uploaded:
-            upload_drafter(version, ref.path, run_id)
+            lines.upload(version, ref.path / DRAFTER_FOLDER, run_id)
         link_version(Tracking(home(), self.config.experiment), version, manifest)
         if not decision.promote:
             tag_refreshed(version)

@@ -39,8 +39,8 @@ from draftsmith.stages.data.prompts import (
     PromptSource,
     ReasoningGymSource,
 )
-from draftsmith.stages.data.trajectories import ADAPTER_FOLDER, DRAFTER_FOLDER
-from draftsmith.stages.drafters.digest import WEIGHTS_FILE, content_digest, drafter_digest
+from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
+from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.stage import ChampionConfig
 from draftsmith.stages.runtime.stage import Config, FilledIn
 
@@ -58,7 +58,6 @@ CONFIDENCE = "confidence"  # tag: the calibration of a confidence head
 BLOCK_SIZE = "drafting.block_size"  # one of the settings that metrics were measured with
 _SHARES, _BY, _SUFFIXES = "heldout_shares", "heldout_by", "suffixes"
 REFRESHED_AT = "refreshed_at"  # tag: when a refresh last ended with this version
-_MOST_UPLOADS = 8  # that a drafter is put together from: all of them have to stay in MLflow
 MAX_CLOCK_SKEW_DAYS = 1 / 24  # between two hosts
 
 
@@ -156,11 +155,11 @@ def drafter_checkpoint(version: Version) -> Path:
 def download_upload(version: Version) -> Path:
     """Return this home's copy of a version's upload. Raises DraftsmithError if it is not what was registered."""
     expected = sha256_digest(version.tags.get("drafter_digest"), where=f"{version}: tag draftsmith.drafter_digest")
-    folder = _fetched(expected)
+    folder = home() / UPLOADED / expected[:16] / DRAFTER_FOLDER
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=".tmp-", dir=folder.parent) as scratch:
-            copy = _fetch(version, Path(scratch))
+            copy = registry().download(version, Path(scratch))
             with suppress(OSError):  # another process was faster
                 copy.rename(folder)
         if not folder.is_dir():
@@ -174,60 +173,6 @@ def download_upload(version: Version) -> Path:
     with suppress(OSError):  # the home may be read-only
         os.utime(folder.parent)  # `draftsmith prune` keeps recently used copies
     return folder
-
-
-def _fetched(digest: str) -> Path:
-    """Return the folder in this home of a drafter that was fetched from MLflow."""
-    return home() / UPLOADED / digest[:16] / DRAFTER_FOLDER
-
-
-def _fetch(version: Version, scratch: Path) -> Path:
-    """Fetch a version's checkpoint from MLflow, and add its adapters to their base if the upload is of adapters."""
-    addresses, base = version.uploaded.split(), version.tags.get("base", "")
-    here = [_fetched(base)] if base and drafter_digest(_fetched(base)) == base else []
-    copies = registry().download(version, addresses[-1:] if here else addresses, scratch)
-    if len(addresses) > 1:
-        from draftsmith.stages.drafters.adapters import ADAPTERS, assemble  # imports torch, and few plans need it
-
-        weights = assemble([*here, *copies])[WEIGHTS_FILE]
-        (copies[-1] / WEIGHTS_FILE).write_bytes(weights)
-        shutil.rmtree(copies[-1] / ADAPTERS)
-    return copies[-1]
-
-
-def upload_drafter(version: Version, artifact: Path, run_id: str | None) -> None:
-    """Copy a version's drafter to MLflow: its adapters if they are enough, or else all of it.
-
-    artifact: of its training.
-    """
-    with TemporaryDirectory() as scratch:
-        folder = Path(scratch) / DRAFTER_FOLDER
-        base = _write_adapters(version.line, artifact, folder)
-        registry().upload(version, artifact / DRAFTER_FOLDER if base is None else folder, run_id, base)
-
-
-def _write_adapters(line: str, artifact: Path, folder: Path) -> Version | None:
-    """Write the adapters of a refresh in place of the weights, and return the uploaded version that they were added to.
-
-    None unless there is one, on which they give the drafter bit by bit, and they are smaller than its weights.
-    """
-    store, first, adapters = open_store(home()), artifact, list[Path]()
-    while (adapter := first / ADAPTER_FOLDER).is_dir() and (start := read_manifest(first).inputs.get("drafter")):
-        adapters.insert(0, adapter)
-        first = store.localize(store.path(start.stage, start.key))
-    digest, drafter = drafter_digest(first / DRAFTER_FOLDER), artifact / DRAFTER_FOLDER
-    versions = [v for v in registry().versions(line) if v.tags.get("drafter_digest") == digest]
-    bases = [v for v in versions if 0 < len(v.uploaded.split()) < _MOST_UPLOADS]
-    size = sum(path.stat().st_size for each in adapters for path in each.iterdir())
-    if not adapters or not bases or size >= (drafter / WEIGHTS_FILE).stat().st_size:
-        return None
-    from draftsmith.stages.drafters.adapters import ADAPTERS, assemble  # imports torch, and planning must not
-
-    shutil.copytree(drafter, folder, ignore=shutil.ignore_patterns(WEIGHTS_FILE))
-    for place, adapter in enumerate(adapters):
-        shutil.copytree(adapter, folder / ADAPTERS / str(place))
-    same = content_digest(assemble([first / DRAFTER_FOLDER, folder])) == drafter_digest(drafter)
-    return bases[-1] if same else None
 
 
 def with_current_champion(line: RegistryConfig) -> RegistryConfig:

@@ -336,7 +336,7 @@ def _verify(version: Version, folder: Path) -> None:
     if not (folder / MANIFEST).is_file():
         raise DraftsmithError(
             f"{version}: its artifact {folder} is not here. Mount the store that has it; if it was pruned, choose "
-            "another version (`registry.upload` copies later ones into MLflow)."
+            "another version (`registry.upload` copies later ones whole into MLflow)."
         )
     try:
         ref = read_manifest(folder, version.stage).ref(folder)

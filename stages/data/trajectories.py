@@ -154,7 +154,7 @@ def group_by_length(lengths: Sequence[int] | np.ndarray, tokens_per_group: int) 
         yield group
 
 
-DRAFTER_FOLDER, ADAPTER_FOLDER = "drafter", "adapter"  # inside the artifact of a training stage
+DRAFTER_FOLDER = "drafter"  # inside the artifact of a training stage
 _SAMPLING = ("temperature", "top_p", "top_k")  # columns
 
 

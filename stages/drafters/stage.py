@@ -40,7 +40,7 @@ class ChampionConfig(Config):
         if not source.is_dir():
             raise DraftsmithError(
                 f"{self.line} version {self.version}: its folder {source} is missing. Mount the store that it lies in, "
-                "set registry.upload, or promote another version."
+                "or promote a version that is uploaded whole (registry.upload)."
             )
         return source
 

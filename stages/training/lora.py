@@ -9,18 +9,14 @@ few, and would make an adapter larger than all its other maps.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraModel
-from safetensors.torch import save_file
 
-from draftsmith.stages.drafters.adapters import adapted
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint_format import cast
-from draftsmith.stages.targets.config import ADAPTER_FILES
 from draftsmith.stages.training.config import LoraOptions
 
 
@@ -34,32 +30,18 @@ class Adapter:
         """
         self.rank = drafter.adapter_rank = options.rank
         self._maps, dtype = drafter.linear_maps(), getattr(torch, compute_dtype)
-        self._config = LoraConfig(r=self.rank, lora_alpha=self.rank, target_modules=list(self._maps))
+        config = LoraConfig(r=self.rank, lora_alpha=self.rank, target_modules=list(self._maps))
         with torch.random.fork_rng(devices=()):
             torch.default_generator.manual_seed(seed)
-            self._lora = LoraModel(drafter, self._config, "default")
+            self._lora = LoraModel(drafter, config, "default")
         for name, each in self._maps.items():
             adapted: Any = drafter.get_submodule(name)
             adapted.cast_input_dtype_enabled = False  # autocast casts
             if all(weight.to(dtype).float().equal(weight) for weight in each.parameters()):
                 cast(each, dtype)
 
-    def save(self, folder: Path) -> None:
-        """Write the adapter as peft does."""
-        self._config.target_modules = sorted(self._maps)  # a set has no order, and equal adapters have equal files
-        self._config.inference_mode = True
-        self._config.save_pretrained(str(folder))
-        trained = {name.replace(".default.", "."): p for name, p in self._lora.named_parameters() if p.requires_grad}
-        save_file(
-            {f"base_model.{name}": p.detach().cpu().contiguous() for name, p in trained.items()},
-            folder / ADAPTER_FILES[1],
-        )
-
     def merge(self) -> None:
         """Add B A to the weights of the drafter, float32 then, and take the adapter away."""
-        for name, each in self._maps.items():
-            layer: Any = self._lora.model.get_submodule(name)
-            factors = layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
+        for each in self._maps.values():
             cast(each, torch.float32)
-            each.weight.data = adapted(each.weight.detach(), *factors)
-        self._lora.unload().adapter_rank = None
+        self._lora.merge_and_unload().adapter_rank = None

@@ -15,7 +15,6 @@ from draftsmith.artifacts.host import memory_bytes
 from draftsmith.artifacts.tables.readers import MappedReader, RowReader
 from draftsmith.artifacts.tables.schemas import TRAJECTORIES, TableSchema
 from draftsmith.stages.data.trajectories import (
-    ADAPTER_FOLDER,
     DRAFTER_FOLDER,
     TOKEN_COLUMNS,
     StoredTrajectories,
@@ -158,13 +157,12 @@ class Trainer(ABC, Generic[AnyConfig, AnyData]):
         return train(ctx, self.drafter, self.config, micro_batches, self.memory, self.ranks)
 
     def save(self, ctx: StageContext, stage: str, parents: tuple[str, ...], totals: dict[str, float]) -> None:
-        """Write the drafter in the layout that engines load, with its adapter merged, and the adapter beside it.
+        """Write the drafter in the layout that engines load, with its adapter merged.
 
         parents: digests of the drafters that it descends from.
         """
         trained: dict[str, Any] = {name: totals.get(name, 0) for name in ("blocks", "positions")}
         if self.adapter is not None:
-            self.adapter.save(ctx.out / ADAPTER_FOLDER)
             self.adapter.merge()
             trained["lora"] = {"rank": self.adapter.rank, "base": parents[-1]}
         training = {"stage": stage, "steps": self.config.steps, **trained}

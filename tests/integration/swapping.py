@@ -18,7 +18,7 @@ import torch
 
 from draftsmith.artifacts.store.local import Store
 from draftsmith.artifacts.tracking.runs import Tracking
-from draftsmith.flows.refresh.line import registry, upload_drafter
+from draftsmith.flows.refresh.line import registry
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import load_drafter, save_drafter, upgrade_drafter
@@ -35,7 +35,6 @@ from tests.integration.recorded import Answer, assert_same_steps, trace_of
 from tests.sglang_cpu.server import generate
 from tests.stages.bench import GREEDY_TOKENS, Bench
 from tests.stages.engines.swaps import swapped
-from tests.testbed.adapters import write_adapted_drafter
 from tests.testbed.artifacts import committed
 from tests.testbed.drafter import DrafterArtifacts
 
@@ -59,16 +58,12 @@ def line_of_two(
 ) -> Iterator[dict[str, Path]]:
     """Make a home with a line of two versions that differ in their weights, the first the champion.
 
-    mlflow: address of a tracking server, to which they are uploaded, the second as an adapter of the first. Yields the
-    checkpoints, by the number of their version.
+    mlflow: address of a tracking server, to which they are uploaded. Yields the checkpoints, by the number of their
+    version.
     """
     store, other = Store(home / "store"), home / "other"
     shutil.copytree(made.drafter, other)
-    if mlflow is None:
-        write_other_weights(bench.drafters["trained"], other / DRAFTER_FOLDER, seed)
-    else:
-        trained = load_drafter(made.drafter / DRAFTER_FOLDER, bench.target)
-        write_adapted_drafter(other, trained, torch.float32, seed=seed, size=0.1)
+    write_other_weights(bench.drafters["trained"], other / DRAFTER_FOLDER, seed)
 
     def artifact(stage: str, folder: Path, key: str = "a", **fields: Any) -> Any:
         return committed(store, stage, partial(shutil.copytree, folder, dirs_exist_ok=True), key, **fields)
@@ -87,12 +82,11 @@ def line_of_two(
             tags["figures"] = json.dumps({"all": PROMISED})
             tracking = Tracking(home)
             run_id = None if mlflow is None else tracking.open_refresh(line, {})
-            inputs["drafter"] = ref
             version = lines.register(line, ref, tags)
             if run_id is not None:
-                upload_drafter(version, ref.path, run_id)
+                lines.upload(version, ref.path / DRAFTER_FOLDER, run_id)
             tracking.close_refresh("FINISHED")
-        assert [len(each.uploaded.split()) for each in lines.versions(line)] == ([0, 0] if mlflow is None else [1, 2])
+        assert [bool(each.uploaded) for each in lines.versions(line)] == [mlflow is not None] * 2
         lines.promote(lines.version(line, 1), expected=None, why="first")
         yield {"1": made.drafter / DRAFTER_FOLDER, "2": other / DRAFTER_FOLDER}
 

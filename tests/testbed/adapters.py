@@ -11,31 +11,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from draftsmith.stages.data.trajectories import ADAPTER_FOLDER, DRAFTER_FOLDER
-from draftsmith.stages.drafters.base import Drafter
-from draftsmith.stages.drafters.checkpoint import save_drafter
-from draftsmith.stages.training.config import LoraOptions
-from draftsmith.stages.training.lora import Adapter
 from tests.testbed.context import RecordingContext
 from tests.testbed.random_target import resolved, write_model
 
 ATTENTION = ("self_attn.q_proj", "self_attn.v_proj")
 ALL = (*ATTENTION, "self_attn.k_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 PREFIX = "base_model.model."
-
-
-def write_adapted_drafter(artifact: Path, drafter: Drafter, dtype: torch.dtype, *, seed: int, size: float) -> None:
-    """Write a training's artifact: a random adapter of rank 1, and the drafter, float32, which then has it merged.
-
-    size: of the numbers of B.
-    """
-    adapter, generator = Adapter(drafter, LoraOptions(rank=1), "float32", seed), torch.Generator().manual_seed(seed)
-    for name, parameter in drafter.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(std=size, generator=generator)
-    adapter.save(artifact / ADAPTER_FOLDER)
-    adapter.merge()
-    save_drafter(drafter, artifact / DRAFTER_FOLDER, dtype)
 
 
 def write_adapter(

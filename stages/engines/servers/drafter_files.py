@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,8 +17,7 @@ import torch
 
 from draftsmith.artifacts.identifiers import sha256_digest, upload_address
 from draftsmith.artifacts.redaction import redacted
-from draftsmith.stages.drafters.adapters import assemble
-from draftsmith.stages.drafters.digest import content_digest
+from draftsmith.stages.drafters.digest import DIGESTED, content_digest
 
 MOST_BYTES = 32 << 30  # of an upload
 _REASON_CHARS = 2000
@@ -42,10 +40,9 @@ def wanted_drafter(fields: object) -> WantedDrafter:
     if not isinstance(folder, str) or not folder.startswith("/") or not folder.isprintable():
         raise ValueError("folder is no absolute path. Send that of the checkpoint.")
     if not isinstance(upload, str):
-        raise ValueError("upload is no text. Send the addresses of the version's uploads.")
-    for address in upload.split():
-        if not upload_address(address, where="upload").startswith("runs:/"):
-            raise ValueError("upload: only addresses such as runs:/ID/drafter are fetched. Correct it.")
+        raise ValueError("upload is no text. Send the address of the version's upload.")
+    if upload and not upload_address(upload, where="upload").startswith("runs:/"):
+        raise ValueError("upload: only addresses such as runs:/ID/drafter are fetched. Correct it.")
     return WantedDrafter(sha256_digest(fields.get("drafter"), where="drafter"), folder, upload)
 
 
@@ -55,11 +52,10 @@ def read_drafter(wanted: WantedDrafter) -> dict[str, bytes]:
     Raises ValueError if the files are others, or are too large.
     """
     folder = Path(wanted.folder)
-    folders = [folder]
-    with TemporaryDirectory() as copies:
-        if not folder.is_dir() and wanted.upload:
-            folders = list(_fetched(wanted.upload.split(), Path(copies)))
-        content = assemble(folders)
+    with TemporaryDirectory() as scratch:
+        fetched = wanted.upload and not folder.is_dir()
+        source = _fetched(wanted.upload, Path(scratch)) if fetched else folder
+        content = {name: (source / name).read_bytes() for name in DIGESTED if (source / name).exists()}
     if content_digest(content) != wanted.drafter:  # of what is loaded, and not of files that may change
         raise ValueError(
             f"{folder} on the server's host does not have the files of drafter {wanted.drafter[:12]}. Mount the "
@@ -69,8 +65,8 @@ def read_drafter(wanted: WantedDrafter) -> dict[str, bytes]:
     return content
 
 
-def _fetched(addresses: list[str], copies: Path) -> Iterator[Path]:
-    """Yield this host's copy of each upload in the MLflow that the server's own environment names."""
+def _fetched(address: str, scratch: Path) -> Path:
+    """Return this host's copy of an upload in the MLflow that the server's own environment names."""
     if not os.environ.get("MLFLOW_TRACKING_URI"):
         raise ValueError(
             "MLFLOW_TRACKING_URI is not set in the server's environment, so no upload can be fetched. Set it there, "
@@ -78,13 +74,10 @@ def _fetched(addresses: list[str], copies: Path) -> Iterator[Path]:
         )
     from mlflow.artifacts import download_artifacts  # here: a server without uploads need not have it
 
-    left = min(MOST_BYTES, shutil.disk_usage(copies).free // 2)
-    for place, address in enumerate(addresses):
-        run, _, path = address.removeprefix("runs:/").partition("/")
-        left -= _size(run, path)
-        if left < 0:
-            raise ValueError(f"{address} is too large for {copies}. Free some space there, or mount the store.")
-        yield Path(download_artifacts(run_id=run, artifact_path=path, dst_path=str(copies / str(place))))
+    run, _, path = address.removeprefix("runs:/").partition("/")
+    if _size(run, path) > min(MOST_BYTES, shutil.disk_usage(scratch).free // 2):
+        raise ValueError(f"{address} is too large for {scratch}. Free some space there, or mount the store.")
+    return Path(download_artifacts(run_id=run, artifact_path=path, dst_path=str(scratch)))
 
 
 def _size(run: str, path: str) -> int:

@@ -91,7 +91,7 @@ class NewDrafter:
     folder: Path  # of the checkpoint, under the same path on the servers' hosts
     algorithm: str
     block_size: int  # tokens of a verify step, as trained
-    upload: str = ""  # its addresses in MLflow's artifact store (`Version.uploaded`), for hosts without the folder
+    upload: str = ""  # its address in MLflow's artifact store (`Version.uploaded`), for hosts without the folder
 
 
 def sums(metrics: str, names: Sequence[str]) -> list[float]:

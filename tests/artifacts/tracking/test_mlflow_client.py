@@ -86,7 +86,7 @@ def test_weights_are_uploaded_to_a_server_that_answers_late(tmp_path: Path, monk
         version = registry.register("a-line", made, {})
         registry.upload(version, made.path / "drafter", tracking.open_refresh("night", {}))
         shutil.rmtree(made.path)
-        (fetched,) = registry.download(version, [registry.version("a-line", 1).uploaded], tmp_path)
+        fetched = registry.download(registry.version("a-line", 1), tmp_path)
         tracking.close_refresh("FINISHED")
     assert (fetched / "model.safetensors").read_bytes() == b"weights" * 1000
     assert os.environ[TIMEOUT] == "1", "the time-out is restored"

@@ -7,13 +7,9 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from urllib.parse import urlparse
 
 import pytest
-import torch
-from mlflow import MlflowClient
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.store.local import Store
@@ -28,17 +24,12 @@ from draftsmith.flows.refresh.decisions import resolve, restarted
 from draftsmith.flows.refresh.graph import REFRESH
 from draftsmith.flows.refresh.line import download_upload, registry
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
-from draftsmith.stages.drafters.checkpoint import load_drafter, save_drafter
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.stage import STAGE as CHAMPION
 from draftsmith.stages.engines.servers import drafter_files
 from draftsmith.stages.engines.servers.drafter_files import WantedDrafter, read_drafter
-from draftsmith.stages.targets.causal_lm import Target
 from tests.flows.refresh.line_runs import config_of, finished, gated, serving
-from tests.testbed.adapters import write_adapted_drafter
-from tests.testbed.artifacts import committed
 from tests.testbed.context import RecordingContext
-from tests.testbed.random_target import random_drafter
 
 
 def test_an_uploaded_champion_is_used_without_the_store(
@@ -83,75 +74,29 @@ def test_an_uploaded_champion_is_used_without_the_store(
     registry_commands.export(Display(), line, tmp_path / "again")
 
 
-def refreshed(store: Store, target: Target, champion: ArtifactRef, key: str) -> ArtifactRef:
-    """Return the artifact of OPD in a refresh that trains two adapters of the champion, SFT's and OPD's."""
-    made = committed(
-        store, "champion", lambda out: shutil.copytree(champion.path / DRAFTER_FOLDER, out / DRAFTER_FOLDER), key
-    )
-    for number, stage in enumerate(("sft", "opd")):
-        drafter = load_drafter(made.path / DRAFTER_FOLDER, target, torch.float32)
-        write = partial(write_adapted_drafter, drafter=drafter, dtype=torch.bfloat16, seed=number, size=0.1)
-        made = committed(store, stage, write, key, inputs={"drafter": made})
-    return made
-
-
-def test_adapters_are_uploaded_and_put_together_without_the_store(
-    line: str,
-    home: Path,
-    plain_target: Target,
-    plain_artifact: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+def test_adapters_that_an_earlier_release_uploaded_are_no_upload(
+    line: str, home: Path, drafters: list[ArtifactRef], plain_artifact: Path, tmp_path: Path
 ) -> None:
-    """Those of the second and third champion. The first upload of adapters is killed before its address is written."""
-    store, tracking = Store(home / "store"), Tracking(home)
-    config = config_of(line, registry={"name": line, "upload": True})
-    first = random_drafter(plain_target)
-    made = [committed(store, "opd", lambda out: save_drafter(first, out / DRAFTER_FOLDER, torch.bfloat16), "a")]
-    made += [refreshed(store, plain_target, made[0], "b")]
-    made += [refreshed(store, plain_target, made[1], "c")]
-    write, runs, files = MlflowClient.set_model_version_tag, list[Path](), list[set[str]]()
-
-    def killed(client: MlflowClient, name: str, version: str, key: str, value: str) -> None:
-        if key == "draftsmith.uploaded":
-            raise KeyboardInterrupt
-        write(client, name, version, key, value)
-
-    for drafter in made:
-        ended, run_id = gated(store, drafter), tracking.open_refresh("weekly", {})
-        assert run_id is not None
-        if drafter == made[1]:
-            with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-                patched.setattr(MlflowClient, "set_model_version_tag", killed)
-                finished(config, ended, run_id)
-        finished(config, ended, run_id)
-        runs.append(Path(urlparse(MlflowClient().get_run(run_id).info.artifact_uri).path))
-        files.append({path.name for path in runs[-1].rglob("*.safetensors")})
-        tracking.close_refresh("FINISHED")
-    versions, digests = registry().versions(line), [drafter_digest(each.path / DRAFTER_FOLDER) for each in made]
-    addresses = [f"runs:/{run.parent.name}/drafter" for run in runs]
-    assert [each.uploaded for each in versions] == [" ".join(addresses[:count]) for count in (1, 2, 3)]
-    assert [each.tags.get("base") for each in versions] == [None, *digests[:2]]
-    assert files == [{"model.safetensors"}, {"adapter_model.safetensors"}, {"adapter_model.safetensors"}]
-
-    shutil.rmtree(gone := str(home / "store"))
-    for number, digest in ((3, digests[2]), (2, digests[1])):
-        registry_commands.export(Display(), f"{line}@{number}", tmp_path / str(number))
-        assert drafter_digest(tmp_path / str(number)) == digest, "that of the drafter that was evaluated"
-        wanted = WantedDrafter(digest, gone, versions[number - 1].uploaded)
-        assert "model.safetensors" in read_drafter(wanted), "as a server reads it"
-    registry_commands.rollback(Display(), line, "it is slower", dry_run=False)
+    """Their store is needed. Without it the champion is neither missing nor another one, and can be replaced."""
+    tracking, config = Tracking(home), config_of(line, registry={"name": line, "upload": True})
+    made, run_id = gated(Store(home / "store"), drafters[0]), tracking.open_refresh("week 1", {})
+    finished(config, made, run_id)
+    address = registry().version(line, 1).uploaded
+    earlier = {"uploaded": f"{address} {address}", "base": "a" * 64}
+    registry().tag(registry().version(line, 1), earlier)
+    assert registry().version(line, 1).uploaded == ""
+    registry_commands.export(Display(), line, tmp_path / "with the store")
+    (home / "store").rename(tmp_path / "elsewhere")
     champion = resolve(config).champion
-    assert champion is not None and serving(line) == champion.version == 2
-    taken = RecordingContext.under(tmp_path / "taken", {"target": plain_artifact})
-    CHAMPION.run(taken, champion)
-    assert drafter_digest(taken.out / DRAFTER_FOLDER) == digests[1]
-    shutil.rmtree(runs[0])
-    shutil.rmtree(home / "uploaded" / digests[2][:16])
-    registry_commands.export(Display(), f"{line}@3", tmp_path / "again")  # of its base there is a copy here
-    shutil.rmtree(home / "uploaded")
-    with pytest.raises(DraftsmithError, match=f"version 2: MLflow no longer has {addresses[0]}, .* Restore that run"):
-        registry_commands.export(Display(), f"{line}@2", tmp_path / "lost")
+    assert champion is not None
+    with pytest.raises(DraftsmithError, match=rf"{line} version 1: its folder .* is missing\. Mount .* whole"):
+        CHAMPION.run(RecordingContext.under(tmp_path / "taken", {"target": plain_artifact}), champion)
+    with pytest.raises(DraftsmithError, match=rf"{line} version 1: its artifact .* is not here\. Mount the store"):
+        registry_commands.export(Display(), line, tmp_path / "without")
+    (tmp_path / "elsewhere").rename(home / "store")
+    finished(config, made, run_id)
+    assert registry().version(line, 1).uploaded == address, "its refresh uploads it whole"
+    tracking.close_refresh("FINISHED")
 
 
 @pytest.mark.parametrize("upload", [True, False])

