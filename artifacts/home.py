@@ -83,13 +83,8 @@ def protect_home(home: Path, *, group_may_read: bool) -> None:
             home.chmod(wanted)
 
 
-def user_umask() -> int:
-    """Return the user's own umask, for files outside the home: exported copies, and files that hooks write."""
-    return 0o022 if _start_umask is None else _start_umask
-
-
 def apply_user_umask(folder: Path) -> None:
     """Give a copy from the home the permissions of files that the user creates."""
-    umask = user_umask()
+    umask = 0o022 if _start_umask is None else _start_umask
     for path in (folder, *folder.rglob("*")):
         path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)

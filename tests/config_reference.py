@@ -25,7 +25,7 @@ PAGE = Path(__file__).parents[1] / "configs" / "reference.md"
 _HEAD = """# Every config field
 
 Generated from the models by `python -m tests.config_reference`; do not edit. A field in *italics* is no part of a cache
-key: a new value makes no artifact again. Nor does one in sections `stages` and `on_promote`. [How a config is
+key: a new value makes no artifact again. Nor does one in section `stages`. [How a config is
 written](README.md#how-a-config-is-written).
 """
 Model = type[BaseModel]

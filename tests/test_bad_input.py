@@ -127,9 +127,7 @@ CONFIG = {
     "--force of no node": Bad("--force oops: no such node", arguments=(*PLAN, "--force", "oops")),
 }
 SECRETS = {
-    "a password in an address": Bad(
-        "on_promote.command.1: it holds", {"on_promote": {"command": ["curl", f"http://u:{SECRET}@h"]}}
-    ),
+    "a password in an address": Bad("sft.init_from: it holds", {"sft.init_from": f"http://u:{SECRET}@h"}),
     "a variable called as secrets are": Bad(
         "MY_PASSWORD", {"rollout.engine": {"launch": {"environment": {"MY_PASSWORD": SECRET}}}}
     ),

@@ -53,7 +53,7 @@ _TAG, _EVENT, _DRIFT = "draftsmith.", "draftsmith.event.", "draftsmith.drift."
 _EVENT_NAME = re.compile(re.escape(_EVENT) + r"(\d{6})\.\d{1,9}")
 _IDENTITY = ("stage", "key", "content_id")
 # Tags of a version that are shown; and one for each server that drafts with it. All others are one tag, a JSON object.
-_SHOWN = ("tau", "speedup", "outcome", "rules", "promoted_at", "refreshed_at", "uploaded", "on_promote")
+_SHOWN = ("tau", "speedup", "outcome", "rules", "promoted_at", "refreshed_at", "uploaded")
 _RECORD, _SERVER = "version_record", "server."  # MLflow sorts them by name, and this one is long
 _MOST_CHECKS_CHARS = 4500  # of drift checks in one tag: a database keeps 5,000
 # Tags with the metrics of a version at its promotion, which drift checks compare with.

@@ -7,7 +7,6 @@ its first stage, when the target is ready, and when the prompts are.
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -76,9 +75,6 @@ def check(config: RunOptions, pipeline: Pipeline, home: Path, gpu: GpuRates | No
         server.check_database_location(home)
     with findings.check("runner"):
         check_runner(config.stages)
-    for field, program in config.external_programs.items():
-        if shutil.which(program) is None:
-            findings.warn(field, f"{program}: no such program here. Correct the name or give its path.")
     nodes: list[Node] = []
     planned: Sequence[PlannedNode] = ()
     with findings.check("graph"):

@@ -268,17 +268,11 @@ def _deploy(options: argparse.Namespace, pipeline: Pipeline) -> None:
         pipeline = dataclasses.replace(pipeline, flow="draftsmith.flows.refresh.flow:watch")
     api = permanent_server(home())
     # imports Prefect, which reads the environment that `permanent_server` sets
-    from draftsmith.flows.orchestration.deployment import DeploymentOptions, deploy, schedules_of
+    from draftsmith.flows.orchestration.deployment import deploy, schedules_of
 
-    how = DeploymentOptions(
-        pool=options.pool,
-        folder=Path.cwd(),
-        schedules=schedules_of(options.cron, options.timezone),
-        arguments=arguments,
-        webhook=options.webhook,
-        silent_days=options.silent_after,
-    )
-    Display().line(deploy(config, pipeline, api, how))
+    schedules = schedules_of(options.cron, options.timezone)
+    done = deploy(config, pipeline, api, pool=options.pool, folder=Path.cwd(), schedules=schedules, arguments=arguments)
+    Display().line(done)
 
 
 def _swap(options: argparse.Namespace, _pipeline: Pipeline) -> None:

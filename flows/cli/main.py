@@ -163,7 +163,7 @@ def parser() -> argparse.ArgumentParser:
     diagnose.add_argument("--prompts", type=_positive, help="number of prompts to send (default: 16)")
     _add_run_options(diagnose)
 
-    deploy = commands.add_parser("deploy", help="deploy a config on a Prefect server: schedule, pool, webhook")
+    deploy = commands.add_parser("deploy", help="deploy a config on a Prefect server: schedule, pool")
     _add_config(deploy, restart=False)
     deploy.add_argument("--pool", required=True, help="an existing work pool, whose workers run it")
     deploy.add_argument("--cron", help="schedule, such as '0 3 * * 1': Mondays at 3. Left out: only on request")
@@ -173,18 +173,6 @@ def parser() -> argparse.ArgumentParser:
         "--watch",
         choices=["report", "refresh", "rollback"],
         help="runs watch the servers; if tau is measurably below, they report it, run the refresh, or roll back",
-    )
-    deploy.add_argument(
-        "--webhook",
-        metavar="URL",
-        help="called when a run fails, crashes, promotes, is refused or inconclusive, or waits for a person. Left out: "
-        "the deployment's present one is kept",
-    )
-    deploy.add_argument(
-        "--silent-after",
-        type=_number,
-        metavar="DAYS",
-        help="call the webhook also if no run has ended for so many days",
     )
 
     prune = commands.add_parser("prune", help="remove old leftovers: unfinished attempts, replaced artifacts, logs")

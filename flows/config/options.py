@@ -93,11 +93,6 @@ class RunOptions(Config):
         """Return the experiment in MLflow; None: the common one."""
         return None
 
-    @property
-    def external_programs(self) -> dict[str, str]:
-        """Return the programs that the run starts at its end: the config field that names one -> the program."""
-        return {}
-
     @model_validator(mode="before")
     @classmethod
     def _without_secrets(cls, data: Any) -> Any:

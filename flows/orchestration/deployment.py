@@ -1,19 +1,12 @@
-"""Creates a Prefect deployment of a config: schedule, work pool, parameters and webhook."""
+"""Creates a Prefect deployment of a config: schedule, work pool and parameters."""
 
 from __future__ import annotations
 
-import json
 import os
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
-from uuid import UUID
 
-from prefect.automations import AutomationCore
-from prefect.blocks.webhook import Webhook
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import (
     DeploymentFilter,
@@ -27,8 +20,6 @@ from prefect.client.schemas.objects import StateType, WorkPool
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.deployments.runner import EntrypointType, RunnerDeployment
-from prefect.events.actions import CallWebhook, ChangeFlowRunState
-from prefect.events.schemas.automations import EventTrigger, Posture
 from prefect.exceptions import ObjectNotFound
 from prefect.flows import Flow
 from prefect.utilities.urls import url_for
@@ -39,25 +30,12 @@ from draftsmith.artifacts.store.manifest import local_time
 from draftsmith.flows.config.options import RunOptions
 from draftsmith.flows.planning.graph import Pipeline, load_attribute
 
-HEARTBEAT_S = 30  # of flow runs, so that a lost host is noticed
 _ENVIRONMENT = {
     "PREFECT_LOGGING_EXTRA_LOGGERS": "draftsmith",  # shows the stages' lines in the flow run
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "WARNING",  # the worker's log has the stages' lines as they are printed
-    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_S),
+    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # seconds, by which an automation notices a lost host
     "DO_NOT_TRACK": "1",
 }
-
-
-@dataclass(frozen=True)
-class DeploymentOptions:
-    """How and when the runs of a deployment start, and who is called about them."""
-
-    pool: str  # a work pool that exists
-    folder: Path  # the working directory of a process pool's runs, to which paths in the config are relative
-    schedules: Sequence[CronSchedule]  # none: only on request
-    arguments: Mapping[str, Any]  # of the flow, beside the config
-    webhook: str | None  # called when a run ends or waits; None keeps the deployment's earlier one
-    silent_days: float | None  # the webhook is also called if no run has ended for so long
 
 
 def schedules_of(cron: str | None, timezone: str) -> list[CronSchedule]:
@@ -71,42 +49,42 @@ def schedules_of(cron: str | None, timezone: str) -> list[CronSchedule]:
         ) from None
 
 
-def deploy(config: RunOptions, pipeline: Pipeline, api: str, options: DeploymentOptions) -> str:
+def deploy(
+    config: RunOptions,
+    pipeline: Pipeline,
+    api: str,
+    *,
+    pool: str,
+    folder: Path,
+    schedules: Sequence[CronSchedule],
+    arguments: Mapping[str, Any],
+) -> str:
     """Create or change the deployment of the config's flow, under the config's name. Return what was done.
 
-    api: URL of Prefect's server.
+    api: URL of Prefect's server. pool: a work pool that exists. folder: the working directory of a process pool's runs,
+    to which paths in the config are relative. schedules: none: only on request. arguments: of the flow, besides the
+    config.
 
     Raises DraftsmithError, also if a deployment of this name belongs to another line.
     """
-    if options.webhook is not None:
-        check_address(options.webhook)
-    elif options.silent_days is not None:
-        raise DraftsmithError("--silent-after: nobody would be called. Pass --webhook too.")
     with get_client(sync_client=True) as client:
-        pool = _pool(client, options.pool)
+        work_pool = _pool(client, pool)
         flow: Flow[..., Any] = load_attribute(pipeline.flow)
         deployment = RunnerDeployment.from_flow(
             flow,
             name=config.name.replace("/", "-"),
-            schedules=list(options.schedules),
-            parameters=parameters(config, options.arguments),
+            schedules=list(schedules),
+            parameters=parameters(config, arguments),
             concurrency_limit=1,
-            job_variables=_job_variables(pool, options.folder),
+            job_variables=_job_variables(work_pool, folder),
             entrypoint_type=EntrypointType.MODULE_PATH,  # found wherever Draftsmith is installed
         )
         created = _is_new(client, deployment.full_name, config)
-        id_ = deployment.apply(work_pool_name=options.pool)
-        assert isinstance(id_, UUID)
-        if options.webhook is not None:
-            name, silent_days = deployment.name, options.silent_days
-            set_webhook(client, options.webhook, id_, name, heartbeat_s=HEARTBEAT_S, silent_days=silent_days)
-        webhook = "with its webhook" if options.webhook is not None else "without a webhook"
-        if options.webhook is None and client.read_automations_by_name(f"{deployment.name}: webhook"):
-            webhook = "with its earlier webhook"
-    when = ", ".join(f"{each.cron} ({each.timezone})" for each in options.schedules) or "on request"
+        id_ = deployment.apply(work_pool_name=pool)
+    when = ", ".join(f"{each.cron} ({each.timezone})" for each in schedules) or "on request"
     page = f"{api.rstrip('/').removesuffix('/api')}/deployments/deployment/{id_}"
     action = "created" if created else "changed"
-    return f"{deployment.full_name}: {action}, in work pool {options.pool}, {when}, {webhook}: {page}"
+    return f"{deployment.full_name}: {action}, in work pool {pool}, {when}: {page}"
 
 
 def parameters(config: RunOptions, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -172,93 +150,3 @@ def _job_variables(pool: WorkPool, folder: Path) -> dict[str, object]:
         return {"env": _ENVIRONMENT}
     path = {"PYTHONPATH": os.environ["PYTHONPATH"]} if os.environ.get("PYTHONPATH") else {}
     return {"working_dir": str(folder), "env": {**_ENVIRONMENT, **path}}
-
-
-_LOST = "its host or its process sends no more heartbeats"
-_MISSED = 4  # heartbeats in a row, after which a run has crashed
-# A run's outcome comes from our own events. Prefect's events of states wait for the ones before them, which scheduled
-# runs lack.
-_OUTCOMES = ("promoted", "unserved", "refused", "inconclusive", "below", "mismatched")
-_OURS = {f"draftsmith.{outcome}" for outcome in _OUTCOMES}
-_CALLED = {f"prefect.flow-run.{state}" for state in ("Failed", "TimedOut", "Crashed", "Suspended")} | _OURS
-_QUIET = ("Completed", "Suspended", "Promised", "Inconclusive")  # states; the last two are a watch's
-_ENDED = {"draftsmith.current", *(f"prefect.flow-run.{state}" for state in _QUIET)} | _OURS
-# Valid JSON whatever the message is. The state is the event's, since the run may have another one by now.
-_PAYLOAD = """{"cause": {{ event.event.split(".")[-1] | lower | tojson }}, "deployment": {{ deployment.name | tojson }},
- "flow_run": {{ flow_run.name | tojson }},
- "message": {{ (event.payload.message or event.payload.get("validated_state", {}).message or "") | tojson }},
- "url": {{ flow_run | ui_url | tojson }}}"""
-
-
-def check_address(url: str) -> None:
-    """Raise DraftsmithError if the text is no address of an HTTP server."""
-    if not re.match(r"https?://[^/\s]", url):
-        raise DraftsmithError(
-            f"--webhook {url!r}: not an address. Give one with https:// or http:// and a host, such as "
-            "https://hooks.example/draftsmith."
-        )
-
-
-def set_webhook(
-    client: SyncPrefectClient, url: str, deployment: UUID, name: str, *, heartbeat_s: float, silent_days: float | None
-) -> None:
-    """Create or change the automations that call a deployment's webhook. A block keeps the URL encrypted.
-
-    They also set a run without heartbeats to crashed, since its host or its process is gone.
-
-    silent_days: the URL is also called if no run has ended for so long.
-    """
-    block = Webhook.model_validate({"url": url, "headers": {"Content-Type": "application/json"}})
-    document = block.save(f"draftsmith-{deployment}", overwrite=True)
-    assert isinstance(document, UUID)
-    related: dict[str, str | list[str]] = {
-        "prefect.resource.role": "deployment",
-        "prefect.resource.id": f"prefect.deployment.{deployment}",
-    }
-    wanted = [
-        AutomationCore(
-            name=f"{name}: webhook",
-            description=f"Calls the webhook of deployment {name}.",
-            trigger=EventTrigger(
-                expect=_CALLED, match_related=related, posture=Posture.Reactive, threshold=1, within=timedelta(0)
-            ),
-            actions=[CallWebhook(block_document_id=document, payload=_PAYLOAD)],
-        ),
-        AutomationCore(
-            name=f"{name}: lost",
-            description="A run that sends no heartbeat has crashed: its host or its process is gone.",
-            trigger=EventTrigger(
-                after={"prefect.flow-run.heartbeat"},
-                expect={"prefect.flow-run.*"},
-                match={"prefect.resource.id": "prefect.flow-run.*"},
-                match_related=related,
-                for_each={"prefect.resource.id"},
-                posture=Posture.Proactive,
-                threshold=1,
-                within=timedelta(seconds=_MISSED * heartbeat_s),
-            ),
-            actions=[ChangeFlowRunState(name="Crashed", state=StateType.CRASHED, message=_LOST, force=False)],
-        ),
-    ]
-    if silent_days is not None:
-        message = f"no run has ended for {silent_days:g} days"
-        payload = json.dumps({"cause": "silent", "deployment": name, "message": message})
-        wanted.append(
-            AutomationCore(
-                name=f"{name}: silent",
-                description=f"Calls the webhook of deployment {name} when no run has ended for {silent_days:g} days.",
-                trigger=EventTrigger(
-                    expect=_ENDED,
-                    match_related=related,
-                    posture=Posture.Proactive,
-                    threshold=1,
-                    within=timedelta(days=silent_days),
-                ),
-                actions=[CallWebhook(block_document_id=document, payload=payload)],
-            )
-        )
-    for automation in wanted:
-        if existing := client.read_automations_by_name(automation.name):
-            client.update_automation(existing[0].id, automation)
-        else:
-            client.create_automation(automation)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field, JsonValue, ValidationInfo, model_validator
+from pydantic import JsonValue, ValidationInfo, model_validator
 
 from draftsmith.flows.config.errors import models_at
 from draftsmith.flows.config.load import FROM_FILE
@@ -38,15 +38,6 @@ class RefreshOptions(Config):
     """Also continue SFT for as many steps and blocks as OPD: the drafter that OPD must beat."""
 
 
-class HookConfig(Config):
-    """A command that is called after a promotion."""
-
-    command: Annotated[
-        tuple[str, ...], Field(min_length=1, description="and its arguments; the decision comes on standard input")
-    ]
-    timeout_s: Annotated[float, Field(gt=0, description="how long it may take")] = 60.0
-
-
 class RefreshConfig(RunOptions):
     """One refresh of a drafter."""
 
@@ -73,7 +64,6 @@ class RefreshConfig(RunOptions):
     drift: DriftConfig = DriftConfig()
     gate: GateConfig = GateConfig()
     report: ReportConfig = ReportConfig()
-    on_promote: HookConfig | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -187,18 +177,13 @@ class RefreshConfig(RunOptions):
         return self.registry.name if self.registry is not None else None
 
     @property
-    def external_programs(self) -> dict[str, str]:
-        """Return the programs that a run calls, by field."""
-        return {} if self.on_promote is None else {"on_promote.command": self.on_promote.command[0]}
-
-    @property
     def champion(self) -> ChampionConfig | None:
         """Return the champion of a resolved config."""
         return self.registry.champion if self.registry is not None else None
 
     @model_validator(mode="after")
     def _time_limits_name_nodes(self) -> RefreshConfig:
-        no_nodes = {*RunOptions.model_fields, "refresh", "registry", "on_promote"}
+        no_nodes = {*RunOptions.model_fields, "refresh", "registry"}
         self.stages.require_nodes({*type(self).model_fields, "champion", "control", "earlier"} - no_nodes)
         return self
 

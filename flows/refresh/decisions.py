@@ -1,14 +1,12 @@
 """Decides whether a refresh continues after its drift check, and what follows from the gate's decision.
 
-A promotion calls the config's hook and has servers draft with the champion.
+A promotion has servers draft with the champion.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import subprocess
-import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -18,7 +16,7 @@ from typing import Any
 from scipy.special import stdtrit
 
 from draftsmith.artifacts.errors import DraftsmithError, RefusedError
-from draftsmith.artifacts.home import home, user_umask
+from draftsmith.artifacts.home import home
 from draftsmith.artifacts.results.base import SetMetrics
 from draftsmith.artifacts.results.drafting import AdoptedChampion
 from draftsmith.artifacts.results.evaluation import ALL, DriftResult, EvaluationResult
@@ -31,7 +29,7 @@ from draftsmith.flows.config.options import RunOptions
 from draftsmith.flows.execution.display import Display
 from draftsmith.flows.planning.graph import UNSERVED, Conclusion, EarlyEnd, Node, OutdatedPlanError
 from draftsmith.flows.refresh.config import CHAMPION as CHAMPION_WEIGHTS
-from draftsmith.flows.refresh.config import DEFAULT_SAMPLING, HookConfig, RefreshConfig, measured_with, prompts_since
+from draftsmith.flows.refresh.config import DEFAULT_SAMPLING, RefreshConfig, measured_with, prompts_since
 from draftsmith.flows.refresh.line import (
     BLOCK_SIZE,
     MAX_CLOCK_SKEW_DAYS,
@@ -95,7 +93,6 @@ class RefreshPolicy:
         """Return the conclusion `Current` after a drift check that finds no reason to continue."""
         if node.name != "drift" or self.line.champion is None:
             return None
-        call_pending_hook(self.config.on_promote, self.line.name)
         self._swap_servers()  # one may have started again with its old drafter
         if self._swapped:
             Display().line(self._swapped)
@@ -211,21 +208,17 @@ class RefreshPolicy:
     def _promote(
         self, version: Version, expected: Version | None, decision: GateDecision, tags: Mapping[str, str]
     ) -> Conclusion:
-        new_tags = hook_tag(self.config.on_promote, decision)
-        if "promoted_at" in version.tags:  # an earlier champion again, with its metrics of today
-            new_tags |= {name: tags[name] for name in PROMOTION_TAGS if name in tags}
-        if CHAMPION in version.aliases:  # another launcher of the same config has promoted it
-            new_tags = {}
+        new_tags: dict[str, str] = {}
+        # an earlier champion again has its metrics of today, unless another launcher of the same config promoted it
+        if "promoted_at" in version.tags and CHAMPION not in version.aliases:
+            new_tags = {name: tags[name] for name in PROMOTION_TAGS if name in tags}
         try:
             registry().promote(version, expected=expected, why=decision.sentence, tags=new_tags)
         except ChampionMovedError as error:
             raise OutdatedPlanError(f"{error} {_PLAN_AGAIN}") from error
         tag_refreshed(version)
-        message = f"{version} is the champion: {decision.sentence}"
-        if hook := call_pending_hook(self.config.on_promote, version.line):
-            message += f"; {hook}"
         self._swap_servers()
-        return self._conclusion("Promoted", message, decision, version)
+        return self._conclusion("Promoted", f"{version} is the champion: {decision.sentence}", decision, version)
 
     def _swap_servers(self) -> None:
         """Have the servers of `registry.servers` draft with the champion. The conclusion names a failure."""
@@ -274,61 +267,6 @@ class RefreshPolicy:
                 metadata=metadata,
             )
         )
-
-
-_HOOK = "on_promote"  # tag of a version: the decision as JSON while a call is pending, then `called` or `failed: WHY`
-_MAX_HOOK_CHARS = 4900  # MLflow keeps 5,000
-
-
-def hook_tag(hook: HookConfig | None, decision: GateDecision) -> dict[str, str]:
-    """Return the tag for a version that is about to be promoted; a run that finds it calls the hook."""
-    if hook is None:
-        return {}
-    text = json.dumps(decision.to_json())
-    if len(text) > _MAX_HOOK_CHARS:
-        text = json.dumps({**decision.to_json(), "rules": [], "sentence": decision.sentence[:2000]})
-    return {_HOOK: text}
-
-
-def call_pending_hook(hook: HookConfig | None, line: str) -> str:
-    """Call the hook for a line's champion if a call is pending. Return the result, empty if none was pending.
-
-    It is called at least once: the tag stays until a call has ended, so after a kill in between the next run of the
-    line calls again. All calls for one promotion have the same `idempotency_key`: line, version, and the number of
-    promotions of the line. A failed hook undoes nothing: a server that did not reload serves the previous champion.
-    """
-    champion = registry().champion(line) if hook is not None else None
-    if hook is None or champion is None or not champion.tags.get(_HOOK, "").startswith("{"):
-        return ""
-    promotion = {"line": line, "version": champion.number, "source": champion.source}
-    promotion["idempotency_key"] = f"{line}@{champion.number}#{len(registry().events(line))}"
-    problem = call_hook(hook, {**promotion, **champion.json(_HOOK, {})})
-    registry().tag(champion, {_HOOK: f"failed: {problem}"[:1000] if problem else "called"})
-    return f"on_promote failed: {problem}" if problem else "on_promote was called"
-
-
-def call_hook(hook: HookConfig, decision: Mapping[str, Any]) -> str | None:
-    """Run the command with a decision as JSON on standard input. Return why it failed, None if it did not."""
-    command = hook.command
-    try:
-        # a file and no pipe: a server that the command leaves in the background would keep a pipe open
-        with tempfile.TemporaryFile() as errors:
-            process = subprocess.run(
-                command,
-                input=json.dumps(decision).encode(),
-                stdout=subprocess.DEVNULL,
-                stderr=errors,
-                timeout=hook.timeout_s,
-                check=False,
-                umask=user_umask(),
-            )
-            errors.seek(0)
-            printed = errors.read().decode("utf-8", "replace").strip().splitlines()
-    except (OSError, ValueError, subprocess.SubprocessError) as error:
-        return f"{command[0]}: {error}"
-    if process.returncode:
-        return f"{command[0]}: ended with code {process.returncode} ({(printed or ['no message'])[-1]})"
-    return None
 
 
 def _approved(key: str) -> bool:

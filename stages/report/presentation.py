@@ -315,10 +315,9 @@ def next_steps(review: Review, command: Invocation, seconds: Mapping[str, float]
     if kind == "promoted":
         folder = f"{command.line}-champion"
         return [
-            Step("serve it (or set on_promote, which notifies your servers)",
-                 shlex.join(["draftsmith", "export", champion, folder])),
+            Step("serve it", shlex.join(["draftsmith", "export", champion, folder])),
             Step("next refresh: measures drift first, trains if there is any", command.run()),
-        ]  # fmt: skip
+        ]
     if kind == "inconclusive":
         purpose = (
             f"measure {review.more_prompts} more prompts, and decide again" if review.more_prompts else "measure again"

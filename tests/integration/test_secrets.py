@@ -70,7 +70,6 @@ class Story:
         self.run("run", config, DRAFTSMITH_DEBUG="1", PREFECT_API_URL="http://127.0.0.1:9/api")
 
     def _config(self) -> Path:
-        hook = f"cat > {self.folder / 'hook.json'}"
         content = small_refresh(
             "secretive", target_folder(), prompts_file(), 24,
             stages={"threads": 1, "min_free_gb": 0.01, "retries": 0, "retry_delay_seconds": 0},
@@ -85,7 +84,6 @@ class Story:
             gate={"judge_speed": False},
             refresh={"control": False},
             report={"contexts": False},
-            on_promote={"command": ["bash", "-c", hook]},
         )  # fmt: skip
         path = self.folder / "secretive.yaml"
         path.write_text(yaml.safe_dump(content))
@@ -150,7 +148,7 @@ def test_nothing_that_is_written_has_a_secret(story: Story) -> None:
         if names := found(story.secrets, content):
             holding[place] = names
     assert holding == {}
-    for wanted in ("run/hook.json", "run/home/logs/", "run/home/store/report/", "team/worker.log", "s3://"):
+    for wanted in ("run/home/logs/", "run/home/store/report/", "team/worker.log", "s3://"):
         assert any(place.startswith(wanted) for place in places), wanted
     assert any(place.endswith("report.html") and place.startswith("s3://") for place in places)
     assert any(place.endswith("model.safetensors") and place.startswith("s3://") for place in places)

@@ -1,4 +1,4 @@
-"""A team's servers: a schedule fires, a failed stage is retried alone, the webhook is called, the config is a form."""
+"""A team's servers: a schedule fires, a failed stage is retried alone, a webhook is called, the config is a form."""
 
 from __future__ import annotations
 
@@ -57,6 +57,23 @@ def deploys(servers: Team, config: Path, *options: str, **variables: str) -> sub
     )
 
 
+def automate(servers: Team, name: str, silent_s: str = "691200") -> None:
+    """Create a deployment's automations, as the page of configs/team does."""
+    made = f"""
+from prefect.blocks.webhook import Webhook
+headers = {{"Content-Type": "application/json"}}
+print(Webhook(url={servers.webhook!r}, headers=headers).save("draftsmith", overwrite=True))
+"""
+    options: dict[str, Any] = {"env": servers.environment, "check": True, "timeout": LIMIT_S, "text": True}
+    block = subprocess.run([sys.executable, "-c", made], stdout=subprocess.PIPE, **options).stdout.strip()
+    text = (ROOT / "configs" / "team" / "automations.yaml").read_text()
+    for given, value in (("my-model", name), ("BLOCK", block), ("691200", silent_s)):
+        assert given in text
+        text = text.replace(given, value)
+    (file := servers.folder / f"{name}-automations.yaml").write_text(text)
+    subprocess.run([sys.executable, "-m", "prefect", "automation", "create", "--from-file", file], **options)
+
+
 def start(servers: Team, deployment: str, **config: Any) -> str:
     """Start a run, and return its id. config: sections in place of the deployment's."""
     parameters = servers.api(f"deployments/{deployment}")["parameters"]
@@ -88,12 +105,14 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
         story: dict[str, Any] = {"servers": servers, "starts": starts}
         slow = {"seconds_each": 0.3}
         nightly = write_config(folder / "nightly.yaml", name="nightly", target={**slow, "count": 4}, verdict="refused")
-        by_minute = deploy(servers, nightly, "--cron", "* * * * *", "--webhook", servers.webhook)
+        by_minute = deploy(servers, nightly, "--cron", "* * * * *")
+        for name in ("nightly", "toy"):
+            automate(servers, name)
         noted = {"note_start": str(starts)}
         toy = write_config(
             folder / "toy.yaml", target={**slow, **noted}, right={"allow": str(allow), **noted}, verdict="promoted"
         )
-        deployment = deploy(servers, toy, "--webhook", servers.webhook)
+        deployment = deploy(servers, toy)
         busy = start(servers, by_minute, name="busy", target={"count": 999, "seconds_each": 0.3})
         process_of(servers, "busy")
         run = start(servers, deployment)
@@ -110,7 +129,8 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
         story["scheduled"] = fired(servers, by_minute)
         story["killed"] = killed(servers, deployment)
         never = write_config(folder / "never.yaml", name="never")
-        deploy(servers, never, "--webhook", servers.webhook, "--silent-after", "0.0002")  # 17 s
+        deploy(servers, never)
+        automate(servers, "never", silent_s="17")
         causes = {"failed", "promoted", "refused", "crashed", "silent"}
         wait_until(
             lambda: {each["cause"] for each in servers.called} >= causes, "the webhook is called for all five", LIMIT_S

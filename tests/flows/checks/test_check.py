@@ -199,16 +199,6 @@ def test_a_system_prompt_that_the_template_rejects_is_reported_as_such(
     assert code == 2 and "(no system). Remove prompts.system." in " ".join(out.split())
 
 
-@pytest.mark.parametrize(("program", "runs"), [("sh", True), ("./deploy.sh", False)])
-def test_the_program_of_on_promote_must_exist(
-    program: str, runs: bool, check: Check, tmp_path: Path, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("deploy.sh").write_text("#!/bin/sh\n")  # not executable
-    code, out = check(config | {"registry": {"name": "tiny"}, "on_promote": {"command": [program, "deploy.sh"]}})
-    assert code == 0 and ("on_promote.command" in levels(out)) != runs
-
-
 def test_settings_that_work_less_well_are_warnings(check: Check, config: dict[str, Any]) -> None:
     config["prompts"]["chat_template_kwargs"] = {"enable_thinking": False}
     config["evaluation"]["block_sizes"] = [4, 12]

@@ -13,7 +13,7 @@ from prefect.workers.process import ProcessJobConfiguration
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.flows.cli.main import main
-from draftsmith.flows.orchestration.deployment import check_address, schedules_of
+from draftsmith.flows.orchestration.deployment import schedules_of
 from tests.flows.processes import ROOT
 from tests.flows.toy import TOY, write_config
 
@@ -43,13 +43,6 @@ def test_an_invalid_schedule_is_an_error(cron: str, timezone: str) -> None:
         schedules_of(cron, timezone)
     (good,) = schedules_of("0 3 * * 1", "Europe/Berlin")
     assert good.timezone == "Europe/Berlin"
-
-
-@pytest.mark.parametrize("url", ["hooks.example/x", "ftp://hooks.example"])
-def test_a_webhook_that_is_no_address_is_an_error(url: str) -> None:
-    with pytest.raises(DraftsmithError, match="--webhook "):
-        check_address(url)
-    check_address("http://10.0.0.7:8080/draftsmith?key=1")
 
 
 @pytest.mark.parametrize("path", sorted(POOLS.glob("*.json")), ids=lambda path: path.stem)

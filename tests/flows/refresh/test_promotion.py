@@ -1,19 +1,16 @@
-"""From the gate's decision to the registry: promotion with its hook, refusal, approval, a changed champion."""
+"""From the gate's decision to the registry: promotion, refusal, approval, a changed champion."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.results.gate import GateDecision
 from draftsmith.artifacts.store.local import REPLACED, Store
 from draftsmith.artifacts.store.manifest import MANIFEST, ArtifactRef
 from draftsmith.artifacts.store.mirror import STORE_VARIABLE, open_store
@@ -24,7 +21,7 @@ from draftsmith.flows.cli.commands import prune
 from draftsmith.flows.cli.main import main
 from draftsmith.flows.execution.display import Display
 from draftsmith.flows.planning.graph import OutdatedPlanError
-from draftsmith.flows.refresh import decisions, registry_commands
+from draftsmith.flows.refresh import registry_commands
 from draftsmith.flows.refresh.decisions import RefreshPolicy, resolve
 from draftsmith.flows.refresh.graph import refresh_nodes
 from draftsmith.flows.refresh.line import artifact_folder, drafter_checkpoint, registry
@@ -40,21 +37,11 @@ from tests.stages.engines.http_server import answer
 from tests.stages.engines.http_server import serving as http_server
 from tests.testbed.artifacts import committed
 
-NOTE = "import sys; open(sys.argv[1], 'w').write(sys.stdin.read())"
-FAILS = "raise SystemExit('the server is away')"
 
-
-def test_a_promotion_moves_the_alias_and_calls_the_hook(
-    line: str, home: Path, drafters: list[ArtifactRef], tmp_path: Path
-) -> None:
-    store, note = Store(home / "store"), tmp_path / "decision.json"
-    calling = config_of(line, on_promote={"command": [sys.executable, "-c", NOTE, str(note)]})
-    ended = finished(calling, gated(store, drafters[0]))
+def test_a_promotion_moves_the_alias(line: str, home: Path, drafters: list[ArtifactRef]) -> None:
+    store, config = Store(home / "store"), config_of(line)
+    ended = finished(config, gated(store, drafters[0]))
     assert (ended.name, ended.error) == ("Promoted", None)
-    assert ended.message.endswith("on_promote was called")
-    decision = json.loads(note.read_text())
-    assert (decision["line"], decision["version"], decision["promote"]) == (line, 1, True)
-    assert decision["source"] == drafters[0].uri and {"outcome", "challenger", "sentence", "rules"} <= decision.keys()
     champion = registry().champion(line)
     assert champion is not None and champion.content_id == drafters[0].content_id
     metrics = champion.metrics()
@@ -63,13 +50,11 @@ def test_a_promotion_moves_the_alias_and_calls_the_hook(
     }  # fmt: skip
     assert metrics["chat"]["speedup_high"] == 1.3 and metrics["chat"]["low"] == 2.4
 
-    failing = config_of(line, on_promote={"command": [sys.executable, "-c", FAILS]})
-    ended = finished(failing, gated(store, drafters[1]))
+    ended = finished(config, gated(store, drafters[1]))
     assert ended.name == "Promoted" and ended.error is None
-    assert "on_promote failed: " in ended.message and "(the server is away)" in ended.message
     champion, before = registry().champion(line), registry().alias(line, PREVIOUS)
     assert champion is not None and before is not None
-    assert (champion.number, before.number) == (2, 1), "a failed hook undoes nothing"
+    assert (champion.number, before.number) == (2, 1)
 
 
 @pytest.mark.parametrize(("outcome", "state"), [("refused", "Refused"), ("inconclusive", "Inconclusive")])
@@ -165,9 +150,8 @@ def test_the_decision_names_the_champions_version_in_its_line(
     line: str, home: Path, drafters: list[ArtifactRef], tmp_path: Path
 ) -> None:
     """Two lines may serve the same drafter, so that evaluation and gate are the same artifacts."""
-    store, note = Store(home / "store"), tmp_path / "decision.json"
+    store, config = Store(home / "store"), config_of(line)
     registry().register(line, gated(store, drafters[1])["gate"], {})
-    config = config_of(line, on_promote={"command": [sys.executable, "-c", NOTE, str(note)]})
     finished(config, gated(store, drafters[0]))
     resolved = resolve(config)
     (report,) = (node for node in refresh_nodes(resolved) if node.name == "report")
@@ -176,7 +160,6 @@ def test_the_decision_names_the_champions_version_in_its_line(
     ended = finished(resolved, third)
     assert ended.message.startswith(f"{line} version 3 is the champion: promoted: opd beats version 2")
     assert ended.tags["version"] == f"{line}@3"
-    assert json.loads(note.read_text())["champion"] == "2"
     assert registry().version(line, 3).tags["decision"] == "promoted: opd beats version 2"
 
 
@@ -234,33 +217,6 @@ def test_refusing_the_champions_own_content_does_not_change_its_tags(
     champion = registry().champion(line)
     assert champion is not None
     assert (champion.number, champion.tags["tau"]) == (1, "3.5000"), "promoted again, with its new metrics"
-
-
-def test_the_next_run_calls_the_hook_of_a_killed_run_with_the_same_key(
-    line: str, home: Path, drafters: list[ArtifactRef], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A run that is killed during the call does not know its result."""
-    config, calls = config_of(line, on_promote={"command": ["true"]}), list[dict[str, Any]]()
-
-    def killed_once(_hook: object, decision: dict[str, Any]) -> None:
-        calls.append(decision)
-        if len(calls) == 1:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(decisions, "call_hook", killed_once)
-    first, second = (gated(Store(home / "store"), each) for each in drafters)
-    with pytest.raises(KeyboardInterrupt):
-        finished(config, first)
-    for _ in range(2):
-        assert RefreshPolicy(resolve(config), ()).should_stop(*checked(resolve(config), home)) is not None
-    assert len(calls) == 2 and calls[0] == calls[1], "until a call has ended"
-    decision = GateDecision.read(first["gate"].path).to_json()
-    assert calls[0].items() >= {**decision, "line": line, "version": 1}.items()
-
-    for made in (second, first):
-        finished(config, made)
-    assert [each["version"] for each in calls] == [1, 1, 2, 1], "an older drafter came back"
-    assert len({each["idempotency_key"] for each in calls}) == 3
 
 
 def test_evaluate_takes_folders_hub_ids_and_versions(
