@@ -19,7 +19,7 @@ def decided(home: Path, lossless: bool) -> None:
     ]
     decision = GateDecision(promote=False, outcome="refused", challenger="opd", rules=rules)
     store = Store(home / "store")
-    committed(store, "gate", {GateDecision.FILE: decision.model_dump_json(by_alias=True)})
+    committed(store, "gate", {GateDecision.FILE: decision.model_dump_json()})
 
 
 @pytest.mark.parametrize(

@@ -15,14 +15,14 @@ from draftsmith.artifacts.errors import DraftsmithError
 class Record(BaseModel):
     """A JSON object: keys that were not set are not written, and keys of other versions are kept.
 
-    The order of the fields is that of the keys in the file. An attribute whose key has another name states it as alias.
+    The order of the fields is that of the keys in the file.
     """
 
-    model_config = ConfigDict(frozen=True, extra="allow", populate_by_name=True)
+    model_config = ConfigDict(frozen=True, extra="allow")
 
     def to_json(self) -> dict[str, Any]:
         """Return the object as it stands in the file."""
-        return self.model_dump(by_alias=True, exclude_unset=True)
+        return self.model_dump(exclude_unset=True)
 
 
 class ResultFile(BaseModel):
@@ -54,7 +54,7 @@ class ResultFile(BaseModel):
 
     def write(self, folder: Path, name: str | None = None) -> None:
         """Write the file, by default under its own name."""
-        content = self.model_dump(by_alias=True, exclude_unset=True)
+        content = self.model_dump(exclude_unset=True)
         write_text(folder / (name or self.FILE), json.dumps(content, indent=self.INDENT) + "\n")
 
 

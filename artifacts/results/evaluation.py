@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from itertools import zip_longest
 from statistics import fmean
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
-from pydantic import Field, RootModel
+from pydantic import RootModel
 
 from draftsmith.artifacts.results.base import Record, ResultFile, SetMetrics
 
@@ -166,7 +166,7 @@ class SpeedWarning(Record):
     """A reason why speeds at one setting cannot be trusted."""
 
     kind: str  # one of the kinds in `stages/evaluation/validity.py`
-    text: Annotated[str, Field(alias="said")]
+    text: str
     temperature: float
     concurrency: int
     arms: Sequence[str] = ()  # that it concerns; empty: all
@@ -259,7 +259,7 @@ class EvaluationResult(ResultFile, Record):
     validation_prompts: int | None = None
     speed: Mapping[str, SpeedMetrics] = {}  # at the first setting
     speed_by_setting: Sequence[SpeedTable] = ()
-    speed_warnings: Annotated[Sequence[SpeedWarning], Field(alias="doubts")] = ()
+    speed_warnings: Sequence[SpeedWarning] = ()
     look: Look = Look()
     machine: Machine = Machine()
     exactness: Exactness = Exactness()
@@ -272,7 +272,7 @@ class EvaluationResult(ResultFile, Record):
     tau_without_loops: Mapping[str, float | None] = {}
     sets: Mapping[str, Mapping[str, SetMetrics]] = {}  # slice -> arm
     acceptance_by_offset: Mapping[str, Mapping[str, Sequence[float]]] = {}  # slice -> arm
-    comparisons: Annotated[Sequence[ArmComparison], Field(alias="compared")] = ()
+    comparisons: Sequence[ArmComparison] = ()
     validation_tau: Mapping[str, float | None] | None = None
     chosen_on: int | None = None  # validation prompts of `validation_tau`
     step_times: Sequence[StepTime] = ()  # of the embedded engine alone
@@ -377,7 +377,7 @@ class EvaluationResult(ResultFile, Record):
 class ContextStep(Record):
     """The text of one verify step."""
 
-    accepted: Annotated[str, Field(alias="kept")]
+    accepted: str
     rejected: str  # the proposal that the target did not choose
     dropped: str  # proposals after it
     chosen: str  # by the target; empty where the answer ends

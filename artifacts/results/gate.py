@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar
-
-from pydantic import Field
+from typing import Any, ClassVar
 
 from draftsmith.artifacts.results.base import Record, ResultFile
 
@@ -18,10 +16,10 @@ class RuleResult(Record):
 
     name: str
     passed: bool
-    text: Annotated[str, Field(alias="said")]  # with metrics and threshold
+    text: str  # with metrics and threshold
     # value, end: of its interval, wanted: the threshold
-    metrics: Annotated[Mapping[str, int | float | None], Field(alias="figures")] = {}
-    conclusive: Annotated[bool, Field(alias="judged")] = True  # False: nothing measured is for it or against it
+    metrics: Mapping[str, int | float | None] = {}
+    conclusive: bool = True  # False: nothing measured is for it or against it
 
     @property
     def broken(self) -> bool:
@@ -92,6 +90,6 @@ class ReviewResult(ResultFile, Record):
     FILE: ClassVar[str] = "review.json"
 
     outcome: Outcome
-    speed_warnings: Annotated[Sequence[str], Field(alias="doubts")] = ()
-    metrics: Annotated[Mapping[str, float], Field(alias="figures")] = {}
+    speed_warnings: Sequence[str] = ()
+    metrics: Mapping[str, float]
     config: Mapping[str, Mapping[str, Any]] = {}  # of every node

@@ -36,7 +36,6 @@ from draftsmith.artifacts.identifiers import (
     sha256_digest,
     upload_address,
     version_number,
-    without_credentials,
 )
 from draftsmith.artifacts.locks import Lock, locked, user_name
 from draftsmith.artifacts.results.base import Record, SetMetrics
@@ -660,8 +659,7 @@ def _how_to_switch(noted: set[str]) -> str:
 
 def _noted_trackers(tracking: Tracking) -> set[str]:
     path = tracking.folder / TRACKERS_FILE
-    # lines of earlier versions have *** in place of user and password
-    return set(map(without_credentials, path.read_text("utf-8").splitlines())) if path.is_file() else set()
+    return set(path.read_text("utf-8").splitlines()) if path.is_file() else set()
 
 
 def _tracker_name(tracking: Tracking) -> str:

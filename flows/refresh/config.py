@@ -14,7 +14,7 @@ from draftsmith.stages.data.logs.stage import LogsConfig
 from draftsmith.stages.data.prompts import SPLITS, JsonlSource, PromptsConfig
 from draftsmith.stages.data.time_window import LAST
 from draftsmith.stages.drafters.stage import ChampionConfig
-from draftsmith.stages.engines.config import SamplingConfig, ServerEngineConfig
+from draftsmith.stages.engines.config import ServerEngineConfig
 from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.evaluation.config import EvaluationConfig
 from draftsmith.stages.evaluation.drift import DriftConfig
@@ -243,12 +243,6 @@ def evaluation_config(config: RefreshConfig) -> EvaluationConfig:
     """Return the config of the evaluation, which takes another look if the gate could not decide about the speed."""
     judged = config.registry is not None and config.gate.judge_speed
     return config.evaluation.model_copy(update={"min_speedup": config.gate.min_speedup if judged else None})
-
-
-# settings of `measured_with` for versions that were registered before a field existed
-DEFAULT_SAMPLING = {
-    f"heldout.sampling.{name}": value for name, value in SamplingConfig().model_dump(mode="json").items()
-}
 
 
 def measured_with(config: RefreshConfig) -> dict[str, JsonValue]:

@@ -29,7 +29,7 @@ from draftsmith.flows.config.options import RunOptions
 from draftsmith.flows.execution.display import Display
 from draftsmith.flows.planning.graph import UNSERVED, Conclusion, EarlyEnd, Node, OutdatedPlanError
 from draftsmith.flows.refresh.config import CHAMPION as CHAMPION_WEIGHTS
-from draftsmith.flows.refresh.config import DEFAULT_SAMPLING, RefreshConfig, measured_with, prompts_since
+from draftsmith.flows.refresh.config import RefreshConfig, measured_with, prompts_since
 from draftsmith.flows.refresh.line import (
     BLOCK_SIZE,
     MAX_CLOCK_SKEW_DAYS,
@@ -148,7 +148,7 @@ class RefreshPolicy:
         current, stored = measured_with(self.config), self.line.measured_with
         return [
             f"{name} {_describe(current[name])}, was {_describe(before)}"
-            for name, before in (DEFAULT_SAMPLING | stored if stored else {}).items()
+            for name, before in stored.items()
             if current.get(name, before) != before and name != BLOCK_SIZE  # left out: the trained one, as then
         ]
 

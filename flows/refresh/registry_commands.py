@@ -86,8 +86,7 @@ def champions(display: Display, line: str | None) -> None:
 def _row(version: Version) -> list[str]:
     """Return the cells that fit into 80 columns: the gate's outcome and the version's metrics."""
     tags = version.tags
-    outcome = tags.get("outcome") or ("promoted" if "promoted_at" in tags else "-")  # older versions have no tag
-    outcome = "waiting" if version.waits else outcome
+    outcome = "waiting" if version.waits else tags.get("outcome") or "-"
     metrics = [f"{float(tags[name]):.3f}" if tags.get(name) else "-" for name in ("tau", "speedup")]
     aliases = ", ".join(version.aliases) or "-"
     return [str(version.number), aliases, outcome, tags.get("rules") or "-", *metrics, version.created_at[:10]]
@@ -259,8 +258,8 @@ def _show_options(display: Display, engine: str, version: Version, folder: Path)
     options = options_of_vllm if engine == "vLLM" else drafting_options
     display.line(f"  for {engine}: {shlex.join(options(folder, algorithm, block))}")
     schedule = [row[:3] for row in version.json(SCHEDULE, [])]  # fewest, most, proposals
-    if not schedule or schedule[0][0] == schedule[-1][1] or not all(proposals for *_, proposals in schedule):
-        return  # unknown: earlier releases registered 0 proposals, and predictions at one number of requests
+    if not schedule:
+        return
     most = max(proposals for *_, proposals in schedule)
     if engine == "vLLM":
         by_load = options_of_vllm(folder, algorithm, 1 + most, schedule)

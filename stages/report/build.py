@@ -73,8 +73,8 @@ def run(ctx: StageContext, config: ReportConfig) -> None:
     write_text(ctx.out / "headline.json", json.dumps(headline, indent=2, sort_keys=True) + "\n")
     ctx.log(f"{review.outcome.label}. {review.outcome.sentence}")
     content = {
-        **review.model_dump(by_alias=True),
-        "figures": report_metrics(evaluation, decision, lineage, {"prompts": prompts, "logs": logs}),
+        **review.model_dump(),
+        "metrics": report_metrics(evaluation, decision, lineage, {"prompts": prompts, "logs": logs}),
         "config": {entry.name: entry.settings for entry in lineage},
         "artifacts": {entry.name: entry.key for entry in lineage},
     }

@@ -13,9 +13,8 @@ import re
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field
 from scipy.special import stdtrit
 
 from draftsmith.artifacts.results.base import Record
@@ -117,7 +116,7 @@ class Variant(Record):
 
     arm: str
     name: str
-    is_challenger: Annotated[bool, Field(alias="candidate")]
+    is_challenger: bool
     acceptance: Metric
     tokens_per_s: float | None
     speedup: Metric | None
@@ -132,7 +131,7 @@ class Check(Record):
     name: str
     group: str  # of rules that are one tick on the screen
     result: str  # passed, failed, inconclusive
-    text: Annotated[str, Field(alias="said")]
+    text: str
 
     @property
     def tick(self) -> str:
@@ -144,14 +143,14 @@ class Review(Record):
     """What an evaluation found, and what its gate decided."""
 
     outcome: Outcome
-    challenger: Annotated[str, Field(alias="candidate")]
+    challenger: str
     other: str | None  # the variant that all are compared with
     level: float  # of every interval
     comparisons: int
     variants: Sequence[Variant]
     checks: Sequence[Check]
     warnings: Sequence[str]  # on data and outputs
-    speed_warnings: Annotated[Sequence[str], Field(alias="doubts")]
+    speed_warnings: Sequence[str]
     more_prompts: int | None  # that the next run from `evaluation` measures, as this one was inconclusive; 0: the same
     exactness: Sequence[str]
     headline: str  # tokens/s before and after

@@ -45,7 +45,11 @@ def test_keys_of_another_version_are_kept() -> None:
     assert result.to_json() == content
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]", '{"promote": "perhaps"}'])
+EARLIER = """{"promote": true, "outcome": "promoted", "challenger": "sft",
+ "rules": [{"name": "tau", "passed": true, "said": "of an earlier release", "judged": true}]}"""
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"promote": "perhaps"}', EARLIER])
 def test_a_damaged_file_is_an_error_that_names_it(content: str | None, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "decision.json").write_text(content)
@@ -65,3 +69,7 @@ def test_a_review_is_read_with_all_its_keys(tmp_path: Path) -> None:
     review = ReviewResult.read(tmp_path)
     assert review.to_json() == json.loads((GOLDEN / "review.json").read_text())
     assert review.outcome is not None and review.metrics
+    earlier = {"outcome": review.outcome.to_json(), "figures": dict(review.metrics)}
+    (tmp_path / "review.json").write_text(json.dumps(earlier))
+    with pytest.raises(DraftsmithError, match=r"review\.json: metrics: Field required\. Run its stage again"):
+        ReviewResult.read(tmp_path)

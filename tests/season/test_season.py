@@ -118,7 +118,7 @@ def test_mlflow_has_everything_that_a_review_needs(weeks: list[Week], folder: Pa
         assert 8 <= len(run.data.metrics) <= 12
         copy = Path(client.download_artifacts(run.info.run_id, "review.json", str(tmp_path)))
         review = json.loads(copy.read_text())
-        assert len(review["figures"]) > 100 and review["figures"].items() >= run.data.metrics.items()
+        assert len(review["metrics"]) > 100 and review["metrics"].items() >= run.data.metrics.items()
         assert review == json.loads((report / "review.json").read_text())
         for name in ("tau.challenger", "tau.champion", "tau_gain", "speedup.c1.t0", "tau.challenger.low"):
             wanted = f"metrics.`{name}` = {run.data.metrics[name]!r}"

@@ -101,6 +101,14 @@ def test_a_version_has_few_tags_and_all_of_them_are_read_back(line: str, registr
     client.set_model_version_tag(line, "1", "draftsmith.figures", "{}")
     registry.register(line, made, {"figures": '{"all": {"tau": 3}}'})
     assert registry.version(line, 1).metrics() == {"all": {"tau": 3}}, "the record counts"
+    identity = {"stage": found.stage, "key": found.key, "content_id": found.content_id}
+    for name, value in {**found.tags, **identity}.items():
+        client.set_model_version_tag(line, "1", f"draftsmith.{name}", value)
+    client.delete_model_version_tag(line, "1", "draftsmith.version_record")
+    registry.promote(found, expected=None, why="an earlier release did")
+    champion = registry.champion(line)
+    assert champion is not None
+    assert (champion.key, champion.metrics(), champion.tags["n3"]) == (made.key, {"all": {"tau": 2.5}}, "three")
     client.set_model_version_tag(line, "1", "draftsmith.version_record", '["a list"]')
     with pytest.raises(
         DraftsmithError, match=r"version 1: tag draftsmith\.version_record: not a JSON object of texts\."

@@ -48,7 +48,7 @@ def gated(
     }
     speed = {"tokens_per_s": 100.0, "speedup": 1.2, "speedup_low": 1.15, "speedup_high": 1.25}
     evaluation = {"drafters": {"opd": taus}, "speed": {"opd": speed}, "sets": {"chat": {"opd": chat}}}
-    rule = {"name": "speed-up", "passed": False, "judged": outcome == "refused", "said": "why", "figures": {}}
+    rule = {"name": "speed-up", "passed": False, "conclusive": outcome == "refused", "text": "why", "metrics": {}}
     decision = {
         "challenger": "opd",
         "promote": outcome == "promoted",

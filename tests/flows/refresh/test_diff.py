@@ -28,7 +28,7 @@ def reported(store: Store, line: str, number: int, since: str, newest: str, step
     figures = {"tau_gain": 0.02, "tau_gain/chat": 0.1, "tau_gain/chat.low": 0.05, "tau_gain/chat.high": 0.15}
     if number > 1:
         config |= {"champion": {"line": line, "version": number - 1}}
-    review = {"outcome": {"kind": "promoted", "sentence": "it is"}, "figures": figures, "config": config}
+    review = {"outcome": {"kind": "promoted", "sentence": "it is"}, "metrics": figures, "config": config}
     made = {
         "report": {"report.html": "<p>", "review.json": json.dumps(review)},
         "logs": {"logs.json": json.dumps({"window": {"since": since, "newest": newest}})},

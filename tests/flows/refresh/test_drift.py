@@ -128,9 +128,8 @@ def test_taus_measured_with_other_settings_are_not_compared(line: str, home: Pat
     known = json.loads(version.tags["measured_with"])
     assert known.pop("heldout.sampling.top_k") == 0
     registry().tag(version, {"measured_with": json.dumps(known)})
-    assert decided().startswith("all: tau 1.000"), "the version is older than top_k"
     some = {**shorter, "sampling": {"top_k": 20}}
-    assert decided(heldout=some) == f"{changed}heldout.sampling.top_k 20, was 0"
+    assert decided(heldout=some).startswith("all: tau 1.000"), "the version is older than top_k"
     registry().tag(version, {"measured_with": ""})
     assert decided(heldout=shorter).startswith("all: tau 1.000"), "the version has no settings"
 

@@ -25,7 +25,7 @@ from draftsmith.artifacts.store.retention import exclusive_for_prune
 from draftsmith.artifacts.tracking.registry import Version
 from draftsmith.flows.execution.display import Display
 from draftsmith.flows.refresh import registry_commands
-from draftsmith.flows.refresh.line import CONFIDENCE, FASTEST_BLOCK, SCHEDULE, version_tags
+from draftsmith.flows.refresh.line import CONFIDENCE, FASTEST_BLOCK, version_tags
 from draftsmith.stages.data.prompts import PromptsConfig
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.drafters.base import Drafter
@@ -163,9 +163,6 @@ def test_there_is_no_second_line_unless_several_loads_are_known_and_drafting_pay
 ) -> None:
     load_tags(version, curve)
     registry_commands.export(Display(), "line", tmp_path / "vllm", "speculators")
-    assert "by load" not in printed(capsys)
-    cast("dict[str, str]", version.tags)[SCHEDULE] = "[[1, 3, 4], [4, 16, 0]]"  # of an earlier release
-    registry_commands.export(Display(), "line", tmp_path / "earlier", "speculators")
     assert "by load" not in printed(capsys)
 
 

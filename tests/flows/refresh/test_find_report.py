@@ -26,7 +26,7 @@ from tests.testbed.refresh import load_config
 
 def made(store: Store, name: str) -> ArtifactRef:
     outcome = {"kind": "refused", "label": "Not promoted", "sentence": f"{name} stays.", "reasons": ["tau: too low"]}
-    content = {"outcome": outcome, "doubts": ["the clock changed"], "figures": {"tau.opd": 2.5}}
+    content = {"outcome": outcome, "speed_warnings": ["the clock changed"], "metrics": {"tau.opd": 2.5}}
     files = {"report.html": "<p>", "review.json": json.dumps(content)}
     return committed(store, "report", files, store.key("report", "c", {"name": name}, {}, 0))
 

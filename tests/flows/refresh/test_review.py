@@ -52,7 +52,7 @@ def test_the_description_of_a_run_states_its_conclusion(
     conclusion: Conclusion | None, begins: list[str], home: Path
 ) -> None:
     verdict = outcome_of(EvaluationResult.model_validate(EVALUATION), GateDecision.model_validate(DECISION))
-    content = {"outcome": verdict.to_json(), "doubts": [], "figures": {}}
+    content = {"outcome": verdict.to_json(), "speed_warnings": [], "metrics": {}}
     store = Store(home / "store")
     report = committed(store, "report", {"review.json": json.dumps(content)})
     context = RunContext(home, config_of("a-line"), REFRESH, Display(), Tracking(home))

@@ -110,7 +110,7 @@ def test_a_long_reason_does_not_fill_the_screen(line: str, drafters: list[Artifa
     long = "a server is down. " * 200
     changes = {"outcome": "unserved", "refused": long, "overrides": ["name=" + "a" * WIDTH]}  # commands of two lines
     for outcome in ("promoted", "refused", "inconclusive"):
-        failed = {"passed": False, "judged": outcome == "refused", "name": f"tau of {long[:200]}", "said": long}
+        failed = {"passed": False, "conclusive": outcome == "refused", "name": f"tau of {long[:200]}", "text": long}
         rules = [rule | ({} if outcome == "promoted" else failed) for rule in DECISION["rules"]]
         decision = DECISION | {"outcome": outcome, "promote": outcome == "promoted", "rules": rules}
         made = ended(tmp_path / outcome, OF_A_LINE, decision, opd=drafters[0].path)

@@ -220,8 +220,8 @@ def test_the_worst_stretch_of_every_answer_is_shown_step_by_step() -> None:
     worst = found[0]
     assert worst.tau == (STEPS + 1) / STEPS
     assert worst.before == "p:abcdefghij" and worst.position == 10
-    assert worst.steps[0].to_json() == {"kept": "", "rejected": "x", "dropped": "xx", "chosen": "k"}
-    assert worst.steps[2].to_json() == {"kept": "m", "rejected": "x", "dropped": "x", "chosen": "n"}
+    assert worst.steps[0].to_json() == {"accepted": "", "rejected": "x", "dropped": "xx", "chosen": "k"}
+    assert worst.steps[2].to_json() == {"accepted": "m", "rejected": "x", "dropped": "x", "chosen": "n"}
     assert worst.after == "rstuvw"
     text = worst.before + "".join(step.accepted + step.chosen for step in worst.steps) + worst.after
     assert text == decode(bad[0].tokens), "nothing of the answer is lost or doubled"

@@ -53,9 +53,9 @@ def evaluation(rng: np.random.Generator, gain: float, prompts: int = 200, rounds
     comparisons += [comparison("speed", pair, found, **where) for pair, found in speed.items()]
     return {
         "drafters": acceptance_table(renamed, of_prompt, [False] * len(of_prompt)),
-        "compared": [each.to_json() for each in comparisons],
+        "comparisons": [each.to_json() for each in comparisons],
         "exactness": EXACT,
-        "doubts": speed_warnings(turns, [], [Setting(**where)]),
+        "speed_warnings": speed_warnings(turns, [], [Setting(**where)]),
     }
 
 
@@ -82,7 +82,7 @@ def test_a_challenger_that_is_5_percent_better_is_promoted_nearly_always() -> No
 
 def test_the_very_same_drafter_is_not_promoted() -> None:
     found = evaluation(np.random.default_rng(2), 0.0)
-    same = {**found, "compared": [each | {"value": 0.0, "error": 0.0} for each in found["compared"]]}
+    same = {**found, "comparisons": [each | {"value": 0.0, "error": 0.0} for each in found["comparisons"]]}
     assert failed(same)[0] == "tau"
 
 
@@ -107,9 +107,9 @@ def test_every_rule_fails_for_its_own_reason() -> None:
     def with_entry(kind: str, other: str, **fields: Any) -> dict[str, Any]:
         entries = [
             each | (fields if (each["kind"], each["other"]) == (kind, other) and each.get("set") else {})
-            for each in found["compared"]
+            for each in found["comparisons"]
         ]
-        return found | {"compared": entries}
+        return found | {"comparisons": entries}
 
     worse = {"value": -0.2, "error": 0.004, "units": 200, "degrees": 150.0}
     assert failed(with_entry("tau", CHAMPION, gain=worse)) == ["tau of chat", "tau of code"]
@@ -117,14 +117,14 @@ def test_every_rule_fails_for_its_own_reason() -> None:
         each | {"value": math.log(0.8), "error": 0.005}
         if (each["kind"], each["other"]) == ("speed", CHAMPION)
         else each
-        for each in found["compared"]
+        for each in found["comparisons"]
     ]
-    assert failed(found | {"compared": slower}) == ["speed at temperature 0, 16 in flight"]
-    few = [each | {"units": 2} if each["kind"] == "speed" else each for each in found["compared"]]
-    assert failed(found | {"compared": few}) == ["speed-up", "speed at temperature 0, 16 in flight"]
-    assert failed(found | {"compared": few}, GateConfig(judge_speed=False)) == []
-    of_one = [each | {"error": None} if each["kind"] == "speed" else each for each in found["compared"]]
-    decision = decide(found | {"compared": of_one}, GateConfig())
+    assert failed(found | {"comparisons": slower}) == ["speed at temperature 0, 16 in flight"]
+    few = [each | {"units": 2} if each["kind"] == "speed" else each for each in found["comparisons"]]
+    assert failed(found | {"comparisons": few}) == ["speed-up", "speed at temperature 0, 16 in flight"]
+    assert failed(found | {"comparisons": few}, GateConfig(judge_speed=False)) == []
+    of_one = [each | {"error": None} if each["kind"] == "speed" else each for each in found["comparisons"]]
+    decision = decide(found | {"comparisons": of_one}, GateConfig())
     assert decision.outcome == "inconclusive" and "outweighs all others" in decision.sentence
 
 
@@ -153,8 +153,8 @@ def test_a_speed_at_a_load_that_servers_measured_is_as_conclusive_as_their_timed
     points = [
         load_point("opd", other, concurrency, 1.2, 100.0) for other in (PLAIN, CHAMPION) for concurrency in (4, 8, 32)
     ]
-    few = {"kind": "prompts", "said": "too few prompts", "temperature": 0.0, "concurrency": 32, "arms": []}
-    found = evaluation(np.random.default_rng(4), 0.2) | {"load": points, "temperature": 0.0, "doubts": [few]}
+    few = {"kind": "prompts", "text": "too few prompts", "temperature": 0.0, "concurrency": 32, "arms": []}
+    found = evaluation(np.random.default_rng(4), 0.2) | {"load": points, "temperature": 0.0, "speed_warnings": [few]}
     assert failed(found, GateConfig(loads={4: 0.5, 5: 0.5})) == []
     for loads in ({4: 0.5, 9: 0.5}, {32: 1.0}):
         decision = decide(found, GateConfig(loads=loads))
@@ -176,14 +176,16 @@ def test_losses_need_evidence_and_the_rules_of_one_kind_share_their_error() -> N
 
     def losing(loss: float, sets: int, settings: int) -> dict[str, Any]:
         figures = {"error": 0.001, "units": 200, "degrees": 1e6}
-        kept = [e for e in found["compared"] if e.get("set") is None and (e["kind"], e["other"]) != ("speed", CHAMPION)]
+        kept = [
+            e for e in found["comparisons"] if e.get("set") is None and (e["kind"], e["other"]) != ("speed", CHAMPION)
+        ]
         tau, speed = {"value": -loss, **figures}, {"value": math.log(1 - loss), **figures}
         pair, nothing = ("opd", CHAMPION), Estimate(0, 0, 9, 9)
         for name in SETS[:sets]:
             kept.append(comparison("tau", pair, nothing, set=name, base=1).to_json() | {"gain": tau})
         for each in range(settings):
             kept.append(comparison("speed", pair, nothing, temperature=0.0, concurrency=each).to_json() | speed)
-        return found | {"compared": kept}
+        return found | {"comparisons": kept}
 
     slower = "speed at temperature 0, 0 in flight"
     assert failed(losing(0.0218, 1, 1)) == ["tau of chat", slower]
@@ -201,13 +203,13 @@ def over_plain(arm: str, factor: float) -> dict[str, Any]:
 def test_without_a_champion_decoding_without_a_drafter_must_be_beaten() -> None:
     found = {
         "drafters": {"sft": {"tau": 1.1, "tau_low": 1.05}, "opd": {"tau": 1.3, "tau_low": 1.2}},
-        "compared": [over_plain("sft", 0.9), over_plain("opd", 1.2)],
+        "comparisons": [over_plain("sft", 0.9), over_plain("opd", 1.2)],
         "exactness": EXACT,
     }
     first = decide(found, GateConfig())
     assert first.challenger == "opd"
     assert first.promote and first.with_version(3) == first, "against decoding without a drafter"
-    slow = decide(found | {"compared": [over_plain("opd", 0.9)]}, GateConfig(min_speedup=0.8))
+    slow = decide(found | {"comparisons": [over_plain("opd", 0.9)]}, GateConfig(min_speedup=0.8))
     assert slow.sentence.startswith("promoted: opd passes against the baseline"), "0.9 times is not better"
     chosen = found | {"validation_tau": {"sft": 1.4, "opd": 1.2}}  # the choice is the validation split's
     decision = decide(chosen, GateConfig())
@@ -225,14 +227,14 @@ def test_without_a_champion_decoding_without_a_drafter_must_be_beaten() -> None:
 
 def test_rules_can_be_switched_off_by_their_thresholds() -> None:
     found = evaluation(np.random.default_rng(3), -0.3)
-    found["compared"] = [each for each in found["compared"] if each["kind"] == "speed" or each["set"] is None]
+    found["comparisons"] = [each for each in found["comparisons"] if each["kind"] == "speed" or each["set"] is None]
     slower = failed(found, GateConfig(min_speedup=0, max_speed_loss=1))
     assert slower == ["tau"] and "speed-up" in failed(found, GateConfig(min_speedup=3.0))
 
 
 def test_a_set_of_one_prompt_is_inconclusive_and_stops_nothing() -> None:
     found = evaluation(np.random.default_rng(1), 0.05)
-    for each in found["compared"]:
+    for each in found["comparisons"]:
         if each["kind"] == "tau" and each["set"] == "code":
             gain = {**each["gain"], "units": 1, "value": -0.6, "degrees": 0.0}
             each |= {"units": 1, "error": None, "value": -3.0, "gain": gain}
@@ -245,7 +247,7 @@ def decided_by_slice(rng: np.random.Generator, prompts: int, max_set_loss: float
     tallies, of_prompt, labels = simulated_slices(rng, prompts, **factors)
     found = {
         "drafters": acceptance_table(tallies, of_prompt, [False] * prompts),
-        "compared": [each.to_json() for each in tau_comparisons(tallies, of_prompt, labels)],
+        "comparisons": [each.to_json() for each in tau_comparisons(tallies, of_prompt, labels)],
         "exactness": EXACT,
     }
     return decide(found, GateConfig(max_set_loss=max_set_loss, judge_speed=False))
@@ -309,7 +311,7 @@ def test_a_true_gain_at_the_threshold_is_promoted_in_at_most_5_percent() -> None
         for arm, tokens in (("opd", better), (CHAMPION, committed)):
             tallies[arm].committed, tallies[arm].steps = tokens, steps
         found = tau_comparisons(tallies, [str(i) for i in range(40)], [("all of one",)] * 40)
-        decision = decide({"drafters": drafters, "compared": found, "exactness": EXACT}, config)
+        decision = decide({"drafters": drafters, "comparisons": found, "exactness": EXACT}, config)
         promoted += next(rule.passed for rule in decision.rules if rule.name == "tau")
     assert promoted / repetitions <= allowed(repetitions)
 
@@ -337,7 +339,7 @@ def test_broken_and_inconclusive_rules_are_counted_apart(
     tmp_path: Path, factor: float, turns: int, text: str, broken: int, inconclusive: int
 ) -> None:
     compared = [over_plain("opd", factor) | {"units": turns}]
-    found = {"drafters": {"opd": {"tau": 1.3}}, "compared": compared, "exactness": EXACT}
+    found = {"drafters": {"opd": {"tau": 1.3}}, "comparisons": compared, "exactness": EXACT}
     (tmp_path / "evaluation.json").write_text(json.dumps(found))
     ctx = RecordingContext.under(tmp_path, {"evaluation": tmp_path})
     ctx.run(gate_stage.STAGE)

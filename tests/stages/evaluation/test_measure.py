@@ -124,7 +124,7 @@ def test_acceptance_of_shards_is_that_of_one_process_and_measured_seconds_are_no
     assert ids[0] == ids[1]
     content = joined.json("acceptance.json")
     assert content["drafters"] == metrics_of(evaluated)["drafters"]
-    assert {each["kind"] for each in content["compared"]} <= {"tau"}
+    assert {each["kind"] for each in content["comparisons"]} <= {"tau"}
     replayed = [part.json("shard.json")["trained"] for part in parts]
     assert all(replayed) and sum(replayed) == metrics_of(joined)["heldout_trajectories"]
 
@@ -272,7 +272,7 @@ def test_every_prompt_is_decoded_by_all_arms_before_the_next_one(
     assert threads == {1}
     found = metrics_of(ctx)
     assert found["speed"]["sft"]["turns"] == 2
-    (over_plain,) = [each for each in found["compared"] if (each["kind"], each["other"]) == ("speed", "plain")]
+    (over_plain,) = [each for each in found["comparisons"] if (each["kind"], each["other"]) == ("speed", "plain")]
     assert over_plain["units"] == 3, "prompts are the repetitions"
 
 
@@ -295,7 +295,7 @@ def test_repetitions_that_disagree_are_measured_again_now_and_by_the_next_run(
     ctx.run(STAGE, **QUICK | {"rounds": 2, "speed_prompts": 3, "concurrency": 1})
     found = metrics_of(ctx)
     assert found["speed"]["sft"]["turns"] == 4
-    assert ("noise", ["sft"]) in [(doubt["kind"], doubt["arms"]) for doubt in found["doubts"]]
+    assert ("noise", ["sft"]) in [(doubt["kind"], doubt["arms"]) for doubt in found["speed_warnings"]]
     assert ctx.summaries["inconclusive"] == 1.0
 
 
@@ -312,7 +312,7 @@ def test_the_contexts_of_every_arm_are_substrings_of_its_answers(
         assert 0 < len(worst) <= 10 and len(overall) - len(worst) <= 2
         assert [each["tau"] for each in worst] == sorted(each["tau"] for each in worst)
         for each in found:
-            committed = "".join(step["kept"] + step["chosen"] for step in each["steps"])
+            committed = "".join(step["accepted"] + step["chosen"] for step in each["steps"])
             assert each["before"] + committed + each["after"] in texts[each["trajectory_id"]]
     assert min(each["tau"] for each in contexts["sft"]) < metrics_of(evaluated)["drafters"]["sft"]["tau"]
 
@@ -414,7 +414,9 @@ def test_every_setting_is_reported_and_answers_depend_on_neither_load_nor_drafte
     assert places == [(0, 1), (0, 3), (1, 1), (1, 3)]
     assert found["speed"] == found["speed_by_setting"][0]["arms"]
     assert (found["temperature"], found["concurrency"]) == (0, 1)
-    speedups = {(e["temperature"], e["concurrency"]): np.exp(e["value"]) for e in found["compared"] if "set" not in e}
+    speedups = {
+        (e["temperature"], e["concurrency"]): np.exp(e["value"]) for e in found["comparisons"] if "set" not in e
+    }
     of_settings = [s["arms"]["sft"]["speedup"] for s in found["speed_by_setting"]]
     assert [speedups[place] for place in places] == pytest.approx(of_settings), "what the gate reads"
     assert found["exactness"]["identical_share"] == 1 and found["exactness"]["compared_outputs"] == 2 * 4 * 3

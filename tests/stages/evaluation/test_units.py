@@ -72,4 +72,4 @@ def test_drift_and_evaluation_measure_conversations(
     ctx.run(EVALUATION, sampling={"max_new_tokens": 4}, speed_prompts=1, rounds=1, exactness_prompts=0)
     found = ctx.json("evaluation.json")
     assert found["drafters"]["opd"]["prompts"] == found["verdicts"][0]["prompts"] == 20
-    assert found["compared"][0]["units"] == sum(each["opd"]["prompts"] for each in found["sets"].values()) == 20
+    assert found["comparisons"][0]["units"] == sum(each["opd"]["prompts"] for each in found["sets"].values()) == 20

@@ -53,11 +53,11 @@ def evaluation(turns: list[Turn]) -> dict[str, Any]:
     return {
         **WHERE,
         "drafters": {CHAMPION: {"tau": 2.0}, "opd": {"tau": 2.4}},
-        "compared": [*speeds, {**better, "set": None, "base": 2.0, "gain": gain}],
+        "comparisons": [*speeds, {**better, "set": None, "base": 2.0, "gain": gain}],
         "exactness": {"fp32_prompts": 4, "fp32_identical": 4},
         "verdicts": verdicts({}, {("opd", CHAMPION): ratios["opd", CHAMPION]}, turns[0]["prompts"]),
         "speed": speed_metrics(turns, [], {}),
-        "doubts": [each.to_json() for each in speed_warnings(turns, [], [Setting(**WHERE)])],
+        "speed_warnings": [each.to_json() for each in speed_warnings(turns, [], [Setting(**WHERE)])],
     }
 
 
@@ -85,7 +85,7 @@ SPEEDS = ["speed-up", "speed at temperature 0, 1 in flight"]
 
 
 def test_a_steady_machine_gives_no_warning_and_the_gate_decides() -> None:
-    assert evaluation(measured())["doubts"] == []
+    assert evaluation(measured())["speed_warnings"] == []
     assert gate(measured()).outcome == "promoted"
     slower = changed(measured(), opd=lambda _: 1.5)
     assert gate(slower).outcome == "refused"
@@ -103,18 +103,18 @@ def test_a_speed_up_above_the_served_tau_is_inconclusive() -> None:
 
 def test_noise_makes_a_failing_rule_inconclusive() -> None:
     turns = changed(measured(), opd=lambda round: 1 + 0.5 * (round % 2))
-    assert ("noise", ["opd"]) in [(each["kind"], each["arms"]) for each in evaluation(turns)["doubts"]]
+    assert ("noise", ["opd"]) in [(each["kind"], each["arms"]) for each in evaluation(turns)["speed_warnings"]]
     assert gate(turns, min_speedup=1.6).outcome == "inconclusive"
     assert gate(changed(measured(), opd=lambda _: 1.5), min_speedup=1.6).outcome == "refused"
     faster = changed(turns, **{CHAMPION: lambda _: 2.0})
     assert gate(faster, min_speedup=0.8).outcome == "promoted", "what passes in spite of noise passes"
     together = changed(measured(), **{arm: lambda round: 1 + 0.5 * (round % 2) for arm in TAU})
-    assert evaluation(together)["doubts"] == [], "what happens to all arms of a round cancels"
+    assert evaluation(together)["speed_warnings"] == [], "what happens to all arms of a round cancels"
 
 
 def test_a_busy_machine_is_reported_and_its_ratios_hold() -> None:
     busy = [turn | {"others_share": 0.48} for turn in measured()]
-    assert [each["kind"] for each in evaluation(busy)["doubts"]] == ["load"]
+    assert [each["kind"] for each in evaluation(busy)["speed_warnings"]] == ["load"]
     assert gate(busy).outcome == "promoted"
 
 
@@ -143,7 +143,7 @@ def test_noise_is_what_differs_between_repetitions_of_a_prompt(noise: float, exp
 def test_a_warning_concerns_its_arms_and_its_setting() -> None:
     """A warning about another drafter, or another setting, changes nothing."""
     found = evaluation(measured())
-    doubt = {"kind": "tau", "said": "it cannot be", "arms": ("opd",), **WHERE}
+    doubt = {"kind": "tau", "text": "it cannot be", "arms": ("opd",), **WHERE}
     for changed_to, expected in (
         ({}, SPEEDS),
         ({"arms": (CHAMPION,)}, SPEEDS[1:]),
@@ -152,7 +152,9 @@ def test_a_warning_concerns_its_arms_and_its_setting() -> None:
         ({"concurrency": 8}, []),
         ({"temperature": 0.7}, []),
     ):
-        assert inconclusive(decide(found | {"doubts": [doubt | changed_to]}, GateConfig())) == expected, changed_to
+        assert inconclusive(decide(found | {"speed_warnings": [doubt | changed_to]}, GateConfig())) == expected, (
+            changed_to
+        )
 
 
 def test_too_few_prompts_or_timed_runs_are_inconclusive() -> None:
@@ -161,8 +163,8 @@ def test_too_few_prompts_or_timed_runs_are_inconclusive() -> None:
     short = gate(measured(rounds=4))
     assert short.outcome == "inconclusive" and "4 timed runs, 5 are needed" in short.sentence
     found = evaluation(measured())
-    units = [each | ({"units": 3} if each["kind"] == "tau" else {}) for each in found["compared"]]
-    decision = decide(found | {"compared": units}, GateConfig())
+    units = [each | ({"units": 3} if each["kind"] == "tau" else {}) for each in found["comparisons"]]
+    decision = decide(found | {"comparisons": units}, GateConfig())
     assert (decision.outcome, inconclusive(decision)) == ("inconclusive", ["tau"])
     assert "3 prompts are too few" in decision.sentence
 

@@ -189,7 +189,7 @@ OF_A_LINE: dict[str, Any] = {  # an evaluation beside a champion, with a speed w
     "drafters": {"champion": _drafter(3.3, 0.0, 0.7), **EVALUATION["drafters"]},
     "sets": SETS,
     "acceptance_by_offset": {"chat": {"champion": [0.75, 0.5, 0.375], "opd": [0.5, 0.25]}},
-    "compared": [
+    "comparisons": [
         _compared("tau", "champion", 0.24, 0.02, set=None, base=3.3),
         *(_compared("tau", "champion", 0.2, 0.05, set=name, base=3.3) for name in SETS),
         _compared("speed", "champion", math.log(1.03), 0.01, temperature=0.0, concurrency=1),
@@ -210,10 +210,10 @@ OF_A_LINE: dict[str, Any] = {  # an evaluation beside a champion, with a speed w
         for arm, other, factor in (("opd", "plain", 1.5), ("opd", "champion", 1.1), ("champion", "plain", 1.4))
     ],
     "machine": {"cpu": "AMD EPYC 9B14", "cores": 16, "memory_gb": 128, "gpus": ["NVIDIA H100", "NVIDIA H100"]},
-    "doubts": [
+    "speed_warnings": [
         {
             "kind": "noise",
-            "said": "repetitions of the same prompts leave ±12% on the speed-up of opd: the machine was too busy",
+            "text": "repetitions of the same prompts leave ±12% on the speed-up of opd: the machine was too busy",
             "temperature": 0.0,
             "concurrency": 1,
             "arms": [],
@@ -224,7 +224,7 @@ OF_A_LINE: dict[str, Any] = {  # an evaluation beside a champion, with a speed w
 
 def rule(name: str, passed: bool = True, judged: bool = True, said: str = "why", **figures: float) -> dict[str, Any]:
     """Return a rule of a gate's decision."""
-    return {"name": name, "passed": passed, "judged": judged, "said": said, "figures": figures}
+    return {"name": name, "passed": passed, "conclusive": judged, "text": said, "metrics": figures}
 
 
 OF_SPEED = "1.031 times the champion's, at most 1.052 at 95 %; at least 0.980 wanted"
@@ -250,9 +250,9 @@ CONTEXTS = [
         "position": 12 * place,
         "before": "def area(radius):\n    # the area of a circle\n    return ",
         "steps": [
-            {"kept": " 3.14", "rejected": " times", "dropped": " the radius", "chosen": " *"},
-            {"kept": "", "rejected": HOSTILE if place == 0 else "\n", "dropped": "", "chosen": " radius"},
-            {"kept": " **", "rejected": "", "dropped": "", "chosen": " 2"},
+            {"accepted": " 3.14", "rejected": " times", "dropped": " the radius", "chosen": " *"},
+            {"accepted": "", "rejected": HOSTILE if place == 0 else "\n", "dropped": "", "chosen": " radius"},
+            {"accepted": " **", "rejected": "", "dropped": "", "chosen": " 2"},
         ],
         "after": "\n\nprint(area(2))" * 3,
     }

@@ -76,7 +76,7 @@ def test_a_plot_of_one_point_is_a_sentence(tmp_path: Path) -> None:
         "drafters": {arm: {"tau": 1.5, "acceptance_by_offset": [0.52]} for arm in EVALUATION["drafters"]},
         "load": [load_point(arm, PLAIN, 1, 1.25, 60.0) for arm in EVALUATION["drafters"]],
         "sets": {},
-        "compared": [],
+        "comparisons": [],
     }
     page = render(tmp_path, sample(evaluation=found, history=[]))
     assert "svg" not in [tag for tag, _ in page.tags]
@@ -116,10 +116,10 @@ def test_two_worst_and_two_typical_contexts_are_open(tmp_path: Path) -> None:
 
 def test_each_slice_has_its_gain_and_its_worst_contexts(tmp_path: Path) -> None:
     small = {"units": 2, "degrees": 0.7, "value": -0.3, "error": 0.01}
-    compared = [{**each, "gain": small} if each.get("set") == "chat" else each for each in OF_A_LINE["compared"]]
+    compared = [{**each, "gain": small} if each.get("set") == "chat" else each for each in OF_A_LINE["comparisons"]]
     of_slices = [{**CONTEXTS[0], "slice": name} for name in ("chat", "depth:4k-16k")]
     contexts = [AnswerContext.model_validate(each) for each in [*CONTEXTS, *of_slices]]
-    page = render(tmp_path, of_a_line(evaluation={**OF_A_LINE, "compared": compared}, contexts=contexts))
+    page = render(tmp_path, of_a_line(evaluation={**OF_A_LINE, "comparisons": compared}, contexts=contexts))
     assert "chat (inconclusive)" in page.text and "-30.0% inconclusive: 2 prompts, 4 are needed" in page.text
     before, _, after = page.text.partition("Worst contexts of each slice")
     assert before.count("Worst:") == 10 and after.count("Worst:") == 2 and "depth:4k-16k" in after

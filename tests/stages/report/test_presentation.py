@@ -46,7 +46,7 @@ def test_an_inconclusive_speed_is_measured_again_or_not_judged() -> None:
     assert again.command == ASKED.run("--from", "evaluation")
     assert again.label.startswith("measure again") and "2 min" in again.label
     assert "gate.judge_speed=false" in by_acceptance.command
-    another = {"look": {"number": 1, "of": 3, "prompts": 18}, "doubts": []}
+    another = {"look": {"number": 1, "of": 3, "prompts": 18}, "speed_warnings": []}
     undecided = rule("speed-up", passed=False, judged=False)
     first, *_ = steps(OF_A_LINE | another, rules=[undecided])
     assert first.label.startswith("measure 18 more prompts, and decide again")

@@ -110,7 +110,7 @@ def test_the_review_has_every_metric_the_verdict_and_the_configs(tmp_path: Path,
     assert review["outcome"]["label"] and review["outcome"]["sentence"]
     assert {each["arm"] for each in review["variants"]} == {"plain", "sft", "opd", "control"}
     assert [each["result"] for each in review["checks"]].count("inconclusive") == 1
-    figures = review["figures"]
+    figures = review["metrics"]
     assert figures["tau.opd"] == figures["tau.challenger"] == EVALUATION["drafters"]["opd"]["tau"]
     assert figures["tau_minus.sft.challenger"] == 0.131
     assert set(review["config"]) >= {"target", "sft", "opd", "evaluation"}
@@ -118,7 +118,7 @@ def test_the_review_has_every_metric_the_verdict_and_the_configs(tmp_path: Path,
 
 
 def test_a_report_without_contexts_has_no_text_of_an_answer(tmp_path: Path, inputs: dict[str, Path]) -> None:
-    texts = [f"{field} of a user" for field in ("before", "after", "kept", "rejected", "dropped", "chosen")]
+    texts = [f"{field} of a user" for field in ("before", "after", "accepted", "rejected", "dropped", "chosen")]
     step = {name.partition(" ")[0]: name for name in texts[2:]}
     context = {**CONTEXTS[0], "before": texts[0], "after": texts[1], "steps": [step], "slice": "language:de"}
     (inputs["evaluation"] / "contexts.json").write_text(json.dumps({"opd": [*CONTEXTS, context]}))

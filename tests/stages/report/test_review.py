@@ -59,15 +59,15 @@ def test_intervals_of_a_variant_are_widened_to_the_level_of_the_comparisons() ->
 
 
 def test_speeds_with_a_warning_are_unreliable_and_inconclusive() -> None:
-    review, calm = reviewed(OF_A_LINE), reviewed(OF_A_LINE | {"doubts": []})
+    review, calm = reviewed(OF_A_LINE), reviewed(OF_A_LINE | {"speed_warnings": []})
     assert [each.unreliable for each in review.variants] == [False, True, True, True, True]
     assert not any(each.unreliable for each in calm.variants)
     assert variant(review, "opd").speed_over["champion"].significant is None
     assert variant(calm, "opd").speed_over["champion"].significant is True
-    (doubt,) = OF_A_LINE["doubts"]
-    of_one = reviewed(OF_A_LINE | {"doubts": [doubt | {"arms": ["sft"]}]})
+    (doubt,) = OF_A_LINE["speed_warnings"]
+    of_one = reviewed(OF_A_LINE | {"speed_warnings": [doubt | {"arms": ["sft"]}]})
     assert [each.arm for each in of_one.variants if each.unreliable] == ["sft"]
-    elsewhere = reviewed(OF_A_LINE | {"doubts": [doubt | {"concurrency": 16}]})
+    elsewhere = reviewed(OF_A_LINE | {"speed_warnings": [doubt | {"concurrency": 16}]})
     assert not any(each.unreliable for each in elsewhere.variants) and len(elsewhere.speed_warnings) == 1
 
 
