@@ -53,6 +53,26 @@ class Gpu:
     model: str
 
 
+@dataclass(frozen=True)
+class GpuModel:
+    """A kind of GPU, for estimates: by its data sheet, and by a share of its FLOP that nobody measured."""
+
+    memory: float  # bytes
+    peak: float  # FLOP/s of dense products in bfloat16
+    share: float  # of the peak, that a whole stage is taken to reach
+
+    @property
+    def rate(self) -> float:
+        """Return the FLOP/s that a stage is taken to reach."""
+        return self.share * self.peak
+
+
+GPU_MODELS = {  # part of the name that the driver reports
+    "H100": GpuModel(80e9, 989e12, 0.4),
+    "H200": GpuModel(141e9, 989e12, 0.4),
+}
+
+
 @functools.cache
 def all_gpus() -> tuple[Gpu, ...]:
     """Return every NVIDIA GPU in the order of nvidia-smi, without creating a CUDA context."""

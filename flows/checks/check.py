@@ -14,6 +14,7 @@ from pathlib import Path
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import home
+from draftsmith.artifacts.host import GpuModel
 from draftsmith.artifacts.store.mirror import open_store
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.checks.drafters import check_gate, check_sampling
@@ -24,6 +25,8 @@ from draftsmith.flows.checks.engines import (
     check_shared_target,
 )
 from draftsmith.flows.checks.findings import Findings, RaisingFindings
+from draftsmith.flows.checks.hours import check_hours
+from draftsmith.flows.checks.memory import Hardware, check_accelerators, check_memory
 from draftsmith.flows.checks.models import (
     DrafterPlans,
     check_drafters,
@@ -42,9 +45,7 @@ from draftsmith.flows.checks.prompts import (
     check_prompt_counts,
     check_sources,
 )
-from draftsmith.flows.checks.resources import Hardware, check_accelerators, check_resources, model_sizes
-from draftsmith.flows.checks.work import GpuRates
-from draftsmith.flows.config.options import RunOptions, StageOptions, check_runner
+from draftsmith.flows.config.options import RunOptions, check_runner
 from draftsmith.flows.execution.machine import check_home, free_disk_bytes
 from draftsmith.flows.orchestration import server
 from draftsmith.flows.planning.graph import Node, Pipeline, PlannedNode, Status, plan, topological_order
@@ -54,7 +55,7 @@ from draftsmith.stages.data.prompts import PromptsConfig
 from draftsmith.stages.targets.info import read_target_info
 
 
-def check(config: RunOptions, pipeline: Pipeline, home: Path, gpu: GpuRates | None = None) -> Findings:
+def check(config: RunOptions, pipeline: Pipeline, home: Path, gpu: GpuModel | None = None) -> Findings:
     """Make all checks of a valid config, and return their results. Weights are loaded only to test logged answers.
 
     gpu: to estimate memory and time for, in place of this machine's.
@@ -101,9 +102,10 @@ def check(config: RunOptions, pipeline: Pipeline, home: Path, gpu: GpuRates | No
             plans = _with_target(findings, nodes, nodes, Path(scratch), whole=False, test=test)
             check_served_targets(findings, to_make, Path(scratch), stored[0] if stored else None)
             with findings.check("resources"):
-                machine = Hardware.here() if gpu is None else Hardware.assumed(gpu)
-                sizes = model_sizes(nodes, Path(scratch), plans, machine)
-                check_resources(findings, nodes, to_make, sizes, home, machine, config.stages)
+                machine = Hardware.here() if gpu is None else Hardware((gpu.memory,), None, gpu)
+                uses = check_memory(findings, nodes, to_make, Path(scratch), plans, home, machine)
+                made = open_store(home).list() if gpu is None else []
+                check_hours(findings, to_make, uses, config, made, machine.model)
         else:
             check_logs(findings, nodes, None)
             check_initial_drafters(findings, nodes)
@@ -181,8 +183,7 @@ class RunChecks:
             target = made[node.name]
             plans = _with_target(findings, self._nodes, self._to_make, target, whole=True)
             with findings.check("resources"):
-                sizes = model_sizes(self._nodes, target, plans, machine := Hardware.here())
-                check_resources(findings, self._nodes, self._to_make, sizes, home(), machine, StageOptions())
+                check_memory(findings, self._nodes, self._to_make, target, plans, home(), Hardware.here())
         elif isinstance(node.config, PromptsConfig):
             positions = read_target_info(made[node.inputs["target"]]).max_positions
             check_lengths(findings, self._to_make, node.name, made[node.name], positions)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from draftsmith.artifacts.errors import DraftsmithError, RefusedError, RetryableError
 from draftsmith.artifacts.home import home
-from draftsmith.artifacts.host import visible_gpus
+from draftsmith.artifacts.host import GPU_MODELS, visible_gpus
 from draftsmith.artifacts.store.manifest import local_time
 from draftsmith.artifacts.store.mirror import open_store
 from draftsmith.artifacts.store.retention import (
@@ -35,7 +35,6 @@ from draftsmith.artifacts.tracking.registry import Registry, describe_other_trac
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.checks.check import check, check_node
 from draftsmith.flows.checks.findings import show
-from draftsmith.flows.checks.work import GPUS
 from draftsmith.flows.cli.status import early_end, find_report, show_artifact, show_config_status, show_store_status
 from draftsmith.flows.cli.why import explain_key
 from draftsmith.flows.config.load import read_config
@@ -128,7 +127,7 @@ def _check(options: argparse.Namespace, pipeline: Pipeline) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when the checks import the library
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     config, display = _read_config(options, pipeline), Display()
-    findings = check(config, pipeline, home(), GPUS[options.gpu] if options.gpu else None)
+    findings = check(config, pipeline, home(), GPU_MODELS.get(options.gpu))
     show(display, findings.lines)
     display.line(findings.summary)
     if findings.errors:

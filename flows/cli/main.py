@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from draftsmith.artifacts.errors import EXIT_INTERRUPTED, DraftsmithError, RefusedError, from_os_error, one_line
 from draftsmith.artifacts.home import home, home_umask
-from draftsmith.artifacts.host import bypass_proxy_for_localhost
+from draftsmith.artifacts.host import GPU_MODELS, bypass_proxy_for_localhost
 from draftsmith.artifacts.redaction import redact_logs, shown, shown_traceback
 from draftsmith.stages.runtime.memory import relax_gc
 
@@ -47,8 +47,8 @@ def parser() -> argparse.ArgumentParser:
     _add_config(check)
     check.add_argument(
         "--gpu",
-        choices=["H100", "H200"],
-        help="estimate memory, time and cost for GPUs of this kind, not for this machine",
+        choices=list(GPU_MODELS),
+        help="estimate memory and time for GPUs of this kind, not for this machine",
     )
 
     init = commands.add_parser("init", help="write a first config from a few answers, and check it")

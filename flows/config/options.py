@@ -54,8 +54,6 @@ class StageOptions(Config):
     """Address of the Ray cluster, such as `ray://head:10001`. Left out, a cluster is started on this machine."""
     min_free_gb: float = Field(default=2, ge=0)
     """Free disk space (10^9 bytes) that a run needs to start."""
-    price_per_hour: float | None = Field(default=None, ge=0)
-    """Price of a GPU, or of a machine without one, from which `draftsmith check` estimates the cost of a run."""
 
     @property
     def retry_delays(self) -> list[float]:

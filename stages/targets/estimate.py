@@ -1,6 +1,6 @@
 """Sizes of target and drafter for memory estimates, from the models' configs alone.
 
-Letters of the formulas, here and in `flows/checks/estimates.py`: P, P_d parameters of target and drafter, s bytes of an
+Letters of the formulas, here and in `flows/checks/memory.py`: P, P_d parameters of target and drafter, s bytes of an
 element in the serving dtype, T positions of the longest sequence (prompt limit + new tokens), H hidden size, K target
 layers that the drafter reads, B sequences per step, V vocabulary (or the reduced head). They are meant to be right
 within a third where memory decides; activations of the target's forward passes are small beside the listed terms.
@@ -40,7 +40,6 @@ class ModelSize:
     mapped: int = 0  # of a drafter: parameters of its linear maps, which an adapter adapts
     map_widths: int = 0  # inputs and outputs of these maps together: an adapter has rank times as many parameters
     active: int = 0  # width of the experts that one token goes through; 0: no experts
-    routed: float = 0.0  # their share of all experts
 
     @classmethod
     def from_config(
@@ -75,7 +74,6 @@ class ModelSize:
             mapped=map_sizes[0],
             map_widths=map_sizes[1],
             active=_active_width(usual),
-            routed=_routed_share(usual),
         )
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
@@ -148,12 +146,6 @@ def _active_width(config: Any) -> int:
     shared: int = getattr(config, "shared_expert_intermediate_size", None) or 0
     shared = shared or width * (getattr(config, "n_shared_experts", None) or 0)
     return experts * width + shared
-
-
-def _routed_share(config: Any) -> float:
-    """Return the share of all experts that one token goes through; 0 without experts."""
-    every = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
-    return (getattr(config, "num_experts_per_tok", None) or 0) / every if every else 0.0
 
 
 def target_size(folder: Path) -> ModelSize:

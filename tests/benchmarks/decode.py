@@ -4,7 +4,7 @@ Two separate model objects read the same weights: ours with grouped attention ov
 makes it, with sdpa attention and its dynamic cache. Both decode greedily, ignore stop tokens and produce the same
 number of tokens. Prefill is the time to the first tokens of a batch; decode is the rest of a longer run.
 
-Operations are those of `target_forward` (`flows/checks/work.py`), with logits once a prompt in prefill and for every
+Operations are those of `target_flop` (`flows/checks/hours.py`), with logits once a prompt in prefill and for every
 token in decode. Padding does not count. The share is of the measured matrix product rate of `machine`, in the model's
 dtype.
 """
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from draftsmith.flows.checks.work import target_forward
+from draftsmith.flows.checks.hours import target_flop
 from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.targets.causal_lm import Target
@@ -89,9 +89,9 @@ def measure(target: Target, model: Any, prompts: Sequence[list[int]], new_tokens
     rate = machine.peak_rate(target.dtype) * 1e9
     prompt_tokens = sum(len(p) for p in prompts)
     decoded = batch * (new_tokens - 1)
-    prefill_operations = sum(target_forward(size, len(p), (len(p) + 1) / 2, logits=1).operations for p in prompts)
+    prefill_operations = sum(target_flop(size, len(p), (len(p) + 1) / 2, logits=1) for p in prompts)
     context = prompt_tokens / batch + new_tokens / 2
-    decode_operations = target_forward(size, decoded, context, logits=decoded).operations
+    decode_operations = target_flop(size, decoded, context, logits=decoded)
     rows = []
     for name in (OURS, THEIRS):
         first = harness.median(seconds[f"{name}/1"])

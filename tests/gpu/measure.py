@@ -1,8 +1,8 @@
 """SFT and OPD as the stages run them: tokens/s, share of the device's rate, memory against the estimate, kernels.
 
 Operations are those of all matrix products: the drafter's forward and backward as the training counts them, and what
-`flows/checks/work.py` expects of the target's forwards, of mining and of scoring. The rate is that of the device's data
-sheet (`mfu`), and that of a large product on it (`of_matmul_rate`).
+`flows/checks/hours.py` expects of the target's forwards, of mining and of scoring. The rate is that of the device's
+data sheet (`mfu`), and that of a large product on it (`of_matmul_rate`).
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ from typing import Any
 
 import torch
 
-from draftsmith.flows.checks.work import step_work
+from draftsmith.flows.checks.hours import step_flop
 from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.estimate import PROCESS_BYTES, AnswerCounts, StageUse
-from draftsmith.stages.training.config import OpdConfig
 from draftsmith.stages.training.estimate import row_tokens, training_memory
 from draftsmith.stages.training.loop import MicroBatches, train
 from draftsmith.stages.training.opd.trainer import OpdTraining
@@ -97,9 +96,7 @@ def _measure_training(
         totals = train(context, drafter, config, micro_batches, training.memory)
     peak = torch.cuda.max_memory_allocated() if on_gpu else None
     seconds = harness.median([end - start for start, end in pairwise(context.ends)][WARM - 1 : WARM - 1 + repetitions])
-    remines = isinstance(config, OpdConfig) and config.oldest_trace > 0
-    work = step_work(config, use, mines=remines, scores=scores)
-    others = sum(of_phase.operations for phase, of_phase in work.items() if phase != "drafter")
+    others = sum(flop for phase, flop in step_flop(config, use).items() if phase != "drafter")
     tflop = totals["tflop"] / steps + others / 1e12
     estimated = sum(parts.values()) - PROCESS_BYTES
     profile = _profile(kind, drafter, target, trajectories, scale.step, micro_batches.limit)

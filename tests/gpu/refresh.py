@@ -24,8 +24,8 @@ from draftsmith.artifacts.results.evaluation import EvaluationResult
 from draftsmith.artifacts.store.local import Claim, Store
 from draftsmith.artifacts.store.manifest import ArtifactRef, Manifest
 from draftsmith.flows.checks.findings import RaisingFindings
+from draftsmith.flows.checks.memory import Hardware, model_sizes, node_need, stage_uses
 from draftsmith.flows.checks.models import check_drafters
-from draftsmith.flows.checks.resources import Hardware, _needs, model_sizes
 from draftsmith.flows.config.load import config_from_fields
 from draftsmith.flows.execution.attempt import StageJob, Watch, run_attempt
 from draftsmith.flows.execution.machine import Device
@@ -215,8 +215,9 @@ def _estimates(nodes: Sequence[Node], artifact: Path) -> dict[str, float]:
     plans = check_drafters(RaisingFindings(), nodes, artifact, whole=True)
     sizes = model_sizes(nodes, artifact, plans, Hardware.here())
     assert sizes is not None
-    process = PROCESS_BYTES if sizes.accelerated else 0.0
-    return {name: (need.memory - process) / 1e9 for name, need in _needs(nodes, sizes).items() if need.memory}
+    process, uses = PROCESS_BYTES if sizes.accelerated else 0.0, stage_uses(nodes, sizes)
+    needs = {node.name: node_need(node, uses[node.name]) for node in nodes if node.name in uses}
+    return {name: (need.memory - process) / 1e9 for name, need in needs.items() if need.memory}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

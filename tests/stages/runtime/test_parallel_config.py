@@ -15,7 +15,7 @@ from draftsmith.stages.runtime.stage import RENDEZVOUS, ParallelConfig
 from draftsmith.stages.targets.estimate import AnswerCounts, StageUse
 from draftsmith.stages.training.config import OpdConfig, SftConfig
 from draftsmith.stages.training.estimate import row_bytes, training_memory
-from tests.flows.checks.test_resources import qwen_sizes
+from tests.flows.checks.test_memory import qwen_sizes
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 8, 21])
