@@ -154,7 +154,7 @@ def _with_target(
         check_target(findings, to_make, artifact)
     plans = check_drafters(findings, nodes, artifact, whole=whole)
     check_max_lengths(findings, to_make, read_target_info(artifact).max_positions)
-    check_stage_settings(findings, to_make, artifact, whole=whole)
+    check_stage_settings(findings, to_make, artifact)
     check_shared_target(findings, to_make, artifact)
     check_logs(findings, to_make, artifact, test)
     with findings.check("GPUs"):
@@ -199,6 +199,7 @@ def check_node(node: Node, inputs: Mapping[str, Path]) -> list[str]:
     check_engines(findings, [node])
     check_parallel(findings, [node])
     if "target" in inputs:
-        check_stage_settings(findings, [node], inputs["target"], whole=True)
+        check_drafters(findings, [node], inputs["target"], whole=True)
+        check_stage_settings(findings, [node], inputs["target"])
         check_shared_target(findings, [node], inputs["target"])
     return findings.remarks

@@ -166,14 +166,9 @@ def _check_template(findings: Findings, config: PromptsConfig, folder: Path) -> 
     findings.ok("chat template", f"works{f' with {given}' if given else ''}: {len(ids)} tokens around one word")
 
 
-def check_stage_settings(findings: Findings, nodes: Sequence[Node], artifact: Path, *, whole: bool) -> None:
-    """Run every stage's own check of its settings against the target.
-
-    whole: the target has its weights, and a drafter's weights may be fetched; else only small files are read.
-    """
+def check_stage_settings(findings: Findings, nodes: Sequence[Node], artifact: Path) -> None:
+    """Run every stage's own check of its settings against the target."""
     for node in nodes:
-        if isinstance(node.config, SftConfig) and not (creates_drafter(node) and whole):
-            continue  # it continues a drafter of this run; section sft describes a new one
         if (check := node.stage.preflight) is not None:
             with findings.check(node.name):
                 check(node.config, artifact)
@@ -195,7 +190,8 @@ def check_initial_drafters(findings: Findings, nodes: Sequence[Node]) -> None:
 def check_drafters(findings: Findings, nodes: Sequence[Node], artifact: Path, *, whole: bool) -> DrafterPlans:
     """Check every drafter that a run starts with, and the settings of the nodes that draft with it.
 
-    artifact: the target's. whole: as of `check_stage_settings`. Returns the drafters as they are trained.
+    artifact: the target's. whole: it has its weights, and a drafter's may be fetched; else only small files are read.
+    Returns the drafters as they are trained.
     """
     plans: dict[str, DrafterPlan] = {}
     serving: dict[str, DrafterPlan] = {}  # champions as they serve: training may change their kind
@@ -249,8 +245,12 @@ def _check_drafter(
         config.check_lora(kind, plan.kind)
         if keeps_kind and config.drafter != SftConfig.model_fields["drafter"].default:
             findings.warn(name, f"section drafter is not used: {where} has its own shape. Remove the section.")
-        if source == Path(config.init_from).expanduser():  # of a hub checkpoint, only small files are here
+        if whole and not config.adopt:
+            checkpoint.check_drafter(source, info)
+        if whole or source == Path(config.init_from).expanduser():  # else, of the hub's, only small files are here
             checkpoint.check_complete(source)
+    elif config.steps == 0:
+        raise DraftsmithError("sft.steps: 0 steps train nothing. Name the drafter to take as it is in sft.init_from.")
     else:
         config.check_lora(None, config.drafter.kind)
         shape = checkpoint.with_mask_token(config.drafter, info)

@@ -271,8 +271,7 @@ MORE_LOGS = "Give more logs, or a section prompts with lower counts"  # the reme
 
 
 def preflight(config: PromptsConfig, target: Path) -> None:
-    """Check that the files exist, and that prompts of the allowed length leave room for an answer."""
-    config.external_files()
+    """Check that prompts of the allowed length leave room for an answer."""
     context_tokens = read_target_info(target).max_positions
     if config.max_prompt_tokens >= context_tokens:
         raise DraftsmithError(

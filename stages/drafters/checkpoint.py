@@ -24,7 +24,7 @@ from draftsmith.stages.drafters.registry import KINDS, DrafterConfig
 from draftsmith.stages.drafters.spec import Architecture, RawConfig
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.hub import check_snapshot, hub_commit, hub_snapshot
-from draftsmith.stages.targets.info import TargetInfo, load_tokenizer, model_path, read_target_info
+from draftsmith.stages.targets.info import TargetInfo
 
 _INFO = TypeAdapter(DrafterInfo)
 INFO_FILE, TOKENS_FILE = "drafter.json", "frequent_tokens.npy"
@@ -303,16 +303,6 @@ def drafter_source(source: str, revision: str | None = None) -> Path:
 def check_shape(folder: Path, target_model: Path) -> None:
     """Refuse a drafter whose config does not fit the target's. Configs only."""
     _check_fits(*read_config(folder), read_target_config(target_model), str(folder))
-
-
-def check_new(shape: DrafterConfig, target: Path) -> None:
-    """Refuse a shape that does not fit the target: layer ids, mask token. Config and tokenizer only.
-
-    target: folder of its artifact.
-    """
-    model = model_path(target)
-    shape = with_mask_token(shape, read_target_info(target))
-    plan_of_new(shape, read_target_config(model), lambda: load_tokenizer(model))
 
 
 def read_target_config(target_model: Path) -> Any:

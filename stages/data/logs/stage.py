@@ -162,8 +162,7 @@ class LogsConfig(Config):
 
 
 def preflight(config: LogsConfig, target: Path) -> None:
-    """Check that the files exist, and that rows of the allowed length fit into the target's context."""
-    config.external_files()
+    """Check that rows of the allowed length fit into the target's context."""
     limit = read_target_info(target).max_positions
     if config.max_tokens is not None and config.max_tokens > limit:
         raise DraftsmithError(f"logs.max_tokens {config.max_tokens} exceeds the target's {limit} positions. Lower it.")

@@ -99,10 +99,10 @@ def description(config: Qwen3Config, tokenizer: Callable[[], Any]) -> str:
     mask = config.dflash_config["mask_token_id"]
     token = tokenizer().convert_ids_to_tokens(mask)  # rows of a padded vocabulary have no text
     name = repr(token) if token is not None else "(beyond the tokenizer's tokens)"
-    sliding = config.layer_types.count("sliding_attention")
+    layers, sliding = config.num_hidden_layers, config.layer_types.count("sliding_attention")
     windows = f" ({sliding} of them with a window of {config.sliding_window})" if sliding else ""
     return (
-        f"DFlash, {config.num_hidden_layers} layers{windows} on target layers {target_layer_ids(config)}, blocks of "
+        f"DFlash, {layers} layer{'s' * (layers != 1)}{windows} on target layers {target_layer_ids(config)}, blocks of "
         f"{config.block_size}, mask token {mask} {name}"
     )
 

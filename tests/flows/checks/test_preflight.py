@@ -17,6 +17,7 @@ from draftsmith.flows.checks.models import DrafterPlans, check_drafters, check_s
 from draftsmith.flows.checks.prompts import check_lengths, check_prompt_counts
 from draftsmith.flows.planning.graph import Node
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, load_prompts
+from draftsmith.stages.drafters.checkpoint import read_info
 from draftsmith.stages.targets.info import read_target_info
 from tests.flows.toy import ToyConfig, toy_nodes
 from tests.flows.toy_stages.combine import CombineConfig
@@ -28,7 +29,7 @@ from tests.testbed.target import MASK
 def check_target(nodes: list[Node], target: Path) -> None:
     """Make the checks that a run makes once it has the target."""
     check_drafters(RaisingFindings(), nodes, target, whole=True)
-    check_stage_settings(RaisingFindings(), nodes, target, whole=True)
+    check_stage_settings(RaisingFindings(), nodes, target)
 
 
 def test_every_stage_checks_its_config_against_the_target(tmp_path: Path) -> None:
@@ -47,6 +48,30 @@ def test_sft_that_continues_a_drafter_is_not_checked_as_a_new_one(tiny_drafter: 
     check_target([node_of("sft", {**LEARNED, "drafter": "sft"}, "control", drafter=new)], tiny_drafter.target)
     with pytest.raises(DraftsmithError, match=r"sft: drafter: .*'<never>' is not a token of the target"):
         check_target([node_of("sft", LEARNED, drafter=new)], tiny_drafter.target)
+
+
+def test_a_drafter_that_cannot_be_continued_is_refused_before_work(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    good = tiny_drafter.drafter / DRAFTER_FOLDER
+    check_target([node_of("sft", LEARNED, init_from=str(good))], tiny_drafter.target)
+    other, whole = (Path(shutil.copytree(good, tmp_path / name)) for name in ("other", "without weights"))
+    info = (other / "drafter.json").read_text()
+    (other / "drafter.json").write_text(info.replace(read_info(good).target_digest, "0" * 64))
+    (whole / "model.safetensors").rename(whole / "pytorch_model.bin")
+    shape = {"block_size": 4, "num_layers": 1}
+    for fields, message in (
+        ({"init_from": "/no/such/folder"}, "init_from"),
+        ({"init_from": str(other)}, "adopt"),
+        ({"init_from": str(whole)}, r"model\.safetensors"),
+        ({"drafter": {**shape, "mask_token": "<absent>"}}, "<absent>"),
+        ({"drafter": {**shape, "mask_token": MASK, "target_layer_ids": [1, 4]}}, "layer"),
+        ({"adopt": True, "steps": 0}, "0 steps train nothing"),
+    ):
+        with pytest.raises(DraftsmithError, match=message):
+            check_target([node_of("sft", LEARNED, **fields)], tiny_drafter.target)
+    check_target([node_of("sft", LEARNED, init_from=str(other), adopt=True)], tiny_drafter.target)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.base import Drafter, DrafterInfo
 from draftsmith.stages.drafters.checkpoint import (
     check_drafter,
-    check_new,
     create_drafter,
     load_drafter,
     plan_of_checkpoint,
@@ -113,7 +112,6 @@ def test_a_mask_token_that_is_left_open_is_chosen(
     artifact = Path(shutil.copytree(plain_artifact, tmp_path / "target"))
     write_target_info(read_target_info(artifact).model_copy(update={"mask_candidates": candidates}), artifact)
     shape = DFlashConfig(num_layers=1, block_size=4)
-    check_new(shape, artifact)
     drafter = create_drafter(shape, Target.load(artifact, device="cpu"), 0)
     assert drafter.config.dflash_config["mask_token_id"] == chosen
 

@@ -21,7 +21,7 @@ from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.training.batches import token_counts
 from draftsmith.stages.training.config import SftConfig
-from draftsmith.stages.training.sft.stage import STAGE, preflight
+from draftsmith.stages.training.sft.stage import STAGE
 from tests.stages.bench import Bench
 from tests.testbed import random_target
 from tests.testbed.context import RecordingContext, StoppingContext
@@ -150,27 +150,6 @@ def test_frequent_tokens_are_those_of_the_answers_that_were_trained_on_last(
     counts = token_counts(load_trajectories(tiny_drafter.rollout).trajectories, bench.target.info.vocab_size).numpy()
     found = np.load(trained.out / DRAFTER_FOLDER / "frequent_tokens.npy")
     assert counts[found].tolist() == counts[ours].tolist() == sorted(counts, reverse=True)
-
-
-def test_a_drafter_that_cannot_be_continued_is_refused_before_work(
-    tmp_path: Path, tiny_drafter: DrafterArtifacts, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    good = tiny_drafter.drafter / DRAFTER_FOLDER
-    preflight(SftConfig(init_from=str(good)), tiny_drafter.target)
-    other, whole = (Path(shutil.copytree(good, tmp_path / name)) for name in ("other", "without weights"))
-    info = (other / "drafter.json").read_text()
-    (other / "drafter.json").write_text(info.replace(read_info(good).target_digest, "0" * 64))
-    (whole / "model.safetensors").rename(whole / "pytorch_model.bin")
-    for fields, message in (
-        ({"init_from": "/no/such/folder"}, "init_from"),
-        ({"init_from": str(other)}, "adopt"),
-        ({"init_from": str(whole)}, r"model\.safetensors"),
-        ({"drafter": {**SHAPE, "mask_token": "<absent>"}}, "<absent>"),
-        ({"drafter": {**SHAPE, "target_layer_ids": [1, 4]}}, "layer"),
-    ):
-        with pytest.raises(DraftsmithError, match=message):
-            preflight(SftConfig.model_validate(fields), tiny_drafter.target)
 
 
 def test_a_loss_that_is_not_finite_stops_the_training(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
