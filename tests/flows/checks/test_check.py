@@ -78,6 +78,7 @@ def test_a_good_config_passes_and_nothing_is_left(home: Path, check: Check, conf
     code, out = check(config)
     assert code == 0 and {level for each in levels(out).values() for level in each} == {"ok"}
     assert out.splitlines()[-1] == "0 errors, 0 warnings, 0 not checked"
+    assert "DFlash, 1 layer on target layers" in out
     for name in ("home", "graph", "prompts.sources.0", "target", "sft: drafter", "sft: needs", "disk", "time"):
         assert name in levels(out)
     assert not home.exists()
