@@ -8,13 +8,16 @@ also with hidden states of the first one, as by a gate that knows transformers' 
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
+from draftsmith.stages.catalog import STAGES
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, StoredTrajectories, load_trajectories
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.engines.servers.identity import own_logprobs
@@ -24,14 +27,38 @@ from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.replay.trace import AcceptanceStats
 from draftsmith.stages.targets.causal_lm import Target
-from tests.lab.adapters import GREEDY, TRAINING, stage
 from tests.lab.seasons import copy_target, rounded
 from tests.testbed import target
+from tests.testbed.context import RecordingContext
+from tests.testbed.procedural.training import MASK
 
 ROUNDED = {"int8": (8, None), "4 bits": (4, 32)}  # bits, and weights to a scale
 TARGETS = ("bfloat16", *ROUNDED)
 COUNTS = {"train": 400, "heldout": 120}
 STEPS, SEEDS = 600, (0, 1, 2)
+GREEDY = {"max_new_tokens": 96, "temperature": 0.0}
+TRAINING = {
+    "drafter": {"num_layers": 1, "block_size": 8, "target_layer_ids": (0, 1, 2), "mask_token": MASK},
+    "learning_rate": 3e-3,
+    "sequences_per_step": 8,
+    "anchors_per_sequence": 12,
+    "gamma": 4.0,
+    "compute_dtype": "float32",
+}
+
+
+def stage(
+    name: str, out: Path, config: Mapping[str, Any], inputs: Mapping[str, Path] | None = None, seed: int = 0
+) -> Path:
+    """Run a stage unless it has been, and return its artifact."""
+    if not (done := out.with_suffix(".done")).exists():
+        print(out.name, flush=True)
+        declared = importlib.import_module(STAGES[name]).STAGE
+        declared.run(
+            RecordingContext(out, out.with_suffix(".work"), inputs or {}, seed), declared.config.model_validate(config)
+        )
+        done.touch()
+    return out
 
 
 def artifacts(folder: Path, name: str) -> dict[str, Path]:

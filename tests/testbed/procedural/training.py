@@ -206,26 +206,11 @@ def train_target(folder: Path, config: TrainingTextConfig, shape: ShapeConfig, *
                 shutil.copyfile(path, folder / path.name)
 
 
-def train_adapter(folder: Path, config: TrainingTextConfig, target: Path, rank: int = 8) -> None:
-    """Train a LoRA adapter of all maps of a target's layers, and save it in `folder` as peft does."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(target, local_files_only=True)
-    model = AutoModelForCausalLM.from_pretrained(target, local_files_only=True, dtype="float32")
-    torch.manual_seed(config.seed)
-    adapted = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
-    _train(adapted, *_packed_rows(training_examples(config), tokenizer, config), config)
-    adapted.save_pretrained(folder)
-
-
 def _train(model: Any, ids: torch.Tensor, labels: torch.Tensor, config: TrainingTextConfig) -> None:
     import torch
 
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    decayed = [parameter for parameter in trained if parameter.dim() > 1]
-    other = [parameter for parameter in trained if parameter.dim() <= 1]
+    decayed = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+    other = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": 0.1}, {"params": other, "weight_decay": 0.0}],
         lr=config.learning_rate,
