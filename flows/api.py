@@ -64,7 +64,6 @@ def load_target(
     *,
     dtype: Dtype | None = None,
     device: str | None = None,
-    adapters: Mapping[str, str | Path] | None = None,
     revision: str | None = None,
 ) -> Target:
     """Load a frozen causal language model.
@@ -73,7 +72,6 @@ def load_target(
     Python package), or the artifact folder of a stage `target`.
     dtype: of weights and computation; by default bfloat16, or an artifact's own dtype.
     device: of torch; by default a GPU if there is one.
-    adapters: name -> folder of a LoRA adapter that answers may be given under; an artifact has its own.
     revision: of a hub id: commit, tag or branch; by default the hub's main branch.
 
     Raises DraftsmithError if the model cannot be loaded, or if no drafter can be trained for it.
@@ -81,7 +79,7 @@ def load_target(
     folder = Path(source).expanduser()
     if (folder / INFO_FILE).is_file():
         return Target.load(folder, dtype, device)
-    return Target.from_source(source, dtype or "bfloat16", device, adapters, revision)
+    return Target.from_source(source, dtype or "bfloat16", device, revision)
 
 
 def load_drafter(source: str | Path, target: Target) -> Drafter:
@@ -199,7 +197,7 @@ class _AnswerRows(RowFilter[Trajectory]):
     def _convert(self, row: LoggedRow, time: datetime | None) -> Trajectory:  # noqa: ARG002
         answer = self._reader.read(row)
         tokens = answer.prompt_ids + answer.response_ids
-        return Trajectory(row.where, tokens, len(answer.prompt_ids), answer.adapter)
+        return Trajectory(row.where, tokens, len(answer.prompt_ids))
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -46,13 +46,6 @@ LABELS = _table(  # beside the prompts, if section prompts names slices
     labels=pa.list_(pa.string()),  # FIELD:VALUE, such as language:de
 )
 
-ADAPTERS = _table(  # beside the prompts, if the target has adapters
-    "adapters",
-    1,
-    prompt_id=pa.string(),
-    adapter=pa.string(),  # "" = the target alone
-)
-
 QUESTIONS = _table(  # beside the prompts, if some of them begin conversations
     "questions",
     1,
@@ -76,12 +69,6 @@ TRAJECTORIES = _table(
     top_k=pa.int32(),  # 0 = all
     seed=pa.int64(),
     engine=pa.string(),
-)
-
-ADAPTED_TRAJECTORIES = TableSchema(  # of a target with adapters; a reader of TRAJECTORIES reads it too
-    TRAJECTORIES.name,
-    TRAJECTORIES.version,
-    TRAJECTORIES.columns.append(pa.field("adapter", pa.string(), nullable=False)),  # "" = the target alone
 )
 
 TIMINGS = _table(  # volatile, so in another file than the trajectories

@@ -127,7 +127,7 @@ def check_shared_target(findings: Findings, nodes: Sequence[Node], artifact: Pat
             continue
         check = f"{node.name}: target"
         with findings.check(check):
-            check_divides(model_path(artifact), parallel.target_parallel, read_target_info(artifact).adapters)
+            check_divides(model_path(artifact), parallel.target_parallel)
             findings.ok(check, f"{parallel.target_parallel} processes share a copy")
 
 

@@ -31,7 +31,6 @@ from draftsmith.stages.data.row_formats import RejectedRow, row_messages
 from draftsmith.stages.data.trajectories import Prompt, positions_needed
 from draftsmith.stages.engines.stage import RolloutConfig, prompt_shortage, prompts_to_answer
 from draftsmith.stages.evaluation.config import EvaluationConfig, prompts_to_decode
-from draftsmith.stages.targets.config import TargetConfig
 
 _COUNTED_BYTES = 1 << 28  # of larger files only the first row is read
 _LOG_ROWS, _LOG_SECONDS = 20_000, 20.0  # limits for one log
@@ -41,13 +40,12 @@ _MANY_REJECTED = 0.2  # share of the rows of a log or a source
 
 def check_sources(findings: Findings, nodes: Sequence[Node]) -> None:
     """Check that every source of prompts can be read, and has enough rows if they are cheap to count."""
-    adapters = [name for node in nodes if isinstance(node.config, TargetConfig) for name in node.config.adapters]
     for node in nodes:
         if isinstance(node.config, PromptsConfig):
             for index, source in enumerate(node.config.sources):
                 name = node.config.section if node.config.of_logs else f"{node.name}.sources.{index}"
                 with findings.check(name):
-                    _check_source(findings, name, source, node.config, adapters)
+                    _check_source(findings, name, source, node.config)
             sources = [each for each in node.config.sources if isinstance(each, HuggingFaceSource) and each.is_on_hub]
             if sources:
                 names = ", ".join(dict.fromkeys(each.id for each in sources))
@@ -130,9 +128,7 @@ def _weight(source: PromptSource) -> int:
     return len(source.tasks) if isinstance(source, ReasoningGymSource) else 1
 
 
-def _check_source(
-    findings: Findings, name: str, source: PromptSource, config: PromptsConfig, adapters: Sequence[str]
-) -> None:
+def _check_source(findings: Findings, name: str, source: PromptSource, config: PromptsConfig) -> None:
     wanted = _share(config, source)
     match source:
         case ReasoningGymSource():
@@ -141,7 +137,7 @@ def _check_source(
                 stream.next("heldout")  # checks name and options
             findings.ok(name, f"{source.kind} {', '.join(stream.label for stream in streams)}: made as needed")
         case JsonlSource():
-            _check_files(findings, name, source, config, adapters)
+            _check_files(findings, name, source, config)
         case HuggingFaceSource() if Path(source.id).is_dir():
             rows = load_rows(source)
             findings.ok(name, _enough_rows(source, source.id, len(rows), wanted, filtered=bool(source.filter)))
@@ -174,9 +170,7 @@ def _check_hub(findings: Findings, name: str, source: HuggingFaceSource) -> None
         findings.ok(name, f"data set {source.id} is on the hub")
 
 
-def _check_files(
-    findings: Findings, name: str, source: JsonlSource, config: PromptsConfig, adapters: Sequence[str]
-) -> None:
+def _check_files(findings: Findings, name: str, source: JsonlSource, config: PromptsConfig) -> None:
     files = match_files([source.path], config.paths_field, config.pinned_files)
     known = [Path(file).stat().st_size for file in files if not is_remote(file)]
     whole = len(known) == len(files) and sum(known) <= _COUNTED_BYTES
@@ -186,9 +180,8 @@ def _check_files(
     rows = held_out = unread = duplicates = 0
     unchanged = not (source.suffix or config.system)
     for _, candidate in prompt_rows(
-        source, read_rows(files), rejects, unchanged=unchanged, adapters=adapters, slices=config.slices,
-        of_logs=config.of_logs,
-    ):  # fmt: skip
+        source, read_rows(files), rejects, unchanged=unchanged, slices=config.slices, of_logs=config.of_logs
+    ):
         text = candidate.text_hash if candidate.messages else ""
         if text in seen:
             duplicates += 1
@@ -290,7 +283,7 @@ def check_answers(
     target, read, end = Target.load(weights), [], time.monotonic() + _LOG_SECONDS
     for answer in answers:
         prompt, response = answer.prompt_ids.tolist(), answer.response_ids.tolist()
-        read.append(read_answer(target, prompt, response, config.sampling, answer.adapter))
+        read.append(read_answer(target, prompt, response, config.sampling))
         if time.monotonic() > end:
             break
     if error := foreign_error(target, config, read):

@@ -38,7 +38,6 @@ class PromptCandidate:
     token_ids: list[int] | None = None  # of a row that has them
     labels: tuple[str, ...] = ()  # `row_formats.row_labels`
     questions: tuple[str, ...] = ()  # `row_formats.later_questions`
-    adapter: str = ""  # `row_formats.row_adapter`
 
     @property
     def text_hash(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -14,14 +14,13 @@ from draftsmith.artifacts.atomic import atomic_path
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.results.data import PromptsSummary
 from draftsmith.artifacts.tables.parquet import TableWriter, write_table
-from draftsmith.artifacts.tables.schemas import ADAPTERS, LABELS, PROMPTS, QUESTIONS
+from draftsmith.artifacts.tables.schemas import LABELS, PROMPTS, QUESTIONS
 from draftsmith.stages.data.chat_template import PromptCandidate, TemplateInverter, token_ids
 from draftsmith.stages.data.prompt_streams import PromptStream, ReadIds, open_streams
 from draftsmith.stages.data.prompts import MORE_LOGS, SPLITS, PromptsConfig, Split
 from draftsmith.stages.data.row_files import Throttle, describe_counts
-from draftsmith.stages.data.row_formats import ADAPTER, Message
+from draftsmith.stages.data.row_formats import Message
 from draftsmith.stages.runtime.stage import StageContext
-from draftsmith.stages.targets.config import BASE
 from draftsmith.stages.targets.info import load_tokenizer, model_path, read_target_info
 
 _REPORT_EVERY = 64  # prompts
@@ -38,8 +37,6 @@ class _Selection:
     counts: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))  # source -> split -> rows
     labels: dict[str, tuple[str, ...]] = field(default_factory=dict)  # prompt -> its labels
     questions: dict[str, tuple[str, ...]] = field(default_factory=dict)  # prompt -> the further ones
-    adapters: dict[str, str] = field(default_factory=dict)  # prompt -> the adapter that its row names
-    places: dict[str, tuple[Split, int]] = field(default_factory=dict)  # prompt -> its split, its number in the source
     slices: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))  # label -> split -> rows
     text_hashes: set[str] = field(default_factory=set)  # over all splits
     held_out: set[bytes] = field(default_factory=set)  # identities, which ignore the system prompt
@@ -52,8 +49,7 @@ class _Selection:
 def run(ctx: StageContext, config: PromptsConfig) -> None:
     """Write `prompts.parquet`, `prompts.json` and `set_aside.jsonl` (file, row, id, reason).
 
-    Also write `labels.parquet` if the config names slices, `questions.parquet` if prompts begin conversations, and both
-    labels and `adapters.parquet` if the target has adapters.
+    Also write `labels.parquet` if the config names slices, and `questions.parquet` if prompts begin conversations.
     """
     info = read_target_info(ctx.inputs["target"])
     tokenizer = load_tokenizer(model_path(ctx.inputs["target"]))
@@ -80,9 +76,7 @@ def run(ctx: StageContext, config: PromptsConfig) -> None:
             return token_ids(tokenizer, candidate.messages, candidate.where, config.chat_template_kwargs)
 
         read_ids = _id_reader(tokenizer, info.vocab_size, config)
-        streams = [
-            open_streams(source, config, lines, read_ids, on_candidate, info.adapters) for source in config.sources
-        ]
+        streams = [open_streams(source, config, lines, read_ids, on_candidate) for source in config.sources]
         rows: list[dict[str, object]] = []
         for split in SPLITS:
             for stream in _interleaved(_stream_counts(streams, split, config)):
@@ -97,13 +91,10 @@ def run(ctx: StageContext, config: PromptsConfig) -> None:
             if stream.rejects is not None:
                 stream.rejects.check()
                 selection.rejected += stream.rejects.reasons
-        adapters = _label_adapters(selection, list(info.adapters), config)
         _check_slices(selection, config)
     if selection.rejected:
         ctx.log(f"{selection.rejected.total()} rows rejected: {describe_counts(selection.rejected)}")
-    if adapters:
-        write_table(ctx.out / "adapters.parquet", ADAPTERS, adapters)
-    if config.slices or adapters:
+    if config.slices:
         labels = [{"prompt_id": prompt_id, "labels": labels} for prompt_id, labels in selection.labels.items()]
         write_table(ctx.out / "labels.parquet", LABELS, labels)
     if selection.questions:
@@ -191,8 +182,6 @@ def _select_next(
             selection.too_long += 1
             continue
         selection.selected += 1
-        selection.adapters[prompt_id] = candidate.adapter
-        selection.places[prompt_id] = split, selection.counts[candidate.source][split]
         selection.tokens[split].append(len(ids))
         selection.counts[candidate.source][split] += 1
         if candidate.questions:
@@ -234,24 +223,6 @@ def _ran_out_error(stream: PromptStream, split: Split, selection: _Selection, co
         f"{stream.class_counts[held_out]} of its {stream.class_counts.total()} are of the {kind} class, heldout_share "
         f"{stream.heldout_share:g}{rejected}). {remedy}."
     )
-
-
-def _label_adapters(selection: _Selection, names: Sequence[str], config: PromptsConfig) -> list[dict[str, str]]:
-    """Return the rows of `adapters.parquet`, and label each prompt with its adapter; nothing without adapters.
-
-    If no row names one, those of a source have all in turn, so that any range of rows has equal shares. Logs are left
-    as they are.
-    """
-    if not names:
-        return []
-    if not config.of_logs and not any(selection.adapters.values()):
-        selection.adapters = {prompt: names[number % len(names)] for prompt, (_, number) in selection.places.items()}
-    for prompt, adapter in selection.adapters.items():
-        label, known = f"{ADAPTER}:{adapter or BASE}", selection.labels.get(prompt, ())
-        if label not in known:
-            selection.labels[prompt] = (*known, label)
-            selection.slices[label][selection.places[prompt][0]] += 1
-    return [{"prompt_id": prompt, "adapter": adapter} for prompt, adapter in selection.adapters.items()]
 
 
 def _check_slices(selection: _Selection, config: PromptsConfig) -> None:

@@ -11,7 +11,7 @@ import hashlib
 import math
 import random
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TextIO, TypeAlias
 
@@ -40,7 +40,6 @@ from draftsmith.stages.data.row_formats import (
     messages_beside_ids,
     prompt_token_ids,
     rename_fields,
-    row_adapter,
     row_labels,
 )
 from draftsmith.stages.data.time_window import row_time
@@ -109,12 +108,11 @@ def open_streams(
     lines: TextIO | None = None,
     read_ids: ReadIds | None = None,
     on_candidate: Callable[[], None] = lambda: None,
-    adapters: Collection[str] = (),
 ) -> list[PromptStream]:
     """Return the streams of a source, which share its counts: one for each task, or one for its files or data set.
 
     lines: receives the rejected rows. read_ids: without it, rows of token ids have no messages. on_candidate: called
-    for every candidate, used or not. adapters: names of the target's.
+    for every candidate, used or not.
     """
     share = source.heldout_share or config.heldout_share
 
@@ -144,9 +142,8 @@ def open_streams(
 
     def candidates(rows: Iterable[Row | BadRow], rejects: RejectLog) -> Iterator[tuple[Row, PromptCandidate]]:
         for row, candidate in prompt_rows(
-            source, rows, rejects, read_ids, unchanged=unchanged, adapters=adapters, slices=config.slices,
-            of_logs=config.of_logs,
-        ):  # fmt: skip
+            source, rows, rejects, read_ids, unchanged=unchanged, slices=config.slices, of_logs=config.of_logs
+        ):
             yield row, finish(candidate)
 
     if isinstance(source, HuggingFaceSource):
@@ -225,7 +222,6 @@ def prompt_rows(
     read_ids: ReadIds | None = None,
     *,
     unchanged: bool = True,
-    adapters: Collection[str] = (),
     slices: Sequence[str] = (),
     of_logs: bool = False,
 ) -> Iterator[tuple[Row, PromptCandidate]]:
@@ -233,9 +229,8 @@ def prompt_rows(
 
     The others are counted in `rejects`, which is checked at the end.
     read_ids: without it, prompts of token ids alone have no messages. unchanged: nothing will be added to a prompt;
-    otherwise a prompt of token ids is built again from its messages, which have no tools. adapters: names of the
-    target's; a row that names another cannot be read. slices: fields whose values are the labels of a prompt.
-    of_logs: see `row_messages`.
+    otherwise a prompt of token ids is built again from its messages, which have no tools. slices: fields whose values
+    are the labels of a prompt. of_logs: see `row_messages`.
     """
     for row in rows:
         rejects.rows += 1
@@ -246,7 +241,6 @@ def prompt_rows(
             if not matches_filter(source.filter, row.fields, row.where):
                 continue
             fields = rename_fields(row.fields, source.fields if isinstance(source, JsonlSource) else {})
-            adapter = row_adapter(fields, adapters, row.where)
             ids = prompt_token_ids(fields, source.field, row.where)
             later: tuple[str, ...] = ()
             if ids is None:
@@ -263,7 +257,7 @@ def prompt_rows(
         except DraftsmithError as error:
             rejects.add_unreadable(BadRow(row.file, row.number, str(error).removeprefix(f"{row.where}: ")))
         else:
-            yield row, PromptCandidate(source.set_name, messages, row.where, b"", ids, labels, later, adapter)
+            yield row, PromptCandidate(source.set_name, messages, row.where, b"", ids, labels, later)
     if not rejects.rows:
         raise DraftsmithError(no_rows_error([source.location]))
     rejects.check()

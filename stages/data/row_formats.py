@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.data.row_files import Fields, json_type
-from draftsmith.stages.targets.config import BASE
 
 Message: TypeAlias = dict[str, str]  # role, content
 FieldValue: TypeAlias = str | int | float | bool
 FieldFilter: TypeAlias = dict[str, FieldValue | list[FieldValue]]  # of a config: field -> allowed values
 LogField: TypeAlias = Literal[
-    "messages", "completion", "prompt_token_ids", "completion_token_ids", "finish_reason", "timestamp", "adapter",
+    "messages", "completion", "prompt_token_ids", "completion_token_ids", "finish_reason", "timestamp",
     "started_at", "ended_at", "duration_s", "server",
 ]  # fmt: skip
 TemplateKwargs: TypeAlias = dict[str, bool | int | float | str | None]  # of the target's chat template
@@ -39,7 +38,6 @@ _ROLES = {
     "function": "tool",
 }
 PROMPT_IDS = "prompt_token_ids"
-ADAPTER = "adapter"
 _CHATS = ("messages", "conversations")  # lists of messages, possibly as JSON text
 _TEXTS = (*_CHATS, "prompt", "turns")
 _PROMPT_SHAPES = (
@@ -78,23 +76,6 @@ def row_labels(row: Fields, names: Sequence[str]) -> tuple[str, ...]:
         for name, value in values.items()
         if isinstance(value, str | int | float) and value != ""
     )
-
-
-def row_adapter(row: Fields, adapters: Collection[str], where: str) -> str:
-    """Return the adapter that a row names, "" for none or `base`.
-
-    row: with our names. adapters: of the target; if it has none, the field means nothing. Raises DraftsmithError for
-    one that the target lacks.
-    """
-    name = row.get(ADAPTER)
-    if not adapters or name in (None, "", BASE):
-        return ""
-    if not isinstance(name, str) or name not in adapters:
-        raise DraftsmithError(
-            f"{where}: adapter {reprlib.repr(name)} is none of the target's ({', '.join(adapters)}). Add it to "
-            "target.adapters, or leave its rows out by filter."
-        )
-    return name
 
 
 def unknown_shape(row: Fields, where: str, *, of_logs: bool) -> DraftsmithError:

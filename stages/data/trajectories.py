@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.tables.parquet import read_table
 from draftsmith.artifacts.tables.readers import RowReader
-from draftsmith.artifacts.tables.schemas import ADAPTERS, LABELS, LOGS_SET, PROMPTS, TRAJECTORIES
+from draftsmith.artifacts.tables.schemas import LABELS, LOGS_SET, PROMPTS, TRAJECTORIES
 from draftsmith.stages.runtime.memory import to_device
 from draftsmith.stages.targets.info import read_target_info
 from draftsmith.stages.targets.sampling import SamplingParams
@@ -32,7 +32,6 @@ class Trajectory:
     trajectory_id: str
     tokens: list[int] = field(repr=False)  # prompt + answer
     prompt_length: int
-    adapter: str = ""  # of the target, that answered; "": the target alone
 
     @property
     def first_anchor(self) -> int:
@@ -61,7 +60,6 @@ class TrajectoryRows(Sequence[Trajectory]):
     ids: pa.Array  # [N] strings
     lengths: np.ndarray  # [N] tokens of prompt and answer
     prompt_lengths: np.ndarray  # [N]
-    adapters: pa.Array | None = None  # [N] strings; None: the target has none
 
     def __len__(self) -> int:
         return len(self.places)
@@ -80,19 +78,12 @@ class TrajectoryRows(Sequence[Trajectory]):
         row = int(self.places[index])
         prompt, answer = (column[0].values for column in self.reader.rows(row, row + 1, TOKEN_COLUMNS).columns)
         tokens = prompt.to_numpy().tolist() + answer.to_numpy().tolist()
-        adapter = "" if self.adapters is None else self.adapters[index].as_py()
-        return Trajectory(self.ids[index].as_py(), tokens, len(prompt), adapter)
+        return Trajectory(self.ids[index].as_py(), tokens, len(prompt))
 
     def select(self, indices: Sequence[int] | np.ndarray) -> TrajectoryRows:
         chosen = np.asarray(indices, dtype=np.int64)
-        return TrajectoryRows(
-            self.reader,
-            self.places[chosen],
-            self.ids.take(chosen),
-            self.lengths[chosen],
-            self.prompt_lengths[chosen],
-            None if self.adapters is None else self.adapters.take(chosen),
-        )
+        lengths, prompt_lengths = self.lengths[chosen], self.prompt_lengths[chosen]
+        return TrajectoryRows(self.reader, self.places[chosen], self.ids.take(chosen), lengths, prompt_lengths)
 
     def answers(self) -> Iterator[np.ndarray]:
         """Yield the tokens of all answers in the order of the table, some thousand answers concatenated at a time."""
@@ -117,13 +108,6 @@ def trajectory_ids(trajectories: Sequence[Trajectory]) -> pa.Array:
     if isinstance(trajectories, TrajectoryRows):
         return trajectories.ids
     return pa.array([t.trajectory_id for t in trajectories], pa.string())
-
-
-def trajectory_adapters(trajectories: Sequence[Trajectory]) -> pa.Array | None:
-    """Return [N] adapters as Arrow strings, None if the target has none; stored trajectories are not read for it."""
-    if isinstance(trajectories, TrajectoryRows):
-        return trajectories.adapters
-    return pa.array([t.adapter for t in trajectories], pa.string())
 
 
 def answer_tokens(trajectories: Sequence[Trajectory]) -> Iterator[np.ndarray]:
@@ -189,8 +173,7 @@ def load_trajectories(
     """
     path = folder / "trajectories.parquet"
     reader = reader or RowReader(path, TRAJECTORIES)
-    columns = ["trajectory_id", "prompt_id", "split", *_SAMPLING, "adapter"]  # the last one may be missing
-    table = read_table(path, TRAJECTORIES, columns)
+    table = read_table(path, TRAJECTORIES, ["trajectory_id", "prompt_id", "split", *_SAMPLING])
     prompts, answers = _lengths(reader, *TOKEN_COLUMNS)
     wanted = np.ones(table.num_rows, dtype=bool)
     if splits is not None:
@@ -210,8 +193,7 @@ def load_trajectories(
             raise DraftsmithError(f"{path} mixes the values {values} of {name}. Roll out with one of them.")
     ids, prompt_ids = (table[name].take(places).combine_chunks() for name in ("trajectory_id", "prompt_id"))
     lengths = prompts[places] + answers[places]
-    adapters = table["adapter"].take(places).combine_chunks() if "adapter" in table.column_names else None
-    rows = TrajectoryRows(reader, places, ids, lengths, prompts[places], adapters)
+    rows = TrajectoryRows(reader, places, ids, lengths, prompts[places])
     sampling = SamplingParams(*(values[0] for values in values_of.values()))
     return StoredTrajectories(rows, prompt_ids, sampling, int(wanted.sum()) - len(places))
 
@@ -251,7 +233,6 @@ class Prompt:
 
     prompt_id: str
     token_ids: list[int]
-    adapter: str = ""  # of the target, that answers; "": the target alone
 
 
 @dataclass(frozen=True, eq=False)
@@ -263,7 +244,6 @@ class PromptRows(Sequence[Prompt]):
     ids: list[str]  # [N]
     splits: list[str]  # [N]
     lengths: np.ndarray  # [N] tokens
-    adapters: list[str]  # [N]
 
     def __len__(self) -> int:
         return len(self.places)
@@ -277,10 +257,10 @@ class PromptRows(Sequence[Prompt]):
     def __getitem__(self, index: int | slice) -> Prompt | PromptRows:
         if isinstance(index, slice):
             places, lengths = self.places[index], self.lengths[index]
-            return PromptRows(self.reader, places, self.ids[index], self.splits[index], lengths, self.adapters[index])
+            return PromptRows(self.reader, places, self.ids[index], self.splits[index], lengths)
         row = int(self.places[index])
         (tokens,) = self.reader.rows(row, row + 1, ["token_ids"])["token_ids"]
-        return Prompt(self.ids[index], tokens.values.to_pylist(), self.adapters[index])
+        return Prompt(self.ids[index], tokens.values.to_pylist())
 
 
 def load_prompts(folder: Path, splits: Collection[str]) -> PromptRows:
@@ -292,16 +272,7 @@ def load_prompts(folder: Path, splits: Collection[str]) -> PromptRows:
     chosen = table.take(places)
     names = [sys.intern(split) for split in chosen["split"].to_pylist()]
     (lengths,) = _lengths(reader, "token_ids")
-    ids, by_prompt = chosen["prompt_id"].to_pylist(), _prompt_adapters(folder)
-    return PromptRows(reader, places, ids, names, lengths[places], [by_prompt.get(name, "") for name in ids])
-
-
-def _prompt_adapters(folder: Path) -> dict[str, str]:
-    """Return prompt -> adapter, from an artifact of stage `prompts`; empty if its target has none."""
-    if not (path := folder / "adapters.parquet").is_file():
-        return {}
-    table = read_table(path, ADAPTERS)
-    return dict(zip(table["prompt_id"].to_pylist(), map(sys.intern, table["adapter"].to_pylist()), strict=True))
+    return PromptRows(reader, places, chosen["prompt_id"].to_pylist(), names, lengths[places])
 
 
 def positions_needed(prompts: Sequence[Prompt], max_new_tokens: int, max_positions: int) -> int:

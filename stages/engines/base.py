@@ -22,7 +22,6 @@ class Request:
     max_new_tokens: int
     sampling: SamplingParams = GREEDY
     seed: int = 0
-    adapter: str = ""  # of the target; "": the target alone
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Completion:
     def trajectory(self) -> Trajectory:
         """Return prompt and answer, as replay reads them."""
         prompt = self.request.prompt_ids
-        return Trajectory(self.request.request_id, prompt + self.response_ids, len(prompt), self.request.adapter)
+        return Trajectory(self.request.request_id, prompt + self.response_ids, len(prompt))
 
     def trace(self) -> Trace:
         """Return the recorded steps, as replay returns its own."""

@@ -68,7 +68,6 @@ _RESERVED_SGLANG = _RESERVED_OPTIONS | {
     "speculative-use-block-verification": _OTHER_RULES,
     "preferred-sampling-params": "the section sampling",
     "json-model-override-args": "the target's config.json",
-    "lora-paths": "target.adapters",
     "tokenizer-worker-num": "nothing: with several workers SGLang supports no API key, which launched servers have",
     "grpc-mode": _HTTP_ONLY,
     "smg-grpc-mode": _HTTP_ONLY,
@@ -86,7 +85,6 @@ _RESERVED_VLLM = _RESERVED_OPTIONS | {
     "override-generation-config": "the section sampling",
     "hf-overrides": "the target's config.json",
     "api-key": "nothing: launched servers have a random key",
-    "lora-modules": "target.adapters",
 }
 _RANDOM_WEIGHTS = {("load-format", "dummy"), ("speculative-draft-load-format", "dummy")}
 _OPTION_NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")

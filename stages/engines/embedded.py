@@ -150,7 +150,6 @@ class EmbeddedEngine:
         ids = to_device([r.prompt_ids + [0] * (width - len(r.prompt_ids)) for r in requests], device)
         positions = torch.arange(width, device=device).expand(len(requests), -1)
         at = slice(first_row, first_row + len(requests))
-        self.target.set_adapters(self.cache, at, [r.adapter for r in requests])
         out = self.target.step(ids, positions, self.cache, at, layer_ids=self.layer_ids)
         if self.drafter and self.context and out.features is not None:
             with torch.no_grad():

@@ -11,13 +11,13 @@ import pyarrow as pa
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.tables.parquet import TableShards
 from draftsmith.artifacts.tables.readers import KeyedRows, RowReader
-from draftsmith.artifacts.tables.schemas import ADAPTED_TRAJECTORIES, TIMINGS, TRACE
+from draftsmith.artifacts.tables.schemas import TIMINGS, TRACE, TRAJECTORIES
 from draftsmith.stages.data.held_out import token_digest
 from draftsmith.stages.data.logs.rows import LoggedRow, logged_ids
 from draftsmith.stages.data.row_files import BadRow, read_rows
 from draftsmith.stages.engines.base import Completion, Request
 
-SCHEMAS = {"timings": TIMINGS, "trace": TRACE, "trajectories": ADAPTED_TRAJECTORIES}  # in the order of writing
+SCHEMAS = {"timings": TIMINGS, "trace": TRACE, "trajectories": TRAJECTORIES}  # in the order of writing
 # All that a start reads, since tokens and steps may have 100 GB: ids and numbers of steps; of the trace its row count.
 _COUNTED = {"timings": ["trajectory_id", "verify_steps"], "trace": [], "trajectories": ["trajectory_id"]}
 
@@ -112,7 +112,6 @@ def _trajectory(completion: Completion, splits: Mapping[str, str], engine: str) 
         "top_k": request.sampling.top_k,
         "seed": request.seed,
         "engine": engine,
-        "adapter": request.adapter,
     }
 
 

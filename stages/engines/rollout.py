@@ -19,7 +19,7 @@ from draftsmith.artifacts.results.evaluation import TargetDifference
 from draftsmith.artifacts.store.manifest import write_versions
 from draftsmith.artifacts.tables.parquet import TableWriter, read_table
 from draftsmith.artifacts.tables.readers import BATCH_ROWS
-from draftsmith.artifacts.tables.schemas import PROMPTS, QUESTIONS, TRAJECTORIES
+from draftsmith.artifacts.tables.schemas import PROMPTS, QUESTIONS
 from draftsmith.stages.data.chat_template import token_ids
 from draftsmith.stages.data.row_formats import Message, TemplateKwargs
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, Prompt, PromptRows, positions_needed, request_seed
@@ -180,7 +180,7 @@ class _RequestList:
             prompt = self.prompts[row]
             ids = self.conversations.prompt(prompt.prompt_id, turn) if turn else prompt.token_ids
             seed = request_seed(self._seed, prompt.prompt_id, turn)
-            yield Request(self.ids[index], ids, self._max_new_tokens, self._sampling, seed, prompt.adapter)
+            yield Request(self.ids[index], ids, self._max_new_tokens, self._sampling, seed)
 
 
 def _generate_missing(
@@ -233,8 +233,6 @@ def _generate_missing(
 def _write_tables(ctx: StageContext, requests: _RequestList, answers: PartialAnswers, *, with_trace: bool) -> None:
     rows = answers.rows(requests.ids)
     tables = {name: schema for name, schema in SCHEMAS.items() if name != "trace" or with_trace}
-    if not read_target_info(ctx.inputs["target"]).adapters:
-        tables["trajectories"] = TRAJECTORIES
     done, total = 0, sum(int(rows[name].counts.sum()) for name in tables)
     tokens = stopped = steps = 0
     for name, schema in tables.items():

@@ -121,8 +121,7 @@ def measure_times(
     sampling = test.config.sampling.params(setting.temperature)
 
     def request(row: int, end: int) -> Request:
-        tokens, adapter = answers[row].tokens, answers[row].adapter
-        return Request(str(row), tokens[:end], widest + 1, sampling, row, adapter)
+        return Request(str(row), answers[row].tokens[:end], widest + 1, sampling, row)
 
     def time_refills(index: int, counts: Sequence[int]) -> dict[Cell, float]:
         """Return the seconds of reading prompts with each arm. Here the second part of a cell is their number."""

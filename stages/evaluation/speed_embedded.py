@@ -314,12 +314,11 @@ def add_margins(
     for row in requests:
         difference = row["first_difference"]
         if row["temperature"] == 0 and difference >= 0:
-            prompt = by_id[row["prompt_id"]]
-            tokens = (*prompt.token_ids, *row["response_ids"][:difference])
+            tokens = (*by_id[row["prompt_id"]].token_ids, *row["response_ids"][:difference])
             other = plain[pair_key(row)]["response_ids"][difference : difference + 1]  # empty if it ends here
             chosen = frozenset([*row["response_ids"][difference : difference + 1], *other])
             if (tokens, chosen) not in known:
-                out = target.read(torch.tensor([tokens], device=target.device), adapters=[prompt.adapter])
+                out = target.read(torch.tensor([tokens], device=target.device))
                 logits = target.logits(out.hidden[0, -1]).float()
                 known[tokens, chosen] = float(logits.max() - logits[list(chosen)].min())
                 if check is not None:

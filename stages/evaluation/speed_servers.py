@@ -286,9 +286,7 @@ def _check_parity(
         if not answers:
             continue
         trajectories = [
-            Trajectory(
-                prompt.prompt_id, prompt.token_ids + answer["response_ids"], len(prompt.token_ids), prompt.adapter
-            )
+            Trajectory(prompt.prompt_id, prompt.token_ids + answer["response_ids"], len(prompt.token_ids))
             for answer in answers
             for prompt in [prompts[answer["prompt_id"]]]
         ]

@@ -93,7 +93,7 @@ def _ask(
     with open_servers(engine, required, ctx.work, ctx.log, ctx.check_interrupted) as server:
         sampling = config.sampling.params()
         max_new = config.sampling.max_new_tokens
-        requests = [Request(p.prompt_id, p.token_ids, max_new, sampling, ctx.seed, p.adapter) for p in prompts]
+        requests = [Request(p.prompt_id, p.token_ids, max_new, sampling, ctx.seed) for p in prompts]
         answers = []
         for answer in server.generate(requests):
             answers.append(answer)
@@ -237,7 +237,7 @@ def _in_window(target: Target, drafter: Drafter, trajectories: Sequence[Trajecto
     traces = []
     for trajectory in trajectories:
         ids = torch.tensor([trajectory.tokens], device=target.device)
-        features = target.features(ids, drafter.target_layer_ids, [trajectory.adapter])
+        features = target.features(ids, drafter.target_layer_ids)
         positions = torch.arange(ids.shape[1], device=target.device)[None]
         context = drafter.encode(features, ids, positions)
         traces.append(replay_sequentially(narrow, context, trajectory, drafter.block_size, head))

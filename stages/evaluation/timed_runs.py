@@ -142,10 +142,7 @@ def requests_for(
     """
     limit = config.sampling.max_new_tokens
     most, sampling = min(max_new or limit, limit), config.sampling.params(setting.temperature)
-    return [
-        Request(p.prompt_id, p.token_ids, most, sampling, request_seed(seed, p.prompt_id, round), p.adapter)
-        for p in prompts
-    ]
+    return [Request(p.prompt_id, p.token_ids, most, sampling, request_seed(seed, p.prompt_id, round)) for p in prompts]
 
 
 def accepted_lengths(answer: Completion) -> list[int]:

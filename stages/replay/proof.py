@@ -165,7 +165,7 @@ class _Anchored:
     def read(cls, target: Target, drafter: PreparedDrafter, answer: ServedAnswer) -> _Anchored:
         trajectory, served = answer
         ids = pad_tokens([trajectory], target.device)
-        out = target.read(ids, drafter.drafter.target_layer_ids, [trajectory.adapter])
+        out = target.read(ids, drafter.drafter.target_layer_ids)
         assert out.features is not None
         context = drafter.drafter.encode(out.features, ids, torch.arange(ids.shape[1], device=ids.device)[None])
         tokens = committed_tokens([trajectory], drafter.block_size - 1, ids.device)

@@ -123,12 +123,12 @@ class Replayer:
         def replay(group: Group) -> list[dict[str, Trace]]:
             hidden, outside = None, [0] * len(group.trajectories)
             if any_samples:
-                read = self.target.read(group.ids, layer_ids, group.adapters)
+                read = self.target.read(group.ids, layer_ids)
                 hidden, features = read.hidden, read.features
                 assert features is not None
                 outside = outside_nucleus(self.target, hidden, group.trajectories, options.sampling)
             else:
-                features = self.target.features(group.ids, layer_ids, group.adapters)
+                features = self.target.features(group.ids, layer_ids)
             by_layer = dict(zip(layer_ids, features.chunk(len(layer_ids), -1), strict=True))
             traces = {}
             for name, drafter in prepared.items():
@@ -176,7 +176,7 @@ class Replayer:
         tree_tokens = tree_tokens_of(prepared.block_size) if suffixes else 0
 
         def replay(group: Group) -> list[tuple[Trajectory, Trace, StepScores]]:
-            encoded = encode_group(self.target, group.ids, drafter.target_layer_ids, tree_tokens, group.adapters)
+            encoded = encode_group(self.target, group.ids, drafter.target_layer_ids, tree_tokens)
             assert encoded.features is not None
             traces = self._replay(prepared, encoded.features, group, encoded.hidden)
             if samples_proposals(drafter, sampling):
@@ -248,10 +248,6 @@ class Group:
         return cls(trajectories, pad_tokens(trajectories, device))
 
     @property
-    def adapters(self) -> list[str]:
-        return [each.adapter for each in self.trajectories]
-
-    @property
     def positions(self) -> torch.Tensor:
         """Return the position of every token, [B, T]."""
         return torch.arange(self.ids.shape[1], device=self.ids.device).expand(len(self.ids), -1)
@@ -310,7 +306,7 @@ def _encoded(
         tree_tokens = tree_tokens_of(traces[0].proposed.shape[1] + 1)
         for indices in group_indices(trajectories, tokens_per_group):
             group = Group.padded([trajectories[i] for i in indices], target.device)
-            yield [*indices], encode_group(target, group.ids, (), tree_tokens, group.adapters)
+            yield [*indices], encode_group(target, group.ids, (), tree_tokens)
         return
     waiting: dict[str, list[int]] = {}
     for i, trajectory in enumerate(trajectories):
@@ -327,24 +323,18 @@ def tree_tokens_of(block_size: int) -> int:
 
 
 def encode_group(
-    target: Target,
-    ids: torch.Tensor,
-    layer_ids: Sequence[int] = (),
-    tree_tokens: int = 0,
-    adapters: Sequence[str] = (),
+    target: Target, ids: torch.Tensor, layer_ids: Sequence[int] = (), tree_tokens: int = 0
 ) -> EncodedGroup:
     """Run the target over a group of trajectories, padded to tokens [B, T].
 
     layer_ids: layers that the features are taken from.
     tree_tokens: free cache entries after each trajectory; 0: no cache is kept.
-    adapters: of each trajectory; left out: none.
     """
     if not tree_tokens:
-        out = target.read(ids, layer_ids, adapters)
+        out = target.read(ids, layer_ids)
         return EncodedGroup(ids, out.hidden, out.features)
     B, T = ids.shape
     cache = target.new_cache(B, T + tree_tokens)
-    target.set_adapters(cache, slice(0, B), adapters)
     positions = torch.arange(T, device=ids.device).expand(B, -1)
     out = target.step(ids, positions, cache, slice(0, B), layer_ids=layer_ids)
     return EncodedGroup(ids, out.hidden, out.features, cache, tree_tokens)

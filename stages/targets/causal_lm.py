@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,12 +19,11 @@ from draftsmith.artifacts.errors import DraftsmithError, find_disk_error, is_ful
 from draftsmith.stages.runtime.facts import Facts
 from draftsmith.stages.runtime.memory import out_of_memory, to_device
 from draftsmith.stages.runtime.ranks import ALONE, Ranks
-from draftsmith.stages.targets.adapters import Adapters, add_adapters
 from draftsmith.stages.targets.attention import register
 from draftsmith.stages.targets.config import Dtype, TargetConfig
 from draftsmith.stages.targets.describe import embedding_scale
 from draftsmith.stages.targets.fast_decoder import FastDecoder
-from draftsmith.stages.targets.info import TargetInfo, adapter_folders, model_path, read_target_info
+from draftsmith.stages.targets.info import TargetInfo, model_path, read_target_info
 from draftsmith.stages.targets.kv_cache import Address, Rows, SlotCache
 from draftsmith.stages.targets.layers import CHOOSING, Layers, causal_lm_of, decoder_of, model_class, stable_positions
 from draftsmith.stages.targets.loading import load_slice, load_weights
@@ -48,11 +47,9 @@ class _StopForwardError(Exception):
 class Target(Facts):
     """The target `p`. Everything is computed without gradient; parameters are frozen."""
 
-    def __init__(
-        self, model: Any, tokenizer: Any, info: TargetInfo, sharing: int = 1, adapters: Adapters | None = None
-    ):
+    def __init__(self, model: Any, tokenizer: Any, info: TargetInfo, sharing: int = 1):
         """Take over a loaded model. sharing: ranks that share it; each has the complete embedding and head."""
-        self.sharing, self.adapters = sharing, adapters or Adapters()
+        self.sharing = sharing
         self.model, self.tokenizer, self.info = model.eval().requires_grad_(False), tokenizer, info
         self.decoder = decoder_of(model)
         self.config = model.config.get_text_config()
@@ -87,7 +84,7 @@ class Target(Facts):
         info, path = read_target_info(folder), model_path(folder)
         try:
             device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-            target = cls._read(info, path, dtype or info.dtype, device, ranks, adapter_folders(folder))
+            target = cls._read(info, path, dtype or info.dtype, device, ranks)
             check_agreement(target, str(path), ranks)
         except DraftsmithError:
             raise
@@ -111,16 +108,14 @@ class Target(Facts):
         return target
 
     @classmethod
-    def _read(
-        cls, info: TargetInfo, path: Path, dtype: str, device: str, ranks: Ranks, adapters: Mapping[str, Path]
-    ) -> Target:
+    def _read(cls, info: TargetInfo, path: Path, dtype: str, device: str, ranks: Ranks) -> Target:
         """Load the target without the comparison with the model's own forwards."""
         if dtype == "float32":
             torch.backends.cudnn.allow_tf32 = False  # else convolutions of recurrent layers are not float32
         try:
             loaded: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": register()}
             if ranks.target_parallel > 1:
-                model = load_slice(path, ranks, device, adapters, **loaded)
+                model = load_slice(path, ranks, device, **loaded)
             else:
                 kind = model_class(AutoConfig.from_pretrained(path, local_files_only=True))
                 if device == "cuda":  # tensor by tensor, so that ranks do not each hold all weights in host memory
@@ -133,11 +128,10 @@ class Target(Facts):
             raise DraftsmithError(
                 f"target {path}: cannot be loaded ({error}). Run stage target again with --force."
             ) from error
-        whole, model = model, causal_lm_of(model)
+        model = causal_lm_of(model)
         if ranks.target_parallel == 1:
             pack(decoder_of(model))
-        added = add_adapters(whole, adapters, model.get_input_embeddings().weight) if adapters else None
-        return cls(model, tokenizer, info, ranks.target_parallel, added)
+        return cls(model, tokenizer, info, ranks.target_parallel)
 
     @classmethod
     def from_source(
@@ -145,16 +139,14 @@ class Target(Facts):
         source: str | Path,
         dtype: Dtype = "bfloat16",
         device: str | None = None,
-        adapters: Mapping[str, str | Path] | None = None,
         revision: str | None = None,
     ) -> Target:
         """Load a model from any `target.source`: a folder, a hub id, a GGUF file, or `package:NAME`.
 
-        adapters, revision: as in section `target`. Raises DraftsmithError like stage `target`.
+        revision: as in section `target`. Raises DraftsmithError like stage `target`.
         """
         with tempfile.TemporaryDirectory(prefix="draftsmith-target-") as artifact:
-            paths = {name: str(path) for name, path in (adapters or {}).items()}
-            config = TargetConfig(source=str(source), revision=revision, dtype=dtype, adapters=paths)
+            config = TargetConfig(source=str(source), revision=revision, dtype=dtype)
             resolve_target(config, Path(artifact), lambda _line: None)
             return cls.load(Path(artifact), device=device)
 
@@ -218,36 +210,18 @@ class Target(Facts):
         positions = self._rotary_positions(torch.arange(ids.shape[1], device=ids.device)[None])
         return {"input_ids": ids, "use_cache": False, "position_ids": positions}
 
-    @contextmanager
-    def _adapted(self, rows: torch.Tensor | None) -> Iterator[None]:
-        """Have the rows of a forward use their adapters. rows: as in `Adapters.rows`."""
-        self.adapters.rows = rows
-        try:
-            yield
-        finally:
-            self.adapters.rows = None
-
-    def _adapter_rows(self, adapters: Sequence[str]) -> torch.Tensor | None:
-        return to_device(self.adapters.index(adapters), self.device) if any(adapters) else None
-
     @torch.no_grad()
-    def read(self, ids: torch.Tensor, layer_ids: Sequence[int] = (), adapters: Sequence[str] = ()) -> TargetOutput:
+    def read(self, ids: torch.Tensor, layer_ids: Sequence[int] = ()) -> TargetOutput:
         """Read whole sequences, ids [B, T] padded on the right, which causal attention hides from real positions.
 
         layer_ids: layer k means the hidden state AFTER decoder layer k, concatenated in this order into `features`.
-        adapters: the name of each row's, "" for none; left out: none.
         """
-        with self._adapted(self._adapter_rows(adapters)):
-            return self._forward(layer_ids, **self._uncached_arguments(ids))
+        return self._forward(layer_ids, **self._uncached_arguments(ids))
 
     @torch.no_grad()
-    def features(self, ids: torch.Tensor, layer_ids: Sequence[int], adapters: Sequence[str] = ()) -> torch.Tensor:
-        """Return only features [B, T, K*H] of whole sequences; layers after the last of `layer_ids` are not run.
-
-        adapters: as of `read`.
-        """
-        with self._adapted(self._adapter_rows(adapters)):
-            features = self._forward(layer_ids, stop=True, **self._uncached_arguments(ids)).features
+    def features(self, ids: torch.Tensor, layer_ids: Sequence[int]) -> torch.Tensor:
+        """Return only features [B, T, K*H] of whole sequences; layers after the last of `layer_ids` are not run."""
+        features = self._forward(layer_ids, stop=True, **self._uncached_arguments(ids)).features
         assert features is not None
         return features
 
@@ -274,7 +248,7 @@ class Target(Facts):
 
         The states of a recurrent target are those after the rows' earlier tokens; rows that begin at position 0 have
         none. With `advance` they are updated to the last token, padding included; without, they stay unchanged, and
-        `commit` follows. Adapters are those of the cache (`set_adapters`).
+        `commit` follows.
         """
         assert visible is None or not self.layers.recurrent, "a recurrent target has no forward over a tree"
         if visible is not None:
@@ -287,15 +261,14 @@ class Target(Facts):
         if write_at is not positions:
             entry_positions = entry_positions.scatter(1, write_at, positions)
         masks = self.layers.masks(visible, positions, entry_positions, self.dtype)
-        with self._adapted(None if cache.adapters is None else cache.adapters[rows]):
-            if self._fast is not None and not torch.is_autocast_enabled(ids.device.type):
-                return TargetOutput(*self._fast(ids, self._rotary_positions(positions), masks, cache, layer_ids))
-            arguments: dict[str, Any] = {
-                self._cache_argument: cache,
-                "position_ids": self._rotary_positions(positions),
-                "attention_mask": masks,
-            }
-            out = self._forward(layer_ids, input_ids=ids, use_cache=True, **arguments)
+        if self._fast is not None and not torch.is_autocast_enabled(ids.device.type):
+            return TargetOutput(*self._fast(ids, self._rotary_positions(positions), masks, cache, layer_ids))
+        arguments: dict[str, Any] = {
+            self._cache_argument: cache,
+            "position_ids": self._rotary_positions(positions),
+            "attention_mask": masks,
+        }
+        out = self._forward(layer_ids, input_ids=ids, use_cache=True, **arguments)
         cache.write_back()
         return out
 
@@ -337,13 +310,5 @@ class Target(Facts):
         return lambda hidden: F.linear(hidden, self.head_weight)
 
     def new_cache(self, rows: int, capacity: int) -> SlotCache:
-        """Return a cache for `rows` requests of up to `capacity` positions each, without adapters."""
+        """Return a cache for `rows` requests of up to `capacity` positions each."""
         return SlotCache(len(self.decoder.layers), rows, capacity)
-
-    def set_adapters(self, cache: SlotCache, rows: slice, adapters: Sequence[str]) -> None:
-        """Set the adapters of some rows of a cache before their first `step`. adapters: as of `read`."""
-        if cache.adapters is None:
-            if not any(adapters):
-                return
-            cache.adapters = torch.zeros(cache.rows, dtype=torch.long, device=self.device)
-        cache.adapters[rows] = to_device(self.adapters.index(adapters), self.device)

@@ -6,16 +6,15 @@ import json
 import re
 from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from safetensors import SafetensorError, safe_open
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.runtime.stage import Config
 
 Dtype = Literal["bfloat16", "float32", "float16"]
-BASE = "base"  # in place of an adapter's name: the target alone
 Kind = Literal["hub", "folder", "gguf", "package"]
 
 PACKAGE_PREFIX = "package:"
@@ -30,14 +29,7 @@ TOKENIZER_PARTS = (
     "chat_template.json",
     "generation_config.json",
 )
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")  # of peft
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-
-
-def _adapter_name(name: str) -> str:
-    if name == BASE or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
-        raise ValueError(f"{name!r} is no adapter's name. Use letters, digits, `-`, `_` and `.`, and not `{BASE}`.")
-    return name
 
 
 class TargetConfig(Config):
@@ -52,11 +44,6 @@ class TargetConfig(Config):
         description="hub only: commit, tag or branch; a branch is resolved once, then reused until --force target",
     )
     dtype: Dtype = Field(default="bfloat16", description="serving dtype; a GGUF file is dequantised to it")
-    adapters: dict[Annotated[str, AfterValidator(_adapter_name)], str] = Field(
-        default={},
-        description="LoRA adapters that the target is served with, name: folder in peft's format. One drafter is made "
-        "for all; each row of prompts and logs has one (configs/own-logs.md)",
-    )
 
     @field_validator("source")
     @classmethod
@@ -77,8 +64,7 @@ class TargetConfig(Config):
 
         Those of a model of the hub are identified by its revision. Raises DraftsmithError if a file does not exist.
         """
-        adapters = [file for name, folder in self.adapters.items() for file in adapter_files(name, folder)]
-        return source_files(self.source) + adapters
+        return source_files(self.source)
 
 
 def source_kind(source: str) -> Kind:
@@ -103,17 +89,6 @@ def source_files(source: str) -> list[Path]:
         parts = [folder / name for name in ("config.json", *TOKENIZER_PARTS) if (folder / name).is_file()]
         return sorted({*parts, *weight_files(folder)})
     return [gguf_file(source)]
-
-
-def adapter_files(name: str, source: str) -> list[Path]:
-    """Return the files of a LoRA adapter of section `target`, absolute. Raises DraftsmithError if one is missing."""
-    folder = Path(source).expanduser().resolve()
-    for file in ADAPTER_FILES:
-        if not (folder / file).is_file():
-            raise DraftsmithError(
-                f"target.adapters.{name}: {folder} has no {file}. Give a folder that peft's save_pretrained wrote."
-            )
-    return [folder / file for file in ADAPTER_FILES]
 
 
 def model_folder(source: str) -> Path:

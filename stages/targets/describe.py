@@ -22,16 +22,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.quantizers import AutoHfQuantizer
 
 from draftsmith.artifacts.errors import DraftsmithError, one_line
-from draftsmith.stages.targets.adapters import linear_maps, read_adapter
-from draftsmith.stages.targets.config import Kind, TargetConfig, adapter_files, check_weights
-from draftsmith.stages.targets.info import (
-    LogitMap,
-    TargetInfo,
-    adapter_digest,
-    load_tokenizer,
-    model_digest,
-    tokenizer_digest,
-)
+from draftsmith.stages.targets.config import Kind, TargetConfig, check_weights
+from draftsmith.stages.targets.info import LogitMap, TargetInfo, load_tokenizer, model_digest, tokenizer_digest
 from draftsmith.stages.targets.layers import (
     Layers,
     UnknownLayersError,
@@ -42,7 +34,6 @@ from draftsmith.stages.targets.layers import (
     usual_layer,
     wrong_numbers,
 )
-from draftsmith.stages.targets.loading import model_without_weights
 
 _DRAFTER = re.compile("eagle|medusa|dflash|dspark")  # in names of drafters' classes
 _WHOLE_MODEL = ("ForCausalLM", "ForConditionalGeneration")  # ends of names of whole models' classes
@@ -55,7 +46,7 @@ def describe(folder: Path, config: TargetConfig, *, kind: Kind, location: str, r
     read_config(folder)  # before the weights: a folder without a causal LM gets that error
     weights = check_weights(folder)
     info = describe_metadata(folder, config, kind=kind, location=location, revision=revision)
-    return info.model_copy(update={"digest": model_digest(folder, weights, info.adapters)})
+    return info.model_copy(update={"digest": model_digest(folder, weights)})
 
 
 def describe_metadata(
@@ -103,7 +94,6 @@ def describe_metadata(
         logit_scale=logits.scale,
         logit_softcap=logits.softcap,
         quantisation=_quantisation(folder, settings),
-        adapters=_adapters(folder, config),
     )
 
 
@@ -173,19 +163,6 @@ def _capabilities(folder: Path, config: PretrainedConfig) -> tuple[Layers, Logit
             f"{folder}: transformers cannot build a model from its config.json ({type(error).__name__}: "
             f"{one_line(error)}). Correct it, or install the transformers that it is for."
         ) from error
-
-
-def _adapters(folder: Path, config: TargetConfig) -> dict[str, str]:
-    """Return the digest of each adapter. Raises DraftsmithError for one that is not LoRA or does not fit the model."""
-    if not config.adapters:
-        return {}
-    maps = linear_maps(model_without_weights(folder))
-    digests = {}
-    for name, source in sorted(config.adapters.items()):
-        files = adapter_files(name, source)
-        read_adapter(name, files[0].parent, maps)
-        digests[name] = adapter_digest(files)
-    return digests
 
 
 def _quantisation(folder: Path, config: PretrainedConfig) -> str | None:

@@ -127,14 +127,14 @@ def _layer(layer: Any, heads: int, kv_heads: int) -> _Layer:
 
 def _side_by_side(*modules: nn.Module) -> Map:
     """Return a map to the products of all modules in one tensor."""
-    if isinstance(first := modules[0], PackedSlice) and all(isinstance(module, PackedSlice) for module in modules):
+    if isinstance(first := modules[0], PackedSlice):
         return first.whole.forward
     maps = [_map(module) for module in modules]
     return lambda x: torch.cat([each(x) for each in maps], -1)
 
 
 def _both(gate: nn.Module, up: nn.Module) -> Callable[[torch.Tensor], Sequence[torch.Tensor]]:
-    if isinstance(gate, PackedSlice) and isinstance(up, PackedSlice):
+    if isinstance(gate, PackedSlice):
         whole = gate.whole
         return lambda x: whole(x).chunk(2, -1)
     one, other = _map(gate), _map(up)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     import torch
 
 INFO_FILE = "target.json"
-ADAPTERS = "adapters"  # folder of copies of the adapters, in the artifact
 # Where the model lies and comes from: not in the artifact's content id, so that moving a model rebuilds nothing.
 ORIGIN_FILE = "origin.json"
 _ORIGIN = {"source", "kind", "location", "revision"}
@@ -86,7 +84,6 @@ class TargetInfo(BaseModel):
     logit_scale: float = 1.0
     logit_softcap: float | None = None
     quantisation: str | None = None  # method, of the checkpoint's weights
-    adapters: dict[str, str] = Field(default_factory=dict)  # name -> sha256 of its files; `digest` is over them too
 
     @property
     def logit_map(self) -> LogitMap:
@@ -113,8 +110,7 @@ def read_target_info(folder: Path) -> TargetInfo:
 
 def write_target_info(info: TargetInfo, out: Path) -> None:
     write_text(out / ORIGIN_FILE, info.model_dump_json(indent=2, include=_ORIGIN) + "\n")
-    left_out = _ORIGIN if info.adapters else {*_ORIGIN, "adapters"}
-    write_text(out / INFO_FILE, info.model_dump_json(indent=2, exclude=left_out) + "\n")
+    write_text(out / INFO_FILE, info.model_dump_json(indent=2, exclude=_ORIGIN) + "\n")
 
 
 def model_path(folder: Path) -> Path:
@@ -123,11 +119,6 @@ def model_path(folder: Path) -> Path:
     if not (path / "config.json").is_file():
         raise DraftsmithError(f"{path}: the target's model is gone. Restore it, or run the target stage with --force.")
     return path
-
-
-def adapter_folders(folder: Path) -> dict[str, Path]:
-    """Return name -> folder of the target's adapters, of a complete target artifact."""
-    return {name: folder / ADAPTERS / name for name in read_target_info(folder).adapters}
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -144,24 +135,14 @@ def load_tokenizer(folder: Path) -> Any:
         raise DraftsmithError(f"{folder}: the tokenizer cannot be read ({one_line(error)}). Copy it again.") from error
 
 
-def model_digest(folder: Path, weights: list[Path], adapters: Mapping[str, str] | None = None) -> str:
-    """Return the sha256 over the config (without its origin), the bytes of the weights, and the adapters' digests."""
+def model_digest(folder: Path, weights: list[Path]) -> str:
+    """Return the sha256 over the config (without its origin) and the bytes of the weights."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     for name in _PROVENANCE:
         config.pop(name, None)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for path in weights:
         digest.update(f"\0{path.name}\0".encode())
-        _update(digest, path)
-    if adapters:
-        digest.update(json.dumps(adapters, sort_keys=True).encode())
-    return digest.hexdigest()
-
-
-def adapter_digest(files: list[Path]) -> str:
-    """Return the sha256 over the bytes of an adapter's files."""
-    digest = hashlib.sha256()
-    for path in files:
         _update(digest, path)
     return digest.hexdigest()
 

@@ -97,7 +97,6 @@ class SlotCache(Cache):
         self.indexers: dict[int, KeyValueSlots] = {}  # of layers that choose their entries: an indexer's keys
         self.states: dict[tuple[str, int, int], StateSlots] = {}  # (kind, layer, index of the layer's state)
         self.rows, self.capacity = rows, capacity
-        self.adapters: torch.Tensor | None = None  # [rows] as in `Adapters.rows`; None: the target has none
         self._at = Address(slice(0, rows), torch.empty(0), 0)
         self._row_index = torch.empty(0)
         # copies of states that layers have read and may update in place
@@ -214,5 +213,3 @@ class SlotCache(Cache):
             slots.move_row(source, to)
         for states in self.states.values():
             states.move_row(source, to)
-        if self.adapters is not None:
-            self.adapters[to] = self.adapters[source]

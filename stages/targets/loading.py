@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,15 +104,10 @@ def model_without_weights(folder: Path) -> Any:
         return model_class(config).from_config(config)
 
 
-def check_divides(folder: Path, sharing: int, adapters: Collection[str] = ()) -> None:
-    """Raise DraftsmithError if the model in `folder` cannot be divided among `sharing` ranks, by its config alone.
-
-    adapters: of the target.
-    """
+def check_divides(folder: Path, sharing: int) -> None:
+    """Raise DraftsmithError if the model in `folder` cannot be divided among `sharing` ranks, by its config alone."""
     if sharing == 1:
         return
-    if adapters:
-        raise DraftsmithError(f"{_FIELD}: a target with adapters cannot be divided. Set it to 1.")
     if not hasattr(transformers.PreTrainedModel, "prepare_distribute_model"):
         raise DraftsmithError(
             f"{_FIELD}: transformers {transformers.__version__} cannot divide a model as is needed here. "
@@ -132,13 +127,13 @@ def check_divides(folder: Path, sharing: int, adapters: Collection[str] = ()) ->
             )
 
 
-def load_slice(folder: Path, ranks: Ranks, device: str, adapters: Collection[str] = (), **arguments: Any) -> Any:
+def load_slice(folder: Path, ranks: Ranks, device: str, **arguments: Any) -> Any:
     """Load this rank's slice of the model in `folder`, while the other ranks load theirs; only the slice is read.
 
-    adapters: of the target. arguments: of `from_pretrained`. Raises DraftsmithError like `check_divides` and
-    `load_weights`, and any error of transformers.
+    arguments: of `from_pretrained`. Raises DraftsmithError like `check_divides` and `load_weights`, and any error of
+    transformers.
     """
-    check_divides(folder, ranks.target_parallel, adapters)
+    check_divides(folder, ranks.target_parallel)
     from transformers.distributed import DistributedConfig  # missing in releases that `check_divides` refuses
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True)

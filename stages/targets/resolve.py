@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import shutil
@@ -20,18 +19,10 @@ from draftsmith.artifacts.home import home
 from draftsmith.artifacts.store.checksums import Checksums
 from draftsmith.artifacts.store.manifest import ELSEWHERE
 from draftsmith.stages.runtime.stage import StageContext
-from draftsmith.stages.targets.config import (
-    Dtype,
-    TargetConfig,
-    adapter_files,
-    gguf_file,
-    model_folder,
-    source_files,
-    source_kind,
-)
+from draftsmith.stages.targets.config import Dtype, TargetConfig, gguf_file, model_folder, source_files, source_kind
 from draftsmith.stages.targets.describe import describe, read_config
 from draftsmith.stages.targets.hub import check_snapshot, hub_snapshot
-from draftsmith.stages.targets.info import ADAPTERS, TargetInfo, write_target_info
+from draftsmith.stages.targets.info import TargetInfo, write_target_info
 from draftsmith.stages.targets.loading import load_weights
 
 
@@ -43,7 +34,6 @@ def run(ctx: StageContext, config: TargetConfig) -> None:
         f"vocabulary {info.vocab_size}, {info.dtype}"
         + ("" if info.quantisation is None else f", loaded from {info.quantisation} weights")
         + ("" if info.rewindable else "; recurrent layers: the committed tokens of a verify step are read twice")
-        + (f"; adapters {', '.join(info.adapters)}" if info.adapters else "")
         + ("" if info.chat_template else "; no chat template, prompts will be plain text")
     )
     ctx.summary(
@@ -81,19 +71,13 @@ def resolve_target(
         folder, location = out / "model", "model"
         dequantise(gguf_file(config.source), folder, config.dtype, log)
     files = source_files(location) if kind in ("hub", "folder") else []
-    adapters = {name: adapter_files(name, source) for name, source in config.adapters.items()}
-    read = [*files, *itertools.chain(*adapters.values())]
-    before = [_file_state(path) for path in read]
+    before = [_file_state(path) for path in files]
     info = describe(folder, config, kind=kind, location=location, revision=revision)
     if files and checksum is not None:
         if kind == "hub":
             check_snapshot(folder, checksum)
         write_text(out / ELSEWHERE, json.dumps({os.fspath(path): checksum(path) for path in files}, indent=2) + "\n")
-    for name, paths in adapters.items():
-        (out / ADAPTERS / name).mkdir(parents=True, exist_ok=True)
-        for path in paths:
-            shutil.copy(path, out / ADAPTERS / name)
-    if [_file_state(path) for path in read] != before:
+    if [_file_state(path) for path in files] != before:
         raise DraftsmithError(f"{folder}: the model changed while it was read. Run the same command again.")
     write_target_info(info, out)
     positions = read_config(folder)[1].get_text_config().max_position_embeddings

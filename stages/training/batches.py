@@ -22,7 +22,6 @@ from draftsmith.stages.data.trajectories import (
     answer_tokens,
     group_by_length,
     pad_tokens,
-    trajectory_adapters,
     trajectory_ids,
     trajectory_lengths,
 )
@@ -137,7 +136,7 @@ class FeatureSource:
         self._keeps = int(lengths.sum()) * width * target.dtype.itemsize <= self._memory
         # a step needs an answer for the target's forward, which may be read ahead, and for its batch
         self._answer = functools.lru_cache(2 * config.sequences_per_step)(trajectories.__getitem__)
-        self._names, self._adapters = trajectory_ids(trajectories), trajectory_adapters(trajectories)
+        self._names = trajectory_ids(trajectories)
         self._tokens_per_group = config.tokens_per_target_forward
         self._groups = list(group_by_length(lengths, self._tokens_per_group)) if self._keeps else []
         self._group_of = {index: g for g, group in enumerate(self._groups) for index in group}
@@ -236,26 +235,23 @@ class FeatureSource:
         self, members: Sequence[int], ids: torch.Tensor, kept: list[KeptGroup] | None = None
     ) -> dict[int, _Read]:
         """Read trajectories in one forward. ids: their tokens [n, T]. kept: takes the forward with its cache."""
-        adapters = [] if self._adapters is None else [self._adapters[i].as_py() for i in members]
         with torch.autocast(self.target.device.type, enabled=False):  # the training loop's is for the drafter alone
-            read = self._read(ids, adapters) if kept is None else self._read_with_keys(members, ids, adapters, kept)
+            read = self._read(ids) if kept is None else self._read_with_keys(members, ids, kept)
         lengths = self._lengths[list(members)].tolist()
         return {
             i: tuple(tensor[row, :n].clone() for tensor in read)
             for row, (i, n) in enumerate(zip(members, lengths, strict=True))
         }
 
-    def _read(self, ids: torch.Tensor, adapters: Sequence[str]) -> _Read:
+    def _read(self, ids: torch.Tensor) -> _Read:
         if not self.with_hidden:
-            return (self.target.features(ids, self.layer_ids, adapters),)
-        out = self.target.read(ids, self.layer_ids, adapters)
+            return (self.target.features(ids, self.layer_ids),)
+        out = self.target.read(ids, self.layer_ids)
         assert out.features is not None
         return out.features, out.hidden
 
-    def _read_with_keys(
-        self, members: Sequence[int], ids: torch.Tensor, adapters: Sequence[str], kept: list[KeptGroup]
-    ) -> _Read:
-        encoded = encode_group(self.target, ids, self.layer_ids, self._tree_tokens, adapters)
+    def _read_with_keys(self, members: Sequence[int], ids: torch.Tensor, kept: list[KeptGroup]) -> _Read:
+        encoded = encode_group(self.target, ids, self.layer_ids, self._tree_tokens)
         assert encoded.features is not None
         kept.append(([self._names[i].as_py() for i in members], replace(encoded, features=None)))
         return (encoded.features, encoded.hidden) if self.with_hidden else (encoded.features,)

@@ -198,7 +198,7 @@ def test_a_server_is_known_by_the_log_probs_of_fixed_tokens(
 
         def compare(client: httpx.AsyncClient) -> Awaitable[tuple[list[str], object]]:
             scored = partial(served_logprobs, client, plain_url, required.scored_ids)
-            return check_weights(served, scored, other, print, ours=False)
+            return check_weights(served, scored, other, print)
 
         return with_client(compare)[0]
 

@@ -110,7 +110,7 @@ def main(folder: Path) -> None:
     models = {name: Target.load(each["target"]) for name, each in made.items()}
     heldout = {name: load_trajectories(each["heldout"]) for name, each in made.items()}
     tokens = models["bfloat16"].tokenizer.encode(SCORED_TEXT, add_special_tokens=False)
-    scored = {name: own_logprobs(each["target"], tokens, print)[""] for name, each in made.items()}
+    scored = {name: own_logprobs(each["target"], tokens, print) for name, each in made.items()}
     for name in ROUNDED:
         apart = [abs(a - b) for a, b in zip(scored["bfloat16"], scored[name], strict=True)]
         ours, theirs = ({tuple(each.tokens) for each in heldout[of].trajectories} for of in ("bfloat16", name))

@@ -77,12 +77,12 @@ def write_artifact(folder: Path, seed: int = 0) -> Path:
     return resolved(folder)
 
 
-def resolved(folder: Path, **fields: Any) -> Path:
+def resolved(folder: Path) -> Path:
     """Run stage `target` on the model in `folder/model`, float32; return the artifact, `folder/out`."""
     from draftsmith.stages.targets.stage import STAGE, TargetConfig
 
     context = RecordingContext.under(folder)
-    STAGE.run(context, TargetConfig(source=str(folder / "model"), dtype="float32", **fields))
+    STAGE.run(context, TargetConfig(source=str(folder / "model"), dtype="float32"))
     return context.out
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from draftsmith.artifacts.atomic import atomic_path, write_text
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.results.data import LogsSummary, LogWindow
 from draftsmith.artifacts.tables.parquet import TableWriter
-from draftsmith.artifacts.tables.schemas import ADAPTED_TRAJECTORIES, TRAJECTORIES, TableSchema
+from draftsmith.artifacts.tables.schemas import TRAJECTORIES
 from draftsmith.stages.data.held_out import read_held_out
 from draftsmith.stages.data.logs.earlier import changes_since, read_contents, select_rows
 from draftsmith.stages.data.logs.filter import (
@@ -35,7 +34,7 @@ from draftsmith.stages.runtime.stage import StageContext, progress_callback
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.info import read_target_info
 
-_COLUMNS = ("prompt_id", "prompt_ids", "response_ids", "finish_reason", "adapter")  # fields of an AcceptedAnswer
+_COLUMNS = ("prompt_id", "prompt_ids", "response_ids", "finish_reason")  # fields of an AcceptedAnswer
 _GROUP_TOKENS, _GROUP_ROWS = 1 << 20, 4096  # of answers that are appended together
 
 
@@ -48,11 +47,10 @@ def run(ctx: StageContext, config: LogsConfig) -> None:
         )
         config = config.model_copy(update={"lateness_hours": 0.0})
     held_out = read_held_out(ctx.inputs.get("prompts"))
-    schema = ADAPTED_TRAJECTORIES if read_target_info(ctx.inputs["target"]).adapters else TRAJECTORIES
     with (
         atomic_path(ctx.out / "set_aside.jsonl") as rejects_path,
         rejects_path.open("w", encoding="utf-8") as lines,
-        TrajectoryTable(ctx.out / "trajectories.parquet", schema) as table,
+        TrajectoryTable(ctx.out / "trajectories.parquet") as table,
     ):
         rejects = RejectLog("logs.max_bad_share", config.max_bad_share, lines)
         used_before = read_contents(ctx.inputs["earlier"]) if config.overlaps else frozenset()
@@ -146,10 +144,10 @@ def _test_answers(ctx: StageContext, config: LogsConfig, rows: int) -> list[str]
     mask = np.zeros(rows, dtype=bool)
     mask[np.linspace(0, rows - 1, count).astype(int)] = True
     target, read, improbable = Target.load(ctx.inputs["target"]), list[ReadAnswer](), []
-    test = partial(read_answer, target, sampling=config.sampling)
     for batch in select_rows(ctx.out / "trajectories.parquet", mask):
         for row in batch.to_pylist():
-            read.append(answer := test(row["prompt_ids"], row["response_ids"], adapter=row.get("adapter", "")))
+            answer = read_answer(target, row["prompt_ids"], row["response_ids"], config.sampling)
+            read.append(answer)
             if answer.reason:
                 improbable.append({"trajectory_id": row["trajectory_id"], "reason": answer.reason})
             ctx.progress(len(read), count, "answers read by the target", improbable=len(improbable))
@@ -240,15 +238,15 @@ def answer_batches(answers: Iterable[AcceptedAnswer]) -> Iterator[pa.Table]:
 
 
 def _table(rows: list[AcceptedAnswer]) -> pa.Table:
-    types = {name: ADAPTED_TRAJECTORIES.columns.field(name).type for name in _COLUMNS}
+    types = {name: TRAJECTORIES.columns.field(name).type for name in _COLUMNS}
     return pa.table({name: pa.array([getattr(row, name) for row in rows], kind) for name, kind in types.items()})
 
 
 class TrajectoryTable(TableWriter):
     """Writes `trajectories.parquet` of training answers; answers to one prompt are numbered in their order."""
 
-    def __init__(self, path: Path, schema: TableSchema = TRAJECTORIES):
-        super().__init__(path, schema)
+    def __init__(self, path: Path):
+        super().__init__(path, TRAJECTORIES)
         self._samples: Counter[str] = Counter()
         self.answer_tokens = 0
 
@@ -266,7 +264,7 @@ class TrajectoryTable(TableWriter):
         }
         columns = [
             pa.array(added[field.name], field.type) if field.name in added else batch[field.name]
-            for field in self.schema.columns
+            for field in TRAJECTORIES.columns
         ]
-        self.append(pa.table(columns, names=self.schema.columns.names))
+        self.append(pa.table(columns, names=TRAJECTORIES.columns.names))
         self.answer_tokens += pc.sum(pc.list_value_length(batch["response_ids"])).as_py()

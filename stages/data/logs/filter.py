@@ -48,7 +48,6 @@ class AcceptedAnswer:
     prompt_ids: np.ndarray  # int32
     response_ids: np.ndarray  # int32
     finish_reason: str  # stop | length
-    adapter: str  # "": the target alone
     content: bytes  # of `answer_content`
 
     @property
@@ -229,16 +228,6 @@ class LogFilter(RowFilter[AcceptedAnswer]):
         self.reader = AnswerReader(load_tokenizer(model_path(target)), self.info, config)
         self._inverter = TemplateInverter(self.reader.tokenizer, config.chat_template_kwargs)
         self._seen: set[bytes] = set()  # `answer_content`
-        self._names_adapter = False  # an accepted row does
-
-    def warnings(self) -> list[str]:
-        warnings = super().warnings()
-        if self.info.adapters and self.accepted and not self._names_adapter:
-            warnings.append(
-                "no row names an adapter of the target, so all answers count as those of the target alone. Name the "
-                "field that does: `logs.fields: {adapter: …}`."
-            )
-        return warnings
 
     def _convert(self, row: LoggedRow, time: datetime | None) -> AcceptedAnswer:
         answer = self.reader.read(row)
@@ -252,8 +241,7 @@ class LogFilter(RowFilter[AcceptedAnswer]):
             raise RejectedRow(USED_BEFORE)
         self._seen.add(content)
         stopped = answer.response_ids[-1] in self.reader.eos_ids
-        self._names_adapter = self._names_adapter or bool(answer.adapter)
-        return AcceptedAnswer(prompt_ids, answer_ids, "stop" if stopped else "length", answer.adapter, content)
+        return AcceptedAnswer(prompt_ids, answer_ids, "stop" if stopped else "length", content)
 
     def is_held_out(self, prompt_ids: np.ndarray, messages: Sequence[Message] | None = None) -> bool:
         """Return whether the prompt must not be trained on. messages: of the row; None: decode them from the ids."""

@@ -38,15 +38,12 @@ class ReadAnswer(NamedTuple):
 
     prompt: Sequence[int]
     answer: Sequence[int]
-    adapter: str  # "": the target alone
     reason: str  # of `check_likelihood`
 
 
-def read_answer(
-    target: Target, prompt: Sequence[int], answer: Sequence[int], sampling: SamplingParams, adapter: str = ""
-) -> ReadAnswer:
+def read_answer(target: Target, prompt: Sequence[int], answer: Sequence[int], sampling: SamplingParams) -> ReadAnswer:
     """Test an answer, and keep it for `foreign_error`."""
-    return ReadAnswer(prompt, answer, adapter, check_likelihood(target, prompt, answer, sampling, adapter))
+    return ReadAnswer(prompt, answer, check_likelihood(target, prompt, answer, sampling))
 
 
 def describe_foreign(config: LogsConfig, read: Sequence[ReadAnswer]) -> str:
@@ -81,7 +78,7 @@ def foreign_error(target: Target, config: LogsConfig, read: Sequence[ReadAnswer]
 def _likeness(target: Target, config: LogsConfig, foreign: Sequence[ReadAnswer]) -> str:
     """Return what foreign answers look like, and what to set. The first explanation that makes most likely counts."""
     sampled = [*_TEMPERATURES, *([config.temperature] if config.temperature else [])]
-    read = [_read(target, each.prompt, each.answer, each.adapter, sampled) for each in foreign]
+    read = [_read(target, each.prompt, each.answer, sampled) for each in foreign]
 
     def explained(reasons: Iterable[str]) -> bool:
         return list(reasons).count(LIKELY) >= _EXPLAINED * len(foreign)
@@ -90,14 +87,14 @@ def _likeness(target: Target, config: LogsConfig, foreign: Sequence[ReadAnswer])
         return "They look greedy. Set logs.temperature: 0."
     for said, prompts in _other_prompts(target, config, foreign):
         if explained(
-            check_likelihood(target, prompt, each.answer, config.sampling, each.adapter)
+            check_likelihood(target, prompt, each.answer, config.sampling)
             for prompt, each in zip(prompts, foreign, strict=True)
         ):
             return said
     logprobs = torch.stack([each[1::3].sum(-1) for each in read]).sum(0)  # by temperature
     temperature = sampled[int(logprobs.argmax())]
     other = replace(config.sampling, temperature=temperature)
-    if explained(check_likelihood(target, *each[:2], other, each.adapter) for each in foreign):
+    if explained(check_likelihood(target, each.prompt, each.answer, other) for each in foreign):
         return (
             f"They look sampled at a temperature of about {temperature:g}, or given by a close copy (quantised, "
             "another revision). Set logs.temperature, top_p and top_k, or target to that copy."
@@ -141,9 +138,7 @@ def _other_prompts(
         )
 
 
-def check_likelihood(
-    target: Target, prompt: Sequence[int], answer: Sequence[int], sampling: SamplingParams, adapter: str = ""
-) -> str:
+def check_likelihood(target: Target, prompt: Sequence[int], answer: Sequence[int], sampling: SamplingParams) -> str:
     """Return what speaks against an answer, one of the constants above; empty if nothing does.
 
     Greedy answers have no token that the target clearly would not have chosen. For sampled answers, the expected log-
@@ -152,7 +147,7 @@ def check_likelihood(
     another model's answers, and answers whose beginning (the reasoning) was removed. It tolerates retokenised text and
     near-ties of other kernels.
     """
-    gaps, *sampled = _read(target, prompt, answer, adapter, [] if sampling.greedy else [sampling.temperature])
+    gaps, *sampled = _read(target, prompt, answer, [] if sampling.greedy else [sampling.temperature])
     if sampling.greedy:
         return _check_greedy(gaps)
     logprobs, entropies, variances = sampled
@@ -160,13 +155,11 @@ def check_likelihood(
 
 
 @torch.no_grad()
-def _read(
-    target: Target, prompt: Sequence[int], answer: Sequence[int], adapter: str, temperatures: Sequence[float]
-) -> torch.Tensor:
+def _read(target: Target, prompt: Sequence[int], answer: Sequence[int], temperatures: Sequence[float]) -> torch.Tensor:
     """Return [1 + 3 * temperatures, N] of an answer's N tokens, in nats: how far the logit is below the best one; and
     for each temperature the log-prob, the entropy, and the variance of log-probs."""
     ids = torch.tensor([[*prompt, *answer]], device=target.device)
-    hidden = target.read(ids, adapters=[adapter]).hidden[0, len(prompt) - 1 : -1]  # before each token of the answer
+    hidden = target.read(ids).hidden[0, len(prompt) - 1 : -1]  # before each token of the answer
     tokens, parts = ids[0, len(prompt) :], []
     for start in range(0, len(tokens), _POSITIONS):
         logits = target.logits(hidden[start : start + _POSITIONS])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import reprlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from draftsmith.artifacts.errors import DraftsmithError
@@ -22,7 +22,6 @@ from draftsmith.stages.data.row_formats import (
     RejectedRow,
     is_unicode,
     messages_beside_ids,
-    row_adapter,
     row_messages,
     token_ids_field,
     unknown_shape,
@@ -124,7 +123,6 @@ class LoggedAnswer:
     prompt_ids: list[int]
     response_ids: list[int]
     messages: list[Message] | None = None  # of the prompt; None if the row has no messages
-    adapter: str = ""  # "": the target alone
 
 
 def logged_ids(row: LoggedRow) -> tuple[list[int], list[int]] | None:
@@ -151,7 +149,7 @@ class AnswerReader:
     def __init__(self, tokenizer: Any, info: TargetInfo, config: LogsConfig):
         self.tokenizer, self._template_kwargs = tokenizer, config.chat_template_kwargs
         self.vocab_size, self.eos_ids = info.vocab_size, frozenset(info.eos_ids)
-        self.max_tokens, self._adapters = config.max_tokens or info.max_positions, info.adapters
+        self.max_tokens = config.max_tokens or info.max_positions
         self.stop_id = self._turn_end(info.eos_ids)
 
     def _turn_end(self, eos_ids: list[int]) -> int:
@@ -171,7 +169,7 @@ class AnswerReader:
             raise RejectedRow("stop token inside the answer")
         if len(answer.prompt_ids) + len(answer.response_ids) > self.max_tokens:
             raise RejectedRow(_TOO_LONG)
-        return replace(answer, adapter=row_adapter(row.fields, self._adapters, row.where))
+        return answer
 
     def _from_ids(self, row: LoggedRow, prompt: list[int], answer: list[int]) -> LoggedAnswer:
         if not prompt:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -18,7 +18,7 @@ import torch
 from draftsmith.artifacts.host import free_memory_bytes
 from draftsmith.artifacts.results.evaluation import TargetDifference
 from draftsmith.stages.engines.config import Options, option_name
-from draftsmith.stages.engines.servers.client import get_json, json_object, query, wrong_server
+from draftsmith.stages.engines.servers.client import json_object, query, wrong_server
 from draftsmith.stages.engines.servers.requirements import PROBE_TEXT, ServerRequirements
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.info import TargetInfo, model_path, read_target_info
@@ -31,7 +31,7 @@ TOLERANCE = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.1}  # nats, of the 
 QUANTISED_TOLERANCE = 0.3
 _SAME = {"bf16": "bfloat16", "half": "float16", "float": "float32"}  # names of dtypes
 _LOCK = threading.Lock()
-_OWN_LOGPROBS: dict[tuple[Path | int, ...], dict[str, list[float]]] = {}  # by a target's folder and the tokens
+_OWN_LOGPROBS: dict[tuple[Path | int, ...], list[float]] = {}  # by a target's folder and the tokens
 
 
 class TargetTooLargeError(Exception):
@@ -47,15 +47,6 @@ async def check_tokenizer(client: httpx.AsyncClient, url: str, path: str, requir
     if tokens != required.probe_ids:
         raise wrong_server(url, f"serves {path}, whose tokenizer is not that of the target {required.target.source}.")
     return []
-
-
-async def check_adapters(client: httpx.AsyncClient, url: str, required: ServerRequirements) -> None:
-    """Check that a server lists the target's adapters, by name."""
-    if required.adapters:
-        cards = map(dict, (await get_json(client, url, "v1/models")).get("data") or ())
-        served = {card.get("id") for card in cards if card.get("parent")}
-        if missing := [name for name in required.adapters if name not in served]:
-            raise wrong_server(url, f"serves no adapter {missing[0]}. Start it with all of target.adapters.")
 
 
 @dataclass(frozen=True)
@@ -91,48 +82,29 @@ def launched_target(options: Options, url: str = "", path: str = "") -> ServedTa
 
 async def check_weights(
     served: ServedTarget,
-    scored: Callable[[str], Awaitable[Sequence[float] | None]],
+    scored: Callable[[], Awaitable[Sequence[float] | None]],
     required: ServerRequirements,
     log: Callable[[str], None],
-    *,
-    ours: bool,
 ) -> tuple[list[str], TargetDifference | None]:
-    """Compare a server's log-probs of the fixed tokens with the target's, and under each adapter of a running server.
+    """Compare a server's log-probs of the fixed tokens with the target's. Known weights only if a setting differs.
 
-    Weights that are known are compared only if a setting differs. scored: returns the server's log-probs under an
-    adapter ("": the target alone), None if it gives none. ours: it was started here.
+    scored: returns the server's log-probs, None if it gives none.
     Returns what was compared or could not be, and the difference if settings differ. Raises DraftsmithError for others.
     """
-    remarks, difference = list[str](), None
-    alone = [""] if not served.known or served.differs(required.target) else []
-    for adapter in (*alone, *(() if ours else required.adapters)):
-        of = replace(served, known=False) if adapter else served
-        remark, found = await _compare_weights(of, await scored(adapter), required, log, adapter)
-        remarks.append(remark)
-        difference = difference or found
-    return remarks, difference
-
-
-async def _compare_weights(
-    served: ServedTarget,
-    theirs: Sequence[float] | None,
-    required: ServerRequirements,
-    log: Callable[[str], None],
-    adapter: str,
-) -> tuple[str, TargetDifference | None]:
     target, tokens = required.target, required.scored_ids
     url, path, differs = served.url, served.path, served.differs(target)
+    if served.known and not differs:
+        return [], None
     unmeasured = TargetDifference(settings=differs) if differs else None
-    if theirs is None:
+    if (theirs := await scored()) is None:
         remark = f"{url} gives no log-probs of a prompt: the weights of {path} could not be compared with the target's"
-        return remark, unmeasured
+        return [remark], unmeasured
     try:
-        ours = (await asyncio.to_thread(own_logprobs, required.target_folder, tokens, log))[adapter]
+        ours = await asyncio.to_thread(own_logprobs, required.target_folder, tokens, log)
     except TargetTooLargeError as error:
         remark = f"{url} serves {path}: its weights could not be compared with the target's, {error}."
         remedy = " Start the server with --revision and its commit, which SGLang reports and which is compared instead."
-        return remark if served.known else remark + remedy, unmeasured
-    path = f"adapter {adapter} on {path}" if adapter else path
+        return [remark if served.known else remark + remedy], unmeasured
     difference, allowed = mean_difference(ours, theirs), served.tolerance(target)
     if difference > allowed and not served.known:
         raise wrong_server(
@@ -144,16 +116,15 @@ async def _compare_weights(
     if differs:
         largest = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
         measured = TargetDifference(settings=differs, tokens=len(ours), mean=difference, largest=largest)
-        return f"{url} serves {path} with {measured.text}", measured
+        return [f"{url} serves {path} with {measured.text}"], measured
     text = f"log-probs of {len(ours)} fixed tokens are {difference:.2g} nats from the target's"
-    return f"{url} serves {path}: {text}", None
+    return [f"{url} serves {path}: {text}"], None
 
 
-def own_logprobs(target_folder: Path, tokens: Sequence[int], log: Callable[[str], None]) -> dict[str, list[float]]:
+def own_logprobs(target_folder: Path, tokens: Sequence[int], log: Callable[[str], None]) -> list[float]:
     """Return the target's log-probs (nats) of `tokens` after the first, in its dtype on the CPU; computed once.
 
-    By adapter, "" for the target alone. Raises TargetTooLargeError instead of loading weights that the memory does not
-    hold.
+    Raises TargetTooLargeError instead of loading weights that the memory does not hold.
     """
     with _LOCK:  # several servers are checked concurrently, and one check loads the weights
         if (logprobs := _OWN_LOGPROBS.get((target_folder, *tokens))) is None:
@@ -171,16 +142,13 @@ def check_memory(target_folder: Path) -> str:
     return needed
 
 
-def _compute_logprobs(target_folder: Path, tokens: Sequence[int], log: Callable[[str], None]) -> dict[str, list[float]]:
+def _compute_logprobs(target_folder: Path, tokens: Sequence[int], log: Callable[[str], None]) -> list[float]:
     needed = check_memory(target_folder)
     log(f"loading the target on the CPU, {needed}, to compare its log-probs with a server's")
     target = Target.load(target_folder, device="cpu")
-    ids, found = torch.tensor([list(tokens)]), {}
-    for adapter in ("", *target.adapters.names):
-        hidden = target.read(ids, adapters=[adapter]).hidden[0, :-1]
-        logprobs = target.logits(hidden).float().log_softmax(-1)
-        found[adapter] = logprobs.gather(1, ids[0, 1:, None])[:, 0].tolist()
-    return found
+    ids = torch.tensor([list(tokens)])
+    logprobs = target.logits(target.read(ids).hidden[0, :-1]).float().log_softmax(-1)
+    return logprobs.gather(1, ids[0, 1:, None])[:, 0].tolist()
 
 
 def mean_difference(ours: Sequence[float], theirs: Sequence[float]) -> float:

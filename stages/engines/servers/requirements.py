@@ -6,8 +6,7 @@ How an engine drafts with a checkpoint is read from its config.json, without tor
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.config import ServerEngineConfig, SGLangEngineConfig
-from draftsmith.stages.targets.info import TargetInfo, adapter_folders, load_tokenizer, model_path, read_target_info
+from draftsmith.stages.targets.info import TargetInfo, load_tokenizer, model_path, read_target_info
 
 PROBE_TEXT = "What is 12 + 30?\n\tNaïve café, 3.14 °C; 你好, привет."  # tokenizers split it differently
 SCORED_TEXT = (  # its log-probs are compared where a server's weights have no known revision
@@ -43,7 +42,6 @@ class ServerRequirements:
     algorithm: str | None = None  # DFLASH, DSPARK or EAGLE3
     block_size: int | None = None
     trace: bool = False  # whether verify steps are to be recorded
-    adapters: Mapping[str, Path] = field(default_factory=dict)  # name -> folder of each that the target is served with
 
 
 def server_requirements(
@@ -72,7 +70,6 @@ def server_requirements(
         longest,
         config.concurrency,
         measure_first_token=measure_first_token,
-        adapters=adapter_folders(target_folder),
     )
     if drafter_folder is None:
         return plain

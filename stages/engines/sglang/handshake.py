@@ -30,12 +30,7 @@ from draftsmith.stages.engines.servers.client import (
     reachable,
     wrong_server,
 )
-from draftsmith.stages.engines.servers.identity import (
-    ServedTarget,
-    check_adapters,
-    check_tokenizer,
-    check_weights,
-)
+from draftsmith.stages.engines.servers.identity import ServedTarget, check_tokenizer, check_weights
 from draftsmith.stages.engines.servers.requirements import ServerRequirements
 from draftsmith.stages.engines.sglang.protocol import SUPPORTED, Json, supported
 from draftsmith.stages.engines.sglang.records import generate_payload, read_completion, recorded_drafter
@@ -62,13 +57,12 @@ async def check_server(
         server = await get_json(client, url, "server_info")
         version = str(server.get("version", "?"))
         remarks = [] if supported(version) else [f"{url} is sglang {version}, outside the tested {SUPPORTED}"]
-        await check_adapters(client, url, required)
         served = _served_target(url, str(model.get("model_path")), server, ours=ours)
         if not ours:
             remarks += await check_tokenizer(client, url, served.path, required)
             served = replace(served, known=_known_by_revision(served, server, required.target))
         scored = partial(served_logprobs, client, url, required.scored_ids)
-        compared, difference = await check_weights(served, scored, required, log, ours=ours)
+        compared, difference = await check_weights(served, scored, required, log)
         remarks += compared
         remarks += _check_drafter(url, server, required)
         _check_context(url, server, required)
@@ -205,13 +199,11 @@ def _known_by_revision(served: ServedTarget, server: Json, target: TargetInfo) -
     return True
 
 
-async def served_logprobs(
-    client: httpx.AsyncClient, url: str, tokens: Sequence[int], adapter: str
-) -> list[float] | None:
+async def served_logprobs(client: httpx.AsyncClient, url: str, tokens: Sequence[int]) -> list[float] | None:
     """Return a server's log-probs of `tokens` after the first; None if one is missing."""
     sampling = {"temperature": 0, "max_new_tokens": 1}
     asked = {"input_ids": list(tokens), "sampling_params": sampling, "return_logprob": True, "logprob_start_len": 0}
-    answer = await _post(client, url, _REQUEST_NAME, asked | ({"lora_path": adapter} if adapter else {}))
+    answer = await _post(client, url, _REQUEST_NAME, asked)
     try:
         scored = answer.body["meta_info"]["input_token_logprobs"][1:]
         logprobs = [float(each[0]) for each in scored]

@@ -40,8 +40,7 @@ def generate_payload(request: Request, eos_ids: Sequence[int], traced: bool) -> 
         params["sampling_seed"] = request.seed  # used only with --enable-deterministic-inference
     if traced:
         params["custom_params"] = {KEY: True}
-    payload: Json = {"input_ids": request.prompt_ids, "sampling_params": params}
-    return payload | ({"lora_path": request.adapter} if request.adapter else {})
+    return {"input_ids": request.prompt_ids, "sampling_params": params}
 
 
 def recorded_drafter(request_id: str, meta: Json) -> str | None:

@@ -66,9 +66,6 @@ def server_command(config: SGLangEngineConfig, required: ServerRequirements) -> 
     if required.drafter_folder is not None:
         assert required.algorithm is not None and required.block_size is not None
         parts += drafting_options(required.drafter_folder, required.algorithm, required.block_size)
-    if required.adapters:
-        parts += ["--enable-lora", "--max-loras-per-batch", str(len(required.adapters) + 1), "--lora-paths"]
-        parts += [f"{name}={folder.absolute()}" for name, folder in required.adapters.items()]
     return parts + option_arguments(launch.options)
 
 

@@ -29,7 +29,6 @@ from draftsmith.stages.engines.servers.client import (
 )
 from draftsmith.stages.engines.servers.identity import (
     ServedTarget,
-    check_adapters,
     check_tokenizer,
     check_weights,
     launched_target,
@@ -61,12 +60,11 @@ async def check_server(
         if (release := re.match(r"(\d+)\.(\d+)", version)) and tuple(map(int, release.groups())) < FIRST:
             raise wrong_server(url, f"is vLLM {version}, which reports no verify steps. Use 0.29 or later.")
         card = dict((await get_json(client, url, "v1/models"))["data"][0])
-        await check_adapters(client, url, required)
         path = str(card.get("root") or card.get("id"))
         served = launched_target(options or {}, url, path) if ours else await reported_target(client, url, path)
         remarks = [] if ours else await check_tokenizer(client, url, served.path, required)
         scored = partial(_served_logprobs, client, url, required.scored_ids)
-        compared, difference = await check_weights(served, scored, required, log, ours=ours)
+        compared, difference = await check_weights(served, scored, required, log)
         remarks += compared
         if (limit := card.get("max_model_len")) is not None and required.longest > limit:
             raise wrong_server(
@@ -139,12 +137,10 @@ async def _generate(client: httpx.AsyncClient, url: str, request: Request, **fie
     return json_object(response)
 
 
-async def _served_logprobs(
-    client: httpx.AsyncClient, url: str, tokens: Sequence[int], adapter: str
-) -> list[float] | None:
+async def _served_logprobs(client: httpx.AsyncClient, url: str, tokens: Sequence[int]) -> list[float] | None:
     """Return the log-probs of `tokens` after the first; None if one is missing."""
     try:
-        answer = await _generate(client, url, Request(_NAME, list(tokens), 1, adapter=adapter), prompt_logprobs=0)
+        answer = await _generate(client, url, Request(_NAME, list(tokens), 1), prompt_logprobs=0)
         scored = answer["choices"][0]["prompt_logprobs"]
         logprobs = [float(at[str(token)]["logprob"]) for at, token in zip(scored[1:], tokens[1:], strict=True)]
     except (RefusedRequestError, KeyError, IndexError, TypeError, ValueError):

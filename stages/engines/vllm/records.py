@@ -38,8 +38,6 @@ def completion_payload(request: Request, eos_ids: Sequence[int]) -> Json:
     }
     if not sampling.greedy:
         payload |= {"top_p": sampling.top_p, "top_k": sampling.top_k, "seed": request.seed}
-    if request.adapter:
-        payload["model"] = request.adapter
     return payload
 
 

@@ -8,18 +8,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-
-from safetensors import safe_open
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.engines.config import VLLMEngineConfig
 from draftsmith.stages.engines.servers.process import option_arguments
 from draftsmith.stages.engines.servers.requirements import ServerRequirements, samples_proposals
-from draftsmith.stages.targets.config import ADAPTER_FILES
-
-_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM takes as the largest
 
 
 def server_command(config: VLLMEngineConfig, required: ServerRequirements, exported: Path) -> list[str]:
@@ -41,7 +36,6 @@ def server_command(config: VLLMEngineConfig, required: ServerRequirements, expor
         assert required.algorithm is not None and required.block_size is not None
         drafter = _in_its_layout(required.drafter_folder, required, exported)
         parts += drafting_options(drafter, required.algorithm, required.block_size)
-    parts += _adapter_options(required.adapters)
     return parts + option_arguments(launch.options)
 
 
@@ -63,24 +57,6 @@ def drafting_options(
     if schedule:
         config["num_speculative_tokens_per_batch_size"] = schedule
     return ["--speculative-config", json.dumps(config), "--per-request-spec-decode-metrics", "detailed"]
-
-
-def _adapter_options(adapters: Mapping[str, Path]) -> list[str]:
-    """Return the options by which a server has these adapters, name -> folder; none without any."""
-    if not adapters:
-        return []
-    ranks, maps = set(), set()
-    for folder in adapters.values():
-        ranks.add(int(json.loads((folder / ADAPTER_FILES[0]).read_text(encoding="utf-8"))["r"]))
-        with safe_open(folder / ADAPTER_FILES[1], framework="np") as file:
-            maps |= {name.split(".")[-3] for name in file.keys()}  # noqa: SIM118  (MAP.lora_A.weight)
-    rank = next((each for each in _RANKS if each >= max(ranks)), max(ranks))
-    return [
-        *("--enable-lora", "--max-loras", str(len(adapters)), "--max-lora-rank", str(rank)),
-        # without it vLLM adapts embedding and head too, which its drafters share and call with other tokens
-        *("--lora-target-modules", *sorted(maps)),
-        *("--lora-modules", *(f"{name}={folder.absolute()}" for name, folder in adapters.items())),
-    ]
 
 
 def _in_its_layout(drafter: Path, required: ServerRequirements, exported: Path) -> Path:

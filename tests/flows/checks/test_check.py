@@ -18,7 +18,6 @@ from draftsmith.flows.cli.main import main
 from tests.flows.processes import ROOT
 from tests.stages.data.logs.logs_run import as_ids
 from tests.stages.data.row_files import write
-from tests.testbed.adapters import write_adapter
 from tests.testbed.drafter import DrafterArtifacts
 from tests.testbed.refresh import small_refresh
 
@@ -132,26 +131,6 @@ def test_one_run_reports_the_failures_of_all_checks(check: Check, tmp_path: Path
     assert code == 2 and levels(out)["target"] == ["ok"]
     assert out.count("gone.jsonl") == 1, "an error that several checks meet is reported once"
     assert re.search(r"^\d+ errors, .*\n.*checks failed.*$", out, re.MULTILINE), "one line of standard error"
-
-
-def test_adapters_are_checked_with_the_rows_that_name_them(
-    check: Check, tmp_path: Path, tiny_target: Path, tiny_prompts: Path, config: dict[str, Any]
-) -> None:
-    named = [row | {"lora": "ab"[i % 2]} for i, row in enumerate(read_rows(tiny_prompts))]
-    source = {"kind": "jsonl", "path": str(write(tmp_path / "named.jsonl", named)), "fields": {"adapter": "lora"}}
-    config["prompts"]["sources"] = [source]
-    adapters = {name: str(write_adapter(tmp_path / name, tiny_target)) for name in "ab"}
-    config["target"]["adapters"] = adapters
-    assert check(config)[0] == 0
-    config["target"]["adapters"] = {"a": adapters["a"]}
-    config["sft"]["parallel"] = {"processes": 2, "target_parallel": 2}
-    code, out = check(config)
-    assert code == 2
-    assert "named.jsonl, row 2: adapter 'b' is none of the target's (a). Add it to target.adapters" in out
-    assert "target_parallel: a target with adapters cannot be divided. Set it to 1." in out
-    (tmp_path / "a" / "adapter_config.json").unlink()
-    code, out = check(config)
-    assert code == 2 and f"target.adapters.a: {tmp_path / 'a'} has no adapter_config.json" in out
 
 
 def test_layers_that_sglang_cannot_return_are_an_error_only_where_it_drafts(

@@ -50,7 +50,7 @@ def test_a_target_that_servers_compute_otherwise_is_a_warning(
         assert "quantization fp8, kv_cache_dtype fp8_e4m3: a run measures" in warning({"kind": kind, "launch": launch})
         assert warning({"kind": kind, "launch": {"options": {"kv-cache-dtype": "auto"}}}) == ""
     assert warning({"kind": "sglang", "urls": ["http://127.0.0.1:9"]}) == "", "it does not answer"
-    ours = own_logprobs(plain.target_folder, plain.scored_ids, print)[""]
+    ours = own_logprobs(plain.target_folder, plain.scored_ids, print)
     with server_of(plain, server={"quantization": "fp8"}, generate=scoring([value + 0.2 for value in ours])) as server:
         url = {"kind": "sglang", "urls": [server.url]}
         assert "quantization fp8: a run measures" in warning(url)

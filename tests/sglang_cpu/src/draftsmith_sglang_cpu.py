@@ -1,4 +1,4 @@
-"""SGLang plug-in that closes the gaps of DFLASH, DSPARK and LoRA on a CPU. Tests only: on a GPU none of it is needed.
+"""SGLang plug-in that closes the gaps of DFLASH and DSPARK on a CPU. Tests only: on a GPU none of it is needed.
 
 SGLang loads it through the entry-point group `sglang.srt.plugins` in each of its processes. Each function names the
 part of SGLang 0.5.20 … 0.5.23 that it replaces, and why that fails on a CPU.
@@ -25,7 +25,6 @@ def activate() -> None:
 
     allow_draft_backend()
     ignore_streams()
-    ignore_pinning()
     name_chain_topk()
     fork_processes()
     hooks: list[tuple[str, Callable[..., Any], HookType]] = [
@@ -66,17 +65,6 @@ def ignore_streams() -> None:
             record_stream(self, stream)
 
     torch.Tensor.record_stream = recorded  # type: ignore[method-assign, assignment]
-
-
-def ignore_pinning() -> None:
-    """lora/ pins the memory of what it copies to a GPU; torch refuses that without one."""
-
-    def unpinned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        return lambda *args, pin_memory=False, **kwargs: make(*args, **kwargs)  # noqa: ARG005
-
-    for name in ("tensor", "zeros", "empty"):
-        setattr(torch, name, unpinned(getattr(torch, name)))
-    torch.Tensor.pin_memory = lambda self, *_args: self  # type: ignore[method-assign]
 
 
 def name_chain_topk() -> None:

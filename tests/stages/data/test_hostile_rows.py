@@ -57,7 +57,7 @@ NAMES += [
     "json_schema",
 ]
 NAMES += ["reasoning_content", "finish_reason", "stop", "matched_stop", "tools", "functions", "timestamp", "created"]
-NAMES += ["started_at", "ended_at", "duration_s", "server", "id", "model", "adapter", "language", "team"]
+NAMES += ["started_at", "ended_at", "duration_s", "server", "id", "model", "language", "team"]
 HOSTILE = st.dictionaries(st.one_of(st.sampled_from(NAMES), TEXT), VALUE, min_size=1, max_size=4)
 ROWS = st.lists(st.tuples(HOSTILE, st.booleans()), min_size=1, max_size=4)  # fields; whether a good row has them
 

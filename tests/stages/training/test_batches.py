@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -102,12 +101,12 @@ def test_the_target_reads_each_answer_once_if_memory_holds_all(
     for _ in range(2):
         for i in order:
             source.batch([i])
-    assert sum(len(ids) for ids, _ in calls) == reads * len(TRAJECTORIES)
+    assert sum(len(ids) for (ids,) in calls) == reads * len(TRAJECTORIES)
     if reads == 2:
-        assert [tuple(ids.shape) for ids, _ in calls[:12]] == [(1, len(TRAJECTORIES[i].tokens)) for i in order]
+        assert [tuple(ids.shape) for (ids,) in calls[:12]] == [(1, len(TRAJECTORIES[i].tokens)) for i in order]
         calls.clear()
         source.batch([7, 0, 11, 3, 7])
-        seen = [ids.shape for ids, _ in calls]
+        seen = [ids.shape for (ids,) in calls]
         assert sum(rows for rows, _ in seen) == 4  # one of them twice in the batch
         assert len(seen) < 4 and all(rows * width <= 64 for rows, width in seen)
         assert not source._cache
@@ -186,10 +185,10 @@ def trained(source: FeatureSource, monkeypatch: pytest.MonkeyPatch) -> list[str]
     events: list[str] = []
     read = source._read
 
-    def noted(ids: torch.Tensor, adapters: Sequence[str]) -> tuple[torch.Tensor, ...]:
+    def noted(ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
         row = [t.tokens == ids[0, : len(t.tokens)].tolist() for t in TRAJECTORIES].index(True)
         events.append(f"read {next(step for step, indices in enumerate(STEPS) if row in indices)}")
-        return read(ids, adapters)
+        return read(ids)
 
     monkeypatch.setattr(source, "_read", noted)
     for step, indices in enumerate(STEPS):

@@ -86,7 +86,9 @@ def test_the_documented_command_makes_rows_with_token_ids_and_sampling(tmp_path:
         ([1, 315, 202], [94, 352, 758]),
         ([1, 315, 203], [94, 352, 758]),
     ]
-    assert [row["adapter"] for row in rows] == ["support", None]
+    assert [row["model"] for row in rows] == ["support", "base"]
+    for name, chosen in (("support", [True, None]), ("base", [None, None])):
+        assert accepted(schema_filter(since="2026-11-29", filter={"model": name}), rows) == chosen
     assert [(row["ended_at"], row["duration_s"]) for row in rows] == [("2026-11-29T11:43:28.869656", 2.5)] * 2
     found = schema_filter(since="2026-11-29")
     assert accepted(found, rows) == [True, None]

@@ -61,9 +61,7 @@ def test_without_a_commit_a_server_is_identified_by_its_log_probs(
     plain: ServerRequirements, other_revision: Path, path: str, revision: str | None
 ) -> None:
     expected = of_hub(plain)
-    ours, others = (
-        own_logprobs(folder, plain.scored_ids, print)[""] for folder in (plain.target_folder, other_revision)
-    )
+    ours, others = (own_logprobs(folder, plain.scored_ids, print) for folder in (plain.target_folder, other_revision))
     assert len(ours) > 80
     says: dict[str, Any] = {"model": {"model_path": path}, "server": {"revision": revision, "dtype": "float32"}}
     with server_of(expected, **says, generate=scoring([value + 9e-4 for value in ours])) as server:
@@ -96,7 +94,7 @@ def test_a_setting_that_differs_is_measured(
     plain: ServerRequirements, says: dict[str, Any], setting: str, how: str
 ) -> None:
     expected = of_hub(plain)
-    ours = own_logprobs(plain.target_folder, plain.scored_ids, print)[""]
+    ours = own_logprobs(plain.target_folder, plain.scored_ids, print)
     model = {"model_path": "org/model"}
     server = {"dtype": "float32", "revision": COMMIT if how == "commit" else None, **says}
     with server_of(expected, model=model, server=server, generate=reporting(ours, 0.05)) as running:
@@ -117,7 +115,7 @@ def test_the_targets_own_quantisation_is_no_difference(plain: ServerRequirements
 def test_other_weights_are_refused_though_the_server_quantises(plain: ServerRequirements) -> None:
     """Unless it is known that they are the target's: then the difference is measured, however large."""
     expected = of_hub(plain)
-    ours = own_logprobs(plain.target_folder, plain.scored_ids, print)[""]
+    ours = own_logprobs(plain.target_folder, plain.scored_ids, print)
     server = {"quantization": "fp8", "dtype": "float32"}
     with server_of(expected, server=server, generate=reporting(ours, QUANTISED_TOLERANCE * 1.1)) as running:
         with pytest.raises(DraftsmithError, match=f"other weights: .*at most {QUANTISED_TOLERANCE}"):
