@@ -100,12 +100,15 @@ def model_folder(source: str) -> Path:
         )
     if not folder.is_dir():
         raise DraftsmithError(f"target.source: {folder} is a file. Give a model's folder, or a file ending in .gguf.")
+    if (folder / "adapter_config.json").is_file() and not any(folder.glob("model*.safetensors*")):
+        raise DraftsmithError(
+            f"target.source: {folder} is an adapter without its model. Merge it by peft's merge_and_unload, and give "
+            "the folder of the merged model."
+        )
     if not (folder / "config.json").is_file():
         hint = ""
         if ggufs := sorted(path.name for path in folder.glob("*.gguf")):
             hint = f" (or the file {', '.join(ggufs)} in it)"
-        elif (folder / "adapter_config.json").is_file():
-            hint = " (this is an adapter: merge it into its model by peft's merge_and_unload)"
         raise DraftsmithError(f"target.source: {folder} has no config.json. Give the folder of a complete model{hint}.")
     return folder
 

@@ -252,10 +252,16 @@ def test_tensors_in_two_files_are_refused(tmp_path: Path) -> None:
         described(tmp_path)
 
 
-def test_the_folder_of_an_adapter_is_reported_as_such(tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(DraftsmithError, match=r"config\.json.*adapter"):
+@pytest.mark.parametrize("beside", [(), ("config.json",)])
+def test_the_folder_of_an_adapter_is_reported_as_such(beside: tuple[str, ...], tmp_path: Path) -> None:
+    """As peft saves it, or with the config of its model."""
+    for name in ("adapter_config.json", "adapter_model.safetensors", *beside):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(DraftsmithError, match=r"is an adapter without its model\. Merge it by peft's merge_and_unload"):
         model_folder(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / WEIGHTS).write_text("")
+    assert model_folder(str(tmp_path)) == tmp_path
 
 
 Tensors = dict[str, torch.Tensor]
