@@ -8,7 +8,6 @@ from __future__ import annotations
 
 STAGES = {
     "target": "draftsmith.stages.targets.stage",
-    "sources": "draftsmith.stages.data.sources",
     "prompts": "draftsmith.stages.data.prompts",
     "champion": "draftsmith.stages.drafters.stage",
     "drift": "draftsmith.stages.evaluation.drift",

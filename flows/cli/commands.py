@@ -63,7 +63,6 @@ from draftsmith.flows.refresh.init import QUESTIONS, SIZES, write_first_config
 from draftsmith.flows.refresh.measurements import DIAGNOSE, DIAGNOSIS, EVALUATE, diagnose_config, evaluate_config
 from draftsmith.stages.evaluation.drift import DriftConfig
 from draftsmith.stages.runtime.invocation import COMMAND
-from draftsmith.stages.runtime.stage import SOURCES
 
 
 def run_command(options: argparse.Namespace, pipeline: Pipeline | None) -> None:
@@ -175,12 +174,12 @@ def _build_alone(options: argparse.Namespace, pipeline: Pipeline, config: RunOpt
             lambda: build_node(context, node, inputs, force=options.force), config.stages, display.line
         )
     except DraftsmithError as error:
-        if SOURCES in inputs:
+        if node.config.listing is not None:
             forget_listings(config.name, error)
         raise
-    if node.stage.name == SOURCES:  # without beginning or ending a run
-        keys = {**read_listings(config.name, ended=True), node.name: result.ref.key}
-        note_listings(config.name, keys, ended=not read_listings(config.name))
+    if node.config.listing is not None:  # without beginning or ending a run
+        listings = {**read_listings(config.name, ended=True), node.name: node.config.listing}
+        note_listings(config.name, listings, ended=not read_listings(config.name))
     display.line(f"{node.name}: {result.ref.path}")
 
 

@@ -115,7 +115,7 @@ def run_attempt(
             work=claim.work,
             seed=job.seed,
             threads=options.threads,
-            listing=node.config.list_inputs(),
+            listing=node.config.listing,
             shard=job.shard,
             shards=[ref.path for ref in shards],
             earlier=job.earlier,

@@ -33,7 +33,6 @@ from draftsmith.flows.planning.graph import (
     node_seed,
 )
 from draftsmith.flows.planning.inputs import external_digests
-from draftsmith.stages.runtime.stage import SOURCES, InputListing
 
 log = logging.getLogger("draftsmith.stages")  # Prefect shows it in the run
 
@@ -99,15 +98,10 @@ def build_node(
     Raises the stage's own `DraftsmithError`. What the stage has saved is kept for the next attempt.
     """
     store, config = context.store, context.config
-    if SOURCES in inputs:
-        store.fetch(inputs[SOURCES])
-        node = replace(node, config=node.config.with_pinned_files(InputListing.read(inputs[SOURCES].path)))
-    external = external_digests(node.config)
-    if gone := sorted((node.config.pinned_files or frozenset()) - external.keys()):
-        raise DraftsmithError(
-            f"{node.name}: {gone[0]} (and {len(gone) - 1} more) was there when the run began and is gone. Put it back, "
-            "or run the same command again, which then reads what is there."
-        )
+    try:
+        external = external_digests(node.config)
+    except DraftsmithError as error:
+        raise type(error)(f"{node.name}: {error}") from error
     key = cache_key(node, inputs, node_seed(node, config), context.pipeline, external)
     job = StageJob(config, context.pipeline, node, inputs, key, external)
     ref = None if force else find_artifact(store, node, key, verify=True)

@@ -61,11 +61,11 @@ from draftsmith.flows.planning.graph import (
     RunReview,
     Selection,
     plan,
+    planned_listings,
     resolve_config,
 )
 from draftsmith.flows.planning.inputs import forget_listings, note_listings, read_listings
 from draftsmith.stages.runtime.invocation import COMMAND, invocation
-from draftsmith.stages.runtime.stage import SOURCES
 
 
 def run_graph(
@@ -135,6 +135,7 @@ def _run(
         lambda: plan(config, context.store, pipeline, selection), config.stages, context.display.line
     )
     nodes = [item.node for item in planned]
+    note_listings(config.name, listings := {**read_listings(config.name), **planned_listings(planned)})
     # a run until a node never promotes, even if the node needs all others: it lets a person look first
     whole = not selection.until
     checks = pipeline.checks() if pipeline.checks is not None else None
@@ -168,7 +169,7 @@ def _run(
             )
         status = "FINISHED"
         if whole:
-            note_listings(config.name, read_listings(config.name), ended=True)
+            note_listings(config.name, listings, ended=True)
     except Pause:  # until a person approves; the resumed run reuses what is made
         status = "FINISHED"
         raise
@@ -217,13 +218,9 @@ def _make_nodes(
         try:
             results[node.name], states[node.name] = run_node(context, node, inputs, upstream, force=node.name in forced)
         except DraftsmithError as error:
-            if SOURCES in node.inputs:
+            if node.config.listing is not None:
                 forget_listings(context.config.name, error)
             raise
-        if node.stage.name == SOURCES:
-            note_listings(
-                context.config.name, {**read_listings(context.config.name), node.name: results[node.name].ref.key}
-            )
         folders = ArtifactFolders(context.store, _refs(results))
         if checks is not None:
             context.display.lines(checks.after(node, folders))

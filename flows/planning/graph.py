@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -14,11 +13,11 @@ from typing import Any, Protocol
 from draftsmith.artifacts.errors import EXIT_RETRYABLE, DraftsmithError, RetryableError
 from draftsmith.artifacts.store.code_digest import code_digest, code_modules
 from draftsmith.artifacts.store.local import Store
-from draftsmith.artifacts.store.manifest import ArtifactRef, FileEntry, Manifest, content_id
+from draftsmith.artifacts.store.manifest import ArtifactRef, Manifest
 from draftsmith.artifacts.tracking.refresh_runs import Metrics
 from draftsmith.flows.config.options import RunOptions
-from draftsmith.flows.planning.inputs import external_digests, read_listings
-from draftsmith.stages.runtime.stage import INCONCLUSIVE, LISTING_FILE, SOURCES, Config, InputListing, Stage
+from draftsmith.flows.planning.inputs import external_digests, pin_files, read_listings
+from draftsmith.stages.runtime.stage import INCONCLUSIVE, Config, InputListing, Stage
 
 
 @dataclass(frozen=True)
@@ -343,10 +342,8 @@ def plan(
     planned: dict[str, PlannedNode] = {}
     listings = read_listings(config.name, ended=selection.reuse_listing)
     for node in nodes:
-        newer_files = 0
-        if node.stage.name == SOURCES:
-            key = listings.get(node.name) if node.name not in forced else None
-            node, newer_files = _with_listing(node, store, key)
+        pinned, newer_files = pin_files(node.config, listings.get(node.name) if node.name not in forced else None)
+        node = replace(node, config=pinned)
         item = _plan_node(node, planned, node_seed(node, config), store, pipeline, node.name in forced)
         if stop_at_damage and item.damage is not None:
             raise item.damage
@@ -356,20 +353,9 @@ def plan(
     return list(planned.values())
 
 
-def _with_listing(node: Node, store: Store, key: str | None) -> tuple[Node, int]:
-    """Return a node of stage `sources` with its listing, and the number of files that this leaves out.
-
-    key: of the listing to reuse, if it is of the same config and all its files are there; else the files are listed
-    now.
-    """
-    listing = now = node.config.list_inputs()
-    assert listing is not None and now is not None
-    if key is not None and (ref := find_artifact(store, node, key, verify=True)) is not None:
-        store.fetch(ref)
-        before = InputListing.read(ref.path)
-        same = store.manifest(ref).config == node.config.model_dump(mode="json")
-        listing = before if same and set(before.files) <= set(now.files) else now
-    return replace(node, config=node.config.with_pinned_files(listing)), len(now.files) - len(listing.files)
+def planned_listings(planned: Sequence[PlannedNode]) -> dict[str, InputListing]:
+    """Return the listing of each node that has one."""
+    return {item.node.name: listing for item in planned if (listing := item.node.config.listing) is not None}
 
 
 def _plan_node(
@@ -378,12 +364,7 @@ def _plan_node(
     inputs: dict[str, ArtifactRef] = {}
     after: list[str] = []
     for name, source in node.inputs.items():
-        if before[source].node.stage.name == SOURCES:
-            listing = before[source].node.config.list_inputs()
-            assert listing is not None
-            node = replace(node, config=node.config.with_pinned_files(listing))
-        ref = before[source].ref or _expected_listing(before[source], store)
-        if ref is None:
+        if (ref := before[source].ref) is None:
             after.append(source)
         else:
             inputs[name] = ref
@@ -401,16 +382,6 @@ def _plan_node(
     if ref is not None and not is_outdated(store, node, ref, inputs) and not is_inconclusive(store, ref):
         return PlannedNode(node, Status.HIT, key, ref)
     return PlannedNode(node, Status.RESUME if has_partial(store, node.stage.name, key) else Status.RUN, key)
-
-
-def _expected_listing(item: PlannedNode, store: Store) -> ArtifactRef | None:
-    """Return the artifact that a node of stage `sources` will have: its content is known before it is built."""
-    listing = item.node.config.list_inputs() if item.node.stage.name == SOURCES else None
-    if listing is None or item.key is None:
-        return None
-    content = listing.to_json().encode()
-    file = FileEntry(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content), volatile=False)
-    return ArtifactRef(SOURCES, item.key, content_id({LISTING_FILE: file}), store.path(SOURCES, item.key))
 
 
 def find_artifact(store: Store, node: Node, key: str, *, verify: bool = False) -> ArtifactRef | None:

@@ -7,13 +7,14 @@ import json
 import logging
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.errors import EXIT_USER_ERROR, DraftsmithError, TimeLimitError
 from draftsmith.artifacts.home import home, run_file_name
 from draftsmith.artifacts.store.checksums import Checksums
-from draftsmith.stages.runtime.stage import SOURCES, Config
+from draftsmith.stages.runtime.stage import Config, InputListing
 
 log = logging.getLogger(__name__)
 _MANY_BYTES = 20_000_000_000  # which take even a fast disk some time to read
@@ -21,7 +22,10 @@ _REUSE_S = 3 * 86400.0  # a listing is not reused after this time, so that next 
 
 
 def external_digests(config: Config) -> dict[str, str]:
-    """Return the content of a config's files outside the store: path -> sha256, or the version of a remote file."""
+    """Return what a config reads outside the store: path -> sha256, or the version of a remote file.
+
+    It also has where the windows of a pinned listing begin. Raises DraftsmithError if a listed file is gone.
+    """
     checksums, files = Checksums(home()), config.external_files()
     if (unread := checksums.uncached_bytes(files)) > _MANY_BYTES:
         log.warning(
@@ -30,27 +34,46 @@ def external_digests(config: Config) -> dict[str, str]:
             unread // 10**9,
             len(files),
         )
-    return {str(path): checksums.sha256(path) for path in files} | config.external_versions()
+    digests = {str(path): checksums.sha256(path) for path in files} | config.external_versions()
+    if gone := sorted((config.pinned_files or frozenset()) - digests.keys()):
+        raise DraftsmithError(
+            f"{gone[0]} (and {len(gone) - 1} more) was there when the run began and is gone. Put it back, or run the "
+            "same command again, which then reads what is there."
+        )
+    return digests | (dict(config.listing.since) if config.listing is not None else {})
 
 
-def read_listings(run: str, *, ended: bool = False) -> dict[str, str]:
-    """Return the key of each node's listing in the last run of this name, if it has not ended.
+def pin_files(config: Config, earlier: InputListing | None) -> tuple[Config, int]:
+    """Return a config that reads the files which are listed now, and the number of files that it leaves out.
+
+    earlier: of the last run, which is reused if it is of the same config and all its files are there.
+    """
+    if (now := config.list_files()) is None:
+        return config, 0
+    listing = earlier if earlier is not None and earlier.serves(now) else now
+    return config.with_pinned_files(listing), len(now.files) - len(listing.files)
+
+
+def read_listings(run: str, *, ended: bool = False) -> dict[str, InputListing]:
+    """Return each node's listing in the last run of this name, if it has not ended.
 
     ended: also if it has ended.
     """
     try:
         note = json.loads(_path(run).read_text("utf-8"))
         current = abs(time.time() - _path(run).stat().st_mtime) <= _REUSE_S
-        return dict(note["keys"]) if current and (ended or not note["ended"]) else {}
-    except (OSError, ValueError, KeyError, TypeError):
+        listings = {node: InputListing(**fields) for node, fields in note["listings"].items()}
+        return listings if current and (ended or not note["ended"]) else {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 
-def note_listings(run: str, keys: Mapping[str, str], *, ended: bool = False) -> None:
+def note_listings(run: str, listings: Mapping[str, InputListing], *, ended: bool = False) -> None:
     """Note the listings of a run, so that a continued run reads the same files. A failure to write is ignored."""
-    if keys and (ended or read_listings(run) != keys):
+    if listings and (ended or read_listings(run) != listings):
+        text = json.dumps({"ended": ended, "listings": {node: asdict(each) for node, each in listings.items()}})
         with contextlib.suppress(DraftsmithError):
-            write_text(_path(run), json.dumps({"keys": keys, "ended": ended}))
+            write_text(_path(run), text)
 
 
 def forget_listings(run: str, error: DraftsmithError) -> None:
@@ -61,4 +84,4 @@ def forget_listings(run: str, error: DraftsmithError) -> None:
 
 
 def _path(run: str) -> Path:
-    return home() / SOURCES / f"{run_file_name(run)}.json"
+    return home() / "listings" / f"{run_file_name(run)}.json"

@@ -17,30 +17,16 @@ from draftsmith.flows.refresh.config import (
 from draftsmith.flows.refresh.decisions import refresh_policy, resolve
 from draftsmith.flows.refresh.summary import compared, review, show_results
 from draftsmith.stages.catalog import STAGES
-from draftsmith.stages.data.logs.stage import LogsConfig
 from draftsmith.stages.data.prompts import PromptsConfig
-from draftsmith.stages.runtime.stage import SOURCES
 from draftsmith.stages.targets.config import TargetConfig
 
 
-def first_nodes(target: TargetConfig, prompts: PromptsConfig, logs: LogsConfig | None = None) -> list[Node]:
-    """Return the nodes that every graph starts with: listings of the prompts' and logs' files, target, prompts.
-
-    Files are listed if they are given by folder, pattern or address, or since a time that is relative to now.
-    """
-    readers = {"prompts": prompts.sources_config, "logs": logs.sources_config if logs is not None else None}
-    listings = [
-        Node(f"{name}-{SOURCES}", STAGES["sources"], listed) for name, listed in readers.items() if listed is not None
-    ]
+def first_nodes(target: TargetConfig, prompts: PromptsConfig) -> list[Node]:
+    """Return the nodes that every graph starts with: target and prompts."""
     return [
-        *listings,
         Node("target", STAGES["target"], target),
-        Node("prompts", STAGES["prompts"], prompts, {"target": "target", **_reads("prompts", prompts)}),
+        Node("prompts", STAGES["prompts"], prompts, {"target": "target"}),
     ]
-
-
-def _reads(name: str, config: PromptsConfig | LogsConfig) -> dict[str, str]:
-    return {} if config.sources_config is None else {SOURCES: f"{name}-{SOURCES}"}
 
 
 def refresh_nodes(config: RefreshConfig) -> list[Node]:
@@ -48,7 +34,7 @@ def refresh_nodes(config: RefreshConfig) -> list[Node]:
     target = {"target": "target"}
     asked = {**target, "prompts": "prompts"}
     nodes = [
-        *first_nodes(config.target, config.prompts, config.logs),
+        *first_nodes(config.target, config.prompts),
         Node("heldout", STAGES["rollout"], config.heldout, asked),  # early: long stages follow
     ]
     champion = {}
@@ -64,8 +50,7 @@ def refresh_nodes(config: RefreshConfig) -> list[Node]:
             earlier = {"earlier": "earlier"}
             rehearsal = learned_from.model_copy(update={"replayed": config.logs.replay_share > 0})
             nodes.append(Node("earlier", STAGES["earlier"], rehearsal))
-        inputs = {**asked, **earlier, **_reads("logs", config.logs)}
-        nodes.append(Node(answers, STAGES["logs"], config.logs, inputs))
+        nodes.append(Node(answers, STAGES["logs"], config.logs, {**asked, **earlier}))
     else:
         assert config.rollout is not None  # RefreshConfig has checked it
         answers = "rollout"

@@ -10,11 +10,11 @@ from pydantic import Field, model_validator
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.data.held_out import HELDOUT_SHARE, HeldOutBy
+from draftsmith.stages.data.listing import list_files
 from draftsmith.stages.data.row_files import local_files, remote_versions
 from draftsmith.stages.data.row_formats import FieldFilter, FieldNames, TemplateKwargs
-from draftsmith.stages.data.sources import SourcesConfig
 from draftsmith.stages.data.time_window import Since, window_start
-from draftsmith.stages.runtime.stage import NOT_FETCHED, SOURCES, Config, FilledIn, InputListing, NotInKey, Stage
+from draftsmith.stages.runtime.stage import NOT_FETCHED, Config, FilledIn, InputListing, NotInKey, Stage
 from draftsmith.stages.targets.hub import hub_commit
 from draftsmith.stages.targets.info import read_target_info
 
@@ -232,11 +232,9 @@ class PromptsConfig(Config):
             return getattr(self, split) or 0
         return sum(getattr(source.counts, split) for source in self.sources)
 
-    @property
-    def sources_config(self) -> SourcesConfig | None:
-        """Return the config of the stage `sources` that lists the files; None if nothing has to be listed."""
+    def list_files(self) -> InputListing | None:
         windows = [source.since for source in self.sources if isinstance(source, JsonlSource)]
-        return SourcesConfig.from_paths(self._paths, self.paths_field, windows)
+        return list_files(self._paths, self.paths_field, windows)
 
     def with_pinned_files(self, listing: InputListing) -> PromptsConfig:
         """Return this config and its sources, which then read the listed files alone."""
@@ -283,7 +281,7 @@ def preflight(config: PromptsConfig, target: Path) -> None:
 STAGE = Stage(
     name="prompts",
     config=PromptsConfig,
-    inputs=("target", f"{SOURCES}?"),
+    inputs=("target",),
     body="draftsmith.stages.data.prompt_selection",
     preflight=preflight,
 )

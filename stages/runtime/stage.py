@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,8 +14,6 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from draftsmith.artifacts.errors import DraftsmithError
 
-SOURCES = "sources"  # the stage that lists input files, and the input of the stages that read those files
-LISTING_FILE = "sources.json"  # its artifact's file
 INCONCLUSIVE = "inconclusive"  # in a stage's summary: the measurement decides nothing, so the next run adds to it
 NOT_FETCHED = "not fetched"  # version of a hub repository whose commit could not be looked up yet
 CHECKPOINTS_KEPT = 2  # of a training; `runtime/checkpoint.py` writes them
@@ -41,17 +38,14 @@ class FilledIn:
 class InputListing:
     """The files of rows that a stage reads in one run, and where its time windows begin."""
 
+    paths: Sequence[str]  # as the config gives them
     files: Sequence[str]  # absolute paths and addresses, sorted
     since: Mapping[str, str]  # window as it was written, such as 7d -> ISO time
 
-    @staticmethod
-    def read(folder: Path) -> InputListing:
-        """Read the artifact of stage `sources`."""
-        return InputListing(**json.loads((folder / LISTING_FILE).read_text("utf-8")))
-
-    def to_json(self) -> str:
-        """Return the content of `sources.json`."""
-        return json.dumps({"files": self.files, "since": self.since}, indent=2, ensure_ascii=False) + "\n"
+    def serves(self, now: InputListing) -> bool:
+        """Return whether a later run may read this listing: it is of the same config, and all its files are there."""
+        same = (list(self.paths), self.since.keys()) == (list(now.paths), now.since.keys())
+        return same and set(self.files) <= set(now.files)
 
 
 class Config(BaseModel):
@@ -70,12 +64,16 @@ class Config(BaseModel):
         pinned._listing = listing
         return pinned
 
-    def list_inputs(self) -> InputListing | None:
-        """Return the pinned listing; None if the stage reads whatever files exist.
+    def list_files(self) -> InputListing | None:
+        """Return the files of rows that are there now; None if the config means the same files in every run.
 
-        The config of stage `sources` lists the files if none are pinned. It raises DraftsmithError for a pattern that
-        matches nothing, and RetryableError for a bucket that does not answer.
+        Raises DraftsmithError for a pattern that matches nothing, RetryableError for a bucket that does not answer.
         """
+        return None
+
+    @property
+    def listing(self) -> InputListing | None:
+        """Return the pinned listing; None if the stage reads whatever files exist."""
         return self._listing
 
     @property

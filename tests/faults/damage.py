@@ -145,7 +145,7 @@ def notes(damage: Damage) -> Play:
     """
 
     def play(scene: Scene) -> None:
-        for folder in ("checksums", "sources", "logs"):
+        for folder in ("checksums", "listings", "logs"):
             files = [p for p in (scene.home.path / folder).rglob("*.json*") if p.stat().st_size]
             for path in files if folder == "checksums" else files[-1:]:
                 damage(path, scene.chance)

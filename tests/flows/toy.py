@@ -1,4 +1,4 @@
-"""A small pipeline of real stages in real processes: target -> left, right -> total; sources -> left if it lists."""
+"""A small pipeline of real stages in real processes: target -> left, right -> total."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from draftsmith.artifacts.errors import RefusedError
 from draftsmith.flows.config.options import RunOptions
 from draftsmith.flows.execution.display import Display, EndedRun
 from draftsmith.flows.planning.graph import Conclusion, EarlyEnd, Node, Pipeline
-from draftsmith.stages.runtime.stage import SOURCES
 from tests.flows.toy_stages.collect import CollectConfig
 from tests.flows.toy_stages.combine import CombineConfig
 from tests.flows.toy_stages.squares import SquaresConfig
@@ -64,14 +63,10 @@ def toy_policy(config: ToyConfig, _force: Collection[str]) -> ToyPolicy | None:
 
 def toy_nodes(config: ToyConfig) -> list[Node]:
     more = [Node("squares", SQUARES, config.squares, {"first": "target"})] if config.squares is not None else []
-    reads: dict[str, str] = {}
-    if (listed := config.left.sources_config) is not None:
-        reads = {SOURCES: SOURCES}
-        more.append(Node(SOURCES, "draftsmith.stages.data.sources", listed))
     return [
         *more,
         Node("total", COMBINE, config.total, {"first": "left", "second": "right"}),
-        Node("left", COMBINE, config.left, {"first": "target", **reads}),
+        Node("left", COMBINE, config.left, {"first": "target"}),
         Node("right", COMBINE, config.right, {"first": "target"}),
         Node("target", COLLECT, config.target),
     ]

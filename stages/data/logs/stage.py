@@ -14,11 +14,11 @@ from typing import Annotated
 from pydantic import BeforeValidator, Field
 
 from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.data.listing import list_files
 from draftsmith.stages.data.row_files import local_files, match_files, remote_versions
 from draftsmith.stages.data.row_formats import FieldFilter, FieldNames, TemplateKwargs
-from draftsmith.stages.data.sources import SourcesConfig
 from draftsmith.stages.data.time_window import LAST, Since, parse_time, window_start
-from draftsmith.stages.runtime.stage import SOURCES, Compute, Config, FilledIn, Stage
+from draftsmith.stages.runtime.stage import Compute, Config, FilledIn, InputListing, Stage
 from draftsmith.stages.targets.info import read_target_info
 from draftsmith.stages.targets.sampling import SamplingParams, TopK
 
@@ -148,10 +148,8 @@ class LogsConfig(Config):
         """Return the files in reading order. Raises DraftsmithError for a path, folder or glob without any."""
         return match_files(self.paths, _PATHS, self.pinned_files)
 
-    @property
-    def sources_config(self) -> SourcesConfig | None:
-        """Return the config of the stage `sources` that lists the files; None if nothing has to be listed."""
-        return SourcesConfig.from_paths(self.paths, _PATHS, [self.since])
+    def list_files(self) -> InputListing | None:
+        return list_files(self.paths, _PATHS, [self.since])
 
     def external_files(self) -> list[Path]:
         """Return the files on this machine. Raises DraftsmithError for a path, folder or glob without any."""
@@ -171,7 +169,7 @@ def preflight(config: LogsConfig, target: Path) -> None:
 STAGE = Stage(
     name="logs",
     config=LogsConfig,
-    inputs=("target", "prompts?", "earlier?", f"{SOURCES}?"),
+    inputs=("target", "prompts?", "earlier?"),
     body="draftsmith.stages.data.logs.collect",
     preflight=preflight,
     compute=Compute.HEAVY,

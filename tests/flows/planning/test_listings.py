@@ -1,4 +1,4 @@
-"""Stage `sources` lists the files of a run once. The listing is reused until that run has ended."""
+"""The files of a run are listed once. The listing is reused until that run has ended."""
 
 from __future__ import annotations
 
@@ -27,15 +27,11 @@ from draftsmith.flows.execution.process import StageOutcome, run_stage
 from draftsmith.flows.orchestration import run
 from draftsmith.flows.orchestration.flow_run import Cancellation, deployed
 from draftsmith.flows.planning.graph import Node, PlannedNode, Selection, Status, plan
-from draftsmith.flows.planning.inputs import external_digests
-from draftsmith.flows.refresh.graph import first_nodes
-from draftsmith.stages.data import sources as sources_stage
-from draftsmith.stages.data import time_window
+from draftsmith.flows.planning.inputs import external_digests, note_listings, read_listings
+from draftsmith.stages.data import listing, time_window
 from draftsmith.stages.data.logs.stage import LogsConfig
 from draftsmith.stages.data.prompts import PromptsConfig
-from draftsmith.stages.data.sources import SourcesConfig
-from draftsmith.stages.runtime.stage import LISTING_FILE, InputListing, StageRequest
-from draftsmith.stages.targets.config import TargetConfig
+from draftsmith.stages.runtime.stage import StageRequest
 from tests.flows.toy import TOY, ToyConfig, write_config
 from tests.testbed.context import RecordingContext
 
@@ -79,7 +75,7 @@ class Home:
         return {item.node.name: item for item in plan(self.config, Store(self.path / "store"), TOY, selection)}
 
     def left_out(self, *force: str, deployed: bool = False) -> int:
-        return self.planned(*force, deployed=deployed)["sources"].newer_files
+        return self.planned(*force, deployed=deployed)["left"].newer_files
 
     def task(self, context: RunContext, node: Node, inputs: Mapping[str, ArtifactRef], *_: Any, force: bool) -> Any:
         """Retry a retryable error, as a Prefect task does."""
@@ -121,7 +117,7 @@ def test_a_continued_run_reuses_its_listing_and_the_next_run_reads_new_files(hom
     assert home.run() == 30 + 1000
     assert home.left_out() == 0, "it has ended"
     assert home.run() == 30 + 2000
-    assert home.planned()["sources"].status is home.planned()["total"].status is Status.HIT, "nothing is new"
+    assert home.planned()["left"].status is home.planned()["total"].status is Status.HIT, "nothing is new"
 
 
 @pytest.mark.parametrize("what", ["a file goes", "other config", "forced", "next week"])
@@ -136,10 +132,10 @@ def test_a_listing_is_reused_if_its_files_exist_and_the_config_is_the_same(what:
         left = home.config.left.model_copy(update={"addends": str(home.numbers / "[a-z]")})
         home.config = home.config.model_copy(update={"left": left})
     elif what == "next week":
-        (note,) = (home.path / "sources").iterdir()
+        (note,) = (home.path / "listings").iterdir()
         os.utime(note, (0, 0))
     home.allow.touch()
-    assert home.run(*(["sources"] if what == "forced" else [])) == 30 + (2000 if what == "a file goes" else 3000)
+    assert home.run(*(["left"] if what == "forced" else [])) == 30 + (2000 if what == "a file goes" else 3000)
 
 
 def test_after_bad_input_the_files_are_listed_again(home: Home) -> None:
@@ -182,7 +178,7 @@ def test_a_forced_node_reads_no_new_files_except_in_a_deployment(home: Home) -> 
     home.allow.touch()
     home.run()
     home.come("b")
-    assert home.left_out("total") == 1 and home.left_out("sources") == 0
+    assert home.left_out("total") == 1 and home.left_out("left") == 0
     assert home.left_out("total", deployed=True) == 0, "every run of the deployment forces it"
     assert home.planned("total")["left"].status is Status.HIT
     assert home.run("target") == 30 + 1000
@@ -201,13 +197,12 @@ def test_a_single_stage_reuses_the_last_listing(
         assert main(["stage", words[0], home.file, *words[1:]], TOY) == 0
         return Path(capsys.readouterr().out.split()[-1])
 
-    for node in ("sources", "target"):
-        stage(node)
+    stage("target")
+    assert home.number(stage("left")) == 10 + 1000
     home.come("b")
     assert home.number(stage("left")) == 10 + 1000
     stage("right")
-    stage("sources", "--force")
-    assert home.number(stage("left")) == 10 + 2000
+    assert home.number(stage("left", "--force")) == 10 + 2000
     home.allow.touch()
     assert home.number(stage("total")) == 30 + 2000
     home.come("c")
@@ -218,11 +213,13 @@ def test_a_single_stage_reuses_the_last_listing(
 def test_only_folders_patterns_addresses_and_relative_windows_are_listed(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text("{}\n")
-    fixed, target = prompts(file), TargetConfig(source=str(tmp_path))
-    assert [node.name for node in first_nodes(target, fixed)] == ["target", "prompts"]
-    for each in (prompts(tmp_path), prompts(f"{tmp_path}/*"), prompts("s3://b/a.jsonl"), prompts(file, since="7d")):
-        sources, _, made = first_nodes(target, each, logs(file, since="2026-03-02"))
-        assert made.inputs == {"target": "target", "sources": sources.name} and sources.name == "prompts-sources"
+    system = fsspec.filesystem("memory")
+    system.pipe_file("/one/a.jsonl", b"{}\n")
+    assert prompts(file).list_files() is logs(file, since="2026-03-02").list_files() is None
+    for path in (tmp_path, f"{tmp_path}/*", "memory://one/a.jsonl"):
+        assert prompts(path).list_files() is not None and logs(path).list_files() is not None
+    assert (listed := prompts(file, since="7d").list_files()) is not None and set(listed.since) == {"7d"}
+    system.rm("/one", recursive=True)
 
 
 def test_a_window_starts_relative_to_the_time_of_the_listing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,33 +233,34 @@ def test_a_window_starts_relative_to_the_time_of_the_listing(tmp_path: Path, mon
     monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path / "home"))
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "a.jsonl").write_text("{}\n")
-    for module in (time_window, sources_stage):
+    for module in (time_window, listing):
         monkeypatch.setattr(module, "datetime", Clock)
     config = logs(tmp_path / "logs", since="12h")
-    sources = config.sources_config
-    assert sources is not None
-    then, key, began = sources.list_inputs(), external_digests(sources), config.since_time
+    then, began = config.list_files(), config.since_time
+    assert then is not None
+    key = external_digests(config.with_pinned_files(then))
     Clock.at = datetime(2026, 3, 3, 8, 0, tzinfo=UTC)
-    assert config.since_time != began and external_digests(sources) != key
+    now = config.list_files()
+    assert now is not None and external_digests(config.with_pinned_files(now)) != key
+    assert config.since_time != began
     assert config.with_pinned_files(then).since_time == began
     source = prompts(tmp_path / "logs", since="12h").with_pinned_files(then).sources[0]
     assert getattr(source, "since_time") == began  # noqa: B009 (of one kind of source)
 
 
+@pytest.mark.usefixtures("home")
 def test_a_listing_names_local_files_and_files_in_buckets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     system = fsspec.filesystem("memory")
     (tmp_path / "a.jsonl").write_bytes(b"{}")
     paths = (str(tmp_path / "*.jsonl"), "memory://listed/*.jsonl")
     config = LogsConfig(paths=list(paths), temperature=0)
-    sources = SourcesConfig(paths=paths, field="logs.paths")
-    assert config.sources_config == sources
     try:
         system.pipe_file("/listed/0.jsonl", b"{}\n")
-        (tmp_path / LISTING_FILE).write_text(sources.list_inputs().to_json())
-        listed = InputListing.read(tmp_path)
+        note_listings("run", {"logs": config.list_files()})  # type: ignore[dict-item]
+        listed = read_listings("run")["logs"]
         system.pipe_file("/listed/1.jsonl", b"{}\n")
         (tmp_path / "b.jsonl").write_text("{}\n")
-        assert len(sources.list_inputs().files) == 4
+        assert (now := config.list_files()) is not None and len(now.files) == 4 and listed.serves(now)
         pinned = config.with_pinned_files(listed)
         assert len(pinned.files()) == 2 and pinned.external_files() == [tmp_path / "a.jsonl"]
         assert list(pinned.external_versions()) == [listed.files[-1]]
@@ -271,6 +269,6 @@ def test_a_listing_names_local_files_and_files_in_buckets(tmp_path: Path, monkey
         busy = OSError("503 Slow Down")
         monkeypatch.setattr(type(system), "glob", lambda *_, **__: (_ for _ in ()).throw(busy))
         with pytest.raises(RetryableError):
-            sources.list_inputs()
+            config.list_files()
     finally:
         system.rm("/listed", recursive=True)

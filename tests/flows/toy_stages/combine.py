@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.data.listing import list_files
 from draftsmith.stages.data.row_files import local_files
-from draftsmith.stages.data.sources import SourcesConfig
-from draftsmith.stages.runtime.stage import SOURCES, Config, Stage, StageContext
+from draftsmith.stages.runtime.stage import Config, InputListing, Stage, StageContext
 
 
 class CombineConfig(Config):
@@ -18,9 +18,8 @@ class CombineConfig(Config):
     addend: Path | None = None  # a file outside the store with a number
     addends: str | None = None  # a pattern of such files
 
-    @property
-    def sources_config(self) -> SourcesConfig | None:
-        return SourcesConfig.from_paths([self.addends], "addends", []) if self.addends is not None else None
+    def list_files(self) -> InputListing | None:
+        return list_files([self.addends], "addends", []) if self.addends is not None else None
 
     def external_files(self) -> list[Path]:
         several = local_files([self.addends], "addends", self.pinned_files) if self.addends is not None else []
@@ -33,8 +32,7 @@ def run(context: StageContext, config: CombineConfig) -> None:
             stream.write("started\n")
     if config.allow is not None and not config.allow.exists():
         raise DraftsmithError(f"{config.allow} is missing: make it")
-    folders = [folder for name, folder in context.inputs.items() if name != SOURCES]
-    total = sum(sum(json.loads((folder / "numbers.json").read_text())) for folder in folders)
+    total = sum(sum(json.loads((folder / "numbers.json").read_text())) for folder in context.inputs.values())
     for path in config.external_files():
         total += int(path.read_text())
         (context.work / "total").write_text(str(total))
@@ -50,7 +48,7 @@ def preflight(config: CombineConfig, _target: Path) -> None:
 STAGE = Stage(
     name="combine",
     config=CombineConfig,
-    inputs=("first", "second?", f"{SOURCES}?"),
+    inputs=("first", "second?"),
     body=__name__,
     preflight=preflight,
     reads_volatile=("first",),
