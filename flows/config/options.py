@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -17,14 +16,6 @@ from draftsmith.stages.runtime.stage import Config
 
 DAY_MINUTES = 24 * 60  # the time limit of an attempt without an entry in `stages.time_limits`
 RETRY_JITTER = 0.5  # at most this share of a delay is added, so that runs that failed together do not retry together
-
-
-@dataclass(frozen=True)
-class TimeLimit:
-    """The wall-clock limit of an attempt."""
-
-    seconds: float
-    field: str  # of the config, for the error
 
 
 class StageOptions(Config):
@@ -66,9 +57,9 @@ class StageOptions(Config):
         """Return how to wait for the lock of an artifact."""
         return LockWait(60 * self.lock_wait_minutes, "stages.lock_wait_minutes", on_wait, check)
 
-    def time_limit(self, node: str) -> TimeLimit:
-        """Return the limit of one attempt at a node."""
-        return TimeLimit(60 * self.time_limits.get(node, DAY_MINUTES), f"stages.time_limits.{node}")
+    def time_limit_s(self, node: str) -> float:
+        """Return the seconds that one attempt at a node may take."""
+        return 60 * self.time_limits.get(node, DAY_MINUTES)
 
     def require_nodes(self, nodes: Collection[str]) -> None:
         """Raise ValueError, for validators of configs, if a time limit names none of these nodes."""

@@ -25,9 +25,9 @@ from draftsmith.artifacts.store.local import Claim, Store
 from draftsmith.artifacts.store.manifest import SHARD, ArtifactRef, Provenance, local_time
 from draftsmith.artifacts.store.mirror import open_store
 from draftsmith.flows.config.options import RunOptions
-from draftsmith.flows.execution.display import ProgressRate, format_duration
+from draftsmith.flows.execution.display import format_duration
 from draftsmith.flows.execution.machine import Device, OnWait
-from draftsmith.flows.execution.process import Event, ProcessOptions, StageOutcome, run_stage
+from draftsmith.flows.execution.process import Event, run_stage
 from draftsmith.flows.planning.graph import Node, Pipeline, cache_key, node_seed
 from draftsmith.flows.planning.inputs import external_digests
 from draftsmith.stages.runtime.stage import Shard, StageRequest
@@ -89,8 +89,8 @@ NO_WATCH = Watch()
 
 def run_attempt(
     job: StageJob, claim: Claim, home: Path, device: Device, watch: Watch, shards: Sequence[ArtifactRef] = ()
-) -> tuple[StageOutcome, Provenance]:
-    """Run the stage of a job as a process, and return its outcome and what the artifact is made from.
+) -> tuple[dict[str, float], float, Provenance]:
+    """Run the stage of a job as a process. Return its metrics, its seconds, and what the artifact is made from.
 
     shards: artifacts of all shards of the node, which the process joins; empty: it does all the work.
 
@@ -120,16 +120,21 @@ def run_attempt(
             shards=[ref.path for ref in shards],
             earlier=job.earlier,
         )
-        process = ProcessOptions(
-            log_path=home / "logs" / f"{claim.stage}-{claim.key[:16]}-{time.strftime('%Y%m%d-%H%M%S')}.log",
-            limit=options.time_limit(node.name),
+        began = time.monotonic()
+        summary = run_stage(
+            request,
+            home / "logs" / f"{claim.stage}-{claim.key[:16]}-{time.strftime('%Y%m%d-%H%M%S')}.log",
+            node=node.name,
+            limit_s=options.time_limit_s(node.name),
             grace_s=options.grace_seconds,
+            follow=on_event,
+            check=watch.check,
             # The locks live as long as the process that writes and computes, even if we are killed.
-            pass_fds=(claim.lock.fd, *device.locks),
+            descriptors=(claim.lock.fd, *device.locks),
             environment=device.environment,
         )
-        outcome = run_stage(request, process, on_event, watch.check)
-    return outcome, Provenance(config, job.inputs, code_digest, job.seed, modules, job.external)
+        seconds = time.monotonic() - began
+    return summary, seconds, Provenance(config, job.inputs, code_digest, job.seed, modules, job.external)
 
 
 def snapshot_code(job: StageJob) -> tuple[str, Mapping[str, str]]:
@@ -251,15 +256,14 @@ class AttemptNote:
 
     def __init__(self, folder: Path, run: str, node: str) -> None:
         """Write the first note. folder: the attempt's, as `Store.partial_path` returns it."""
-        self._path, self._rate, self._written = folder / NOTE, ProgressRate(), 0.0
+        self._path, self._written = folder / NOTE, 0.0
         now = time.time()
         self._note = Attempt(run, node, platform.node(), os.getpid(), user_name(), since=now, at=now)
         self._write()
 
-    def progress(self, done: int, total: int, unit: str) -> None:
+    def progress(self, done: int, total: int, unit: str, left_s: float | None) -> None:
         """Write the progress, at most every two seconds."""
-        _, left = self._rate.update(done, total, unit, time.monotonic())
-        self._note = replace(self._note, at=time.time(), done=done, total=total, unit=unit, left_s=left)
+        self._note = replace(self._note, at=time.time(), done=done, total=total, unit=unit, left_s=left_s)
         if time.monotonic() - self._written > _EVERY_S:
             self._write()
 

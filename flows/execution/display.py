@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from rich import markup
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from draftsmith.artifacts.errors import DraftsmithError
@@ -63,7 +62,7 @@ def flatten(value: object, prefix: str = "") -> dict[str, object]:
 
 
 _LINE_EVERY_S = 10.0  # without a terminal: in a log file, in CI
-_RATE_WINDOW_S = 30.0
+_RATE_WINDOW_S = 300.0  # of the rate; a step of a training may take a minute
 _PLAIN_WIDTH = 160
 _STATUS_STYLE = {
     Status.HIT: "green",
@@ -88,58 +87,36 @@ class EndedRun:
     refused: DraftsmithError | None = None  # why nothing was promoted, or the champion is not served
 
 
-class ProgressRate:
-    """The rate of work over the last half minute, and the time left by it."""
-
-    def __init__(self) -> None:
-        self._points: deque[tuple[float, int]] = deque()
-        self._kind: tuple[int, str] | None = None
-
-    def update(self, done: int, total: int, unit: str, now: float) -> tuple[float | None, float | None]:
-        """Return (units a second, seconds left), or None while unknown.
-
-        done, total: units of work. now: a clock's time in seconds. Another total or unit, or less done, starts afresh.
-        """
-        if self._kind != (total, unit) or (self._points and done < self._points[-1][1]):
-            self._points.clear()
-            self._kind = (total, unit)
-        self._points.append((now, done))
-        while len(self._points) > 2 and now - self._points[0][0] > _RATE_WINDOW_S:
-            self._points.popleft()
-        (first_time, first_done) = self._points[0]
-        if now <= first_time or done <= first_done:
-            return None, None
-        rate = (done - first_done) / (now - first_time)
-        return rate, (total - done) / rate
-
-
 class StageDisplay:
     """Shows the progress and the log of one running stage."""
 
-    def __init__(self, display: Display, name: str, bar: Progress | None) -> None:
-        self._display = display
-        self._name = name
-        self._bar = bar
-        self._task: TaskID | None = bar.add_task(name, total=None, text="starting") if bar else None
-        self._rate = ProgressRate()
+    def __init__(self, display: Display, name: str, bar: Progress) -> None:
+        """Show it in `bar`, which also knows rate and time left; without a terminal it is not shown."""
+        self._display, self._name, self._bar = display, name, bar
+        self._task = bar.add_task(name, total=None, text="starting")
+        self._unit, self._done = "", 0
         self._last_line = time.monotonic()
 
-    def progress(self, done: int, total: int, unit: str, metrics: Mapping[str, float]) -> None:
-        """Show the progress: on a terminal at once, otherwise as a line now and then."""
-        now = time.monotonic()
-        rate, left = self._rate.update(done, total, unit, now)
+    def progress(self, done: int, total: int, unit: str, metrics: Mapping[str, float]) -> float | None:
+        """Show the progress: on a terminal at once, otherwise as a line now and then. Return the seconds left."""
+        if unit != self._unit or done < self._done:  # other work, of which nothing is known yet
+            self._bar.reset(self._task, total=total)
+        self._unit, self._done = unit, done
+        self._bar.update(self._task, completed=done, total=total)
+        task = self._bar.tasks[0]
+        left = task.time_remaining if done < total else None
         parts = [f"{done}/{total} {unit}"]
-        if rate is not None:
-            parts.append(f"{format_number(rate)} {unit}/s")
-        if left is not None and done < total:
+        if task.speed:
+            parts.append(f"{format_number(task.speed)} {unit}/s")
+        if left is not None:
             parts.append(f"{format_duration(left)} left")
         parts += [f"{name}={format_number(value)}" for name, value in metrics.items()]
         text = "  ".join(parts)
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=done, total=total, text=escape(text))
-        elif now - self._last_line >= _LINE_EVERY_S:
-            self._last_line = now
+        self._bar.update(self._task, text=escape(text))
+        if not self._display.console.is_terminal and time.monotonic() - self._last_line >= _LINE_EVERY_S:
+            self._last_line = time.monotonic()
             self._display.line(f"{self._name}: {text}")
+        return left
 
     def log(self, message: str) -> None:
         """Print a line of the stage."""
@@ -191,12 +168,17 @@ class Display:
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[StageDisplay]:
         """Show a stage while the block runs."""
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[text]}"))
+        bar = Progress(
+            *columns,
+            console=self.console,
+            transient=True,
+            get_time=time.monotonic,
+            speed_estimate_period=_RATE_WINDOW_S,
+        )
         if not self.console.is_terminal:
             self.line(f"{name}: started")
-            yield StageDisplay(self, name, None)
-            return
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[text]}"))
-        with Progress(*columns, console=self.console, transient=True) as bar:
+        with bar if self.console.is_terminal else contextlib.nullcontext():
             yield StageDisplay(self, name, bar)
 
     def finished(self, name: str, seconds: float, summary: Mapping[str, float]) -> None:

@@ -175,12 +175,12 @@ def _build(context: RunContext, job: StageJob, claim: Claim) -> ArtifactRef:
         ):
             note.waiting("")
             watch = Watch(lambda event: _follow(event, node.name, shown, tracked, note), context.check)
-            outcome, made_from = run_attempt(job, claim, context.home, device, watch, shards)
-        duration_s = round(outcome.duration_s + shards_s, 3)
+            summary, seconds, made_from = run_attempt(job, claim, context.home, device, watch, shards)
+        duration_s = round(seconds + shards_s, 3)
         ref = context.store.commit(
             claim,
             replace(made_from, mlflow_run_id=tracked.run_id, run=context.config.name, node=node.name),
-            metrics=outcome.summary,
+            metrics=summary,
             volatile=node.stage.volatile,
             duration_s=duration_s,
         )
@@ -191,7 +191,7 @@ def _build(context: RunContext, job: StageJob, claim: Claim) -> ArtifactRef:
         tracked.close("KILLED" if stopped else "FAILED")
         raise
     tracked.close("FINISHED", ref.path)
-    context.display.finished(node.name, duration_s, outcome.summary)
+    context.display.finished(node.name, duration_s, summary)
     return ref
 
 
@@ -227,7 +227,7 @@ def _follow(event: Event, name: str, shown: StageDisplay, tracked: StageRun, not
             log.info("%s: %s", name, event["message"])
             shown.log(event["message"])
         case "progress":
-            shown.progress(event["done"], event["total"], event["unit"], event["metrics"])
-            note.progress(event["done"], event["total"], event["unit"])
+            left = shown.progress(event["done"], event["total"], event["unit"], event["metrics"])
+            note.progress(event["done"], event["total"], event["unit"], left)
         case "metrics":
             tracked.metrics(event["step"], event["values"])

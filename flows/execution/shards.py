@@ -51,13 +51,13 @@ def build_shard(job: StageJob, home: Path, watch: Watch = NO_WATCH) -> ArtifactR
         try:
             compute = node.stage.compute_for(node.config)
             with lock_devices(compute, job.config.name, wait, watch.on_wait, one=True) as device:
-                outcome, made_from = run_attempt(job, claim, home, device, watch)
+                summary, seconds, made_from = run_attempt(job, claim, home, device, watch)
             return store.commit(
                 claim,
                 replace(made_from, modules={}),  # the node's manifest has them
-                metrics=outcome.summary,
+                metrics=summary,
                 volatile=node.stage.volatile,
-                duration_s=outcome.duration_s,
+                duration_s=seconds,
             )
         except Exception as error:
             note.failed(error)
@@ -93,7 +93,7 @@ def local_parallelism(jobs: Sequence[StageJob]) -> int:
 class ShardProgress:
     """The progress of all shards of a node as one."""
 
-    def __init__(self, shown: StageDisplay, progress: Callable[[int, int, str], None]) -> None:
+    def __init__(self, shown: StageDisplay, progress: Callable[[int, int, str, float | None], None]) -> None:
         self._shown, self._progress, self._lock = shown, progress, threading.Lock()
         self._last: dict[int, tuple[int, int]] = {}  # index of the shard -> units done, units in all
 
@@ -106,5 +106,4 @@ class ShardProgress:
             elif event["event"] == "progress":
                 self._last[job.shard.index] = event["done"], event["total"]
                 done, total = (sum(counts) for counts in zip(*self._last.values(), strict=True))
-                self._shown.progress(done, total, event["unit"], {})
-                self._progress(done, total, event["unit"])
+                self._progress(done, total, event["unit"], self._shown.progress(done, total, event["unit"], {}))

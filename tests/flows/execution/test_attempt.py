@@ -25,7 +25,7 @@ from draftsmith.flows.execution import attempt
 from draftsmith.flows.execution.attempt import AttemptNote, StageJob, inputs_unchanged
 from draftsmith.flows.execution.display import Display
 from draftsmith.flows.execution.node import RunContext, build_node
-from draftsmith.flows.execution.process import StageOutcome, run_stage
+from draftsmith.flows.execution.process import run_stage
 from draftsmith.flows.planning.graph import Node, Status, cache_key, find_artifact, is_outdated, plan
 from tests.flows.toy import TOY, ToyConfig, toy_nodes, write_config
 from tests.flows.toy_stages.combine import CombineConfig
@@ -78,7 +78,7 @@ def flip(path: Path, place: int = 1, bit: int = 1) -> None:
 def meanwhile(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
     """Call `act` while a stage's process runs."""
 
-    def run_and_act(*arguments: Any, **keywords: Any) -> StageOutcome:
+    def run_and_act(*arguments: Any, **keywords: Any) -> dict[str, float]:
         outcome = run_stage(*arguments, **keywords)
         act()
         return outcome
@@ -287,7 +287,7 @@ def test_a_running_node_is_shown_with_its_process_and_progress(tmp_path: Path, m
     with store.claim("collect", key) as claim:
         assert isinstance(claim, Claim)
         note = AttemptNote(claim.out.parent, "t", "target")
-        note.progress(1, 5, "numbers")
+        note.progress(1, 5, "numbers", None)
         assert f"running: node target of t on {platform.node()} (pid {os.getpid()}, user " in status()
         assert ", 1/5 numbers, " in status()
     assert "to do" in status().splitlines()[1], "a process that was killed leaves its note, and no lock"

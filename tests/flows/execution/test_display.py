@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from draftsmith.flows.execution import display as module
-from draftsmith.flows.execution.display import Display, ProgressRate
+from draftsmith.flows.execution.display import Display
 
 
 def plain() -> tuple[Display, io.StringIO]:
@@ -16,13 +16,23 @@ def plain() -> tuple[Display, io.StringIO]:
     return Display(Console(file=stream, width=160)), stream
 
 
-def test_the_rate_covers_the_last_half_minute_of_this_attempt_and_unit() -> None:
-    rate = ProgressRate()
-    assert rate.update(100, 1000, "steps", now=0.0) == (None, None)  # an earlier attempt made 100
-    assert rate.update(120, 1000, "steps", now=10.0) == (2.0, 440.0)
-    rate.update(600, 1000, "steps", now=60.0)
-    assert rate.update(630, 1000, "steps", now=90.0)[0] == pytest.approx(1.0)
-    assert rate.update(0, 50, "prompts", now=91.0) == (None, None)
+def test_the_rate_covers_the_last_minutes_of_this_attempt_and_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    display, _ = plain()
+    with display.stage("sft") as shown:
+        assert shown.progress(100, 1000, "steps", {}) is None  # an earlier attempt made 100
+        clock[0] = 10.0
+        assert shown.progress(120, 1000, "steps", {}) == 440.0
+        clock[0] = 400.0
+        shown.progress(600, 1000, "steps", {})
+        clock[0] = 430.0
+        assert shown.progress(630, 1000, "steps", {}) == 370.0  # the first minutes count no longer
+        clock[0] = 431.0
+        assert shown.progress(0, 630, "prompts", {}) is None
+        for clock[0], done in ((441.0, 10), (451.0, 20)):
+            left = shown.progress(done, 630, "prompts", {})
+        assert left == 610.0
 
 
 def test_without_a_terminal_progress_is_an_occasional_line(monkeypatch: pytest.MonkeyPatch) -> None:

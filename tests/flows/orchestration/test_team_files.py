@@ -104,7 +104,7 @@ def test_a_stages_time_limit_is_below_that_of_its_slurm_job() -> None:
     pool = json.loads((TEAM / "pools" / "slurm.json").read_text())
     days, _, clock = pool["variables"]["properties"]["time"]["default"].partition("-")
     hours, minutes, seconds = map(int, clock.split(":"))
-    assert int(days) * 1440 + hours * 60 + minutes + seconds / 60 > StageOptions().time_limit("sft").seconds / 60
+    assert int(days) * 1440 + hours * 60 + minutes + seconds / 60 > StageOptions().time_limit_s("sft") / 60
 
 
 def test_the_image_copies_the_whole_package() -> None:

@@ -23,7 +23,7 @@ from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.cli.main import main
 from draftsmith.flows.execution import attempt
 from draftsmith.flows.execution.node import RunContext, build_node
-from draftsmith.flows.execution.process import StageOutcome, run_stage
+from draftsmith.flows.execution.process import run_stage
 from draftsmith.flows.orchestration import run
 from draftsmith.flows.orchestration.flow_run import Cancellation, deployed
 from draftsmith.flows.planning.graph import Node, PlannedNode, Selection, Status, plan
@@ -85,7 +85,7 @@ class Home:
             except RetryableError:
                 self.come("meanwhile")
 
-    def stage(self, request: StageRequest, *_: Any) -> StageOutcome:
+    def stage(self, request: StageRequest, *_: Any, **_options: Any) -> dict[str, float]:
         stage = importlib.import_module(request.module).STAGE
         context = RecordingContext(request.out, request.work, request.inputs, request.seed)
         self.saved += context.work.glob("saved")
@@ -95,7 +95,7 @@ class Home:
             raise RetryableError("the bucket does not answer")
         config = stage.config.model_validate(request.config)
         stage.run(context, config if request.listing is None else config.with_pinned_files(request.listing))
-        return StageOutcome(0.1, dict(context.summaries))
+        return dict(context.summaries)
 
 
 @pytest.fixture
@@ -161,8 +161,8 @@ def test_a_listed_file_that_changes_or_disappears_fails_the_stage(
 ) -> None:
     home.come("b")
 
-    def change(request: StageRequest, *more: Any) -> StageOutcome:
-        outcome = home.stage(request, *more)
+    def change(request: StageRequest, *more: Any, **options: Any) -> dict[str, float]:
+        outcome = home.stage(request, *more, **options)
         if request.stage == ("collect" if how == "goes before" else "combine"):
             (home.numbers / "b").write_text("2000") if how == "grows" else (home.numbers / "b").unlink()
         return outcome
