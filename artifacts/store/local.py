@@ -9,7 +9,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, ItemsView, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,12 +24,10 @@ from draftsmith.artifacts.store.manifest import (
     MANIFEST,
     PENDING,
     SCHEMA_VERSION,
-    ArtifactRef,
+    Artifact,
     FileEntry,
-    InputEntry,
     Manifest,
     PendingManifest,
-    Provenance,
     artifact_files,
     canonical_json,
     content_id,
@@ -81,7 +79,7 @@ class Store:
 
     @staticmethod
     def key(
-        stage: str, code_digest: str, config: Mapping[str, object], inputs: Mapping[str, ArtifactRef], seed: int
+        stage: str, code_digest: str, config: Mapping[str, object], inputs: Mapping[str, Artifact], seed: int
     ) -> str:
         """Return the key of a computation: sha256 of the stage, its code, config, seed and its inputs' content."""
         material = {
@@ -107,14 +105,10 @@ class Store:
 
     # -- finding -------------------------------------------------------------------------------------------------
 
-    def find(self, stage: str, key: str) -> ArtifactRef | None:
+    def find(self, stage: str, key: str) -> Artifact | None:
         """Return the complete artifact of this key, or None. Raises DraftsmithError for a damaged one."""
         path = self.path(stage, key)
         return self._check(path, stage, key) if path.is_dir() else None
-
-    def manifest(self, ref: ArtifactRef) -> Manifest:
-        """Return the manifest of a complete artifact."""
-        return read_manifest(ref.path)
 
     def manifest_at(self, stage: str, key: str) -> Manifest | None:
         """Return the manifest of a key, or of its first `SHORT` digits; None if it is missing or unreadable."""
@@ -123,8 +117,15 @@ class Store:
         except DraftsmithError:
             return None
 
-    def fetch(self, ref: ArtifactRef, files: Collection[str] | None = None) -> None:
+    def fetch(self, ref: Artifact, files: Collection[str] | None = None) -> None:
         """Make an artifact's files (all, or these) available under its path. Here they always are."""
+
+    def folders(self, made: Mapping[str, Artifact]) -> Mapping[str, Path]:
+        """Return the folders of artifacts by node. Looking one up makes its files available under it.
+
+        `items` does not: a folder may hold the manifest alone.
+        """
+        return _Folders(self, made)
 
     def localize(self, folder: Path) -> Path:
         """Return where this home has a folder that a run, maybe on another host or before a move, had at this path.
@@ -147,15 +148,15 @@ class Store:
                 log.warning("ignored in the list: %s", error)
         return sorted(manifests, key=lambda manifest: manifest.created_at)
 
-    def resolve(self, text: str) -> ArtifactRef:
+    def resolve(self, text: str) -> Artifact:
         """Return the one artifact of `text`: a stage, a prefix of a key or content id, `stage/key`, a path or URI."""
         path = file_path(text) if text.startswith("file://") else Path(text).expanduser()
         if path.is_dir() and (path / MANIFEST).is_file():
-            return read_manifest(path).ref(path.resolve())
+            return Artifact(path.resolve(), read_manifest(path))
         manifest = find_named(text, self.list(), self.location)
-        return manifest.ref(self.path(manifest.stage, manifest.key))
+        return Artifact(self.path(manifest.stage, manifest.key), manifest)
 
-    def verify(self, ref: ArtifactRef) -> None:
+    def verify(self, ref: Artifact) -> None:
         """Check every checksum, and that no file was added or removed."""
         manifest = read_manifest(ref.path, ref.stage)
         if (manifest.key, manifest.content_id) != (ref.key, ref.content_id):
@@ -169,7 +170,7 @@ class Store:
             if sha256_file(ref.path / name) != entry.sha256:
                 self._repair(ref, name, "has changed since it was written")
 
-    def verify_once(self, ref: ArtifactRef, *, and_elsewhere: bool = True, read: bool = False) -> None:
+    def verify_once(self, ref: Artifact, *, and_elsewhere: bool = True, read: bool = False) -> None:
         """Check the checksum of every file that was touched since the last check.
 
         Artifacts that were made from a damaged one since it was last intact are quarantined, with a log line.
@@ -199,17 +200,17 @@ class Store:
                     "the command to use what is there now."
                 )
 
-    def files_to_verify(self, ref: ArtifactRef, manifest: Manifest) -> Mapping[str, FileEntry]:  # noqa: ARG002
+    def files_to_verify(self, ref: Artifact, manifest: Manifest) -> Mapping[str, FileEntry]:  # noqa: ARG002
         """Return the files that are, or should be, on this machine."""
         return manifest.files
 
-    def _repair(self, ref: ArtifactRef, name: str, what: str, *, read: bool = False) -> None:  # noqa: ARG002
+    def _repair(self, ref: Artifact, name: str, what: str, *, read: bool = False) -> None:  # noqa: ARG002
         """Raise DraftsmithError: this store has no other copy of a damaged file. what: what is wrong with it."""
         raise damaged(ref.path / name, ref.stage, what)
 
-    def _quarantine_dependents(self, ref: ArtifactRef, path: Path, last_intact: CachedChecksum | None) -> None:
+    def _quarantine_dependents(self, ref: Artifact, path: Path, last_intact: CachedChecksum | None) -> None:
         """Quarantine what was made from an artifact after its damaged file `path` was last intact."""
-        intact_until = self.manifest(ref).created_at
+        intact_until = ref.manifest.created_at
         if last_intact is not None:
             stat = path.stat()
             touched = stat.st_ctime if not last_intact.matches(stat) else last_intact.at
@@ -231,7 +232,7 @@ class Store:
     @contextmanager
     def claim(
         self, stage: str, key: str, *, force: bool = False, run: str = "", wait: LockWait = _FOREVER
-    ) -> Iterator[Claim | ArtifactRef]:
+    ) -> Iterator[Claim | Artifact]:
         """Take the key's lock and yield a `Claim`, or the artifact if it is complete by then.
 
         Commits what an earlier attempt made but could not commit. The kernel releases the lock of a dead process.
@@ -272,16 +273,15 @@ class Store:
     def commit(
         self,
         claim: Claim,
-        made_from: Provenance,
+        made_from: PendingManifest,
         *,
         metrics: Mapping[str, float] | None = None,
-        volatile: tuple[str, ...] = (),
         duration_s: float = 0.0,
-    ) -> ArtifactRef:
+    ) -> Artifact:
         """Turn `claim.out` into the artifact: flush its files, write its manifest last, then rename it.
 
         If this fails midway (a full disk), the next claim of this key finishes the commit. Raises LockLostError if the
-        claim's lock was taken over meanwhile. volatile: names or patterns of files that differ between identical runs.
+        claim's lock was taken over meanwhile.
         """
         claim.lock.check()
         with disk_errors(f"completing {claim.stage}"):
@@ -295,33 +295,20 @@ class Store:
                 fsync(claim.out / name)
             for folder in (claim.out, *(path for path in claim.out.rglob("*") if path.is_dir())):
                 fsync(folder)
-            pending = PendingManifest(
-                volatile=volatile,
-                sizes=file_sizes(claim.out),
-                schema_version=SCHEMA_VERSION,
-                stage=claim.stage,
-                key=claim.key,
-                content_id="",
-                created_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
-                config=dict(made_from.config),
-                inputs={name: InputEntry.from_ref(ref) for name, ref in made_from.inputs.items()},
-                code_digest=made_from.code_digest,
-                seed=made_from.seed,
-                files={},
-                # NaN and infinity have no JSON form and would make the manifest unreadable
-                metrics={name: value for name, value in (metrics or {}).items() if math.isfinite(value)},
-                mlflow_run_id=made_from.mlflow_run_id,
-                duration_s=round(duration_s, 3),
-                versions=package_versions(claim.out),
-                modules=dict(made_from.modules),
-                external=dict(made_from.external),
-                run=made_from.run,
-                node=made_from.node,
+            pending = made_from.model_copy(
+                update={
+                    "sizes": file_sizes(claim.out),
+                    "created_at": datetime.now(UTC).isoformat(timespec="milliseconds"),
+                    # NaN and infinity have no JSON form and would make the manifest unreadable
+                    "metrics": {name: value for name, value in (metrics or {}).items() if math.isfinite(value)},
+                    "duration_s": round(duration_s, 3),
+                    "versions": package_versions(claim.out),
+                }
             )
             overwrite_in_place(self.partial_path(claim.stage, claim.key) / PENDING, pending.model_dump_json().encode())
             return self._complete(pending, claim.lock)
 
-    def _complete(self, pending: PendingManifest, lock: Lock | None = None) -> ArtifactRef:
+    def _complete(self, pending: PendingManifest, lock: Lock | None = None) -> Artifact:
         """Commit the files of a stage that has ended."""
         out = self.partial_path(pending.stage, pending.key) / "out"
         files = describe_files(out, pending.volatile)
@@ -332,7 +319,7 @@ class Store:
         write_text(out / MANIFEST, manifest_text(manifest))
         return self._install(manifest)
 
-    def _install(self, manifest: Manifest) -> ArtifactRef:
+    def _install(self, manifest: Manifest) -> Artifact:
         """Rename a complete `out` to its final path. If this is killed midway, the next claim finishes it."""
         partial, final = self.partial_path(manifest.stage, manifest.key), self.path(manifest.stage, manifest.key)
         shutil.rmtree(partial / "work", ignore_errors=True)
@@ -347,9 +334,9 @@ class Store:
         shutil.rmtree(partial, ignore_errors=True)
         if replaced is not None and not _holds_other_content(replaced, manifest.content_id):
             shutil.rmtree(replaced, ignore_errors=True)
-        return manifest.ref(final)
+        return Artifact(final, manifest)
 
-    def _finish_interrupted_commit(self, stage: str, key: str) -> ArtifactRef | None:
+    def _finish_interrupted_commit(self, stage: str, key: str) -> Artifact | None:
         """Commit the output of a stage whose commit was interrupted or failed; None if there is none."""
         out = self.partial_path(stage, key) / "out"
         if (out / MANIFEST).exists():
@@ -363,7 +350,7 @@ class Store:
         remove_temporary(out)  # an unfinished manifest does not count among the sizes
         return None if pending.sizes != file_sizes(out) else self._complete(pending)
 
-    def _check(self, folder: Path, stage: str, key: str) -> ArtifactRef:
+    def _check(self, folder: Path, stage: str, key: str) -> Artifact:
         """Return the artifact of a folder after checking its manifest, its key and the size of every file."""
         manifest = read_manifest(folder, stage)
         if manifest.key != key:
@@ -375,7 +362,7 @@ class Store:
                 raise damaged(folder / name, stage, "is missing") from None
             if size != entry.bytes:
                 raise damaged(folder / name, stage, f"has {size} bytes instead of {entry.bytes}")
-        return manifest.ref(folder)
+        return Artifact(folder, manifest)
 
     def discard(self, claim: Claim) -> None:
         """Delete what an attempt has made so far, because its inputs changed."""
@@ -385,6 +372,29 @@ class Store:
 
     def _lock(self, stage: str, key: str) -> Path:
         return self.root / stage / f".lock-{key[:SHORT]}"
+
+
+class _Folders(Mapping[str, Path]):
+    """Folders of artifacts, whose files are fetched when they are looked up."""
+
+    def __init__(self, store: Store, made: Mapping[str, Artifact]) -> None:
+        self._store, self._made = store, made
+
+    def __getitem__(self, node: str) -> Path:
+        self._store.fetch(self._made[node])
+        return self._made[node].path
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._made)
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+    def __contains__(self, node: object) -> bool:
+        return node in self._made
+
+    def items(self) -> ItemsView[str, Path]:
+        return {node: made.path for node, made in self._made.items()}.items()
 
 
 def _holds_other_content(folder: Path, content: str) -> bool:

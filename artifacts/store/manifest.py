@@ -38,36 +38,6 @@ _PACKAGES = (
 )
 
 
-@dataclass(frozen=True)
-class ArtifactRef:
-    """Identifies a complete artifact; small enough to pass between processes."""
-
-    stage: str
-    key: str  # sha256 of what the artifact was made from
-    content_id: str  # sha256 of its non-volatile files
-    path: Path
-    volatile_id: str = ""  # sha256 of its volatile files, such as timings
-
-    @property
-    def uri(self) -> str:
-        return self.path.as_uri()
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """Holds what an artifact was made from and by which run, for its manifest."""
-
-    config: Mapping[str, object]
-    inputs: Mapping[str, ArtifactRef]  # name of the input -> artifact
-    code_digest: str
-    seed: int
-    modules: Mapping[str, str] = field(default_factory=dict)
-    external: Mapping[str, str] = field(default_factory=dict)
-    mlflow_run_id: str | None = None
-    run: str = ""
-    node: str = ""
-
-
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -85,8 +55,8 @@ class InputEntry(_Frozen):
     volatile_id: str
 
     @classmethod
-    def from_ref(cls, ref: ArtifactRef) -> Self:
-        return cls(stage=ref.stage, key=ref.key, content_id=ref.content_id, volatile_id=ref.volatile_id)
+    def of(cls, made: Artifact) -> Self:
+        return cls(stage=made.stage, key=made.key, content_id=made.content_id, volatile_id=made.volatile_id)
 
 
 class Manifest(_Frozen):
@@ -109,8 +79,37 @@ class Manifest(_Frozen):
     run: str = ""  # name of the run that made it
     node: str = ""  # name of the node in that run
 
-    def ref(self, path: Path) -> ArtifactRef:
-        return ArtifactRef(self.stage, self.key, self.content_id, path, content_id(self.files, volatile=True))
+
+@dataclass(frozen=True)
+class Artifact:
+    """A complete artifact: its folder and its manifest."""
+
+    path: Path
+    manifest: Manifest
+    reused: bool = field(default=False, compare=False)  # found in the store, not made by this run
+
+    @property
+    def stage(self) -> str:
+        return self.manifest.stage
+
+    @property
+    def key(self) -> str:
+        """Return the sha256 of what it was made from."""
+        return self.manifest.key
+
+    @property
+    def content_id(self) -> str:
+        """Return the sha256 of its non-volatile files."""
+        return self.manifest.content_id
+
+    @property
+    def volatile_id(self) -> str:
+        """Return the sha256 of its volatile files, such as timings."""
+        return content_id(self.manifest.files, volatile=True)
+
+    @property
+    def uri(self) -> str:
+        return self.path.as_uri()
 
 
 def local_time(moment: str | float) -> str:
@@ -244,11 +243,20 @@ def damaged(where: Path | str, stage: str, what: str) -> DraftsmithError:
 
 
 class PendingManifest(Manifest):
-    """A manifest whose files have no checksums yet."""
+    """A manifest-to-be: what an artifact is made from, and its files once they are complete, without checksums."""
 
-    content_id: str  # empty
-    volatile: tuple[str, ...]
-    sizes: dict[str, int]  # bytes of each file of the attempt
+    schema_version: int = SCHEMA_VERSION
+    content_id: str = ""
+    created_at: str = ""
+    files: dict[RelativePath, FileEntry] = {}
+    metrics: dict[str, float] = {}
+    mlflow_run_id: RunId | None = None
+    duration_s: float = 0.0
+    versions: dict[str, str] = {}
+    modules: dict[str, str] = {}
+    external: dict[str, str] = {}
+    volatile: tuple[str, ...] = ()  # names or patterns of files that differ between identical runs
+    sizes: dict[str, int] = {}  # bytes of each file of the attempt
 
 
 def file_sizes(out: Path) -> dict[str, int]:

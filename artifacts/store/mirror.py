@@ -29,7 +29,7 @@ from draftsmith.artifacts.retry import retry_on
 from draftsmith.artifacts.store.local import REPLACED, SHORT, Store
 from draftsmith.artifacts.store.manifest import (
     MANIFEST,
-    ArtifactRef,
+    Artifact,
     FileEntry,
     Manifest,
     content_id,
@@ -188,7 +188,7 @@ class MirroredStore(Store):
 
     # -- finding -------------------------------------------------------------------------------------------------
 
-    def find(self, stage: str, key: str) -> ArtifactRef | None:
+    def find(self, stage: str, key: str) -> Artifact | None:
         manifest = self._pushed(stage, key[:SHORT])
         if manifest is None:
             return None
@@ -197,11 +197,7 @@ class MirroredStore(Store):
         except OSError as error:  # in a read-only home the manifest stays in memory
             if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
                 raise
-        return manifest.ref(self.path(stage, key))
-
-    def manifest(self, ref: ArtifactRef) -> Manifest:
-        seen = self._seen.get((ref.stage, ref.key[:SHORT]))
-        return seen if seen is not None and ref.content_id == seen.content_id else read_manifest(ref.path)
+        return Artifact(self.path(stage, key), manifest)
 
     def manifest_at(self, stage: str, key: str) -> Manifest | None:
         try:
@@ -224,14 +220,14 @@ class MirroredStore(Store):
             manifests.append(manifest)
         return sorted(manifests, key=lambda manifest: manifest.created_at)
 
-    def verify(self, ref: ArtifactRef) -> None:
+    def verify(self, ref: Artifact) -> None:
         self.fetch(ref)
         super().verify(ref)
 
-    def files_to_verify(self, ref: ArtifactRef, manifest: Manifest) -> Mapping[str, FileEntry]:
+    def files_to_verify(self, ref: Artifact, manifest: Manifest) -> Mapping[str, FileEntry]:
         return {name: entry for name, entry in manifest.files.items() if (ref.path / name).exists()}
 
-    def _repair(self, ref: ArtifactRef, name: str, what: str, *, read: bool = False) -> None:
+    def _repair(self, ref: Artifact, name: str, what: str, *, read: bool = False) -> None:
         """Fetch a damaged copy again. Raises DraftsmithError if it was `read` or is damaged in the bucket."""
         if read:
             raise DraftsmithError(f"{ref.path / name}: {what}. Run the same command again: it fetches the file again.")
@@ -259,12 +255,12 @@ class MirroredStore(Store):
 
     # -- pulling -------------------------------------------------------------------------------------------------
 
-    def fetch(self, ref: ArtifactRef, files: Collection[str] | None = None) -> None:
+    def fetch(self, ref: Artifact, files: Collection[str] | None = None) -> None:
         """Download an artifact's missing files (all, or these) and verify their checksums.
 
         Raises DraftsmithError for files missing or damaged in the bucket, RetryableError if it cannot be reached.
         """
-        manifest = self.manifest(ref)
+        manifest = ref.manifest
         requested = {name: entry for name, entry in manifest.files.items() if files is None or name in files}
         if not _missing(ref.path, requested):
             return
@@ -278,13 +274,13 @@ class MirroredStore(Store):
         for path in (folder, folder.parent):  # an artifact, or a folder in one
             manifest = self.manifest_at(path.parent.name, path.name) if len(path.name) == SHORT else None
             if manifest is not None:
-                ref = manifest.ref(self.path(manifest.stage, manifest.key))
+                ref = Artifact(self.path(manifest.stage, manifest.key), manifest)
                 self.fetch(ref)
                 return ref.path / folder.relative_to(path)
         return super().localize(folder)
 
     @contextmanager
-    def _fetching(self, ref: ArtifactRef) -> Iterator[None]:
+    def _fetching(self, ref: Artifact) -> Iterator[None]:
         """Hold the lock under which one process of this home at a time writes an artifact's copy."""
         lock = self.root / ref.stage / f".lock-fetch-{ref.key[:SHORT]}"
         with (
@@ -322,7 +318,7 @@ class MirroredStore(Store):
 
     # -- pushing -------------------------------------------------------------------------------------------------
 
-    def _install(self, manifest: Manifest) -> ArtifactRef:
+    def _install(self, manifest: Manifest) -> Artifact:
         """Push, then rename locally. If this is interrupted, the next claim in this home continues."""
         partial = self.partial_path(manifest.stage, manifest.key)
         forced = (partial / "forced").exists()
@@ -331,7 +327,7 @@ class MirroredStore(Store):
             log.warning("another host made %s/%s first. Its artifact is used.", first.stage, first.key[:SHORT])
             self._adopt_manifest(first)
             shutil.rmtree(partial)
-            return first.ref(self.path(first.stage, first.key))
+            return Artifact(self.path(first.stage, first.key), first)
         self._push(manifest, partial / "out", again=forced)
         return super()._install(manifest)
 
@@ -345,7 +341,7 @@ class MirroredStore(Store):
         self._bucket.write(_manifest_name(manifest.stage, manifest.key), manifest_text(manifest).encode())
         self._seen[manifest.stage, manifest.key[:SHORT]] = manifest
 
-    def _finish_interrupted_commit(self, stage: str, key: str) -> ArtifactRef | None:
+    def _finish_interrupted_commit(self, stage: str, key: str) -> Artifact | None:
         """Finish a commit; also push an artifact that this home made before it had a bucket."""
         finished = super()._finish_interrupted_commit(stage, key)
         folder = self.path(stage, key)

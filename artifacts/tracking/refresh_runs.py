@@ -21,7 +21,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.identifiers import IdentifierError, absolute_path, file_path, plain_name, relative_path
 from draftsmith.artifacts.locks import is_locked
 from draftsmith.artifacts.store.local import SHORT, Store
-from draftsmith.artifacts.store.manifest import ArtifactRef, Manifest
+from draftsmith.artifacts.store.manifest import Artifact, Manifest
 from draftsmith.artifacts.tracking.registry import Version
 from draftsmith.artifacts.tracking.runs import CONFIG, HOME, KEY, NOTE, STAGE, Tracking
 from draftsmith.artifacts.tracking.terms import Status, end_run, log_metrics, review_files, sanitize_key
@@ -38,7 +38,7 @@ CONTINUE = "To continue:"  # in the description of a refresh that did not finish
 _IS_REFRESH = f"tags.{STAGE} = 'refresh'"
 
 
-def artifact_params(artifacts: Mapping[str, ArtifactRef]) -> dict[str, str]:
+def artifact_params(artifacts: Mapping[str, Artifact]) -> dict[str, str]:
     """Return the params that record each node's artifact: folder in the store and content id."""
     return {
         sanitize_key(f"{_MADE}{name}"): f"{ref.stage}/{ref.key[:SHORT]}#{ref.content_id[:16]}"
@@ -169,11 +169,11 @@ def _is_ours(run: Run) -> bool:
     return HOME in tags
 
 
-def _made_by(run_id: str, store: Store, stage: str, key: str) -> ArtifactRef | None:
+def _made_by(run_id: str, store: Store, stage: str, key: str) -> Artifact | None:
     """Return the complete artifact of a key if this run made it: a killed forced run leaves an older one there."""
     try:
         ref = store.find(stage, key)
-        return ref if ref is not None and store.manifest(ref).mlflow_run_id == run_id else None
+        return ref if ref is not None and ref.manifest.mlflow_run_id == run_id else None
     except DraftsmithError:
         return None
 
@@ -212,7 +212,7 @@ class RunRecord:
         self._building = True
         return self._open()
 
-    def find_or_open(self, artifacts: Mapping[str, ArtifactRef]) -> str | None:
+    def find_or_open(self, artifacts: Mapping[str, Artifact]) -> str | None:
         """Return the id of this run, or of the earlier one that has the very same artifacts.
 
         Returns None if MLflow failed: the next call tries again.
@@ -235,7 +235,7 @@ class RunRecord:
     def close(
         self,
         status: Status,
-        artifacts: Mapping[str, ArtifactRef],
+        artifacts: Mapping[str, Artifact],
         metrics: Mapping[str, float],
         files: Iterable[Path],
         tags: Mapping[str, str],

@@ -39,7 +39,7 @@ from draftsmith.artifacts.identifiers import (
 )
 from draftsmith.artifacts.locks import Lock, locked, user_name
 from draftsmith.artifacts.results.base import Record, SetMetrics
-from draftsmith.artifacts.store.manifest import ArtifactRef
+from draftsmith.artifacts.store.manifest import Artifact
 from draftsmith.artifacts.tracking.client import sqlite_file, weights_timeout
 from draftsmith.artifacts.tracking.runs import LOCKED, SCHEMA_MISMATCH, Tracking, first_line, is_permission_error
 from draftsmith.artifacts.tracking.terms import escape_markdown, paginate
@@ -250,7 +250,7 @@ class Registry:
 
     # -- writing -------------------------------------------------------------------------------------------------
 
-    def register(self, line: str, ref: ArtifactRef, tags: Mapping[str, str], *, run_id: str | None = None) -> Version:
+    def register(self, line: str, ref: Artifact, tags: Mapping[str, str], *, run_id: str | None = None) -> Version:
         """Register an artifact as a version of a line, which is created if need be; equal content is registered once.
 
         Updates the tags of a version that exists already, except `PROMOTION_TAGS` if it was promoted.
@@ -272,7 +272,7 @@ class Registry:
             return _version(client.get_model_version(line, str(number)))
 
     def _create(
-        self, client: MlflowClient, line: str, ref: ArtifactRef, run_id: str | None, tags: Mapping[str, str]
+        self, client: MlflowClient, line: str, ref: Artifact, run_id: str | None, tags: Mapping[str, str]
     ) -> int:
         """Create a version together with its tags: without them a killed run's version would be registered again."""
         if self._model(client, line) is None:

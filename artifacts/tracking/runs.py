@@ -20,7 +20,7 @@ from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.artifacts.identifiers import without_credentials
 from draftsmith.artifacts.locks import locked
 from draftsmith.artifacts.redaction import redacted
-from draftsmith.artifacts.store.manifest import ArtifactRef, Manifest
+from draftsmith.artifacts.store.manifest import Artifact, Manifest
 from draftsmith.artifacts.tracking.client import (
     check_database_disk,
     configure,
@@ -155,7 +155,7 @@ class Tracking:
         metrics: Mapping[str, float] | None = None,
         files: Iterable[Path] = (),
         tags: Mapping[str, str] | None = None,
-        inputs: Mapping[str, ArtifactRef] | None = None,
+        inputs: Mapping[str, Artifact] | None = None,
         params: Mapping[str, str] | None = None,
         name: str | None = None,
     ) -> None:
@@ -184,7 +184,7 @@ class Tracking:
         key: str,
         *,
         name: str | None = None,
-        inputs: Mapping[str, ArtifactRef] | None = None,
+        inputs: Mapping[str, Artifact] | None = None,
     ) -> StageRun:
         """Start the nested run of a stage, or resume the unfinished one of the same key. Needs the key's lock.
 

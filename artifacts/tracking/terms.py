@@ -20,7 +20,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.locks import user_name
 from draftsmith.artifacts.redaction import redacted
 from draftsmith.artifacts.results.data import LogsSummary, PromptsSummary, day
-from draftsmith.artifacts.store.manifest import MANIFEST, ArtifactRef, read_manifest
+from draftsmith.artifacts.store.manifest import MANIFEST, Artifact, read_manifest
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -141,7 +141,7 @@ _DIGEST_CHARS, _NAME_CHARS = 36, 200
 _SPLITS = ("train", "validation", "heldout")
 
 
-def log_datasets(client: MlflowClient, run_id: str, inputs: Mapping[str, ArtifactRef]) -> None:
+def log_datasets(client: MlflowClient, run_id: str, inputs: Mapping[str, Artifact]) -> None:
     """Log artifacts as data sets of a run. inputs: node -> artifact."""
     from mlflow.entities import DatasetInput, InputTag  # here: importing mlflow takes seconds
 
@@ -152,7 +152,7 @@ def log_datasets(client: MlflowClient, run_id: str, inputs: Mapping[str, Artifac
         client.log_inputs(run_id, datasets)
 
 
-def _dataset(node: str, ref: ArtifactRef) -> Dataset:
+def _dataset(node: str, ref: Artifact) -> Dataset:
     from mlflow.entities import Dataset  # here: importing mlflow takes seconds
 
     name = node

@@ -41,7 +41,7 @@ from draftsmith.flows.config.load import read_config
 from draftsmith.flows.config.options import RunOptions
 from draftsmith.flows.execution.display import Display, EndedRun, folded_table, format_bytes
 from draftsmith.flows.execution.machine import check_home
-from draftsmith.flows.execution.node import ArtifactFolders, RunContext, build_node
+from draftsmith.flows.execution.node import RunContext, build_node
 from draftsmith.flows.execution.retry import with_retries
 from draftsmith.flows.orchestration.launch import launch
 from draftsmith.flows.orchestration.server import permanent_server
@@ -165,7 +165,7 @@ def _build_alone(options: argparse.Namespace, pipeline: Pipeline, config: RunOpt
     check_home(home(), config)
     display, tracking = Display(), Tracking(home(), config.experiment)
     display.newer_files(items)
-    display.lines(check_node(node, ArtifactFolders(store, inputs)))
+    display.lines(check_node(node, store.folders(inputs)))
     for service in (store, tracking):
         with_retries(service.check, config.stages, display.line)
     context = RunContext(home(), config, pipeline, display, tracking)
@@ -180,7 +180,7 @@ def _build_alone(options: argparse.Namespace, pipeline: Pipeline, config: RunOpt
     if node.config.listing is not None:  # without beginning or ending a run
         listings = {**read_listings(config.name, ended=True), node.name: node.config.listing}
         note_listings(config.name, listings, ended=not read_listings(config.name))
-    display.line(f"{node.name}: {result.ref.path}")
+    display.line(f"{node.name}: {result.path}")
 
 
 def _missing_input(options: argparse.Namespace, name: str, source: PlannedNode) -> str:

@@ -27,7 +27,6 @@ from draftsmith.flows.execution.display import (
     format_duration,
     format_number,
 )
-from draftsmith.flows.execution.node import ArtifactFolders
 from draftsmith.flows.planning.graph import (
     EarlyEnd,
     Pipeline,
@@ -73,7 +72,7 @@ def early_end(
     if policy is None:
         return None
     reused = {item.node.name: item.ref for item in planned if item.ref is not None}
-    return policy.early_end(ArtifactFolders(store, reused))
+    return policy.early_end(store.folders(reused))
 
 
 def _node_state(item: PlannedNode, store: Store, condition: str) -> str:
@@ -161,7 +160,7 @@ def show_artifact(display: Display, text: str, *, verify: bool = False) -> None:
     ref = store.resolve(text)
     if verify:
         store.verify(ref)
-    manifest = store.manifest(ref)
+    manifest = ref.manifest
     display.line(f"{ref.stage}/{ref.key}")
     for name, value in (
         ("folder", str(ref.path)),

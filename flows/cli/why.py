@@ -8,7 +8,7 @@ from typing import Any
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.store.local import Store
-from draftsmith.artifacts.store.manifest import ArtifactRef, InputEntry, Manifest, local_time, package_versions
+from draftsmith.artifacts.store.manifest import Artifact, InputEntry, Manifest, local_time, package_versions
 from draftsmith.artifacts.store.mirror import open_store
 from draftsmith.flows.config.options import RunOptions
 from draftsmith.flows.execution.display import Display, flatten, shorten
@@ -57,7 +57,7 @@ def _state(item: PlannedNode, store: Store) -> str:
     if item.key is None:
         return f"its key is known after {', '.join(item.after)}"
     if item.ref is not None:
-        made = local_time(store.manifest(item.ref).created_at)
+        made = local_time(item.ref.manifest.created_at)
         return f"not new: {item.ref.stage}/{item.key[:16]} is in the store, made {made}"
     if store.manifest_at(item.node.stage.name, item.key) is not None:
         return f"built again: its inputs were measured again after the artifact of the key {item.key[:16]}"
@@ -131,14 +131,14 @@ def _input(
         )
 
 
-def _changed_files(old: InputEntry, now: ArtifactRef, store: Store) -> str:
+def _changed_files(old: InputEntry, now: Artifact, store: Store) -> str:
     """Return the files of an input that differ, if the old input is still in the store."""
     before = store.manifest_at(old.stage, old.key)
     if before is None or before.content_id != old.content_id:
         return ""
     digests = [
         {name: entry.sha256 for name, entry in manifest.files.items() if not entry.volatile}
-        for manifest in (before, store.manifest(now))
+        for manifest in (before, now.manifest)
     ]
     return f": {', '.join(name for name, *_ in _changed(*digests))}"
 

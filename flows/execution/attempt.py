@@ -22,7 +22,7 @@ from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError, one_line
 from draftsmith.artifacts.locks import user_name
 from draftsmith.artifacts.store.local import Claim, Store
-from draftsmith.artifacts.store.manifest import SHARD, ArtifactRef, Provenance, local_time
+from draftsmith.artifacts.store.manifest import SHARD, Artifact, InputEntry, PendingManifest, local_time
 from draftsmith.artifacts.store.mirror import open_store
 from draftsmith.flows.config.options import RunOptions
 from draftsmith.flows.execution.display import format_duration
@@ -40,7 +40,7 @@ class StageJob:
     config: RunOptions
     pipeline: Pipeline
     node: Node
-    inputs: Mapping[str, ArtifactRef]
+    inputs: Mapping[str, Artifact]
     node_key: str  # cache key of the node's artifact
     external: Mapping[str, str] = field(default_factory=dict)  # `external_digests` that the key was made of
     shard: Shard | None = None  # None: the whole node
@@ -88,8 +88,8 @@ NO_WATCH = Watch()
 
 
 def run_attempt(
-    job: StageJob, claim: Claim, home: Path, device: Device, watch: Watch, shards: Sequence[ArtifactRef] = ()
-) -> tuple[dict[str, float], float, Provenance]:
+    job: StageJob, claim: Claim, home: Path, device: Device, watch: Watch, shards: Sequence[Artifact] = ()
+) -> tuple[dict[str, float], float, PendingManifest]:
     """Run the stage of a job as a process. Return its metrics, its seconds, and what the artifact is made from.
 
     shards: artifacts of all shards of the node, which the process joins; empty: it does all the work.
@@ -134,7 +134,21 @@ def run_attempt(
             environment=device.environment,
         )
         seconds = time.monotonic() - began
-    return summary, seconds, Provenance(config, job.inputs, code_digest, job.seed, modules, job.external)
+    return (
+        summary,
+        seconds,
+        PendingManifest(
+            stage=claim.stage,
+            key=claim.key,
+            config=config,
+            inputs={name: InputEntry.of(made) for name, made in job.inputs.items()},
+            code_digest=code_digest,
+            seed=job.seed,
+            modules=dict(modules),
+            external=dict(job.external),
+            volatile=node.stage.volatile,
+        ),
+    )
 
 
 def snapshot_code(job: StageJob) -> tuple[str, Mapping[str, str]]:

@@ -7,14 +7,14 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, ItemsView, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
 from draftsmith.artifacts.locks import Holder
 from draftsmith.artifacts.store.local import Claim, Store
-from draftsmith.artifacts.store.manifest import MANIFEST, ArtifactRef
+from draftsmith.artifacts.store.manifest import MANIFEST, Artifact
 from draftsmith.artifacts.store.mirror import open_store
 from draftsmith.artifacts.tracking.runs import StageRun, Tracking
 from draftsmith.flows.config.options import RunOptions
@@ -55,44 +55,7 @@ class RunContext:
         return open_store(self.home)
 
 
-@dataclass(frozen=True)
-class NodeResult:
-    """A node's artifact."""
-
-    ref: ArtifactRef
-    reused: bool  # found in the store
-
-
-class ArtifactFolders(Mapping[str, Path]):
-    """Folders of artifacts by node. Looking one up downloads its files from a remote store.
-
-    `items` downloads nothing: a folder may hold the manifest alone.
-    """
-
-    def __init__(self, store: Store, refs: Mapping[str, ArtifactRef]) -> None:
-        self._store, self._refs = store, refs
-
-    def __getitem__(self, node: str) -> Path:
-        ref = self._refs[node]
-        self._store.fetch(ref)
-        return ref.path
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._refs)
-
-    def __len__(self) -> int:
-        return len(self._refs)
-
-    def __contains__(self, node: object) -> bool:
-        return node in self._refs
-
-    def items(self) -> ItemsView[str, Path]:
-        return {name: ref.path for name, ref in self._refs.items()}.items()
-
-
-def build_node(
-    context: RunContext, node: Node, inputs: Mapping[str, ArtifactRef], *, force: bool = False
-) -> NodeResult:
+def build_node(context: RunContext, node: Node, inputs: Mapping[str, Artifact], *, force: bool = False) -> Artifact:
     """Return the node's artifact: reused from the store, or built by its stage, which resumes an unfinished attempt.
 
     Raises the stage's own `DraftsmithError`. What the stage has saved is kept for the next attempt.
@@ -107,9 +70,9 @@ def build_node(
     ref = None if force else find_artifact(store, node, key, verify=True)
     reused = True
     # An artifact that another run or the commit of an earlier attempt has completed may be outdated too.
-    while ref is None or is_outdated(store, node, ref, inputs) or (reused and is_inconclusive(store, ref)):
+    while ref is None or is_outdated(node, ref, inputs) or (reused and is_inconclusive(ref)):
         force = force or ref is not None
-        if ref is not None and is_inconclusive(store, ref):
+        if ref is not None and is_inconclusive(ref):
             store.fetch(ref)
             job = replace(job, earlier=ref.path)
         wait = config.stages.lock_wait(context.check, _report_artifact_wait(context, node))
@@ -119,13 +82,13 @@ def build_node(
                 ref = _build(context, job, claim)
             else:
                 ref = claim
-                context.tracking.finish_interrupted_run(store.manifest(ref), ref.path)
+                context.tracking.finish_interrupted_run(ref.manifest, ref.path)
     if reused:
         with contextlib.suppress(OSError):
             (store.partial_path(job.stage, key) / NOTE).unlink(missing_ok=True)  # of a forced attempt that failed
             os.utime(ref.path / MANIFEST)  # time of the last use, for `draftsmith prune`
         context.display.reused(node.name)
-    return NodeResult(ref, reused)
+    return replace(ref, reused=reused)
 
 
 def _report_artifact_wait(context: RunContext, node: Node) -> Callable[[Holder | None], None]:
@@ -148,7 +111,7 @@ def _report_device_wait(context: RunContext, node: Node, note: AttemptNote | Non
     return report
 
 
-def _build(context: RunContext, job: StageJob, claim: Claim) -> ArtifactRef:
+def _build(context: RunContext, job: StageJob, claim: Claim) -> Artifact:
     """Run the node's stage, with its shards first, and commit its artifact. MLflow has a run of it, however it ends."""
     node, options = job.node, context.config.stages
     tracked = context.tracking.stage_run(
@@ -179,9 +142,10 @@ def _build(context: RunContext, job: StageJob, claim: Claim) -> ArtifactRef:
         duration_s = round(seconds + shards_s, 3)
         ref = context.store.commit(
             claim,
-            replace(made_from, mlflow_run_id=tracked.run_id, run=context.config.name, node=node.name),
+            made_from.model_copy(
+                update={"mlflow_run_id": tracked.run_id, "run": context.config.name, "node": node.name}
+            ),
             metrics=summary,
-            volatile=node.stage.volatile,
             duration_s=duration_s,
         )
     except BaseException as error:
@@ -195,7 +159,7 @@ def _build(context: RunContext, job: StageJob, claim: Claim) -> ArtifactRef:
     return ref
 
 
-def _build_shards(context: RunContext, job: StageJob, claim: Claim, note: AttemptNote) -> list[ArtifactRef]:
+def _build_shards(context: RunContext, job: StageJob, claim: Claim, note: AttemptNote) -> list[Artifact]:
     """Return the artifacts of all shards of the node, complete on this machine; none if it is built in one piece."""
     jobs = shard_jobs(job, claim)
     if not jobs:
@@ -208,7 +172,7 @@ def _build_shards(context: RunContext, job: StageJob, claim: Claim, note: Attemp
             if stopped.is_set():
                 raise StageInterrupted("The run was ended. Run the same command to continue from what was saved.")
 
-        def build(shard: StageJob) -> ArtifactRef:
+        def build(shard: StageJob) -> Artifact:
             on_wait = _report_device_wait(context, job.node)
             return build_shard(shard, context.home, Watch(lambda event: progress.follow(shard, event), check, on_wait))
 

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from draftsmith.artifacts.store.local import Claim
-from draftsmith.artifacts.store.manifest import ArtifactRef
+from draftsmith.artifacts.store.manifest import Artifact
 from draftsmith.artifacts.store.mirror import open_store
 from draftsmith.flows.execution.attempt import NO_WATCH, AttemptNote, StageJob, Watch, run_attempt
 from draftsmith.flows.execution.display import StageDisplay
@@ -33,7 +33,7 @@ def shard_jobs(job: StageJob, claim: Claim) -> list[StageJob]:
     return [replace(job, shard=Shard(i, count), forced_attempt=claim.forced) for i in range(count)]
 
 
-def build_shard(job: StageJob, home: Path, watch: Watch = NO_WATCH) -> ArtifactRef:
+def build_shard(job: StageJob, home: Path, watch: Watch = NO_WATCH) -> Artifact:
     """Return a shard's artifact: from the store, or built by a stage process on one device of this host.
 
     Raises as `node.build_node` does.
@@ -52,27 +52,22 @@ def build_shard(job: StageJob, home: Path, watch: Watch = NO_WATCH) -> ArtifactR
             compute = node.stage.compute_for(node.config)
             with lock_devices(compute, job.config.name, wait, watch.on_wait, one=True) as device:
                 summary, seconds, made_from = run_attempt(job, claim, home, device, watch)
-            return store.commit(
-                claim,
-                replace(made_from, modules={}),  # the node's manifest has them
-                metrics=summary,
-                volatile=node.stage.volatile,
-                duration_s=seconds,
-            )
+            made_from = made_from.model_copy(update={"modules": {}})  # the node's manifest has them
+            return store.commit(claim, made_from, metrics=summary, duration_s=seconds)
         except Exception as error:
             note.failed(error)
             raise
 
 
-BuildShard = Callable[[StageJob], ArtifactRef]
+BuildShard = Callable[[StageJob], Artifact]
 # Given jobs, a function that builds one, one that stops all that are being built here (called if the pool itself is
 # ended), and one that raises if the run is to end: builds all, in order. Raises the first error when all have ended.
-ShardPool = Callable[[Sequence[StageJob], BuildShard, Callable[[], None], Callable[[], None]], list[ArtifactRef]]
+ShardPool = Callable[[Sequence[StageJob], BuildShard, Callable[[], None], Callable[[], None]], list[Artifact]]
 
 
 def run_locally(
     jobs: Sequence[StageJob], build: BuildShard, stop: Callable[[], None], _check: Callable[[], None]
-) -> list[ArtifactRef]:
+) -> list[Artifact]:
     """Build the shards on this machine. A `ShardPool`; every shard checks whether the run is to end."""
     with ThreadPoolExecutor(local_parallelism(jobs)) as pool:
         futures = [pool.submit(build, job) for job in jobs]

@@ -25,8 +25,8 @@ from prefect.flow_runs import suspend_flow_run
 from prefect.utilities.urls import url_for
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError, StageInterrupted
+from draftsmith.artifacts.store.manifest import Artifact
 from draftsmith.artifacts.tracking.terms import escape_markdown
-from draftsmith.flows.execution.node import NodeResult
 from draftsmith.flows.orchestration.server import uses_temporary_server
 from draftsmith.flows.planning.graph import Conclusion
 
@@ -36,7 +36,7 @@ class FlowResult:
     """The result of a flow's body, which `run_flow` returns."""
 
     ended: bool = False
-    nodes: dict[str, NodeResult] = field(default_factory=dict)
+    nodes: dict[str, Artifact] = field(default_factory=dict)
     conclusion: Conclusion | None = None
     error: BaseException | None = None
 

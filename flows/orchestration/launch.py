@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.store.mirror import open_store
@@ -10,7 +11,6 @@ from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.config.options import RunOptions
 from draftsmith.flows.execution.display import Display
 from draftsmith.flows.execution.machine import check_home
-from draftsmith.flows.execution.node import ArtifactFolders
 from draftsmith.flows.execution.retry import with_retries
 from draftsmith.flows.orchestration.server import start_prefect_server
 from draftsmith.flows.planning.graph import Conclusion, Pipeline, Selection, load_attribute
@@ -23,7 +23,7 @@ def launch(
     display: Display,
     selection: Selection,
     lost: Callable[[], None] = lambda: None,
-) -> tuple[ArtifactFolders, Conclusion | None]:
+) -> tuple[Mapping[str, Path], Conclusion | None]:
     """Run the flow of a config, and return its artifacts by node and its conclusion, if it has one.
 
     lost: called if Prefect's server was lost before it knew how the run ended, which a line reports.
@@ -46,5 +46,4 @@ def launch(
         lost()
 
     ended = run_flow(flow, config, warn, **options)
-    refs = {name: node.ref for name, node in ended.nodes.items()}
-    return ArtifactFolders(open_store(home()), refs), ended.conclusion
+    return open_store(home()).folders(ended.nodes), ended.conclusion

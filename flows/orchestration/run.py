@@ -22,7 +22,7 @@ from draftsmith.artifacts.host import bypass_proxy_for_localhost
 from draftsmith.artifacts.redaction import redact_logs
 from draftsmith.artifacts.results.data import LogsSummary, day
 from draftsmith.artifacts.results.gate import ReviewResult
-from draftsmith.artifacts.store.manifest import ArtifactRef
+from draftsmith.artifacts.store.manifest import Artifact
 from draftsmith.artifacts.store.retention import artifacts_in_use
 from draftsmith.artifacts.tracking.refresh_runs import (
     CONTINUE,
@@ -39,7 +39,7 @@ from draftsmith.artifacts.tracking.terms import Status
 from draftsmith.flows.config.options import RunOptions, check_runner
 from draftsmith.flows.execution.display import Display
 from draftsmith.flows.execution.machine import check_home
-from draftsmith.flows.execution.node import ArtifactFolders, NodeResult, RunContext
+from draftsmith.flows.execution.node import RunContext
 from draftsmith.flows.execution.retry import with_retries
 from draftsmith.flows.orchestration.flow_run import (
     Cancellation,
@@ -74,7 +74,7 @@ def run_graph(
     force: Collection[str] | None = None,
     start: Collection[str] | None = None,
     until: Collection[str] | None = None,
-) -> State[Any] | dict[str, NodeResult]:
+) -> State[Any] | dict[str, Artifact]:
     """Make the nodes of the config's graph, or a selection of them, and act on the result unless nodes are left out.
 
     force, start, until: nodes, as in `Selection`. Returns the nodes' artifacts, or the flow's state if the run has a
@@ -110,7 +110,7 @@ def _in_use(config: RunOptions, cancellation: Cancellation) -> AbstractContextMa
 
 def _run(
     config: RunOptions, pipeline: Pipeline, selection: Selection, cancellation: Cancellation
-) -> tuple[dict[str, NodeResult], Conclusion | None]:
+) -> tuple[dict[str, Artifact], Conclusion | None]:
     display = Display()
     if (page := page_url()) is not None:
         display.line(f"Prefect: {page}")
@@ -147,23 +147,22 @@ def _run(
     context.display.lines(checks.before(planned) if checks is not None else [])
     record = RunRecord(context.tracking, config.name, given, pipeline.data)
     context = dataclasses.replace(context, refresh_run=record.open)
-    results: dict[str, NodeResult] = {}
+    results: dict[str, Artifact] = {}
     status: Status = "KILLED"
     ending = ""
     conclusion: Conclusion | None = None
     try:
         conclusion = _make_nodes(context, nodes, forced, results, checks, policy)
-        refs = _refs(results)
-        run_id = record.find_or_open(refs)
+        run_id = record.find_or_open(results)
         if conclusion is None and pipeline.compared is not None and "evaluation" in results:
-            drafters = pipeline.compared(ArtifactFolders(context.store, refs))
-            log_models(tracking, context.store.manifest(refs["evaluation"]), run_id, drafters)
+            drafters = pipeline.compared(context.store.folders(results))
+            log_models(tracking, results["evaluation"].manifest, run_id, drafters)
         if conclusion is None and (review := _review(context, results)) is not None:
             show_verdict(config.name, f"{review.description}{tracking.link(run_id)}", context.display.line)
         if conclusion is None and policy is not None:
             note_tracker(tracking)
             conclusion = with_retries(
-                lambda: policy.conclude(ArtifactFolders(context.store, refs), record.find_or_open(refs)),
+                lambda: policy.conclude(context.store.folders(results), record.find_or_open(results)),
                 config.stages,
                 context.display.line,
             )
@@ -187,7 +186,7 @@ def _run(
             tags[NOTE] = f"{ending}\n\n{tags.get(NOTE, '')}".strip()
         record.close(
             status,
-            _refs(results),
+            results,
             metrics,
             _report(context, results),
             tags,
@@ -205,7 +204,7 @@ def _make_nodes(
     context: RunContext,
     nodes: Sequence[Node],
     forced: Collection[str],
-    results: dict[str, NodeResult],
+    results: dict[str, Artifact],
     checks: Checks | None,
     policy: RunPolicy | None,
 ) -> Conclusion | None:
@@ -213,7 +212,7 @@ def _make_nodes(
     states: dict[str, State[Any]] = {}
     for node in nodes:
         context.check()
-        inputs: dict[str, ArtifactRef] = {name: results[source].ref for name, source in node.inputs.items()}
+        inputs = {name: results[source] for name, source in node.inputs.items()}
         upstream = [states[source] for source in dict.fromkeys(node.inputs.values())]
         try:
             results[node.name], states[node.name] = run_node(context, node, inputs, upstream, force=node.name in forced)
@@ -221,7 +220,7 @@ def _make_nodes(
             if node.config.listing is not None:
                 forget_listings(context.config.name, error)
             raise
-        folders = ArtifactFolders(context.store, _refs(results))
+        folders = context.store.folders(results)
         if checks is not None:
             context.display.lines(checks.after(node, folders))
         if policy is not None:
@@ -237,7 +236,7 @@ def _continuing_command(
     config: RunOptions,
     selection: Selection,
     forced: Collection[str],
-    results: Mapping[str, NodeResult],
+    results: Mapping[str, Artifact],
     policy: RunPolicy | None,
 ) -> str | None:
     """Return the command that continues the run, which makes no complete node again; None if no command began it."""
@@ -252,12 +251,8 @@ def _continuing_command(
     return invocation(began, None).run(*options, *["--restart"] * restart)
 
 
-def _refs(results: Mapping[str, NodeResult]) -> dict[str, ArtifactRef]:
-    return {name: result.ref for name, result in results.items()}
-
-
 def _metrics_and_tags(
-    context: RunContext, results: Mapping[str, NodeResult], conclusion: Conclusion | None, *, concludes: bool
+    context: RunContext, results: Mapping[str, Artifact], conclusion: Conclusion | None, *, concludes: bool
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Return the run's metrics and tags for MLflow, from the headline's node, the review and the conclusion.
 
@@ -265,7 +260,7 @@ def _metrics_and_tags(
     """
     node, metrics, tags = results.get(context.pipeline.headline), {}, {}
     if node is not None:
-        metrics = dict(context.store.manifest(node.ref).metrics)
+        metrics = dict(node.manifest.metrics)
     review = _review(context, results)
     if review is not None:
         metrics |= review.metrics
@@ -281,23 +276,22 @@ def _metrics_and_tags(
     return metrics, tags
 
 
-def _name(results: Mapping[str, NodeResult], tags: Mapping[str, str]) -> str | None:
+def _name(results: Mapping[str, Artifact], tags: Mapping[str, str]) -> str | None:
     """Return the run's name in MLflow, such as `week of 24 Nov: promoted @3`; None without an outcome."""
     if OUTCOME not in tags:
         return None
-    logs = LogsSummary.read_if_there(results["logs"].ref.path) if "logs" in results else None
+    logs = LogsSummary.read_if_there(results["logs"].path) if "logs" in results else None
     when = (logs.window.text if logs is not None else "") or day(datetime.now(UTC))
     version = tags.get(VERSION, "").rpartition("@")[2]
     return f"{when}: {tags[OUTCOME]}{f' @{version}' if version else ''}"
 
 
-def _review(context: RunContext, results: Mapping[str, NodeResult]) -> RunReview | None:
-    folders = ArtifactFolders(context.store, _refs(results))
-    return context.pipeline.review(folders) if context.pipeline.review is not None else None
+def _review(context: RunContext, results: Mapping[str, Artifact]) -> RunReview | None:
+    return context.pipeline.review(context.store.folders(results)) if context.pipeline.review is not None else None
 
 
-def _report(context: RunContext, results: Mapping[str, NodeResult]) -> list[Path]:
+def _report(context: RunContext, results: Mapping[str, Artifact]) -> list[Path]:
     name, page = context.pipeline.report
-    folder = ArtifactFolders(context.store, _refs(results))[name] if name in results else None
+    folder = context.store.folders(results)[name] if name in results else None
     paths = [folder / file for file in (page, ReviewResult.FILE)] if folder is not None else []
     return [path for path in paths if path.is_file()]

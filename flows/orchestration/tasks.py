@@ -28,19 +28,19 @@ from prefect.tasks import Task
 
 from draftsmith.artifacts.errors import RetryableError, StageInterrupted
 from draftsmith.artifacts.home import home, protect_home
-from draftsmith.artifacts.store.manifest import ArtifactRef
+from draftsmith.artifacts.store.manifest import Artifact
 from draftsmith.artifacts.store.mirror import STORE_VARIABLE
 from draftsmith.flows.config.options import RETRY_JITTER, StageOptions
 from draftsmith.flows.execution.attempt import StageJob
-from draftsmith.flows.execution.node import NodeResult, RunContext, build_node, log
+from draftsmith.flows.execution.node import RunContext, build_node, log
 from draftsmith.flows.execution.retry import retry_notice
 from draftsmith.flows.execution.shards import BuildShard, build_shard, local_parallelism
 from draftsmith.flows.planning.graph import Node
 
 
 def run_node(
-    context: RunContext, node: Node, inputs: Mapping[str, ArtifactRef], upstream: Sequence[State[Any]], *, force: bool
-) -> tuple[NodeResult, State[Any]]:
+    context: RunContext, node: Node, inputs: Mapping[str, Artifact], upstream: Sequence[State[Any]], *, force: bool
+) -> tuple[Artifact, State[Any]]:
     """Make the node's artifact as a task of the current flow run, and return it with the task's state.
 
     upstream: states of the tasks that Prefect shows as its inputs. Raises the error of the last attempt.
@@ -56,12 +56,12 @@ def run_node(
         retry_condition_fn=_is_retryable,
     )
     state: State[Any] = configured(context, node, inputs, force, return_state=True, wait_for=list(upstream))
-    result: NodeResult = state.result()
+    result: Artifact = state.result()
     return result, state
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
-def stage_task(context: RunContext, node: Node, inputs: Mapping[str, ArtifactRef], force: bool) -> State[Any]:
+def stage_task(context: RunContext, node: Node, inputs: Mapping[str, Artifact], force: bool) -> State[Any]:
     """Make or reuse a node's artifact, and return a state with the name Completed or Reused."""
     try:
         result = build_node(replace(context, pool=run_shards), node, inputs, force=force)
@@ -69,7 +69,7 @@ def stage_task(context: RunContext, node: Node, inputs: Mapping[str, ArtifactRef
         raise RetryableError(
             "Prefect's server no longer keeps the slot of this run's deployment. The run continues without it."
         ) from error
-    where = f"{result.ref.stage}/{result.ref.key[:16]}, content {result.ref.content_id[:16]}"
+    where = f"{result.stage}/{result.key[:16]}, content {result.content_id[:16]}"
     return Completed(name="Reused" if result.reused else "Completed", message=where, data=result)
 
 
@@ -94,7 +94,7 @@ _HOST_SETTINGS = {name: os.environ[name] for name in (_HOME, STORE_VARIABLE) if 
 
 def run_shards(
     jobs: Sequence[StageJob], build: BuildShard, stop: Callable[[], None], check: Callable[[], None]
-) -> list[ArtifactRef]:
+) -> list[Artifact]:
     """Run each shard as a task on the config's runner, and return the artifacts in the order of the jobs.
 
     stop: called on a signal or a cancellation. check: called while waiting; it may raise.
@@ -115,7 +115,7 @@ def run_shards(
     for end in ends:
         if isinstance(end, BaseException):
             raise end
-    return [end for end in ends if isinstance(end, ArtifactRef)]
+    return [end for end in ends if isinstance(end, Artifact)]
 
 
 def _submit(
@@ -132,11 +132,11 @@ def _submit(
         return [runner.submit(each, {"job": job, "build": build}) for each, job in zip(tasks, jobs, strict=True)]
 
 
-def _end(future: PrefectFuture[Any], job: StageJob, check: Callable[[], None]) -> ArtifactRef | BaseException:
+def _end(future: PrefectFuture[Any], job: StageJob, check: Callable[[], None]) -> Artifact | BaseException:
     """Wait for a task and return its artifact or its error."""
     while True:
         try:
-            result: ArtifactRef | BaseException = future.result(timeout=_POLL_S, raise_on_failure=False)
+            result: Artifact | BaseException = future.result(timeout=_POLL_S, raise_on_failure=False)
             return result
         except TimeoutError:
             check()
@@ -150,7 +150,7 @@ def _end(future: PrefectFuture[Any], job: StageJob, check: Callable[[], None]) -
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
-def shard_task(job: StageJob, build: BuildShard) -> ArtifactRef:
+def shard_task(job: StageJob, build: BuildShard) -> Artifact:
     """Make or reuse one shard in its own stage process."""
     return build(job)
 
@@ -161,7 +161,7 @@ class _OnClusterHost:
     def __init__(self, settings: dict[str, str]) -> None:
         self._settings = settings
 
-    def __call__(self, job: StageJob) -> ArtifactRef:
+    def __call__(self, job: StageJob) -> Artifact:
         for name in (_HOME, STORE_VARIABLE):  # a worker outlives a run, so an earlier run may have set them
             value = _HOST_SETTINGS.get(name, self._settings.get(name))
             if value is None:

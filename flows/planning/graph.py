@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from draftsmith.artifacts.errors import EXIT_RETRYABLE, DraftsmithError, RetryableError
 from draftsmith.artifacts.store.code_digest import code_digest, code_modules
 from draftsmith.artifacts.store.local import Store
-from draftsmith.artifacts.store.manifest import ArtifactRef, Manifest
+from draftsmith.artifacts.store.manifest import Artifact, Manifest
 from draftsmith.artifacts.tracking.refresh_runs import Metrics
 from draftsmith.flows.config.options import RunOptions
 from draftsmith.flows.planning.inputs import external_digests, pin_files, read_listings
@@ -158,7 +158,7 @@ class PlannedNode:
     node: Node
     status: Status
     key: str | None = None  # cache key; None if an input is not built yet
-    ref: ArtifactRef | None = None  # of a hit
+    ref: Artifact | None = None  # of a hit
     after: tuple[str, ...] = ()  # nodes that must be built before the key is known
     damage: DraftsmithError | None = None  # what is wrong with the stored artifact, and the remedy
     newer_files: int = 0  # files that appeared since the listing that the run reuses
@@ -291,7 +291,7 @@ def node_seed(node: Node, config: RunOptions) -> int:
 
 def cache_key(
     node: Node,
-    inputs: Mapping[str, ArtifactRef],
+    inputs: Mapping[str, Artifact],
     seed: int,
     pipeline: Pipeline,
     external: Mapping[str, str] | None = None,
@@ -361,7 +361,7 @@ def planned_listings(planned: Sequence[PlannedNode]) -> dict[str, InputListing]:
 def _plan_node(
     node: Node, before: Mapping[str, PlannedNode], seed: int, store: Store, pipeline: Pipeline, forced: bool
 ) -> PlannedNode:
-    inputs: dict[str, ArtifactRef] = {}
+    inputs: dict[str, Artifact] = {}
     after: list[str] = []
     for name, source in node.inputs.items():
         if (ref := before[source].ref) is None:
@@ -379,12 +379,12 @@ def _plan_node(
         raise
     except DraftsmithError as damage:
         return PlannedNode(node, Status.DAMAGED, key, damage=damage)
-    if ref is not None and not is_outdated(store, node, ref, inputs) and not is_inconclusive(store, ref):
+    if ref is not None and not is_outdated(node, ref, inputs) and not is_inconclusive(ref):
         return PlannedNode(node, Status.HIT, key, ref)
     return PlannedNode(node, Status.RESUME if has_partial(store, node.stage.name, key) else Status.RUN, key)
 
 
-def find_artifact(store: Store, node: Node, key: str, *, verify: bool = False) -> ArtifactRef | None:
+def find_artifact(store: Store, node: Node, key: str, *, verify: bool = False) -> Artifact | None:
     """Return the node's artifact in the store, if there is one. The error of a damaged one names the node to force.
 
     verify: compare checksums of files that were touched since they were last compared.
@@ -407,18 +407,18 @@ def manifests_of_node(manifests: Sequence[Manifest], node: str) -> list[Manifest
     return [manifest for manifest in reversed(manifests) if manifest.node == node]
 
 
-def is_outdated(store: Store, node: Node, ref: ArtifactRef, inputs: Mapping[str, ArtifactRef]) -> bool:
+def is_outdated(node: Node, ref: Artifact, inputs: Mapping[str, Artifact]) -> bool:
     """Return whether an input was measured again, with the same content, after the artifact was made from it."""
-    made_from = store.manifest(ref).inputs
+    made_from = ref.manifest.inputs
     return any(
         name in inputs and name in made_from and made_from[name].volatile_id != inputs[name].volatile_id
         for name in node.stage.reads_volatile
     )
 
 
-def is_inconclusive(store: Store, ref: ArtifactRef) -> bool:
+def is_inconclusive(ref: Artifact) -> bool:
     """Return whether the artifact holds an inconclusive measurement, which the next run adds to."""
-    return bool(store.manifest(ref).metrics.get(INCONCLUSIVE))
+    return bool(ref.manifest.metrics.get(INCONCLUSIVE))
 
 
 def has_partial(store: Store, stage: str, key: str) -> bool:

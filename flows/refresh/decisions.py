@@ -21,7 +21,7 @@ from draftsmith.artifacts.results.base import SetMetrics
 from draftsmith.artifacts.results.drafting import AdoptedChampion
 from draftsmith.artifacts.results.evaluation import ALL, DriftResult, EvaluationResult
 from draftsmith.artifacts.results.gate import GateDecision
-from draftsmith.artifacts.store.manifest import read_manifest
+from draftsmith.artifacts.store.manifest import Artifact, read_manifest
 from draftsmith.artifacts.tracking.refresh_runs import OUTCOME, VERSION, link_version
 from draftsmith.artifacts.tracking.registry import CHAMPION, PROMOTION_TAGS, ChampionMovedError, Version
 from draftsmith.artifacts.tracking.runs import Tracking
@@ -160,7 +160,7 @@ class RefreshPolicy:
         if self.line.champion is not None:
             decision = decision.with_version(self.line.champion.version)
         manifest = read_manifest(folders[decision.challenger])
-        lines, ref = registry(), manifest.ref(folders[decision.challenger])
+        lines, ref = registry(), Artifact(folders[decision.challenger], manifest)
         tags = self._version_tags(folders, decision)
         current = lines.champion(self.line.name)
         expected = None if self.line.champion is None else lines.version(self.line.name, self.line.champion.version)

@@ -27,7 +27,7 @@ from draftsmith.artifacts.results.data import LogsSummary
 from draftsmith.artifacts.results.evaluation import EvaluationResult
 from draftsmith.artifacts.results.gate import GateDecision
 from draftsmith.artifacts.store.local import REPLACED, Store
-from draftsmith.artifacts.store.manifest import MANIFEST, InputEntry, read_manifest, sha256_file
+from draftsmith.artifacts.store.manifest import MANIFEST, Artifact, InputEntry, read_manifest, sha256_file
 from draftsmith.artifacts.store.mirror import open_store
 from draftsmith.artifacts.tracking.registry import PROMOTED, Registry, Version, describe_wrong_tracker
 from draftsmith.artifacts.tracking.runs import Tracking
@@ -139,7 +139,7 @@ def drafter_checkpoint(version: Version) -> Path:
     if (folder := find_artifact(version, store)) is not None:
         try:
             if version.uploaded:
-                store.verify_once(read_manifest(folder).ref(folder), and_elsewhere=False)
+                store.verify_once(Artifact(folder, read_manifest(folder)), and_elsewhere=False)
         except DraftsmithError as damage:
             log.warning("%s: %s Using the uploaded copy.", version, damage)
             return download_upload(version)

@@ -14,7 +14,7 @@ from draftsmith.artifacts.errors import DraftsmithError, RetryableError, find_di
 from draftsmith.artifacts.home import apply_user_umask, home
 from draftsmith.artifacts.identifiers import server_url
 from draftsmith.artifacts.results.evaluation import ConfidenceCalibration
-from draftsmith.artifacts.store.manifest import MANIFEST, read_manifest, remedy
+from draftsmith.artifacts.store.manifest import MANIFEST, Artifact, read_manifest, remedy
 from draftsmith.artifacts.store.mirror import open_store
 from draftsmith.artifacts.store.retention import artifacts_in_use
 from draftsmith.artifacts.tracking.registry import BY_HAND, PREVIOUS, ROLLED_BACK, Registry, Version
@@ -308,7 +308,7 @@ def _export_speculators(version: Version, source: Path, folder: Path) -> None:
             f"{version}: the target that it was trained for ({made_from.stage}/{made_from.key[:16]}, content "
             f"{made_from.content_id[:16]}) is no longer in the store, or was replaced. Export without --format."
         )
-    store.verify_once(read_manifest(target).ref(target))  # with the model, if that lies elsewhere
+    store.verify_once(Artifact(target, read_manifest(target)))  # with the model, if that lies elsewhere
     info = read_target_info(target)
     export_speculators(source, model_path(target), info.source, folder)
     apply_user_umask(folder)
@@ -338,7 +338,7 @@ def _verify(version: Version, folder: Path) -> None:
             "another version (`registry.upload` copies later ones whole into MLflow)."
         )
     try:
-        ref = read_manifest(folder, version.stage).ref(folder)
+        ref = Artifact(folder, read_manifest(folder, version.stage))
         if ref.content_id == version.content_id:
             open_store(home()).verify(ref)
     except RetryableError:

@@ -30,7 +30,7 @@ from draftsmith.artifacts.results.evaluation import (
 )
 from draftsmith.artifacts.results.gate import LOAD_RULES, THE_CHAMPION, GateDecision, GateVerdict, RuleResult
 from draftsmith.artifacts.store.local import Store
-from draftsmith.artifacts.store.manifest import read_manifest
+from draftsmith.artifacts.store.manifest import Artifact, read_manifest
 from draftsmith.stages.evaluation.looks import decides, level_of, prompts_wanted
 from draftsmith.stages.evaluation.validity import FEWEST_PROMPTS, NOISE, PROMPTS, TAU, TURNS, few_runs
 from draftsmith.stages.evaluation.verdicts import FEWEST_RUNS, at_loads, comparison, estimate_of, too_small
@@ -106,7 +106,7 @@ def run(ctx: StageContext, config: GateConfig) -> None:
 def _damage(folder: Path) -> str | None:
     """Return an error about the first damaged file of an artifact; None if there is none."""
     try:
-        Store(folder.parents[1]).verify(read_manifest(folder).ref(folder))
+        Store(folder.parents[1]).verify(Artifact(folder, read_manifest(folder)))
     except DraftsmithError as error:
         return str(error)
     return None

@@ -16,7 +16,7 @@ from draftsmith.artifacts.results.base import ResultFile
 from draftsmith.artifacts.results.data import LogsSummary, PromptsSummary
 from draftsmith.artifacts.results.evaluation import Contexts, DriftResult, EvaluationResult
 from draftsmith.artifacts.results.gate import GateDecision, ReviewResult
-from draftsmith.artifacts.store.manifest import read_manifest
+from draftsmith.artifacts.store.manifest import Artifact, read_manifest
 from draftsmith.artifacts.store.mirror import open_store
 from draftsmith.stages.report.metrics import LineageEntry, read_lineage, report_metrics
 from draftsmith.stages.report.page import ReportData, render_report
@@ -121,7 +121,7 @@ def _fetch_result(kind: type[R], entry: LineageEntry | None) -> R | None:
     if entry is None:
         return None
     if not (entry.folder / kind.FILE).is_file() and kind.FILE in entry.manifest.files:
-        open_store(home()).fetch(entry.manifest.ref(entry.folder), [kind.FILE])
+        open_store(home()).fetch(Artifact(entry.folder, entry.manifest), [kind.FILE])
     return kind.read_if_there(entry.folder)
 
 

@@ -14,7 +14,7 @@ import torch
 
 import draftsmith
 from draftsmith.artifacts.store.local import Store
-from draftsmith.artifacts.store.manifest import ArtifactRef
+from draftsmith.artifacts.store.manifest import Artifact
 from draftsmith.artifacts.tables.parquet import write_table
 from draftsmith.artifacts.tables.schemas import TRAJECTORIES
 from draftsmith.flows.config.load import config_from_fields
@@ -133,7 +133,7 @@ def test_compare_warns_of_answers_whose_prompts_a_drafter_was_trained_on(
     monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path))
     store, answers = Store(tmp_path / "store"), answers_of([20, 9, 14, 30], ["a", "b", "c", "d"])
 
-    def trained(stage: str, key: str, on: int, config: dict[str, object], **inputs: ArtifactRef) -> ArtifactRef:
+    def trained(stage: str, key: str, on: int, config: dict[str, object], **inputs: Artifact) -> Artifact:
         names: dict[str, object] = {"trajectory_id": "p/0", "prompt_id": "p", "split": "train", "sample": 0, "seed": 0}
         sampling = {"finish_reason": "stop", "temperature": 0, "top_p": 1, "top_k": 0, "engine": "logs"}
         ids = {"prompt_ids": answers[on].tokens[:4], "response_ids": answers[on].tokens[4:]}

@@ -13,7 +13,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import torch
 
 from draftsmith.artifacts.results.evaluation import EvaluationResult
 from draftsmith.artifacts.store.local import Claim, Store
-from draftsmith.artifacts.store.manifest import ArtifactRef, Manifest
+from draftsmith.artifacts.store.manifest import Artifact, Manifest
 from draftsmith.flows.checks.findings import RaisingFindings
 from draftsmith.flows.checks.memory import Hardware, model_sizes, node_need, stage_uses
 from draftsmith.flows.checks.models import check_drafters
@@ -156,14 +156,14 @@ def refresh_config(name: str, folder: Path, sglang: Path | None) -> RefreshConfi
 def run(config: RefreshConfig, store: Store) -> list[dict[str, Any]]:
     """Run the stages up to the evaluation; print and return a row for each."""
     nodes = Selection(until=("evaluation",)).nodes(REFRESH.nodes(config))
-    refs: dict[str, ArtifactRef] = {}
+    refs: dict[str, Artifact] = {}
     estimates: dict[str, float] = {}
     rows = []
     print("  ".join(f"{column:>{max(12, len(column))}}" for column in COLUMNS))
     for node in nodes:
         inputs = {name: refs[source] for name, source in node.inputs.items()}
         ref = refs[node.name] = _build(node, inputs, config, store)
-        manifest = store.manifest(ref)
+        manifest = ref.manifest
         if node.name == "target":
             estimates = _estimates(nodes, ref.path)
         peak, estimated = manifest.metrics["peak_memory_gb"], estimates.get(node.name)
@@ -181,7 +181,7 @@ def run(config: RefreshConfig, store: Store) -> list[dict[str, Any]]:
     return rows
 
 
-def _build(node: Node, inputs: Mapping[str, ArtifactRef], config: RefreshConfig, store: Store) -> ArtifactRef:
+def _build(node: Node, inputs: Mapping[str, Artifact], config: RefreshConfig, store: Store) -> Artifact:
     """Return the artifact of a node, made by a process unless the store has it."""
     external = external_digests(node.config)
     key = cache_key(node, inputs, node_seed(node, config), REFRESH, external)
@@ -189,14 +189,13 @@ def _build(node: Node, inputs: Mapping[str, ArtifactRef], config: RefreshConfig,
     with store.claim(job.stage, key) as claim:
         if not isinstance(claim, Claim):
             return claim
-        outcome, made_from = run_attempt(job, claim, store.root.parent, Device(), Watch(rates.follow))
-        answers = store.manifest(inputs["trajectories"]) if "trajectories" in inputs else None
+        summary, seconds, made_from = run_attempt(job, claim, store.root.parent, Device(), Watch(rates.follow))
+        answers = inputs["trajectories"].manifest if "trajectories" in inputs else None
         rate = _tokens_per_s(node, rates, answers)
-        metrics = outcome.summary | ({} if rate is None else {"tokens_per_s": rate})
+        metrics = summary | ({} if rate is None else {"tokens_per_s": rate})
         return store.commit(
-            claim, replace(made_from, node=node.name), metrics=metrics, volatile=node.stage.volatile,
-            duration_s=outcome.duration_s,
-        )  # fmt: skip
+            claim, made_from.model_copy(update={"node": node.name}), metrics=metrics, duration_s=seconds
+        )
 
 
 def _tokens_per_s(node: Node, rates: Rates, answers: Manifest | None) -> float | None:

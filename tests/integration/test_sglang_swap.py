@@ -20,7 +20,7 @@ import pytest
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.store.local import Store
-from draftsmith.artifacts.store.manifest import read_manifest
+from draftsmith.artifacts.store.manifest import Artifact, read_manifest
 from draftsmith.artifacts.tracking.registry import Registry
 from draftsmith.flows.cli.main import main
 from draftsmith.flows.refresh.line import artifact_folder, registry
@@ -97,7 +97,7 @@ def test_a_line_is_swapped_forth_and_back_under_load(
     url, lines = swapping.url, swapping.lines
     swapping.assert_drafts_with("1")
     challenger = artifact_folder(lines.version(LINE, 2))
-    made = read_manifest(challenger).ref(challenger)
+    made = Artifact(challenger, read_manifest(challenger))
     gate = gated(Store(home() / "store"), made, tau=PROMISED["tau"], block_size=swapping.bench.drafters["2"].block_size)
     week = config_of(LINE, registry={"name": LINE, "approve": True, "servers": [url]})
     assert finished(week, gate).name == "Waiting"

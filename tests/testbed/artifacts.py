@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from draftsmith.artifacts.store.local import Claim, Store
-from draftsmith.artifacts.store.manifest import ArtifactRef, Provenance
+from draftsmith.artifacts.store.manifest import Artifact, InputEntry, Manifest, PendingManifest
 
 Fill = Mapping[str, str] | Callable[[Path], object]
 
 
-def committed(
-    store: Store, stage: str, fill: Fill, key: str = "ab", *, force: bool = False, **fields: Any
-) -> ArtifactRef:
+def committed(store: Store, stage: str, fill: Fill, key: str = "ab", *, force: bool = False, **fields: Any) -> Artifact:
     """Return the artifact of a key.
 
     fill: its files, or what writes them to a folder. key: of 64 characters, or repeated to so many. fields: of the
@@ -28,6 +26,25 @@ def committed(
             for name, text in fill.items():
                 (claim.out / name).parent.mkdir(parents=True, exist_ok=True)
                 (claim.out / name).write_text(text)
-        measured = {name: fields.pop(name) for name in ("metrics", "volatile") if name in fields}
-        usual: dict[str, Any] = {"config": {}, "inputs": {}, "code_digest": "c", "seed": 0}
-        return store.commit(claim, Provenance(**(usual | fields)), **measured)
+        metrics = fields.pop("metrics", {})
+        return store.commit(claim, made_from(claim, **fields), metrics=metrics)
+
+
+def made_from(claim: Claim, inputs: Mapping[str, Artifact] = {}, **fields: Any) -> PendingManifest:
+    """Return what a claimed artifact is made from. fields: of the manifest, if they matter."""
+    entries = {name: InputEntry.of(made) for name, made in inputs.items()}
+    usual: dict[str, Any] = {"config": {}, "code_digest": "c", "seed": 0}
+    return PendingManifest(stage=claim.stage, key=claim.key, inputs=entries, **(usual | fields))
+
+
+def fake_artifact(stage: str, key: str, content_id: str, path: Path) -> Artifact:
+    """Return an artifact that no store has."""
+    given: dict[str, Any] = {
+        "stage": stage,
+        "key": key,
+        "content_id": content_id,
+        "files": {},
+        "inputs": {},
+        "metrics": {},
+    }
+    return Artifact(path, Manifest.model_construct(**given, created_at="2026-03-02", mlflow_run_id=None))

@@ -8,7 +8,7 @@ import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.store.local import Claim, Store
-from draftsmith.artifacts.store.manifest import ArtifactRef
+from draftsmith.artifacts.store.manifest import Artifact
 from draftsmith.stages.runtime.checkpoint import load_checkpoint, save_checkpoint
 from tests.artifacts.store.forgetful_disk import NAMES_AHEAD, SYNCED, Crash, ForgetfulDisk
 from tests.artifacts.store.test_store import KEY, commit
@@ -16,7 +16,7 @@ from tests.artifacts.store.test_store import KEY, commit
 FILES = {"table.parquet": "rows", "drafter/model.safetensors": "weights", "deep/down/one": "part"}
 
 
-def make(store: Store, content: str, *, force: bool = False) -> ArtifactRef:
+def make(store: Store, content: str, *, force: bool = False) -> Artifact:
     with store.claim("rollout", KEY, force=force) as claim:
         assert isinstance(claim, Claim)
         for name, text in FILES.items():

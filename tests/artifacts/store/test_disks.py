@@ -21,7 +21,7 @@ SCRIPT = """
     from draftsmith.artifacts.tables.parquet import write_table
     from draftsmith.artifacts.tables.schemas import PROMPTS
     from draftsmith.artifacts.store.local import Claim, Store
-    from draftsmith.artifacts.store.manifest import Provenance
+    from tests.testbed.artifacts import made_from
 
     folder = Path(sys.argv[1])
     store = Store(folder / "store")
@@ -31,7 +31,7 @@ SCRIPT = """
             assert isinstance(claim, Claim)
             row = dict(prompt_id="a", source="", split="train", messages=[], token_ids=tokens)
             write_table(claim.out / "prompts.parquet", PROMPTS, [row])
-            return store.commit(claim, Provenance({}, {}, "c", 0))
+            return store.commit(claim, made_from(claim))
 
     first = make("a", [1, 2, 3])
     exec(sys.argv[2])
@@ -86,7 +86,7 @@ COMMIT = """
     import sys
     from pathlib import Path
     from draftsmith.artifacts.store.local import Store
-    from draftsmith.artifacts.store.manifest import Provenance
+    from tests.testbed.artifacts import made_from
 
     store = Store(Path(sys.argv[1]))
     with store.claim("rollout", "ab" * 32) as claim:
@@ -97,7 +97,7 @@ COMMIT = """
                     other.write(bytes(4096))
         except OSError as error:
             print(error.strerror)
-        made = store.commit(claim, Provenance({}, {}, "c", 0))
+        made = store.commit(claim, made_from(claim))
     print(*sorted(path.name for path in made.path.iterdir()))
 """
 

@@ -12,7 +12,7 @@ import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.artifacts.store.local import Claim, Store
-from draftsmith.artifacts.store.manifest import MANIFEST, ArtifactRef
+from draftsmith.artifacts.store.manifest import MANIFEST, Artifact
 from draftsmith.artifacts.store.mirror import STORE_VARIABLE, Bucket, open_store
 from tests.artifacts.store.test_store import KEY, OTHER, commit, make
 from tests.testbed.s3 import SECRET, bucket
@@ -128,7 +128,7 @@ def flip(name: str) -> None:
 
 def two_files(store: Store, *, key: str = KEY, force: bool = False, texts: tuple[str, str] = ("one", "two")) -> Any:
     with store.claim("rollout", key, force=force) as claim:
-        if isinstance(claim, ArtifactRef):
+        if isinstance(claim, Artifact):
             return claim
         (claim.out / "deep").mkdir(exist_ok=True)
         (claim.out / "a.txt").write_text(texts[0])
@@ -136,7 +136,7 @@ def two_files(store: Store, *, key: str = KEY, force: bool = False, texts: tuple
         return commit(store, claim)
 
 
-def found_in(store: Store) -> ArtifactRef:
+def found_in(store: Store) -> Artifact:
     found = store.find("rollout", KEY)
     assert found is not None
     return found
@@ -200,7 +200,7 @@ def test_an_interrupted_upload_creates_no_artifact_and_is_continued(
     assert len(objects()) == 1
     assert a.find("rollout", KEY) is None and b.find("rollout", KEY) is None and a.list() == []
     with a.claim("rollout", KEY) as done:  # commits without the stage
-        assert isinstance(done, ArtifactRef)
+        assert isinstance(done, Artifact)
     assert len(sent) == 3 and sent[2] == sent[1], "the first file is not uploaded again"
     b.verify(found_in(b))
 
@@ -239,7 +239,7 @@ def test_an_artifact_from_before_the_bucket_is_uploaded_and_not_made_again(a: St
     before = make(Store(tmp_path / "a" / "store"))
     assert a.find("rollout", KEY) is None
     with a.claim("rollout", KEY) as claim:
-        assert isinstance(claim, ArtifactRef) and claim.content_id == before.content_id
+        assert isinstance(claim, Artifact) and claim.content_id == before.content_id
     assert found_in(b)
     damaged = make(Store(tmp_path / "a" / "store"), key=OTHER)
     (damaged.path / "data.txt").write_text("anSwer")

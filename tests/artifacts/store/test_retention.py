@@ -12,7 +12,7 @@ import pytest
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.locks import LockTimeoutError, locked
 from draftsmith.artifacts.store.local import REPLACED, Claim, Store
-from draftsmith.artifacts.store.manifest import ELSEWHERE, MANIFEST, ArtifactRef
+from draftsmith.artifacts.store.manifest import ELSEWHERE, MANIFEST, Artifact
 from draftsmith.artifacts.store.retention import artifacts_in_use, exclusive_for_prune, leftovers, unused_artifacts
 from tests.testbed.artifacts import committed
 
@@ -104,11 +104,11 @@ def test_an_attempt_that_a_run_continues_stays(tmp_path: Path, store: Store) -> 
 # ---- complete artifacts
 
 
-def made(store: Store, stage: str, inputs: dict[str, ArtifactRef] | None = None) -> ArtifactRef:
+def made(store: Store, stage: str, inputs: dict[str, Artifact] | None = None) -> Artifact:
     return committed(store, stage, {"x": stage}, f"{stage:x<4}".encode().hex(), inputs=inputs or {})
 
 
-def used(ref: ArtifactRef, at: float = LATER) -> None:
+def used(ref: Artifact, at: float = LATER) -> None:
     """Touch an artifact as a run does that reuses it."""
     os.utime(ref.path / MANIFEST, (at, at))
 
@@ -119,14 +119,14 @@ def stages(store: Store, *, needed: tuple[str, ...] = ()) -> set[str]:
 
 
 @pytest.fixture
-def chain(store: Store) -> list[ArtifactRef]:
+def chain(store: Store) -> list[Artifact]:
     """A target, its answers, and two drafters trained on them."""
     target = made(store, "target")
     answers = made(store, "rollout", {"target": target})
     return [target, answers, *(made(store, name, {"answers": answers}) for name in ("sft", "opd"))]
 
 
-def test_a_used_artifact_stays_with_its_inputs(store: Store, chain: list[ArtifactRef]) -> None:
+def test_a_used_artifact_stays_with_its_inputs(store: Store, chain: list[Artifact]) -> None:
     _, answers, sft, _ = chain
     assert unused_artifacts(store.root, time.time() - 1000, ()) == [], "all are recent"
     assert stages(store) == {"target", "rollout", "sft", "opd"}
@@ -147,14 +147,14 @@ def test_artifacts_that_were_read_by_path_stay(store: Store) -> None:
     assert stages(store, needed=(sft.content_id,)) == {other.stage}
 
 
-def test_nothing_is_removed_if_an_artifacts_inputs_cannot_be_read(store: Store, chain: list[ArtifactRef]) -> None:
+def test_nothing_is_removed_if_an_artifacts_inputs_cannot_be_read(store: Store, chain: list[Artifact]) -> None:
     (chain[0].path / ELSEWHERE).write_text("{")
     with pytest.raises(DraftsmithError, match=rf"{ELSEWHERE}: cannot be read \(truncated or edited\)"):
         used(chain[0])
         stages(store)
 
 
-def test_damaged_artifacts_shards_and_attempts_are_not_unused_artifacts(store: Store, chain: list[ArtifactRef]) -> None:
+def test_damaged_artifacts_shards_and_attempts_are_not_unused_artifacts(store: Store, chain: list[Artifact]) -> None:
     (chain[2].path / MANIFEST).write_text("{")
     made(store, "mining.shard")
     with store.claim("prompts", "cd" * 32):
@@ -162,7 +162,7 @@ def test_damaged_artifacts_shards_and_attempts_are_not_unused_artifacts(store: S
 
 
 def test_an_unused_artifact_is_removed_atomically_unless_a_run_holds_it(
-    store: Store, chain: list[ArtifactRef], monkeypatch: pytest.MonkeyPatch
+    store: Store, chain: list[Artifact], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used(chain[2])
     (found,) = unused_artifacts(store.root, LATER, ())
@@ -182,7 +182,7 @@ def test_an_unused_artifact_is_removed_atomically_unless_a_run_holds_it(
     assert sft.remove() and not list((store.root / "sft").glob("[!.l]*")) and not list((store.root / "sft").glob(".r*"))
 
 
-def test_inputs_of_a_lines_drafter_stay_even_if_its_key_was_made_again(store: Store, chain: list[ArtifactRef]) -> None:
+def test_inputs_of_a_lines_drafter_stay_even_if_its_key_was_made_again(store: Store, chain: list[Artifact]) -> None:
     opd = chain[3]
     opd.path.rename(opd.path.with_name(f"{REPLACED}{opd.path.name}-1"))
     assert stages(store, needed=(opd.content_id,)) == {"sft"}

@@ -18,30 +18,26 @@ from draftsmith.artifacts.locks import LockLostError
 from draftsmith.artifacts.store.local import Claim, Store
 from draftsmith.artifacts.store.manifest import (
     MANIFEST,
-    ArtifactRef,
-    Provenance,
+    Artifact,
     canonical_json,
     describe_files,
     parse_manifest,
 )
-from tests.testbed.artifacts import committed
+from tests.testbed.artifacts import committed, fake_artifact, made_from
 
 KEY = "ab" * 32
 OTHER = "cd" * 32
 
 
-def commit(store: Store, claim: Claim | ArtifactRef, **changes: Any) -> ArtifactRef:
+def commit(store: Store, claim: Claim | Artifact, **changes: Any) -> Artifact:
     assert isinstance(claim, Claim)
-    measured = {name: changes.pop(name) for name in ("metrics", "volatile") if name in changes}
-    fields: dict[str, Any] = {"config": {}, "inputs": {}, "code_digest": "c", "seed": 0}
-    return store.commit(claim, Provenance(**(fields | changes)), **measured)
+    metrics = changes.pop("metrics", {})
+    return store.commit(claim, made_from(claim, **changes), metrics=metrics)
 
 
-def make(
-    store: Store, text: str = "answer", key: str = KEY, stage: str = "rollout", force: bool = False
-) -> ArtifactRef:
+def make(store: Store, text: str = "answer", key: str = KEY, stage: str = "rollout", force: bool = False) -> Artifact:
     with store.claim(stage, key, force=force) as claim:
-        if isinstance(claim, ArtifactRef):
+        if isinstance(claim, Artifact):
             return claim
         (claim.out / "data.txt").write_text(text)
         return commit(store, claim)
@@ -78,7 +74,7 @@ def test_a_committed_artifact_is_found_with_its_manifest(store: Store) -> None:
         )
     assert store.find("rollout", KEY) == ref
     assert ref.uri.startswith("file:///")
-    manifest = store.manifest(ref)
+    manifest = ref.manifest
     assert manifest.config == {"batch": 4}
     assert manifest.inputs["prompts"].content_id == source.content_id
     assert manifest.metrics == {"tau": 2.5}
@@ -90,7 +86,7 @@ def test_a_committed_artifact_is_found_with_its_manifest(store: Store) -> None:
 
 
 def test_a_key_depends_on_each_of_its_inputs(tmp_path: Path) -> None:
-    ref = ArtifactRef("prompts", KEY, "1" * 64, tmp_path)
+    ref = fake_artifact("prompts", KEY, "1" * 64, tmp_path)
     base: dict[str, Any] = {
         "stage": "rollout",
         "code_digest": "c",
@@ -102,12 +98,12 @@ def test_a_key_depends_on_each_of_its_inputs(tmp_path: Path) -> None:
         {"stage": "mining"},
         {"code_digest": "d"},
         {"config": {"a": 1, "b": {"x": 2, "y": 4}}},
-        {"inputs": {"prompts": ArtifactRef("prompts", KEY, "2" * 64, tmp_path)}},
+        {"inputs": {"prompts": fake_artifact("prompts", KEY, "2" * 64, tmp_path)}},
         {"inputs": {}},
         {"seed": 1},
     ]
     assert len({Store.key(**(base | change)) for change in [{}, *changes]}) == len(changes) + 1
-    moved = ArtifactRef("prompts", OTHER, "1" * 64, tmp_path / "moved")
+    moved = fake_artifact("prompts", OTHER, "1" * 64, tmp_path / "moved")
     same = {"config": {"b": {"y": 3, "x": 2}, "a": 1}, "inputs": {"prompts": moved}}
     assert Store.key(**(base | same)) == Store.key(**base), "the order of fields and the paths of inputs do not count"
 
@@ -149,7 +145,7 @@ def test_the_next_claim_finishes_a_failed_commit_without_the_stage(
                 make(store, "made once", force=force)
     assert store.find("rollout", KEY) is None
     with store.claim("rollout", KEY, force=force) as found:
-        assert isinstance(found, ArtifactRef)
+        assert isinstance(found, Artifact)
     assert (found.path / "data.txt").read_text() == "made once"
     store.verify(found)
     assert make(store, "made again", force=True).content_id != found.content_id
@@ -179,7 +175,7 @@ def test_files_that_changed_after_a_failed_commit_are_made_again(store: Store, m
 def test_a_manifest_from_elsewhere_names_no_path(place: tuple[str, ...], store: Store) -> None:
     """A bucket's manifest becomes part of paths. It has a checksum, which anybody can compute."""
     ref = committed(store, "rollout", {"x": "x"}, inputs={"prompts": committed(store, "prompts", {"x": "x"})})
-    fields = json.loads(store.manifest(ref).model_dump_json())
+    fields = json.loads(ref.manifest.model_dump_json())
     *sections, last = place
     section = fields
     for name in sections:
@@ -235,7 +231,7 @@ def test_a_damaged_artifact_names_the_file_and_the_remedy_and_force_replaces_it(
     with pytest.raises(DraftsmithError, match=f"{message}.*--force rollout"):
         store.find("rollout", KEY)
     again = make(store, force=True)
-    assert again == ref
+    assert (again.key, again.content_id) == (ref.key, ref.content_id)
     store.verify(again)
 
 
@@ -257,14 +253,14 @@ def test_a_flipped_bit_in_a_manifest_is_detected_or_harmless(store: Store) -> No
         assert isinstance(claim, Claim)
         (claim.out / "data.txt").write_text("answer")
         ref = commit(store, claim, config={"rate": 1e-4, "names": ["ä", {"b": 1.0}]}, metrics={"tau": 2.5})
-    path, written, random = ref.path / MANIFEST, store.manifest(ref), Random(0)
+    path, written, random = ref.path / MANIFEST, ref.manifest, Random(0)
     whole = path.read_bytes()
     for _ in range(200):
         content = bytearray(whole)
         content[random.randrange(len(content))] ^= 1 << random.randrange(8)
         path.write_bytes(content)
         try:
-            assert store.manifest(ref) == written
+            assert ref.manifest == written
         except DraftsmithError:
             continue
     path.write_bytes(whole.replace(b"2.5", b"2.4"))

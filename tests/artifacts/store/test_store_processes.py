@@ -16,9 +16,10 @@ import pytest
 
 from draftsmith.artifacts.locks import Holder, LockTimeoutError, LockWait
 from draftsmith.artifacts.store.local import Claim, Store
-from draftsmith.artifacts.store.manifest import ArtifactRef, Provenance
+from draftsmith.artifacts.store.manifest import Artifact
 from tests.artifacts.store.test_store import KEY, commit
 from tests.flows.processes import wait_until
+from tests.testbed.artifacts import made_from
 
 pytestmark = pytest.mark.integration
 
@@ -29,14 +30,14 @@ RUNNER = textwrap.dedent(
     from pathlib import Path
     from draftsmith.artifacts.errors import DraftsmithError
     from draftsmith.artifacts.store.local import Claim, Store
-    from draftsmith.artifacts.store.manifest import Provenance
+    from tests.testbed.artifacts import made_from
 
     store = Store(Path(sys.argv[1]))
     def make():
         with store.claim("rollout", sys.argv[2], force=sys.argv[4] == "force") as claim:
             if isinstance(claim, Claim):
                 exec(sys.argv[3], globals() | {"claim": claim})
-                return store.commit(claim, Provenance({}, {}, "c", 0))
+                return store.commit(claim, made_from(claim))
             return claim
     try:
         print(make().content_id)
@@ -78,7 +79,7 @@ def test_a_killed_attempt_leaves_no_artifact_and_no_lock_but_its_work(store: Sto
         assert (claim.work / "checkpoint").read_text() == "step 7"
         (claim.out / "data.txt").write_text("answer")
         ref = commit(store, claim)
-    assert list(store.manifest(ref).files) == ["data.txt"]  # the half-written file is not part of it
+    assert list(ref.manifest.files) == ["data.txt"]  # the half-written file is not part of it
 
 
 def test_a_child_that_inherited_the_lock_keeps_it_when_its_parent_is_killed(store: Store) -> None:
@@ -112,7 +113,7 @@ def test_a_waiting_claim_reports_the_holder_once_and_at_the_end_of_its_wait(stor
     assert caught.value.exit_code == 75
     holders: list[Holder | None] = []
     with store.claim("rollout", KEY, wait=LockWait(on_wait=holders.append)) as found:
-        assert isinstance(found, ArtifactRef)
+        assert isinstance(found, Artifact)
     (holder,) = holders
     assert holder is not None and holder.pid == process.pid
     assert (holder.host, holder.user) == (platform.node(), getpass.getuser())
@@ -130,7 +131,7 @@ def test_a_paused_holder_whose_lock_was_taken_over_cannot_commit(store: Store, l
         print("paused", flush=True)
         os.kill(os.getpid(), signal.SIGSTOP)
         try:
-            store.commit(claim, Provenance({}, {}, "c", 0))
+            store.commit(claim, made_from(claim))
         except DraftsmithError as error:
             print(type(error).__name__, error, flush=True)
         else:
@@ -152,7 +153,7 @@ def test_a_paused_holder_whose_lock_was_taken_over_cannot_commit(store: Store, l
         with store.claim("rollout", KEY) as claim:
             assert isinstance(claim, Claim)
             (claim.out / "data.txt").write_text("another")
-            ref = store.commit(claim, Provenance({}, {}, "c", 0))
+            ref = store.commit(claim, made_from(claim))
     process.send_signal(signal.SIGCONT)
     message = process.stdout.readline()
     process.wait()

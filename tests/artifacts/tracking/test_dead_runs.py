@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from draftsmith.artifacts.store.local import Claim, Store
-from draftsmith.artifacts.store.manifest import Provenance
 from draftsmith.artifacts.tracking.refresh_runs import close_dead_runs
 from draftsmith.artifacts.tracking.runs import Tracking
 from tests.artifacts.tracking.test_tracking import KEY, run_of
+from tests.testbed.artifacts import made_from
 
 
 def test_runs_of_a_replaced_container_are_closed_by_the_next_one(
@@ -58,7 +58,7 @@ def test_a_dead_run_is_finished_if_it_made_the_artifact_and_killed_if_another_di
         assert isinstance(claim, Claim)
         run = tracking.stage_run(None, "sft", KEY)
         (claim.out / "x").write_text("x")
-        store.commit(claim, Provenance({}, {}, "c", 0, mlflow_run_id=run.run_id), metrics={"tau": 2.0})
+        store.commit(claim, made_from(claim, mlflow_run_id=run.run_id), metrics={"tau": 2.0})
     assert close_dead_runs(tracking, store) == ["sft"]
     assert run_of(tracking, run.run_id).info.status == "FINISHED"
     with store.claim("sft", KEY, force=True):

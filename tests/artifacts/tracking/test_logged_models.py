@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from draftsmith.artifacts.store.local import Store
-from draftsmith.artifacts.store.manifest import ArtifactRef, Manifest
+from draftsmith.artifacts.store.manifest import Artifact, Manifest
 from draftsmith.artifacts.tracking.refresh_runs import ALL, link_version, log_models
 from draftsmith.artifacts.tracking.registry import Registry
 from draftsmith.artifacts.tracking.runs import Tracking
 from tests.testbed.artifacts import committed
 
 
-def made(store: Store, stage: str, name: str, files: dict[str, str], **inputs: ArtifactRef) -> ArtifactRef:
+def made(store: Store, stage: str, name: str, files: dict[str, str], **inputs: Artifact) -> Artifact:
     key = store.key(stage, "c", {"name": name}, {}, 0)
     run = Tracking(store.root.parent, "my-line").stage_run(None, stage, key)
     run.close("FINISHED")
@@ -24,12 +24,12 @@ def made(store: Store, stage: str, name: str, files: dict[str, str], **inputs: A
 
 
 def drafter(store: Store, name: str, weights: str) -> Manifest:
-    return store.manifest(made(store, "opd", name, {"drafter/model.safetensors": weights}))
+    return made(store, "opd", name, {"drafter/model.safetensors": weights}).manifest
 
 
 def evaluation(store: Store, week: str) -> Manifest:
     answers = made(store, "rollout", week, {"answers": week})
-    return store.manifest(made(store, "evaluation", week, {"evaluation.json": week}, trajectories=answers))
+    return made(store, "evaluation", week, {"evaluation.json": week}, trajectories=answers).manifest
 
 
 def tau(chat: float, code: float, overall: float) -> dict[str, dict[str, float]]:
@@ -73,7 +73,7 @@ def test_drafters_of_a_line_are_ranked_on_one_prompt_set(tracking: Tracking) -> 
 def test_a_version_and_its_logged_model_are_linked(tracking: Tracking) -> None:
     store, registry = Store(tracking.folder / "store"), Registry(tracking)
     ref = made(store, "opd", "opd", {"drafter/model.safetensors": "a"})
-    opd = store.manifest(ref)
+    opd = ref.manifest
     version = registry.register("my-line", ref, {"decision": "it is better"})
     link_version(tracking, version, opd)
     log_models(tracking, evaluation(store, "first"), None, {"opd": (opd, tau(2.0, 2.0, 2.0))})

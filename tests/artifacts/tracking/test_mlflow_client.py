@@ -17,10 +17,10 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
-from draftsmith.artifacts.store.manifest import ArtifactRef
 from draftsmith.artifacts.tracking.registry import Registry, note_tracker
 from draftsmith.artifacts.tracking.runs import Tracking
 from tests.faults.servers import mlflow_server
+from tests.testbed.artifacts import fake_artifact
 
 pytestmark = pytest.mark.integration
 TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
@@ -75,7 +75,7 @@ def test_weights_are_uploaded_to_a_server_that_answers_late(tmp_path: Path, monk
         inside = [each.removeprefix(f"{folder}/") for each in bucket if each.startswith(f"{folder}/")]
         return 200, json.dumps({"files": [{"path": each, "is_dir": False} for each in inside]}).encode()
 
-    made = ArtifactRef("opd", "1" * 64, "2" * 64, tmp_path / "made")
+    made = fake_artifact("opd", "1" * 64, "2" * 64, tmp_path / "made")
     (made.path / "drafter").mkdir(parents=True)
     (made.path / "drafter" / "model.safetensors").write_bytes(b"weights" * 1000)
     tracking = Tracking(tmp_path / "home", "weekly")
@@ -132,7 +132,7 @@ def test_the_password_in_an_address_is_nowhere_but_in_requests(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """With a real server: neither on the screen, nor in logs and errors, nor in what is stored."""
-    made = ArtifactRef("opd", "1" * 64, "2" * 64, tmp_path / "made")
+    made = fake_artifact("opd", "1" * 64, "2" * 64, tmp_path / "made")
     (made.path / "drafter").mkdir(parents=True)
     (made.path / "drafter" / "config.json").write_text("{}")
     (tmp_path / "server").mkdir()

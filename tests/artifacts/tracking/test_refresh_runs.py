@@ -8,16 +8,17 @@ from typing import Any
 
 import pytest
 
-from draftsmith.artifacts.store.manifest import ArtifactRef
+from draftsmith.artifacts.store.manifest import Artifact
 from draftsmith.artifacts.tracking.refresh_runs import OUTCOME, REUSED, RunRecord
 from draftsmith.artifacts.tracking.runs import Tracking
+from tests.testbed.artifacts import fake_artifact
 
 pytestmark = pytest.mark.integration
 
 
-def artifacts(folder: Path, content: str = "c" * 64) -> dict[str, ArtifactRef]:
+def artifacts(folder: Path, content: str = "c" * 64) -> dict[str, Artifact]:
     names = ("prompts", "line@champion", "report")
-    return {name: ArtifactRef(name, "k" * 64, content, folder / name) for name in names}
+    return {name: fake_artifact(name, "k" * 64, content, folder / name) for name in names}
 
 
 def test_the_same_artifacts_reuse_the_run_and_others_open_one(tracking: Tracking, tmp_path: Path) -> None:
@@ -63,7 +64,7 @@ def test_a_conclusion_is_recorded_in_the_earlier_run_that_had_none(tracking: Tra
     assert run_id is not None
     looked.close("FINISHED", made, {"tau.opd": 2.5}, [], {"mlflow.note.content": "**Nothing has followed yet.**"})
 
-    def again(of: dict[str, ArtifactRef], outcome: str, note: str) -> dict[str, str]:
+    def again(of: dict[str, Artifact], outcome: str, note: str) -> dict[str, str]:
         record = RunRecord(tracking, "weekly", {})
         assert record.find_or_open(of) == run_id
         record.close(

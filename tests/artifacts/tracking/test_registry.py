@@ -22,7 +22,7 @@ from mlflow.exceptions import MlflowException
 
 from draftsmith.artifacts.errors import EXIT_USER_ERROR, DraftsmithError, RetryableError
 from draftsmith.artifacts.locks import user_name
-from draftsmith.artifacts.store.manifest import ArtifactRef
+from draftsmith.artifacts.store.manifest import Artifact
 from draftsmith.artifacts.tracking import registry as registry_module
 from draftsmith.artifacts.tracking.registry import (
     CHALLENGER,
@@ -33,18 +33,19 @@ from draftsmith.artifacts.tracking.registry import (
     Version,
 )
 from draftsmith.artifacts.tracking.runs import Tracking
+from tests.testbed.artifacts import fake_artifact
 
 
 def sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def ref(folder: Path, name: str) -> ArtifactRef:
+def ref(folder: Path, name: str) -> Artifact:
     """Create an artifact with a drafter's folder."""
     path = folder / "store" / "opd" / name
     (path / "drafter").mkdir(parents=True)
     (path / "drafter" / "config.json").write_text("{}")
-    return ArtifactRef("opd", sha256(f"key of {name}"), sha256(f"content of {name}"), path)
+    return fake_artifact("opd", sha256(f"key of {name}"), sha256(f"content of {name}"), path)
 
 
 def serving(registry: Registry, line: str) -> tuple[int | None, int | None]:

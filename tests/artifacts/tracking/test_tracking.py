@@ -27,13 +27,13 @@ from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.artifacts.locks import user_name
 from draftsmith.artifacts.results.data import day
 from draftsmith.artifacts.store.local import Store
-from draftsmith.artifacts.store.manifest import MANIFEST, ArtifactRef
+from draftsmith.artifacts.store.manifest import MANIFEST, Artifact
 from draftsmith.artifacts.tracking import terms as mlflow_terms
 from draftsmith.artifacts.tracking.refresh_runs import describe_misplaced_files
 from draftsmith.artifacts.tracking.runs import NOTE, Tracking
 from draftsmith.artifacts.tracking.terms import MOST_PARAMS, flatten
 from draftsmith.stages.engines.servers.process import free_ports
-from tests.testbed.artifacts import committed
+from tests.testbed.artifacts import committed, fake_artifact
 from tests.testbed.databases import give_databases
 
 pytestmark = pytest.mark.integration
@@ -56,12 +56,12 @@ def all_runs(tracking: Tracking) -> list[Any]:
     return [run for experiment in found for run in client(tracking).search_runs([experiment.experiment_id])]
 
 
-def artifact(folder: Path) -> ArtifactRef:
+def artifact(folder: Path) -> Artifact:
     folder.mkdir()
     for name in (MANIFEST, "summary.json", "report.html", "review.json"):
         (folder / name).write_text("{}")
     (folder / "model.safetensors").write_bytes(b"weights")
-    return ArtifactRef("mining", KEY, "f" * 64, folder)
+    return fake_artifact("mining", KEY, "f" * 64, folder)
 
 
 def test_a_refresh_and_its_stages_are_nested_with_params_metrics_and_review_files(
@@ -136,7 +136,7 @@ def test_system_metrics_are_logged_and_resumed(tracking: Tracking, monkeypatch: 
 def test_data_sets_have_names_rows_and_columns(tracking: Tracking, tmp_path: Path) -> None:
     rows = [{"prompt_id": str(number), "split": "train"} for number in range(8)]
     counts = {"gsm8k": {"train": 4, "heldout": 1}, "gcd": {"train": 2}, "chain": {"validation": 1}}
-    inputs = {"gone": ArtifactRef("rollout", KEY, "gone" * 9, tmp_path / "gone")}
+    inputs = {"gone": fake_artifact("rollout", KEY, "gone" * 9, tmp_path / "gone")}
     window = {"since": "2026-11-23T03:00:00+00:00", "newest": "2026-11-30T02:58:00+00:00"}
     for node in ("prompts", "heldout", "logs"):
 

@@ -11,7 +11,7 @@ import pytest
 
 from draftsmith.artifacts.locks import locked
 from draftsmith.artifacts.store.local import REPLACED, Store
-from draftsmith.artifacts.store.manifest import ArtifactRef
+from draftsmith.artifacts.store.manifest import Artifact
 from draftsmith.artifacts.tracking.registry import TRACKERS_FILE, Registry, note_tracker
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.cli.main import main
@@ -83,7 +83,7 @@ def test_a_moved_home_still_recognises_its_database(
     assert "removed" in pruned(capsys) and not list(moved.glob(f"store/opd/{REPLACED}*"))
 
 
-def artifact(store: Store, stage: str, content: str, inputs: dict[str, ArtifactRef] | None = None) -> ArtifactRef:
+def artifact(store: Store, stage: str, content: str, inputs: dict[str, Artifact] | None = None) -> Artifact:
     key = hashlib.sha256(f"{stage} {content}".encode()).hexdigest()
     return committed(store, stage, {"x": content}, key, inputs=inputs or {})
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.artifacts.store.checksums import Checksums
 from draftsmith.artifacts.store.local import Claim, Store
-from draftsmith.artifacts.store.manifest import ELSEWHERE, ArtifactRef, sha256_file
+from draftsmith.artifacts.store.manifest import ELSEWHERE, Artifact, sha256_file
 from draftsmith.artifacts.store.mirror import STORE_VARIABLE
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.cli.main import main
@@ -39,17 +39,17 @@ class Toy:
         config = ToyConfig(name="t")
         self.nodes = {node.name: node for node in toy_nodes(config)}
         self.context = RunContext(home, config, TOY, Display(), tracking)
-        self.target = build_node(self.context, self.nodes["target"], {}).ref
+        self.target = build_node(self.context, self.nodes["target"], {})
         self.numbers = self.target.path / "numbers.json"
 
     def left(self, config: CombineConfig | None = None) -> Node:
         node = self.nodes["left"]
         return node if config is None else replace(node, config=config)
 
-    def make(self, node: Node) -> ArtifactRef:
-        return build_node(self.context, node, {"first": self.target}).ref
+    def make(self, node: Node) -> Artifact:
+        return build_node(self.context, node, {"first": self.target})
 
-    def found(self, node: Node) -> ArtifactRef | None:
+    def found(self, node: Node) -> Artifact | None:
         key = cache_key(node, {"first": self.target}, self.context.config.seed, TOY)
         return find_artifact(self.context.store, node, key)
 
@@ -100,7 +100,7 @@ def test_an_artifact_with_a_flipped_bit_is_not_reused(toy: Toy) -> None:
     flip(made.path / "numbers.json")
     with pytest.raises(DraftsmithError, match=r"numbers\.json: .*--force left"):
         toy.make(toy.left())
-    assert build_node(toy.context, toy.left(), {"first": toy.target}, force=True).ref == made
+    assert build_node(toy.context, toy.left(), {"first": toy.target}, force=True).content_id == made.content_id
 
 
 @pytest.mark.parametrize(("how", "in_bucket"), [("flipped", True), ("gone", False)])
@@ -200,7 +200,7 @@ def test_a_node_is_rebuilt_after_its_input_was_measured_again(toy: Toy) -> None:
     planned = {item.node.name: item.status for item in plan(toy.context.config, toy.context.store, TOY)}
     assert (planned["target"], planned["left"]) == (Status.HIT, Status.RUN)
     again = build_node(toy.context, toy.left(), {"first": toy.target})
-    assert not again.reused and again.ref == first.ref
+    assert not again.reused and again.content_id == first.content_id
     assert build_node(toy.context, toy.left(), {"first": toy.target}).reused
 
 
@@ -213,14 +213,14 @@ def test_the_next_run_adds_to_an_inconclusive_measurement(tmp_path: Path, toy: T
         return {item.node.name: item.status for item in plan(config, toy.context.store, TOY)}
 
     first = build_node(toy.context, nodes["target"], {})
-    left = build_node(toy.context, nodes["left"], {"first": first.ref})
+    left = build_node(toy.context, nodes["left"], {"first": first})
     assert not left.reused, "this run goes on with it"
     assert statuses()["target"] is Status.RUN
     again = build_node(toy.context, nodes["target"], {})
-    assert not again.reused and again.ref.content_id == first.ref.content_id
-    assert (again.ref.path / "metrics.jsonl").read_text().count("\n") == 2 * 5, "it was given the first one"
+    assert not again.reused and again.content_id == first.content_id
+    assert (again.path / "metrics.jsonl").read_text().count("\n") == 2 * 5, "it was given the first one"
     build_node(toy.context, nodes["target"], {}, force=True)
-    assert (again.ref.path / "metrics.jsonl").read_text().count("\n") == 5, "forced, it begins anew"
+    assert (again.path / "metrics.jsonl").read_text().count("\n") == 5, "forced, it begins anew"
     quiet.touch()
     assert not build_node(toy.context, nodes["target"], {}).reused
     assert build_node(toy.context, nodes["target"], {}).reused
@@ -240,7 +240,7 @@ def test_an_uncommitted_artifact_of_an_earlier_measurement_is_not_used(
             build_node(toy.context, toy.left(), {"first": toy.target}, force=force)
     toy.measure("anew")
     made = build_node(toy.context, toy.left(), {"first": toy.target}, force=force)
-    assert not made.reused and not is_outdated(toy.context.store, toy.left(), made.ref, {"first": toy.target})
+    assert not made.reused and not is_outdated(toy.left(), made, {"first": toy.target})
     assert not list(toy.context.store.root.glob("combine/.partial-*"))
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError, StageInterrupted
 from draftsmith.artifacts.locks import LockWait
-from draftsmith.artifacts.store.manifest import MANIFEST, ArtifactRef
+from draftsmith.artifacts.store.manifest import MANIFEST, Artifact
 from draftsmith.artifacts.store.mirror import STORE_VARIABLE
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.cli.main import main
@@ -44,7 +44,7 @@ def test_code_edited_while_a_stage_waits_builds_nothing_under_the_old_key(
     config = ToyConfig(name="t", squares=SquaresConfig())
     node = {node.name: node for node in toy_nodes(config)}["squares"]
     context = RunContext(tmp_path, config, pipeline, Display(), tracking)
-    target = build_node(context, toy_nodes(config)[-1], {}).ref
+    target = build_node(context, toy_nodes(config)[-1], {})
 
     def edits(*arguments: Any, **keywords: Any) -> Any:
         source[0] = "new"
@@ -54,7 +54,7 @@ def test_code_edited_while_a_stage_waits_builds_nothing_under_the_old_key(
     with pytest.raises(RetryableError, match=r"squares: the code here .* is not that of its key"):
         build_node(context, node, {"first": target})
     assert [each.stage for each in context.store.list()] == ["collect"]
-    assert context.store.manifest(build_node(context, node, {"first": target}).ref).code_digest == "new"
+    assert build_node(context, node, {"first": target}).manifest.code_digest == "new"
 
 
 def test_an_interrupted_commit_is_finished_with_its_manifest_in_mlflow(
@@ -69,7 +69,7 @@ def test_an_interrupted_commit_is_finished_with_its_manifest_in_mlflow(
     with monkeypatch.context() as patched, pytest.raises(DraftsmithError, match="the disk is full"):
         patched.setattr("draftsmith.artifacts.store.local.write_text", full)
         build_node(context, toy_nodes(config)[-1], {})
-    manifest = context.store.manifest(build_node(context, toy_nodes(config)[-1], {}).ref)
+    manifest = build_node(context, toy_nodes(config)[-1], {}).manifest
     client, _ = tracking.connect()
     run = client.get_run(str(manifest.mlflow_run_id))
     assert run.info.status == "FINISHED"
@@ -103,14 +103,14 @@ def test_a_run_cancelled_while_it_waits_starts_nothing(
 
 def squares(
     home: Path, tracking: Tracking, shards: int, *, note: Path, die: Path | None = None, **more: Any
-) -> ArtifactRef:
+) -> Artifact:
     """Build the node `squares` in so many shards."""
     told = SquaresConfig(note_start=note, die=die)
     config = ToyConfig(name="t", squares=told, stages=StageOptions(shards=shards))
     nodes = {node.name: node for node in toy_nodes(config)}
     context = RunContext(home, config, TOY, Display(), tracking, **more)
-    target = build_node(context, nodes["target"], {}).ref
-    return build_node(context, nodes["squares"], {"first": target}).ref
+    target = build_node(context, nodes["target"], {})
+    return build_node(context, nodes["squares"], {"first": target})
 
 
 def test_shards_change_nothing_and_a_killed_one_is_rebuilt_alone(
@@ -153,7 +153,7 @@ def test_each_shard_has_its_own_gpu(tmp_path: Path, tracking: Tracking, monkeypa
 def test_a_run_that_ends_asks_its_shards_to_stop(tmp_path: Path, tracking: Tracking) -> None:
     def ended(
         jobs: Sequence[StageJob], build: BuildShard, stop: Callable[[], None], check: Callable[[], None]
-    ) -> list[ArtifactRef]:
+    ) -> list[Artifact]:
         stop()
         return run_locally(jobs, build, stop, check)
 

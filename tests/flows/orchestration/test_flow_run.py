@@ -10,12 +10,11 @@ import httpx
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError, RefusedError, RetryableError
-from draftsmith.artifacts.store.manifest import ArtifactRef
-from draftsmith.flows.execution.node import NodeResult
 from draftsmith.flows.orchestration.flow_run import flow_result, run_flow
 from draftsmith.flows.planning.graph import Conclusion
+from tests.testbed.artifacts import fake_artifact
 
-NODES = {"sft": NodeResult(ArtifactRef("sft", "k", "c", Path("/store/sft/k")), reused=False)}
+NODES = {"sft": fake_artifact("sft", "k", "c", Path("/store/sft/k"))}
 
 
 def lost() -> None:

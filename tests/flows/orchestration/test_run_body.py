@@ -6,14 +6,12 @@ import dataclasses
 import json
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from mlflow import MlflowClient
 
 from draftsmith.artifacts.errors import EXIT_RETRYABLE, DraftsmithError, RetryableError
-from draftsmith.artifacts.store.manifest import ArtifactRef
 from draftsmith.artifacts.tracking.refresh_runs import OUTCOME
 from draftsmith.artifacts.tracking.registry import TRACKERS_FILE
 from draftsmith.flows.config.options import StageOptions
@@ -22,6 +20,7 @@ from draftsmith.flows.orchestration import run
 from draftsmith.flows.orchestration.flow_run import Cancellation
 from draftsmith.flows.planning.graph import Conclusion, OutdatedPlanError, Selection
 from tests.flows.toy import TOY, ToyConfig, ToyPolicy, toy_policy
+from tests.testbed.artifacts import fake_artifact
 
 
 @pytest.fixture(autouse=True)
@@ -94,7 +93,7 @@ def test_a_run_that_did_not_finish_ends_with_the_command_that_continues_it(
 
     def made_left(context: RunContext, _nodes: object, _forced: object, made: dict[str, Any], *_rest: object) -> None:
         context.refresh_run()
-        made["left"] = SimpleNamespace(reused=False, ref=ArtifactRef("combine", "k" * 64, "c" * 64, home))
+        made["left"] = fake_artifact("combine", "k" * 64, "c" * 64, home)
         if until:  # nothing is concluded then
             raise raised
 

@@ -10,7 +10,7 @@ import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.store.local import Claim, Store
-from draftsmith.artifacts.store.manifest import ArtifactRef
+from draftsmith.artifacts.store.manifest import Artifact
 from draftsmith.flows.config.options import StageOptions
 from draftsmith.flows.planning.graph import (
     Node,
@@ -30,7 +30,7 @@ from tests.testbed.artifacts import committed
 
 def fill(store: Store, config: ToyConfig) -> None:
     """Commit an artifact of every node to the store, without running anything."""
-    made: dict[str, ArtifactRef] = {}
+    made: dict[str, Artifact] = {}
     for node in topological_order(toy_nodes(config)):
         inputs = {name: made[source] for name, source in node.inputs.items()}
         key = cache_key(node, inputs, config.seed, TOY)

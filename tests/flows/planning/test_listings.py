@@ -18,7 +18,7 @@ from prefect.context import FlowRunContext
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.artifacts.store.local import Store
-from draftsmith.artifacts.store.manifest import ArtifactRef
+from draftsmith.artifacts.store.manifest import Artifact
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.cli.main import main
 from draftsmith.flows.execution import attempt
@@ -65,7 +65,7 @@ class Home:
         """Run the pipeline and return the sum of the last node."""
         selection = Selection.from_options(force, (), [until] if until else (), deployed=deployed())
         made, _ = run._run(self.config, TOY, selection, Cancellation())
-        return self.number(made[until or "total"].ref.path)
+        return self.number(made[until or "total"].path)
 
     def number(self, path: str | Path) -> int:
         return int(json.loads((Path(path) / "numbers.json").read_text())[0])
@@ -77,7 +77,7 @@ class Home:
     def left_out(self, *force: str, deployed: bool = False) -> int:
         return self.planned(*force, deployed=deployed)["left"].newer_files
 
-    def task(self, context: RunContext, node: Node, inputs: Mapping[str, ArtifactRef], *_: Any, force: bool) -> Any:
+    def task(self, context: RunContext, node: Node, inputs: Mapping[str, Artifact], *_: Any, force: bool) -> Any:
         """Retry a retryable error, as a Prefect task does."""
         while True:
             try:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from draftsmith.artifacts.store.local import Store
-from draftsmith.artifacts.store.manifest import ArtifactRef
+from draftsmith.artifacts.store.manifest import Artifact
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.drafters.checkpoint import save_drafter
 from draftsmith.stages.targets.causal_lm import Target
@@ -37,11 +37,11 @@ def line() -> str:
 
 
 @pytest.fixture
-def drafters(home: Path, plain_target: Target) -> list[ArtifactRef]:
+def drafters(home: Path, plain_target: Target) -> list[Artifact]:
     """Two artifacts of trainings with different drafters."""
     store = Store(home / "store")
 
-    def training(seed: int) -> ArtifactRef:
+    def training(seed: int) -> Artifact:
         made = random_drafter(plain_target, seed)
         return committed(store, "opd", lambda out: save_drafter(made, out / DRAFTER_FOLDER, torch.float32), "ab"[seed])
 

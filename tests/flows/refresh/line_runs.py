@@ -10,7 +10,7 @@ from typing import Any
 from draftsmith.artifacts.results.evaluation import EvaluationResult
 from draftsmith.artifacts.results.gate import GateDecision
 from draftsmith.artifacts.store.local import Store
-from draftsmith.artifacts.store.manifest import ArtifactRef
+from draftsmith.artifacts.store.manifest import Artifact
 from draftsmith.flows.planning.graph import Conclusion, Node
 from draftsmith.flows.refresh.config import RefreshConfig
 from draftsmith.flows.refresh.decisions import RefreshPolicy, resolve
@@ -28,12 +28,12 @@ def config_of(line: str, **sections: Any) -> RefreshConfig:
 
 def gated(
     store: Store,
-    drafter: ArtifactRef,
+    drafter: Artifact,
     outcome: str = "promoted",
     tau: float = 2.5,
     champion: str | None = None,
     block_size: int = 4,
-) -> dict[str, ArtifactRef]:
+) -> dict[str, Artifact]:
     """Return the artifacts of a refresh after its gate. champion: as the gate names it, None without one."""
     interval = {"tau_low": tau - 0.1, "tau_high": tau + 0.1}
     taus = {"tau": tau, **interval, "prompts": 40, "block_size": block_size}
@@ -58,7 +58,7 @@ def gated(
         "sentence": f"{outcome}: why" if champion is None else f"{outcome}: opd beats the champion",
     }
 
-    def of_stage(stage: str, file: str, content: dict[str, Any]) -> ArtifactRef:
+    def of_stage(stage: str, file: str, content: dict[str, Any]) -> Artifact:
         key = {"a": "1", "b": "2", "c": "3"}[drafter.key[0]]
         return committed(store, stage, {file: json.dumps(content)}, key)
 
@@ -66,11 +66,11 @@ def gated(
     return {"opd": drafter, "evaluation": measured, "gate": of_stage("gate", "decision.json", decision)}
 
 
-def folders_of(made: Mapping[str, ArtifactRef]) -> dict[str, Path]:
+def folders_of(made: Mapping[str, Artifact]) -> dict[str, Path]:
     return {name: ref.path for name, ref in made.items()}
 
 
-def finished(config: RefreshConfig, made: Mapping[str, ArtifactRef], run_id: str | None = None) -> Conclusion:
+def finished(config: RefreshConfig, made: Mapping[str, Artifact], run_id: str | None = None) -> Conclusion:
     """Return the conclusion of a refresh that is planned now and has made these artifacts."""
     conclusion = RefreshPolicy(resolve(config), ()).conclude(folders_of(made), run_id)
     assert conclusion is not None
@@ -83,7 +83,7 @@ def serving(line: str) -> int | None:
     return None if champion is None else champion.number
 
 
-def page_of(made: Mapping[str, ArtifactRef]) -> str:
+def page_of(made: Mapping[str, Artifact]) -> str:
     """Return the report page, which is written before the promotion."""
     evaluation, decision = EvaluationResult.read(made["evaluation"].path), GateDecision.read(made["gate"].path)
     page = made["gate"].path.parent / "report.html"

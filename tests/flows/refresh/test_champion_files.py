@@ -13,7 +13,7 @@ import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.store.local import Store
-from draftsmith.artifacts.store.manifest import ArtifactRef
+from draftsmith.artifacts.store.manifest import Artifact
 from draftsmith.artifacts.tracking.registry import note_tracker
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.cli import commands
@@ -35,7 +35,7 @@ from tests.testbed.context import RecordingContext
 def test_an_uploaded_champion_is_used_without_the_store(
     line: str,
     home: Path,
-    drafters: list[ArtifactRef],
+    drafters: list[Artifact],
     plain_artifact: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -75,7 +75,7 @@ def test_an_uploaded_champion_is_used_without_the_store(
 
 
 def test_adapters_that_an_earlier_release_uploaded_are_no_upload(
-    line: str, home: Path, drafters: list[ArtifactRef], plain_artifact: Path, tmp_path: Path
+    line: str, home: Path, drafters: list[Artifact], plain_artifact: Path, tmp_path: Path
 ) -> None:
     """Their store is needed. Without it the champion is neither missing nor another one, and can be replaced."""
     tracking, config = Tracking(home), config_of(line, registry={"name": line, "upload": True})
@@ -101,7 +101,7 @@ def test_adapters_that_an_earlier_release_uploaded_are_no_upload(
 
 @pytest.mark.parametrize("upload", [True, False])
 def test_a_damaged_drafter_is_replaced_by_its_upload_or_is_an_error(
-    upload: bool, line: str, home: Path, drafters: list[ArtifactRef], plain_artifact: Path, tmp_path: Path
+    upload: bool, line: str, home: Path, drafters: list[Artifact], plain_artifact: Path, tmp_path: Path
 ) -> None:
     """For a rollback, whose error must not advise `--force`, and for the next refresh."""
     tracking = Tracking(home)
@@ -131,7 +131,7 @@ def test_a_damaged_drafter_is_replaced_by_its_upload_or_is_an_error(
 
 
 def test_a_line_that_another_mlflow_has_is_an_error(
-    line: str, home: Path, drafters: list[ArtifactRef], monkeypatch: pytest.MonkeyPatch
+    line: str, home: Path, drafters: list[Artifact], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As for the same command in a shell that lacks the schedule's MLFLOW_TRACKING_URI."""
     note_tracker(Tracking(home))
@@ -146,7 +146,7 @@ def test_a_line_that_another_mlflow_has_is_an_error(
     assert resolve(config_of(line)).champion is not None
 
 
-def test_no_tag_leads_out_of_the_home(line: str, home: Path, drafters: list[ArtifactRef], tmp_path: Path) -> None:
+def test_no_tag_leads_out_of_the_home(line: str, home: Path, drafters: list[Artifact], tmp_path: Path) -> None:
     """An exported drafter lies beside the home, where the folder of a digest `../..` would be."""
     tracking, config = Tracking(home), config_of(line, registry={"name": line, "upload": True})
     finished(config, gated(Store(home / "store"), drafters[0]), tracking.open_refresh("week 1", {}))
@@ -190,7 +190,7 @@ def test_no_tag_leads_out_of_the_home(line: str, home: Path, drafters: list[Arti
 
 
 def test_a_line_with_servers_starts_without_a_champion_only_by_the_option(
-    line: str, home: Path, drafters: list[ArtifactRef], monkeypatch: pytest.MonkeyPatch
+    line: str, home: Path, drafters: list[Artifact], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A new host whose shell lacks MLFLOW_TRACKING_URI has the config, and no champion."""
     config = config_of(line, registry={"name": line, "servers": ["http://gpu1:30000"]})
@@ -209,7 +209,7 @@ def test_a_line_with_servers_starts_without_a_champion_only_by_the_option(
     assert resolve(config_of(line)).champion is None, "without servers a new line starts by itself"
 
 
-def test_a_restart_does_not_begin_with_the_champion(line: str, home: Path, drafters: list[ArtifactRef]) -> None:
+def test_a_restart_does_not_begin_with_the_champion(line: str, home: Path, drafters: list[Artifact]) -> None:
     config = config_of(line, sft={"init_from": "champion"})
     assert resolve(restarted(config)).champion is None, "there is none yet"
     finished(config, gated(Store(home / "store"), drafters[0]))

@@ -11,7 +11,7 @@ import pytest
 import draftsmith
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.store.local import Store
-from draftsmith.artifacts.store.manifest import ArtifactRef
+from draftsmith.artifacts.store.manifest import Artifact
 from draftsmith.artifacts.tracking.refresh_runs import RunRecord
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.cli.main import main
@@ -43,7 +43,7 @@ def reported(store: Store, line: str, number: int, since: str, newest: str, step
 
 
 def test_two_versions_are_compared(
-    line: str, home: Path, drafters: list[ArtifactRef], capsys: pytest.CaptureFixture[str]
+    line: str, home: Path, drafters: list[Artifact], capsys: pytest.CaptureFixture[str]
 ) -> None:
     store, config = Store(home / "store"), config_of(line)
     runs = [

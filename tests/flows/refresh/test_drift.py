@@ -15,7 +15,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.results.base import SetMetrics
 from draftsmith.artifacts.results.evaluation import ALL, EvaluationResult
 from draftsmith.artifacts.store.local import Store
-from draftsmith.artifacts.store.manifest import ArtifactRef
+from draftsmith.artifacts.store.manifest import Artifact
 from draftsmith.artifacts.tracking.refresh_runs import OUTCOME
 from draftsmith.artifacts.tracking.registry import CHAMPION, Registry
 from draftsmith.artifacts.tracking.runs import Tracking
@@ -30,7 +30,7 @@ from tests.stages.evaluation.test_error_rates import allowed
 
 
 def test_a_refresh_continues_if_forced_or_if_the_last_one_is_too_old(
-    line: str, home: Path, drafters: list[ArtifactRef]
+    line: str, home: Path, drafters: list[Artifact]
 ) -> None:
     store = Store(home / "store")
     finished(config_of(line), gated(store, drafters[0]))
@@ -71,7 +71,7 @@ def test_a_refresh_continues_if_forced_or_if_the_last_one_is_too_old(
 
 
 def test_drift_is_judged_by_replay_where_another_target_is_served(
-    line: str, home: Path, drafters: list[ArtifactRef]
+    line: str, home: Path, drafters: list[Artifact]
 ) -> None:
     """Its tau is 2.6 as served, which servers are watched by, and 2.5 by replay, as in the drift check."""
     made = gated(Store(home / "store"), drafters[0], tau=2.6)
@@ -90,7 +90,7 @@ def test_drift_is_judged_by_replay_where_another_target_is_served(
 
 @pytest.mark.parametrize("lost", ["the alias", "the version"])
 def test_a_line_whose_champion_was_deleted_in_mlflow_is_an_error(
-    lost: str, line: str, home: Path, drafters: list[ArtifactRef]
+    lost: str, line: str, home: Path, drafters: list[Artifact]
 ) -> None:
     """A new line would promote whatever beats decoding without a drafter."""
     for drafter in drafters:
@@ -110,7 +110,7 @@ def test_a_line_whose_champion_was_deleted_in_mlflow_is_an_error(
     assert champion is not None and champion.version == last
 
 
-def test_taus_measured_with_other_settings_are_not_compared(line: str, home: Path, drafters: list[ArtifactRef]) -> None:
+def test_taus_measured_with_other_settings_are_not_compared(line: str, home: Path, drafters: list[Artifact]) -> None:
     finished(config_of(line), gated(Store(home / "store"), drafters[0]))
     low = {"tau": 1.0, "low": 0.9, "high": 1.1, "prompts": 40}
 
@@ -150,7 +150,7 @@ def test_a_tag_has_the_metrics_of_as_many_sets_as_it_holds() -> None:
 
 
 def test_history_places_a_version_at_its_last_measurement(
-    line: str, home: Path, drafters: list[ArtifactRef], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    line: str, home: Path, drafters: list[Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     again = gated(Store(tmp_path / "other" / "store"), drafters[0], tau=3.5)
     for made in (*(gated(Store(home / "store"), drafter) for drafter in drafters), again):

@@ -10,7 +10,7 @@ import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.store.local import Store
-from draftsmith.artifacts.store.manifest import ArtifactRef
+from draftsmith.artifacts.store.manifest import Artifact
 from draftsmith.artifacts.tracking.refresh_runs import RunRecord
 from draftsmith.artifacts.tracking.registry import Registry
 from draftsmith.artifacts.tracking.runs import Tracking
@@ -20,18 +20,18 @@ from draftsmith.flows.planning.graph import plan
 from draftsmith.flows.refresh.graph import REFRESH
 from draftsmith.flows.refresh.summary import review
 from tests.flows.processes import ROOT
-from tests.testbed.artifacts import committed
+from tests.testbed.artifacts import committed, fake_artifact
 from tests.testbed.refresh import load_config
 
 
-def made(store: Store, name: str) -> ArtifactRef:
+def made(store: Store, name: str) -> Artifact:
     outcome = {"kind": "refused", "label": "Not promoted", "sentence": f"{name} stays.", "reasons": ["tau: too low"]}
     content = {"outcome": outcome, "speed_warnings": ["the clock changed"], "metrics": {"tau.opd": 2.5}}
     files = {"report.html": "<p>", "review.json": json.dumps(content)}
     return committed(store, "report", files, store.key("report", "c", {"name": name}, {}, 0))
 
 
-def run_of(home: Path, experiment: str | None, name: str, **artifacts: ArtifactRef) -> str | None:
+def run_of(home: Path, experiment: str | None, name: str, **artifacts: Artifact) -> str | None:
     """Return the id of a finished run in MLflow with these artifacts."""
     record = RunRecord(Tracking(home, experiment), name, {})
     run_id = record.open()
@@ -104,7 +104,7 @@ def test_a_report_is_found_although_other_artifacts_are_damaged(store: Store, ho
 def test_a_run_that_another_wrote_leads_to_no_page_outside_the_store(home: Path, tmp_path: Path) -> None:
     (home / "private").mkdir()
     (home / "private" / "report.html").write_text("<p>")
-    run_of(home, "a-line", "theirs", report=ArtifactRef("..", "private", "1" * 64, tmp_path))
+    run_of(home, "a-line", "theirs", report=fake_artifact("..", "private", "1" * 64, tmp_path))
     problem = r"^run 1 Dec: promoted theirs in MLflow: param made\.report: '\.\./private' is no path"
     with pytest.raises(DraftsmithError, match=problem):
         find_report("theirs", REFRESH)

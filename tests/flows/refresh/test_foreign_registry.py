@@ -23,7 +23,7 @@ from mlflow.entities.model_registry.registered_model_alias import RegisteredMode
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import home as current_home
 from draftsmith.artifacts.store.local import Store
-from draftsmith.artifacts.store.manifest import ArtifactRef
+from draftsmith.artifacts.store.manifest import Artifact
 from draftsmith.artifacts.tracking.refresh_runs import artifact_folders, close_dead_runs
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.execution.display import Display
@@ -194,7 +194,7 @@ def with_a_later_field(value: Any) -> Any:
     return {**inner, "made_up": {"by": "a later version"}}
 
 
-def test_fields_of_a_later_version_are_ignored(line: str, home: Path, drafters: list[ArtifactRef]) -> None:
+def test_fields_of_a_later_version_are_ignored(line: str, home: Path, drafters: list[Artifact]) -> None:
     store, config = Store(home / "store"), config_of(line)
     for drafter in drafters:
         finished(config, gated(store, drafter))

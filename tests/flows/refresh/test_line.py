@@ -12,7 +12,6 @@ import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import home
-from draftsmith.artifacts.store.manifest import ArtifactRef
 from draftsmith.artifacts.store.mirror import STORE_VARIABLE, open_store
 from draftsmith.artifacts.tracking.registry import Version
 from draftsmith.flows.checks.check import RunChecks
@@ -26,7 +25,7 @@ from draftsmith.stages.data.logs.stage import STAGE as LOGS
 from draftsmith.stages.data.logs.stage import LogsConfig
 from draftsmith.stages.targets.info import read_target_info
 from tests.stages.data.logs.logs_run import as_ids, counts, run, table, write
-from tests.testbed.artifacts import committed
+from tests.testbed.artifacts import committed, fake_artifact
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts
 
@@ -84,7 +83,7 @@ def promoted(tmp_path: Path, tiny_drafter: DrafterArtifacts, monkeypatch: pytest
     line = registry()
     drafter = tmp_path / "opd"
     (drafter / "drafter").mkdir(parents=True)
-    version = line.register(LINE, ArtifactRef("opd", "1" * 64, "2" * 64, drafter), log_tags(read.out))
+    version = line.register(LINE, fake_artifact("opd", "1" * 64, "2" * 64, drafter), log_tags(read.out))
     line.promote(version, expected=None, why="the first one")
     write(log, rows[:26])
     return Promoted(tiny_drafter.target, log, read, version)
@@ -199,7 +198,7 @@ def test_held_out_shares_and_suffixes_of_a_line_must_not_shrink(
 
     measured = asking(0.2, 0.4)
     tags = prompt_tags(measured.prompts)
-    registry().register(LINE, ArtifactRef("opd", "1" * 64, "2" * 64, tmp_path), tags)
+    registry().register(LINE, fake_artifact("opd", "1" * 64, "2" * 64, tmp_path), tags)
     assert resolve(measured).registry is not None
     assert resolve(asking(0.3, 0.4)).registry is not None
     with pytest.raises(DraftsmithError, match=r"heldout_share is 0\.1, and tiny version 1 was measured with 0\.2"):

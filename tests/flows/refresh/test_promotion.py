@@ -12,7 +12,7 @@ import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.store.local import REPLACED, Store
-from draftsmith.artifacts.store.manifest import MANIFEST, ArtifactRef
+from draftsmith.artifacts.store.manifest import MANIFEST, Artifact
 from draftsmith.artifacts.store.mirror import STORE_VARIABLE, open_store
 from draftsmith.artifacts.store.retention import leftovers
 from draftsmith.artifacts.tracking.registry import PREVIOUS
@@ -38,7 +38,7 @@ from tests.stages.engines.http_server import serving as http_server
 from tests.testbed.artifacts import committed
 
 
-def test_a_promotion_moves_the_alias(line: str, home: Path, drafters: list[ArtifactRef]) -> None:
+def test_a_promotion_moves_the_alias(line: str, home: Path, drafters: list[Artifact]) -> None:
     store, config = Store(home / "store"), config_of(line)
     ended = finished(config, gated(store, drafters[0]))
     assert (ended.name, ended.error) == ("Promoted", None)
@@ -59,7 +59,7 @@ def test_a_promotion_moves_the_alias(line: str, home: Path, drafters: list[Artif
 
 @pytest.mark.parametrize(("outcome", "state"), [("refused", "Refused"), ("inconclusive", "Inconclusive")])
 def test_a_challenger_that_is_not_promoted_becomes_a_version_but_no_champion(
-    outcome: str, state: str, line: str, home: Path, drafters: list[ArtifactRef]
+    outcome: str, state: str, line: str, home: Path, drafters: list[Artifact]
 ) -> None:
     ended = finished(config_of(line), gated(Store(home / "store"), drafters[0], outcome))
     assert ended.name == state
@@ -73,7 +73,7 @@ def test_a_challenger_that_is_not_promoted_becomes_a_version_but_no_champion(
 
 
 def test_a_challenger_that_needs_approval_waits_until_a_person_promotes_it(
-    line: str, home: Path, drafters: list[ArtifactRef]
+    line: str, home: Path, drafters: list[Artifact]
 ) -> None:
     config, made = config_of(line, registry={"name": line, "approve": True}), gated(Store(home / "store"), drafters[0])
     ended = finished(config, made)
@@ -88,7 +88,7 @@ def test_a_challenger_that_needs_approval_waits_until_a_person_promotes_it(
 
 
 def test_a_promotion_swaps_the_servers_and_a_failed_swap_is_an_outcome_and_undoes_nothing(
-    line: str, home: Path, drafters: list[ArtifactRef]
+    line: str, home: Path, drafters: list[Artifact]
 ) -> None:
     checkpoint = drafters[0].path / DRAFTER_FOLDER
     since = "2026-11-30T08:00:00+00:00"
@@ -127,7 +127,7 @@ def description(home: Path, line: str) -> str:
 
 
 def test_the_slower_of_two_refreshes_must_plan_again_against_the_new_champion(
-    line: str, home: Path, drafters: list[ArtifactRef]
+    line: str, home: Path, drafters: list[Artifact]
 ) -> None:
     store, config = Store(home / "store"), config_of(line)
     slow, fast = (RefreshPolicy(resolve(config), ()) for _ in range(2))
@@ -147,7 +147,7 @@ def test_the_slower_of_two_refreshes_must_plan_again_against_the_new_champion(
 
 
 def test_the_decision_names_the_champions_version_in_its_line(
-    line: str, home: Path, drafters: list[ArtifactRef], tmp_path: Path
+    line: str, home: Path, drafters: list[Artifact], tmp_path: Path
 ) -> None:
     """Two lines may serve the same drafter, so that evaluation and gate are the same artifacts."""
     store, config = Store(home / "store"), config_of(line)
@@ -164,7 +164,7 @@ def test_the_decision_names_the_champions_version_in_its_line(
 
 
 def test_champions_without_a_name_lists_the_lines(
-    line: str, home: Path, drafters: list[ArtifactRef], capsys: pytest.CaptureFixture[str]
+    line: str, home: Path, drafters: list[Artifact], capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = gated(Store(home / "store"), drafters[0])
     finished(config_of(line), made)
@@ -177,7 +177,7 @@ def test_champions_without_a_name_lists_the_lines(
 
 
 def test_a_version_that_was_rolled_back_is_not_promoted_again(
-    line: str, home: Path, drafters: list[ArtifactRef]
+    line: str, home: Path, drafters: list[Artifact]
 ) -> None:
     """The inputs are unchanged, so the plan has the same keys and reuses everything."""
     store, config = Store(home / "store"), config_of(line)
@@ -197,7 +197,7 @@ def test_a_version_that_was_rolled_back_is_not_promoted_again(
 
 
 def test_refusing_the_champions_own_content_does_not_change_its_tags(
-    line: str, home: Path, drafters: list[ArtifactRef], tmp_path: Path
+    line: str, home: Path, drafters: list[Artifact], tmp_path: Path
 ) -> None:
     """`registry.restart` has made the same drafter again."""
     store, config = Store(home / "store"), config_of(line)
@@ -220,7 +220,7 @@ def test_refusing_the_champions_own_content_does_not_change_its_tags(
 
 
 def test_evaluate_takes_folders_hub_ids_and_versions(
-    line: str, home: Path, drafters: list[ArtifactRef], monkeypatch: pytest.MonkeyPatch
+    line: str, home: Path, drafters: list[Artifact], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     finished(config_of(line), gated(Store(home / "store"), drafters[0]))
     named = [str(drafters[1].path), f"{line}@champion", "z-lab/Qwen3-4B-DFlash-b16"]
@@ -248,7 +248,7 @@ def test_evaluate_takes_folders_hub_ids_and_versions(
 
 
 def test_a_version_is_found_in_a_moved_home_and_after_its_key_was_made_again(
-    line: str, home: Path, drafters: list[ArtifactRef], monkeypatch: pytest.MonkeyPatch
+    line: str, home: Path, drafters: list[Artifact], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     finished(config_of(line), gated(Store(home / "store"), drafters[0]))
     moved = home.rename(home.with_name("elsewhere"))
@@ -274,7 +274,7 @@ def test_a_version_is_found_in_a_moved_home_and_after_its_key_was_made_again(
 
 
 def test_a_version_in_a_bucket_is_fetched_only_when_its_files_are_needed(
-    line: str, home: Path, drafters: list[ArtifactRef], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    line: str, home: Path, drafters: list[Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(STORE_VARIABLE, f"file://{tmp_path}/bucket")
     made = committed(

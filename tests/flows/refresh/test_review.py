@@ -16,7 +16,7 @@ from draftsmith.artifacts.store.local import Store
 from draftsmith.artifacts.tracking.refresh_runs import ALL
 from draftsmith.artifacts.tracking.runs import NOTE, Tracking
 from draftsmith.flows.execution.display import Display
-from draftsmith.flows.execution.node import NodeResult, RunContext
+from draftsmith.flows.execution.node import RunContext
 from draftsmith.flows.orchestration.run import _metrics_and_tags
 from draftsmith.flows.planning.graph import Conclusion
 from draftsmith.flows.refresh.graph import REFRESH
@@ -56,7 +56,7 @@ def test_the_description_of_a_run_states_its_conclusion(
     store = Store(home / "store")
     report = committed(store, "report", {"review.json": json.dumps(content)})
     context = RunContext(home, config_of("a-line"), REFRESH, Display(), Tracking(home))
-    _, tags = _metrics_and_tags(context, {"report": NodeResult(report, reused=True)}, conclusion, concludes=True)
+    _, tags = _metrics_and_tags(context, {"report": report}, conclusion, concludes=True)
     bold = [line for line in tags[NOTE].splitlines() if line.startswith("**")]
     assert len(bold) == len(begins) and all(map(str.startswith, bold, begins)), tags[NOTE]
 

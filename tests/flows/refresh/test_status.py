@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from draftsmith.artifacts.store.local import Store
-from draftsmith.artifacts.store.manifest import ArtifactRef
+from draftsmith.artifacts.store.manifest import Artifact
 from draftsmith.artifacts.tracking.refresh_runs import CONTINUE, OUTCOME, RunRecord
 from draftsmith.artifacts.tracking.runs import NOTE, Tracking
 from draftsmith.artifacts.tracking.terms import Status as Ended
@@ -25,7 +25,7 @@ from draftsmith.flows.refresh.graph import REFRESH
 from draftsmith.stages.data.logs.earlier import TABLE
 from tests.flows.processes import ROOT, environment
 from tests.flows.refresh.line_runs import config_of, finished, gated
-from tests.testbed.artifacts import committed
+from tests.testbed.artifacts import committed, fake_artifact
 from tests.testbed.refresh import load_config
 
 Shown = Callable[..., str]
@@ -57,7 +57,7 @@ def last_of(page: str) -> str:
 
 
 def test_the_page_of_a_line_has_its_champion_data_outcome_and_servers(
-    line: str, home: Path, drafters: list[ArtifactRef], shown: Shown
+    line: str, home: Path, drafters: list[Artifact], shown: Shown
 ) -> None:
     with pytest.raises(AssertionError, match="no refresh has registered a drafter"):
         shown("status", line)
@@ -71,7 +71,7 @@ def test_the_page_of_a_line_has_its_champion_data_outcome_and_servers(
     logs.mkdir(parents=True)
     (logs / "logs.json").write_text(json.dumps(summary))
     (logs / TABLE).write_text("")
-    finished(config_of(line), gated(store, drafters[0]) | {"logs": ArtifactRef("logs", "3" * 64, "4" * 64, logs)})
+    finished(config_of(line), gated(store, drafters[0]) | {"logs": fake_artifact("logs", "3" * 64, "4" * 64, logs)})
     ended(home, line, "FINISHED", "**Promoted.** it is faster", "promoted")
     page = shown("status", line)
     assert "champion: version 1 since 20" in page and "promoted: why; tau 2.500; speed-up 1.200" in page
@@ -84,7 +84,7 @@ def test_the_page_of_a_line_has_its_champion_data_outcome_and_servers(
 
 
 def test_the_last_outcome_is_the_refreshs_or_what_a_person_did_since(
-    line: str, home: Path, drafters: list[ArtifactRef], shown: Shown
+    line: str, home: Path, drafters: list[Artifact], shown: Shown
 ) -> None:
     store = Store(home / "store")
     finished(config_of(line), gated(store, drafters[0]))
@@ -118,9 +118,7 @@ def test_a_lines_first_refresh_that_was_killed_tells_its_command(line: str, home
     assert last_of(shown("status", line)).endswith(f"{CONTINUE} `-c run 'my file.yaml' --force drift`.")
 
 
-def test_a_promotion_that_waits_is_told_as_such(
-    line: str, home: Path, drafters: list[ArtifactRef], shown: Shown
-) -> None:
+def test_a_promotion_that_waits_is_told_as_such(line: str, home: Path, drafters: list[Artifact], shown: Shown) -> None:
     store = Store(home / "store")
     finished(config_of(line), gated(store, drafters[0]))
     ended(home, line, "FINISHED", "**Promoted.** it is faster", "promoted")
@@ -144,7 +142,7 @@ def config_file(tmp_path: Path, line: str) -> Path:
 
 
 def test_after_a_promotion_a_plan_has_the_drift_check_first(
-    line: str, home: Path, drafters: list[ArtifactRef], tmp_path: Path, shown: Shown
+    line: str, home: Path, drafters: list[Artifact], tmp_path: Path, shown: Shown
 ) -> None:
     config, store = str(config_file(tmp_path, line)), Store(home / "store")
     assert "only if" not in shown("run", config, "--plan") + shown("status", config)

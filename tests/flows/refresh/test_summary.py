@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from draftsmith.artifacts.store.manifest import ArtifactRef
+from draftsmith.artifacts.store.manifest import Artifact
 from draftsmith.flows.execution.display import Display, EndedRun
 from draftsmith.flows.refresh.config import RefreshConfig
 from draftsmith.flows.refresh.line import registry
@@ -43,7 +43,7 @@ def commands(lines: list[str]) -> list[str]:
 
 @pytest.mark.parametrize("outcome", ["promoted", "refused", "inconclusive"])
 def test_every_outcome_fits_on_a_screen(
-    outcome: str, line: str, drafters: list[ArtifactRef], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    outcome: str, line: str, drafters: list[Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     rules = [rule | {"passed": outcome == "promoted" or rule["passed"]} for rule in DECISION["rules"]]
@@ -66,7 +66,7 @@ def test_every_outcome_fits_on_a_screen(
 
 
 def test_the_screen_says_if_another_arm_measured_better_than_the_challenger(
-    line: str, drafters: list[ArtifactRef], tmp_path: Path
+    line: str, drafters: list[Artifact], tmp_path: Path
 ) -> None:
     registry().register(line, drafters[0], {})
     chosen = OF_A_LINE | {"validation_tau": {"sft": 3.9, "opd": 3.5}, "chosen_on": 4}
@@ -96,7 +96,7 @@ def test_a_current_champion_is_the_verdict(line: str, tmp_path: Path) -> None:
     assert "NOT SERVED: a server is down" in lines
 
 
-def test_a_promotion_that_is_not_served_is_a_promotion(line: str, drafters: list[ArtifactRef], tmp_path: Path) -> None:
+def test_a_promotion_that_is_not_served_is_a_promotion(line: str, drafters: list[Artifact], tmp_path: Path) -> None:
     registry().register(line, drafters[0], {})
     made = ended(
         tmp_path / "made", OF_A_LINE, DECISION | {"outcome": "promoted", "promote": True}, opd=drafters[0].path
@@ -105,7 +105,7 @@ def test_a_promotion_that_is_not_served_is_a_promotion(line: str, drafters: list
         assert screen(made, ending(config_of(line), outcome=outcome, refused="why"))[2] == head
 
 
-def test_a_long_reason_does_not_fill_the_screen(line: str, drafters: list[ArtifactRef], tmp_path: Path) -> None:
+def test_a_long_reason_does_not_fill_the_screen(line: str, drafters: list[Artifact], tmp_path: Path) -> None:
     registry().register(line, drafters[0], {})
     long = "a server is down. " * 200
     changes = {"outcome": "unserved", "refused": long, "overrides": ["name=" + "a" * WIDTH]}  # commands of two lines

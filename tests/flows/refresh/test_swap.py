@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from draftsmith.artifacts.store.local import Store
-from draftsmith.artifacts.store.manifest import ArtifactRef
+from draftsmith.artifacts.store.manifest import Artifact
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.cli.main import main
 from draftsmith.flows.refresh.decisions import RefreshPolicy, resolve
@@ -57,7 +57,7 @@ def serving_swaps(server: SwapServer) -> Iterator[HttpServer]:
 
 
 @pytest.fixture(params=[False], ids=["store"])
-def of_two(request: pytest.FixtureRequest, line: str, home: Path, drafters: list[ArtifactRef]) -> Iterator[Line]:
+def of_two(request: pytest.FixtureRequest, line: str, home: Path, drafters: list[Artifact]) -> Iterator[Line]:
     """A parameter: whether its drafters are uploaded."""
     tracking, config = Tracking(home), config_of(line, registry={"name": line, "upload": request.param})
     checkpoints = [drafter.path / DRAFTER_FOLDER for drafter in drafters]
@@ -117,9 +117,7 @@ def test_a_later_release_may_store_more_of_a_server(of_two: Line) -> None:
     assert of_two.served_by(2) == [of_two.http.url]
 
 
-def test_a_champion_that_is_damaged_on_disk_is_not_written(
-    of_two: Line, home: Path, drafters: list[ArtifactRef]
-) -> None:
+def test_a_champion_that_is_damaged_on_disk_is_not_written(of_two: Line, home: Path, drafters: list[Artifact]) -> None:
     """By a run: the commands compare every checksum first."""
     weights = drafters[1].path / DRAFTER_FOLDER / "model.safetensors"
     weights.chmod(0o600)
