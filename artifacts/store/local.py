@@ -11,7 +11,6 @@ import shutil
 import time
 from collections.abc import Collection, ItemsView, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from draftsmith.artifacts.atomic import disk_errors, fsync, remove_temporary, wr
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.identifiers import file_path
 from draftsmith.artifacts.locks import Lock, LockWait, is_locked, locked
+from draftsmith.artifacts.store.attempt import Attempt
 from draftsmith.artifacts.store.checksums import CachedChecksum, Checksums
 from draftsmith.artifacts.store.manifest import (
     MANIFEST,
@@ -36,8 +36,6 @@ from draftsmith.artifacts.store.manifest import (
     file_sizes,
     find_named,
     manifest_text,
-    overwrite_in_place,
-    package_versions,
     read_elsewhere,
     read_manifest,
     read_pending,
@@ -49,18 +47,6 @@ log = logging.getLogger(__name__)
 _FOREVER = LockWait(math.inf)
 SHORT = 16  # hex digits of a key in a folder's name
 PARTIAL, REPLACED = ".partial-", ".replaced-"  # prefixes of folders that are not yet, or no longer, artifacts
-
-
-@dataclass(frozen=True)
-class Claim:
-    """The exclusive right to make one artifact, as long as its lock lasts. Both folders persist between attempts."""
-
-    stage: str
-    key: str
-    out: Path  # becomes the artifact
-    work: Path  # shards and checkpoints of the attempt; deleted when the artifact is complete
-    lock: Lock
-    forced: str = ""  # id of a forced attempt, kept when it is continued: its shards are made again only once
 
 
 class Store:
@@ -231,14 +217,14 @@ class Store:
 
     @contextmanager
     def claim(
-        self, stage: str, key: str, *, force: bool = False, run: str = "", wait: LockWait = _FOREVER
-    ) -> Iterator[Claim | Artifact]:
-        """Take the key's lock and yield a `Claim`, or the artifact if it is complete by then.
+        self, stage: str, key: str, *, force: bool = False, run: str = "", node: str = "", wait: LockWait = _FOREVER
+    ) -> Iterator[Attempt | Artifact]:
+        """Take the key's lock and yield an `Attempt`, or the artifact if it is complete by then.
 
         Commits what an earlier attempt made but could not commit. The kernel releases the lock of a dead process.
 
         force: make the artifact again although it is complete. It does not continue an attempt without `force`, but
-        does continue an earlier forced one, and logs where that is. run, wait: as in `locked`.
+        does continue an earlier forced one, and logs where that is. run, wait: as in `locked`. node: for the note.
         """
         with ExitStack() as stack:
             with disk_errors(f"claiming {stage}"):
@@ -264,49 +250,14 @@ class Store:
                     else:
                         forced_file.unlink(missing_ok=True)
                     reserve_space(partial / PENDING)
-            yield complete or Claim(stage, key, partial / "out", partial / "work", lock, forced)
+            if complete is not None:
+                yield complete
+            else:
+                yield Attempt(partial, stage, key, lock, self._complete, run=run, node=node, forced=forced)
 
     def is_claimed(self, stage: str, key: str) -> bool:
         """Return whether a living process holds this key's lock."""
         return is_locked(self._lock(stage, key))
-
-    def commit(
-        self,
-        claim: Claim,
-        made_from: PendingManifest,
-        *,
-        metrics: Mapping[str, float] | None = None,
-        duration_s: float = 0.0,
-    ) -> Artifact:
-        """Turn `claim.out` into the artifact: flush its files, write its manifest last, then rename it.
-
-        If this fails midway (a full disk), the next claim of this key finishes the commit. Raises LockLostError if the
-        claim's lock was taken over meanwhile.
-        """
-        claim.lock.check()
-        with disk_errors(f"completing {claim.stage}"):
-            remove_temporary(claim.out)
-            names = artifact_files(claim.out)
-            if not names:
-                raise DraftsmithError(
-                    f"stage {claim.stage} wrote nothing to {claim.out}. Check that it writes its output there."
-                )
-            for name in names:
-                fsync(claim.out / name)
-            for folder in (claim.out, *(path for path in claim.out.rglob("*") if path.is_dir())):
-                fsync(folder)
-            pending = made_from.model_copy(
-                update={
-                    "sizes": file_sizes(claim.out),
-                    "created_at": datetime.now(UTC).isoformat(timespec="milliseconds"),
-                    # NaN and infinity have no JSON form and would make the manifest unreadable
-                    "metrics": {name: value for name, value in (metrics or {}).items() if math.isfinite(value)},
-                    "duration_s": round(duration_s, 3),
-                    "versions": package_versions(claim.out),
-                }
-            )
-            overwrite_in_place(self.partial_path(claim.stage, claim.key) / PENDING, pending.model_dump_json().encode())
-            return self._complete(pending, claim.lock)
 
     def _complete(self, pending: PendingManifest, lock: Lock | None = None) -> Artifact:
         """Commit the files of a stage that has ended."""
@@ -363,12 +314,6 @@ class Store:
             if size != entry.bytes:
                 raise damaged(folder / name, stage, f"has {size} bytes instead of {entry.bytes}")
         return Artifact(folder, manifest)
-
-    def discard(self, claim: Claim) -> None:
-        """Delete what an attempt has made so far, because its inputs changed."""
-        for folder in (claim.out, claim.work):
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True, exist_ok=True)
 
     def _lock(self, stage: str, key: str) -> Path:
         return self.root / stage / f".lock-{key[:SHORT]}"

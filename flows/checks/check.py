@@ -48,7 +48,8 @@ from draftsmith.flows.checks.prompts import (
 from draftsmith.flows.config.options import RunOptions, check_runner
 from draftsmith.flows.execution.machine import check_home, free_disk_bytes
 from draftsmith.flows.orchestration import server
-from draftsmith.flows.planning.graph import Node, Pipeline, PlannedNode, Status, plan, topological_order
+from draftsmith.flows.planning.graph import Node, topological_order
+from draftsmith.flows.planning.plan import Build, Pipeline, Status, plan
 from draftsmith.stages.data.logs.earlier import EarlierConfig, is_available
 from draftsmith.stages.data.logs.stage import LogsConfig
 from draftsmith.stages.data.prompts import PromptsConfig
@@ -77,7 +78,7 @@ def check(config: RunOptions, pipeline: Pipeline, home: Path, gpu: GpuModel | No
     with findings.check("runner"):
         check_runner(config.stages)
     nodes: list[Node] = []
-    planned: Sequence[PlannedNode] = ()
+    planned: Sequence[Build] = ()
     with findings.check("graph"):
         nodes = topological_order(pipeline.nodes(config))
         findings.ok("graph", f"{len(nodes)} nodes: {', '.join(node.name for node in nodes)}")
@@ -93,7 +94,9 @@ def check(config: RunOptions, pipeline: Pipeline, home: Path, gpu: GpuModel | No
     _without_target(findings, nodes, nodes)
     with tempfile.TemporaryDirectory(prefix="draftsmith-check-") as scratch:
         if fetch_target_metadata(findings, nodes, Path(scratch)):
-            stored = [item.ref.path for item in planned if item.ref is not None and item.node.stage.name == "target"]
+            stored = [
+                item.artifact.path for item in planned if item.artifact is not None and item.node.stage.name == "target"
+            ]
             weights = None
             if any(isinstance(node.config, LogsConfig) and node.config.scored for node in nodes):
                 with findings.check("target"):
@@ -165,7 +168,7 @@ def _with_target(
 class RunChecks:
     """Makes the same checks while a run proceeds. Raises the first error as DraftsmithError."""
 
-    def before(self, planned: Sequence[PlannedNode]) -> list[str]:
+    def before(self, planned: Sequence[Build]) -> list[str]:
         """Check before the first stage. Return warnings and skipped checks, one line each."""
         self._nodes = [item.node for item in planned]
         self._to_make = [item.node for item in planned if item.status is not Status.HIT]

@@ -41,19 +41,13 @@ from draftsmith.flows.config.load import read_config
 from draftsmith.flows.config.options import RunOptions
 from draftsmith.flows.execution.display import Display, EndedRun, folded_table, format_bytes
 from draftsmith.flows.execution.machine import check_home
-from draftsmith.flows.execution.node import RunContext, build_node
+from draftsmith.flows.execution.make import RunContext, make
 from draftsmith.flows.execution.retry import with_retries
 from draftsmith.flows.orchestration.launch import launch
 from draftsmith.flows.orchestration.server import permanent_server
-from draftsmith.flows.planning.graph import (
-    Pipeline,
-    PlannedNode,
-    Selection,
-    Status,
-    plan,
-    resolve_config,
-)
+from draftsmith.flows.planning.graph import Selection
 from draftsmith.flows.planning.inputs import forget_listings, note_listings, read_listings
+from draftsmith.flows.planning.plan import Build, Pipeline, Status, plan, resolve_config
 from draftsmith.flows.refresh import registry_commands
 from draftsmith.flows.refresh.config import RefreshConfig
 from draftsmith.flows.refresh.decisions import restarted
@@ -159,9 +153,9 @@ def _build_alone(options: argparse.Namespace, pipeline: Pipeline, config: RunOpt
     for name, source in node.inputs.items():
         if (damage := planned[source].damage) is not None:
             raise damage
-        if (ref := planned[source].ref) is None:
+        if (made := planned[source].artifact) is None:
             raise DraftsmithError(_missing_input(options, name, planned[source]))
-        inputs[name] = ref
+        inputs[name] = made
     check_home(home(), config)
     display, tracking = Display(), Tracking(home(), config.experiment)
     display.newer_files(items)
@@ -171,7 +165,7 @@ def _build_alone(options: argparse.Namespace, pipeline: Pipeline, config: RunOpt
     context = RunContext(home(), config, pipeline, display, tracking)
     try:
         result = with_retries(
-            lambda: build_node(context, node, inputs, force=options.force), config.stages, display.line
+            lambda: make(context, planned[node.name], force=options.force), config.stages, display.line
         )
     except DraftsmithError as error:
         if node.config.listing is not None:
@@ -183,7 +177,7 @@ def _build_alone(options: argparse.Namespace, pipeline: Pipeline, config: RunOpt
     display.line(f"{node.name}: {result.path}")
 
 
-def _missing_input(options: argparse.Namespace, name: str, source: PlannedNode) -> str:
+def _missing_input(options: argparse.Namespace, name: str, source: Build) -> str:
     rest = [str(options.config), *(word for override in options.overrides for word in ("--set", override))]
     rest += ["--restart"] * options.restart
     inputs_present = source.status is not Status.AFTER

@@ -20,7 +20,7 @@ from draftsmith.artifacts.redaction import redact_logs, shown, shown_traceback
 from draftsmith.stages.runtime.memory import relax_gc
 
 if TYPE_CHECKING:
-    from draftsmith.flows.planning.graph import Pipeline
+    from draftsmith.flows.planning.plan import Pipeline
 
 _DESCRIPTION = "Keep the draft model of speculative decoding matched to its target."
 _EPILOG = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from rich.tree import Tree
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.artifacts.home import UPLOADED, home
+from draftsmith.artifacts.store.attempt import AttemptNote
 from draftsmith.artifacts.store.local import PARTIAL, Store
 from draftsmith.artifacts.store.manifest import InputEntry, Manifest, local_time
 from draftsmith.artifacts.store.mirror import MirroredStore, open_store
@@ -18,7 +20,6 @@ from draftsmith.artifacts.tracking.refresh_runs import artifact_folders, fetch_p
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.config.load import read_config
 from draftsmith.flows.config.options import RunOptions
-from draftsmith.flows.execution.attempt import read_attempt
 from draftsmith.flows.execution.display import (
     Display,
     escape,
@@ -27,11 +28,11 @@ from draftsmith.flows.execution.display import (
     format_duration,
     format_number,
 )
-from draftsmith.flows.planning.graph import (
+from draftsmith.flows.planning.graph import Selection
+from draftsmith.flows.planning.plan import (
+    Build,
     EarlyEnd,
     Pipeline,
-    PlannedNode,
-    Selection,
     Status,
     has_partial,
     manifests_of_node,
@@ -54,7 +55,7 @@ def show_config_status(display: Display, config: RunOptions, pipeline: Pipeline)
     end, ended = early_end(config, pipeline, planned, store, Selection()), False
     for item in planned:
         state = _node_state(item, store, end.what if ended and end is not None else "") + _last_artifact(item, earlier)
-        table.add_row(item.node.name, item.node.stage.name, (item.key or "-")[:16], state)
+        table.add_row(item.node.name, item.node.stage.name, item.key[:16] or "-", state)
         ended = ended or (end is not None and item.node.name == end.after)
     if isinstance(config, RefreshConfig) and config.registry is not None:
         display.line(f"last refresh: {last_refresh(config.registry.name)}")
@@ -64,29 +65,31 @@ def show_config_status(display: Display, config: RunOptions, pipeline: Pipeline)
 
 
 def early_end(
-    config: RunOptions, pipeline: Pipeline, planned: Sequence[PlannedNode], store: Store, selection: Selection
+    config: RunOptions, pipeline: Pipeline, planned: Sequence[Build], store: Store, selection: Selection
 ) -> EarlyEnd | None:
     """Return where a run with this plan may end before its last node."""
     asked = {*selection.forced([item.node for item in planned]), *selection.start}
     policy = pipeline.policy(config, asked) if pipeline.policy is not None and not selection.until else None
     if policy is None:
         return None
-    reused = {item.node.name: item.ref for item in planned if item.ref is not None}
+    reused = {item.node.name: item.artifact for item in planned if item.artifact is not None}
     return policy.early_end(store.folders(reused))
 
 
-def _node_state(item: PlannedNode, store: Store, condition: str) -> str:
+def _node_state(item: Build, store: Store, condition: str) -> str:
     """Return what is to be told of a node. condition: under which a run makes it at all, if there is one."""
     stage, state = item.node.stage.name, f"[dim]waits for {', '.join(item.after)}[/dim]"
-    if item.status is not Status.AFTER and item.key is not None:
+    if item.status is not Status.AFTER:
         partial = has_partial(store, stage, item.key)
-        state = _artifact_state(store, stage, item.key, done=item.ref is not None, partial=partial, damage=item.damage)
+        state = _artifact_state(
+            store, stage, item.key, done=item.artifact is not None, partial=partial, damage=item.damage
+        )
     return (
         f"[dim]{escape(condition)}[/dim]" if condition and (item.status is Status.AFTER or state == _TO_DO) else state
     )
 
 
-def _last_artifact(item: PlannedNode, earlier: Sequence[Manifest]) -> str:
+def _last_artifact(item: Build, earlier: Sequence[Manifest]) -> str:
     """Return which artifact an unbuilt node had in the last run of this name.
 
     After a promotion the plan starts from the new champion, so that nothing of the last run would be seen otherwise.
@@ -100,18 +103,31 @@ def _last_artifact(item: PlannedNode, earlier: Sequence[Manifest]) -> str:
 def _artifact_state(
     store: Store, stage: str, key: str, *, done: bool, partial: bool, damage: DraftsmithError | None = None
 ) -> str:
-    attempt = read_attempt(store.partial_path(stage, key))
+    attempt = AttemptNote.read(store.partial_path(stage, key))
     if store.partial_path(stage, key).exists() and store.is_claimed(stage, key):
         state = "waiting" if attempt is not None and attempt.waits else "running"
-        return f"[cyan]{state}[/cyan]" + (f": {escape(str(attempt))}" if attempt is not None else "")
+        return f"[cyan]{state}[/cyan]" + (f": {escape(_describe(attempt))}" if attempt is not None else "")
     if damage is not None:
         return f"[red]damaged[/red]: {escape(str(damage))}"
     if attempt is not None and attempt.error:
         rest = ", resumes from what it saved" if partial else ""
-        return f"[red]failed[/red] {attempt.failed_at}{rest}: {escape(attempt.error)}"
+        return f"[red]failed[/red] {local_time(attempt.at)}{rest}: {escape(attempt.error)}"
     if done:
         return "[green]done[/green]"
     return "[yellow]unfinished[/yellow], resumes from what it saved" if partial else _TO_DO
+
+
+def _describe(attempt: AttemptNote) -> str:
+    """Return who makes an artifact, where, since when and how far."""
+    now = time.time()
+    text = f"node {attempt.node} of {attempt.run} on {attempt.host} (pid {attempt.pid}, user {attempt.user}) since "
+    text += f"{local_time(attempt.since)} ({format_duration(now - attempt.since)})"
+    if attempt.waits:
+        text += f", {attempt.waits}"
+    if attempt.total:
+        ago = format_duration(max(0.0, now - attempt.at))
+        text += f", {attempt.done}/{attempt.total} {attempt.unit}, reported {ago} ago"
+    return text + (f", {format_duration(attempt.left_s)} left then" if attempt.left_s is not None else "")
 
 
 def show_store_status(display: Display) -> None:
@@ -247,9 +263,9 @@ def report_of_config(name: str, config: RunOptions, pipeline: Pipeline) -> Path:
     store = open_store(home())
     last_listing = Selection(reuse_listing=True)
     for planned in plan(resolve_config(config, pipeline), store, pipeline, last_listing, stop_at_damage=False):
-        if planned.node.name == node and planned.ref is not None:
-            store.fetch(planned.ref)
-            return planned.ref.path / _PAGE
+        if planned.node.name == node and planned.artifact is not None:
+            store.fetch(planned.artifact)
+            return planned.artifact.path / _PAGE
     last = artifact_folders(Tracking(home(), config.experiment), config.name, node).get(node)
     if last is not None:
         return _page(name, store.localize(Path(last)))

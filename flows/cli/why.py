@@ -12,8 +12,8 @@ from draftsmith.artifacts.store.manifest import Artifact, InputEntry, Manifest, 
 from draftsmith.artifacts.store.mirror import open_store
 from draftsmith.flows.config.options import RunOptions
 from draftsmith.flows.execution.display import Display, flatten, shorten
-from draftsmith.flows.planning.graph import Node, Pipeline, PlannedNode, Status, manifests_of_node, node_seed, plan
-from draftsmith.flows.planning.inputs import external_digests
+from draftsmith.flows.planning.graph import Node
+from draftsmith.flows.planning.plan import Build, Pipeline, Status, manifests_of_node, plan
 from draftsmith.stages.runtime.stage import Config
 
 _ABSENT = "nothing"
@@ -40,12 +40,12 @@ def explain_key(display: Display, config: RunOptions, pipeline: Pipeline, name: 
         manifest, description = reference
         made = local_time(manifest.created_at)
         display.line(f"  against {manifest.stage}/{manifest.key[:16]}, {description}, made {made}:")
-        lines = list(_differences(manifest, item, planned, config, pipeline, store))
+        lines = list(_differences(manifest, item, planned, store))
         for line in lines or ["nothing differs that a manifest records"]:
             display.line(f"    {line}")
 
 
-def _with_dependencies(planned: Mapping[str, PlannedNode], name: str) -> list[str]:
+def _with_dependencies(planned: Mapping[str, Build], name: str) -> list[str]:
     """Return the node and the unbuilt nodes that its key depends on, the nearest first."""
     nodes = [name]
     for node in nodes:  # which grows meanwhile
@@ -53,19 +53,19 @@ def _with_dependencies(planned: Mapping[str, PlannedNode], name: str) -> list[st
     return nodes
 
 
-def _state(item: PlannedNode, store: Store) -> str:
-    if item.key is None:
+def _state(item: Build, store: Store) -> str:
+    if not item.key:
         return f"its key is known after {', '.join(item.after)}"
-    if item.ref is not None:
-        made = local_time(item.ref.manifest.created_at)
-        return f"not new: {item.ref.stage}/{item.key[:16]} is in the store, made {made}"
+    if item.artifact is not None:
+        made = local_time(item.artifact.manifest.created_at)
+        return f"not new: {item.artifact.stage}/{item.key[:16]} is in the store, made {made}"
     if store.manifest_at(item.node.stage.name, item.key) is not None:
         return f"built again: its inputs were measured again after the artifact of the key {item.key[:16]}"
     rest = ", but an unfinished attempt resumes" if item.status is Status.RESUME else ""
     return f"new: no artifact has the key {item.key[:16]}{rest}"
 
 
-def _reference(manifests: Sequence[Manifest], run: str, item: PlannedNode) -> tuple[Manifest, str] | None:
+def _reference(manifests: Sequence[Manifest], run: str, item: Build) -> tuple[Manifest, str] | None:
     """Return the artifact to compare with, and its description: the node's last one, else its stage's last one."""
     others = [manifest for manifest in manifests if manifest.key != item.key]
     if before := manifests_of_node([manifest for manifest in others if manifest.run == run], item.node.name):
@@ -77,22 +77,20 @@ def _reference(manifests: Sequence[Manifest], run: str, item: PlannedNode) -> tu
 
 def _differences(
     old: Manifest,
-    item: PlannedNode,
-    planned: Mapping[str, PlannedNode],
-    config: RunOptions,
-    pipeline: Pipeline,
+    item: Build,
+    planned: Mapping[str, Build],
     store: Store,
 ) -> Iterator[str]:
     node = item.node
     for field, before, now in _changed(*_key_fields(old.config, node.config)):
         yield f"config   {field}: {shorten(before)} -> {shorten(now)}"
-    if (seed := node_seed(node, config)) != old.seed:
-        yield f"seed     {old.seed} -> {seed}"
+    if item.seed != old.seed:
+        yield f"seed     {old.seed} -> {item.seed}"
     for name in sorted({*old.inputs, *node.inputs}):
         yield from _input(name, old.inputs.get(name), node, planned, store)
-    for path, before, now in _changed(old.external, external_digests(node.config)):
+    for path, before, now in _changed(old.external, item.external):
         yield f"file     {path}: {str(before)[:16]} -> {str(now)[:16]}"
-    yield from _code(old, node, pipeline)
+    yield from _code(old, item)
     installed = package_versions() | node.config.programs()
     recorded = {package: version for package, version in old.versions.items() if package in installed}
     for package, before, now in _changed(recorded, installed):
@@ -115,18 +113,16 @@ def _changed(before: Mapping[str, object], now: Mapping[str, object]) -> Iterato
             yield name, old, new
 
 
-def _input(
-    name: str, old: InputEntry | None, node: Node, planned: Mapping[str, PlannedNode], store: Store
-) -> Iterator[str]:
+def _input(name: str, old: InputEntry | None, node: Node, planned: Mapping[str, Build], store: Store) -> Iterator[str]:
     source = planned[node.inputs[name]] if name in node.inputs else None
     if source is None or old is None:
         yield f"input    {name}: {'removed' if source is None else f'new, node {source.node.name}'}"
-    elif source.ref is None:
+    elif source.artifact is None:
         yield f"input    {name}: node {source.node.name} is not built yet"
-    elif source.ref.content_id != old.content_id:
-        files = _changed_files(old, source.ref, store)
+    elif source.artifact.content_id != old.content_id:
+        files = _changed_files(old, source.artifact, store)
         yield (
-            f"input    {name}: content {old.content_id[:16]} -> {source.ref.content_id[:16]} of node "
+            f"input    {name}: content {old.content_id[:16]} -> {source.artifact.content_id[:16]} of node "
             f"{source.node.name}{files}; `draftsmith why CONFIG {source.node.name}` says why"
         )
 
@@ -143,10 +139,10 @@ def _changed_files(old: InputEntry, now: Artifact, store: Store) -> str:
     return f": {', '.join(name for name, *_ in _changed(*digests))}"
 
 
-def _code(old: Manifest, node: Node, pipeline: Pipeline) -> Iterator[str]:
-    if pipeline.code_digest(node.module) == old.code_digest:
+def _code(old: Manifest, item: Build) -> Iterator[str]:
+    if item.code == old.code_digest:
         return
-    changes = list(_changed(old.modules, pipeline.code_modules(node.module)))
+    changes = list(_changed(old.modules, item.pipeline.code_modules(item.node.module)))
     for module, before, now in changes:
         yield f"code     {module}: " + ("added" if before == _ABSENT else "removed" if now == _ABSENT else "changed")
     if not changes:

@@ -17,7 +17,7 @@ from rich.table import Table
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.redaction import printable
 from draftsmith.flows.config.options import RunOptions
-from draftsmith.flows.planning.graph import EarlyEnd, PlannedNode, Status
+from draftsmith.flows.planning.plan import Build, EarlyEnd, Status
 
 MAX_CHARS = 60
 
@@ -140,7 +140,7 @@ class Display:
         for text in texts:
             self.line(text)
 
-    def plan(self, planned: Sequence[PlannedNode], end: EarlyEnd | None = None) -> None:
+    def plan(self, planned: Sequence[Build], end: EarlyEnd | None = None) -> None:
         """Print a plan as a table, and what follows where the run may end as another one, or in a line if it does."""
         names = [item.node.name for item in planned]
         until = names.index(end.after) + 1 if end is not None else len(names)
@@ -150,7 +150,7 @@ class Display:
         elif end is not None:
             self._plan(f"{end.what}:", planned[until:])
 
-    def _plan(self, title: str, planned: Sequence[PlannedNode]) -> None:
+    def _plan(self, title: str, planned: Sequence[Build]) -> None:
         table = Table(title=title, title_justify="left", box=None, pad_edge=False)
         for column in ("node", "stage", "key", "what happens"):
             table.add_column(column, no_wrap=column != "what happens")
@@ -161,7 +161,7 @@ class Display:
             table.add_row(item.node.name, item.node.stage.name, key, f"[{style}]{action}[/{style}]")
         self.console.print(table)
 
-    def newer_files(self, planned: Sequence[PlannedNode]) -> None:
+    def newer_files(self, planned: Sequence[Build]) -> None:
         """Print which nodes of a plan reuse a listing of files that leaves newer ones out."""
         self.lines(filter(None, [item.newer_files_notice for item in planned]))
 

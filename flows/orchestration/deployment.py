@@ -28,7 +28,7 @@ from pydantic import ValidationError
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.store.manifest import local_time
 from draftsmith.flows.config.options import RunOptions
-from draftsmith.flows.planning.graph import Pipeline, load_attribute
+from draftsmith.flows.planning.plan import Pipeline, load_attribute
 
 _ENVIRONMENT = {
     "PREFECT_LOGGING_EXTRA_LOGGERS": "draftsmith",  # shows the stages' lines in the flow run

@@ -28,7 +28,7 @@ from draftsmith.artifacts.errors import DraftsmithError, RetryableError, StageIn
 from draftsmith.artifacts.store.manifest import Artifact
 from draftsmith.artifacts.tracking.terms import escape_markdown
 from draftsmith.flows.orchestration.server import uses_temporary_server
-from draftsmith.flows.planning.graph import Conclusion
+from draftsmith.flows.planning.plan import Conclusion
 
 
 @dataclass

@@ -13,7 +13,8 @@ from draftsmith.flows.execution.display import Display
 from draftsmith.flows.execution.machine import check_home
 from draftsmith.flows.execution.retry import with_retries
 from draftsmith.flows.orchestration.server import start_prefect_server
-from draftsmith.flows.planning.graph import Conclusion, Pipeline, Selection, load_attribute
+from draftsmith.flows.planning.graph import Selection
+from draftsmith.flows.planning.plan import Conclusion, Pipeline, load_attribute
 from draftsmith.stages.runtime.memory import restore_gc
 
 

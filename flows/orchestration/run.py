@@ -39,7 +39,7 @@ from draftsmith.artifacts.tracking.terms import Status
 from draftsmith.flows.config.options import RunOptions, check_runner
 from draftsmith.flows.execution.display import Display
 from draftsmith.flows.execution.machine import check_home
-from draftsmith.flows.execution.node import RunContext
+from draftsmith.flows.execution.make import RunContext
 from draftsmith.flows.execution.retry import with_retries
 from draftsmith.flows.orchestration.flow_run import (
     Cancellation,
@@ -52,19 +52,19 @@ from draftsmith.flows.orchestration.flow_run import (
     show_verdict,
 )
 from draftsmith.flows.orchestration.tasks import run_node
-from draftsmith.flows.planning.graph import (
+from draftsmith.flows.planning.graph import Selection
+from draftsmith.flows.planning.inputs import forget_listings, note_listings, read_listings
+from draftsmith.flows.planning.plan import (
+    Build,
     Checks,
     Conclusion,
-    Node,
     Pipeline,
     RunPolicy,
     RunReview,
-    Selection,
     plan,
     planned_listings,
     resolve_config,
 )
-from draftsmith.flows.planning.inputs import forget_listings, note_listings, read_listings
 from draftsmith.stages.runtime.invocation import COMMAND, invocation
 
 
@@ -152,7 +152,7 @@ def _run(
     ending = ""
     conclusion: Conclusion | None = None
     try:
-        conclusion = _make_nodes(context, nodes, forced, results, checks, policy)
+        conclusion = _make_nodes(context, planned, forced, results, checks, policy)
         run_id = record.find_or_open(results)
         if conclusion is None and pipeline.compared is not None and "evaluation" in results:
             drafters = pipeline.compared(context.store.folders(results))
@@ -202,7 +202,7 @@ def _run(
 
 def _make_nodes(
     context: RunContext,
-    nodes: Sequence[Node],
+    builds: Sequence[Build],
     forced: Collection[str],
     results: dict[str, Artifact],
     checks: Checks | None,
@@ -210,12 +210,13 @@ def _make_nodes(
 ) -> Conclusion | None:
     """Make every node in order, until the policy ends the run. results: filled in, also when a node fails."""
     states: dict[str, State[Any]] = {}
-    for node in nodes:
+    for build in builds:
         context.check()
-        inputs = {name: results[source] for name, source in node.inputs.items()}
+        node = build.node
         upstream = [states[source] for source in dict.fromkeys(node.inputs.values())]
         try:
-            results[node.name], states[node.name] = run_node(context, node, inputs, upstream, force=node.name in forced)
+            made = run_node(context, build.complete(results), upstream, force=node.name in forced)
+            results[node.name], states[node.name] = made
         except DraftsmithError as error:
             if node.config.listing is not None:
                 forget_listings(context.config.name, error)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import copy_context
 from dataclasses import replace
@@ -31,21 +31,19 @@ from draftsmith.artifacts.home import home, protect_home
 from draftsmith.artifacts.store.manifest import Artifact
 from draftsmith.artifacts.store.mirror import STORE_VARIABLE
 from draftsmith.flows.config.options import RETRY_JITTER, StageOptions
-from draftsmith.flows.execution.attempt import StageJob
-from draftsmith.flows.execution.node import RunContext, build_node, log
+from draftsmith.flows.execution.make import MakeShard, RunContext, local_parallelism, log, make, make_shard
 from draftsmith.flows.execution.retry import retry_notice
-from draftsmith.flows.execution.shards import BuildShard, build_shard, local_parallelism
-from draftsmith.flows.planning.graph import Node
+from draftsmith.flows.planning.plan import Build
 
 
 def run_node(
-    context: RunContext, node: Node, inputs: Mapping[str, Artifact], upstream: Sequence[State[Any]], *, force: bool
+    context: RunContext, build: Build, upstream: Sequence[State[Any]], *, force: bool
 ) -> tuple[Artifact, State[Any]]:
     """Make the node's artifact as a task of the current flow run, and return it with the task's state.
 
     upstream: states of the tasks that Prefect shows as its inputs. Raises the error of the last attempt.
     """
-    options = context.config.stages
+    node, options = build.node, context.config.stages
     configured: Task[..., Any] = stage_task.with_options(
         name=node.stage.name,
         task_run_name=node.name,
@@ -55,16 +53,16 @@ def run_node(
         retry_jitter_factor=RETRY_JITTER,
         retry_condition_fn=_is_retryable,
     )
-    state: State[Any] = configured(context, node, inputs, force, return_state=True, wait_for=list(upstream))
+    state: State[Any] = configured(context, build, force, return_state=True, wait_for=list(upstream))
     result: Artifact = state.result()
     return result, state
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
-def stage_task(context: RunContext, node: Node, inputs: Mapping[str, Artifact], force: bool) -> State[Any]:
+def stage_task(context: RunContext, build: Build, force: bool) -> State[Any]:
     """Make or reuse a node's artifact, and return a state with the name Completed or Reused."""
     try:
-        result = build_node(replace(context, pool=run_shards), node, inputs, force=force)
+        result = make(replace(context, pool=run_shards), build, force=force)
     except asyncio.CancelledError as error:  # Prefect raises it in the thread of a flow whose lease it lost
         raise RetryableError(
             "Prefect's server no longer keeps the slot of this run's deployment. The run continues without it."
@@ -93,22 +91,22 @@ _HOST_SETTINGS = {name: os.environ[name] for name in (_HOME, STORE_VARIABLE) if 
 
 
 def run_shards(
-    jobs: Sequence[StageJob], build: BuildShard, stop: Callable[[], None], check: Callable[[], None]
+    shards: Sequence[Build], make_one: MakeShard, stop: Callable[[], None], check: Callable[[], None]
 ) -> list[Artifact]:
-    """Run each shard as a task on the config's runner, and return the artifacts in the order of the jobs.
+    """Run each shard as a task on the config's runner, and return the artifacts in the order of the builds.
 
     stop: called on a signal or a cancellation. check: called while waiting; it may raise.
     """
-    options = jobs[0].config.stages
-    runner, resources = _runner(options, jobs)
+    options = shards[0].config.stages
+    runner, resources = _runner(options, shards)
     settings = {STORE_VARIABLE: os.environ[STORE_VARIABLE]} if STORE_VARIABLE in os.environ else {}
     settings |= {_HOME: str(home())}
     if options.runner != "local":
-        build = _OnClusterHost(settings)
+        make_one = _OnClusterHost(settings)
     with runner:
         try:
-            futures = copy_context().run(_submit, runner, resources, jobs, build)
-            ends = [_end(future, job, check) for future, job in zip(futures, jobs, strict=True)]
+            futures = copy_context().run(_submit, runner, resources, shards, make_one)
+            ends = [_end(future, shard, check) for future, shard in zip(futures, shards, strict=True)]
         except BaseException:  # a signal, or the run was cancelled
             stop()
             raise
@@ -121,18 +119,21 @@ def run_shards(
 def _submit(
     runner: TaskRunner[Any],
     resources: Callable[[], AbstractContextManager[Any]],
-    jobs: Sequence[StageJob],
-    build: BuildShard,
+    shards: Sequence[Build],
+    make_one: MakeShard,
 ) -> list[PrefectFuture[Any]]:
     """Submit a task for each shard, in a copied context, as the node task's locks cannot be sent to a host."""
-    if isinstance(build, _OnClusterHost):
+    if isinstance(make_one, _OnClusterHost):
         TaskRunContext.__var__.set(None)  # type: ignore[arg-type]
     with resources():
-        tasks = [shard_task.with_options(name=job.stage, task_run_name=str(job)) for job in jobs]
-        return [runner.submit(each, {"job": job, "build": build}) for each, job in zip(tasks, jobs, strict=True)]
+        tasks = [shard_task.with_options(name=shard.stage, task_run_name=str(shard)) for shard in shards]
+        return [
+            runner.submit(each, {"shard": shard, "make_one": make_one})
+            for each, shard in zip(tasks, shards, strict=True)
+        ]
 
 
-def _end(future: PrefectFuture[Any], job: StageJob, check: Callable[[], None]) -> Artifact | BaseException:
+def _end(future: PrefectFuture[Any], shard: Build, check: Callable[[], None]) -> Artifact | BaseException:
     """Wait for a task and return its artifact or its error."""
     while True:
         try:
@@ -145,14 +146,14 @@ def _end(future: PrefectFuture[Any], job: StageJob, check: Callable[[], None]) -
         except Exception as error:  # Ray's: a worker was killed, or a host is gone
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             return RetryableError(
-                f"{job}: lost with its worker ({reason}). Run the same command again, which makes only this shard."
+                f"{shard}: lost with its worker ({reason}). Run the same command again, which makes only this shard."
             )
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
-def shard_task(job: StageJob, build: BuildShard) -> Artifact:
+def shard_task(shard: Build, make_one: MakeShard) -> Artifact:
     """Make or reuse one shard in its own stage process."""
-    return build(job)
+    return make_one(shard)
 
 
 class _OnClusterHost:
@@ -161,24 +162,24 @@ class _OnClusterHost:
     def __init__(self, settings: dict[str, str]) -> None:
         self._settings = settings
 
-    def __call__(self, job: StageJob) -> Artifact:
+    def __call__(self, shard: Build) -> Artifact:
         for name in (_HOME, STORE_VARIABLE):  # a worker outlives a run, so an earlier run may have set them
             value = _HOST_SETTINGS.get(name, self._settings.get(name))
             if value is None:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-        protect_home(home(), group_may_read=job.config.stages.group_may_read)
-        return build_shard(job, home())
+        protect_home(home(), group_may_read=shard.config.stages.group_may_read)
+        return make_shard(shard, home())
 
 
 def _runner(
-    options: StageOptions, jobs: Sequence[StageJob]
+    options: StageOptions, shards: Sequence[Build]
 ) -> tuple[TaskRunner[Any], Callable[[], AbstractContextManager[Any]]]:
     """Return the task runner, and the context in which tasks are submitted with their resources."""
     if options.runner == "ray":
         return _ray(options)
-    return ThreadPoolTaskRunner(max_workers=local_parallelism(jobs)), nullcontext
+    return ThreadPoolTaskRunner(max_workers=local_parallelism(shards)), nullcontext
 
 
 def _ray(options: StageOptions) -> tuple[TaskRunner[Any], Callable[[], AbstractContextManager[Any]]]:

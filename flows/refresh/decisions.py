@@ -27,7 +27,8 @@ from draftsmith.artifacts.tracking.registry import CHAMPION, PROMOTION_TAGS, Cha
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.config.options import RunOptions
 from draftsmith.flows.execution.display import Display
-from draftsmith.flows.planning.graph import UNSERVED, Conclusion, EarlyEnd, Node, OutdatedPlanError
+from draftsmith.flows.planning.graph import Node
+from draftsmith.flows.planning.plan import UNSERVED, Conclusion, EarlyEnd, OutdatedPlanError
 from draftsmith.flows.refresh.config import CHAMPION as CHAMPION_WEIGHTS
 from draftsmith.flows.refresh.config import RefreshConfig, measured_with, prompts_since
 from draftsmith.flows.refresh.line import (

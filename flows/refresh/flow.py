@@ -15,7 +15,7 @@ from draftsmith.artifacts.redaction import redact_logs
 from draftsmith.flows.execution.display import Display
 from draftsmith.flows.orchestration.flow_run import announce, run_task
 from draftsmith.flows.orchestration.run import run_graph
-from draftsmith.flows.planning.graph import Conclusion
+from draftsmith.flows.planning.plan import Conclusion
 from draftsmith.flows.refresh.config import RefreshConfig
 from draftsmith.flows.refresh.graph import REFRESH
 from draftsmith.flows.refresh.line import registry

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from draftsmith.flows.checks.check import RunChecks
-from draftsmith.flows.planning.graph import Node, Pipeline
+from draftsmith.flows.planning.graph import Node
+from draftsmith.flows.planning.plan import Pipeline
 from draftsmith.flows.refresh.config import (
     RefreshConfig,
     control_config,

@@ -14,7 +14,8 @@ from draftsmith.artifacts.results.evaluation import DiagnosisResult
 from draftsmith.flows.checks.check import RunChecks
 from draftsmith.flows.config.options import RunOptions
 from draftsmith.flows.execution.display import Display, EndedRun
-from draftsmith.flows.planning.graph import Node, Pipeline
+from draftsmith.flows.planning.graph import Node
+from draftsmith.flows.planning.plan import Pipeline
 from draftsmith.flows.refresh.config import RefreshConfig
 from draftsmith.flows.refresh.graph import first_nodes
 from draftsmith.flows.refresh.line import registry

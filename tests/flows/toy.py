@@ -12,7 +12,8 @@ from typing import Any, Literal
 from draftsmith.artifacts.errors import RefusedError
 from draftsmith.flows.config.options import RunOptions
 from draftsmith.flows.execution.display import Display, EndedRun
-from draftsmith.flows.planning.graph import Conclusion, EarlyEnd, Node, Pipeline
+from draftsmith.flows.planning.graph import Node
+from draftsmith.flows.planning.plan import Conclusion, EarlyEnd, Pipeline
 from tests.flows.toy_stages.collect import CollectConfig
 from tests.flows.toy_stages.combine import CombineConfig
 from tests.flows.toy_stages.squares import SquaresConfig

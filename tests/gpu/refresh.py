@@ -21,17 +21,18 @@ import numpy as np
 import torch
 
 from draftsmith.artifacts.results.evaluation import EvaluationResult
-from draftsmith.artifacts.store.local import Claim, Store
+from draftsmith.artifacts.store.attempt import Attempt
+from draftsmith.artifacts.store.local import Store
 from draftsmith.artifacts.store.manifest import Artifact, Manifest
 from draftsmith.flows.checks.findings import RaisingFindings
 from draftsmith.flows.checks.memory import Hardware, model_sizes, node_need, stage_uses
 from draftsmith.flows.checks.models import check_drafters
 from draftsmith.flows.config.load import config_from_fields
-from draftsmith.flows.execution.attempt import StageJob, Watch, run_attempt
 from draftsmith.flows.execution.machine import Device
+from draftsmith.flows.execution.make import run_attempt
 from draftsmith.flows.execution.process import Event
-from draftsmith.flows.planning.graph import Node, Selection, cache_key, node_seed
-from draftsmith.flows.planning.inputs import external_digests
+from draftsmith.flows.planning.graph import Node, Selection
+from draftsmith.flows.planning.plan import Build
 from draftsmith.flows.refresh.config import RefreshConfig
 from draftsmith.flows.refresh.graph import REFRESH
 from draftsmith.stages.drafters.dflash.config import DFlashConfig
@@ -183,19 +184,15 @@ def run(config: RefreshConfig, store: Store) -> list[dict[str, Any]]:
 
 def _build(node: Node, inputs: Mapping[str, Artifact], config: RefreshConfig, store: Store) -> Artifact:
     """Return the artifact of a node, made by a process unless the store has it."""
-    external = external_digests(node.config)
-    key = cache_key(node, inputs, node_seed(node, config), REFRESH, external)
-    job, rates = StageJob(config, REFRESH, node, inputs, key, external), Rates()
-    with store.claim(job.stage, key) as claim:
-        if not isinstance(claim, Claim):
+    build, rates = Build.of(REFRESH, config, node, inputs), Rates()
+    with store.claim(build.stage, build.key) as claim:
+        if not isinstance(claim, Attempt):
             return claim
-        summary, seconds, made_from = run_attempt(job, claim, store.root.parent, Device(), Watch(rates.follow))
+        made_from = run_attempt(build, claim, store.root.parent, Device(), rates.follow)
         answers = inputs["trajectories"].manifest if "trajectories" in inputs else None
         rate = _tokens_per_s(node, rates, answers)
-        metrics = summary | ({} if rate is None else {"tokens_per_s": rate})
-        return store.commit(
-            claim, made_from.model_copy(update={"node": node.name}), metrics=metrics, duration_s=seconds
-        )
+        metrics = made_from.metrics | ({} if rate is None else {"tokens_per_s": rate})
+        return claim.commit(made_from.model_copy(update={"metrics": metrics}))
 
 
 def _tokens_per_s(node: Node, rates: Rates, answers: Manifest | None) -> float | None:

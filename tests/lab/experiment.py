@@ -27,7 +27,8 @@ from draftsmith.flows.checks.check import RunChecks
 from draftsmith.flows.config.load import merge_configs
 from draftsmith.flows.config.options import RunOptions
 from draftsmith.flows.orchestration.run import run_graph
-from draftsmith.flows.planning.graph import Node, Pipeline, load_attribute
+from draftsmith.flows.planning.graph import Node
+from draftsmith.flows.planning.plan import Pipeline, load_attribute
 from draftsmith.stages.catalog import STAGES
 from draftsmith.stages.data.prompts import PromptsConfig
 from draftsmith.stages.engines.stage import RolloutConfig

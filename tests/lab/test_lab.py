@@ -13,8 +13,10 @@ from pydantic import ValidationError
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.store.local import Store
 from draftsmith.flows.config.load import read_config
+from draftsmith.flows.config.options import RunOptions
 from draftsmith.flows.execution.display import Display
-from draftsmith.flows.planning.graph import Node, Selection, cache_key
+from draftsmith.flows.planning.graph import Node, Selection
+from draftsmith.flows.planning.plan import Build
 from draftsmith.flows.refresh.graph import REFRESH
 from draftsmith.stages.catalog import STAGES
 from draftsmith.stages.replay.trace import AcceptanceStats
@@ -80,10 +82,11 @@ def test_the_key_holds_the_source_of_a_named_loss(stage: str, tmp_path: Path, mo
         SftConfig(loss=name) if stage == "sft" else OpdConfig.model_validate({"loss": {"response": {"loss": name}}})
     )
     node = Node("it", STAGES[stage], config)
-    before = cache_key(node, {}, 0, REFRESH)
-    assert cache_key(node, {}, 0, REFRESH) == before
+    run = RunOptions(name="t")
+    before = Build.of(REFRESH, run, node, {}).key
+    assert Build.of(REFRESH, run, node, {}).key == before
     source.write_text("def mine(logits, log_p): return log_p.sum(-1)\n")
-    assert cache_key(node, {}, 0, REFRESH) != before
+    assert Build.of(REFRESH, run, node, {}).key != before
 
 
 @pytest.mark.parametrize("name", ["tv", "lk", "cross-entropy", "nowhere.at_all:mine", "tests.lab.losses:"])

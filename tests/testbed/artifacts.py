@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from draftsmith.artifacts.store.local import Claim, Store
+from draftsmith.artifacts.store.attempt import Attempt
+from draftsmith.artifacts.store.local import Store
 from draftsmith.artifacts.store.manifest import Artifact, InputEntry, Manifest, PendingManifest
 
 Fill = Mapping[str, str] | Callable[[Path], object]
@@ -19,18 +20,17 @@ def committed(store: Store, stage: str, fill: Fill, key: str = "ab", *, force: b
     manifest.
     """
     with store.claim(stage, (key * 64)[:64], force=force) as claim:
-        assert isinstance(claim, Claim)
+        assert isinstance(claim, Attempt)
         if callable(fill):
             fill(claim.out)
         else:
             for name, text in fill.items():
                 (claim.out / name).parent.mkdir(parents=True, exist_ok=True)
                 (claim.out / name).write_text(text)
-        metrics = fields.pop("metrics", {})
-        return store.commit(claim, made_from(claim, **fields), metrics=metrics)
+        return claim.commit(made_from(claim, **fields))
 
 
-def made_from(claim: Claim, inputs: Mapping[str, Artifact] = {}, **fields: Any) -> PendingManifest:
+def made_from(claim: Attempt, inputs: Mapping[str, Artifact] = {}, **fields: Any) -> PendingManifest:
     """Return what a claimed artifact is made from. fields: of the manifest, if they matter."""
     entries = {name: InputEntry.of(made) for name, made in inputs.items()}
     usual: dict[str, Any] = {"config": {}, "code_digest": "c", "seed": 0}

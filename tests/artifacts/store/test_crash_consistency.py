@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.store.local import Claim, Store
+from draftsmith.artifacts.store.attempt import Attempt
+from draftsmith.artifacts.store.local import Store
 from draftsmith.artifacts.store.manifest import Artifact
 from draftsmith.stages.runtime.checkpoint import load_checkpoint, save_checkpoint
 from tests.artifacts.store.forgetful_disk import NAMES_AHEAD, SYNCED, Crash, ForgetfulDisk
@@ -18,13 +19,13 @@ FILES = {"table.parquet": "rows", "drafter/model.safetensors": "weights", "deep/
 
 def make(store: Store, content: str, *, force: bool = False) -> Artifact:
     with store.claim("rollout", KEY, force=force) as claim:
-        assert isinstance(claim, Claim)
+        assert isinstance(claim, Attempt)
         for name, text in FILES.items():
             path = claim.out / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(f"{text} {content}")
         (claim.work / "checkpoint").write_text("step 7")
-        return commit(store, claim)
+        return commit(claim)
 
 
 def lost(crash: Crash, folder: Path, extreme: str, allowed: set[str]) -> str | None:
@@ -33,7 +34,7 @@ def lost(crash: Crash, folder: Path, extreme: str, allowed: set[str]) -> str | N
     store = Store(folder / "store")
     try:
         with store.claim("rollout", KEY) as found:
-            if isinstance(found, Claim):
+            if isinstance(found, Attempt):
                 return None if "" in allowed else "the artifact is gone"
             store.verify(found)
         content = (found.path / "table.parquet").read_text()

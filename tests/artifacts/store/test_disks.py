@@ -20,7 +20,8 @@ SCRIPT = """
     from draftsmith.artifacts.errors import DraftsmithError
     from draftsmith.artifacts.tables.parquet import write_table
     from draftsmith.artifacts.tables.schemas import PROMPTS
-    from draftsmith.artifacts.store.local import Claim, Store
+    from draftsmith.artifacts.store.attempt import Attempt
+from draftsmith.artifacts.store.local import Store
     from tests.testbed.artifacts import made_from
 
     folder = Path(sys.argv[1])
@@ -28,10 +29,10 @@ SCRIPT = """
 
     def make(key, tokens):
         with store.claim("prompts", key * 64) as claim:
-            assert isinstance(claim, Claim)
+            assert isinstance(claim, Attempt)
             row = dict(prompt_id="a", source="", split="train", messages=[], token_ids=tokens)
             write_table(claim.out / "prompts.parquet", PROMPTS, [row])
-            return store.commit(claim, made_from(claim))
+            return claim.commit(made_from(claim))
 
     first = make("a", [1, 2, 3])
     exec(sys.argv[2])
@@ -97,7 +98,7 @@ COMMIT = """
                     other.write(bytes(4096))
         except OSError as error:
             print(error.strerror)
-        made = store.commit(claim, made_from(claim))
+        made = claim.commit(made_from(claim))
     print(*sorted(path.name for path in made.path.iterdir()))
 """
 

@@ -11,7 +11,8 @@ import boto3
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
-from draftsmith.artifacts.store.local import Claim, Store
+from draftsmith.artifacts.store.attempt import Attempt
+from draftsmith.artifacts.store.local import Store
 from draftsmith.artifacts.store.manifest import MANIFEST, Artifact
 from draftsmith.artifacts.store.mirror import STORE_VARIABLE, Bucket, open_store
 from tests.artifacts.store.test_store import KEY, OTHER, commit, make
@@ -133,7 +134,7 @@ def two_files(store: Store, *, key: str = KEY, force: bool = False, texts: tuple
         (claim.out / "deep").mkdir(exist_ok=True)
         (claim.out / "a.txt").write_text(texts[0])
         (claim.out / "deep" / "b.txt").write_text(texts[1])
-        return commit(store, claim)
+        return commit(claim)
 
 
 def found_in(store: Store) -> Artifact:
@@ -207,13 +208,13 @@ def test_an_interrupted_upload_creates_no_artifact_and_is_continued(
 
 def test_the_first_of_two_concurrent_commits_counts(a: Store, b: Store, caplog: pytest.LogCaptureFixture) -> None:
     with a.claim("rollout", KEY) as one, b.claim("rollout", KEY) as other:
-        assert isinstance(one, Claim) and isinstance(other, Claim)
+        assert isinstance(one, Attempt) and isinstance(other, Attempt)
         for claim, text in ((one, "first"), (other, "second")):
             (claim.out / "same.txt").write_text("same")
             (claim.out / "data.txt").write_text(text)
-        made = commit(a, one)
+        made = commit(one)
         with caplog.at_level(logging.WARNING):
-            taken = commit(b, other)
+            taken = commit(other)
     assert "another host made rollout/" in caplog.text
     assert taken.content_id == made.content_id and taken.path == b.path("rollout", KEY)
     b.fetch(taken)
@@ -244,7 +245,7 @@ def test_an_artifact_from_before_the_bucket_is_uploaded_and_not_made_again(a: St
     damaged = make(Store(tmp_path / "a" / "store"), key=OTHER)
     (damaged.path / "data.txt").write_text("anSwer")
     with a.claim("rollout", OTHER) as claim:
-        assert isinstance(claim, Claim)  # damaged, so it is made again
+        assert isinstance(claim, Attempt)  # damaged, so it is made again
 
 
 @pytest.mark.parametrize("verify", ["verify_once", "verify"])

@@ -11,7 +11,8 @@ import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.locks import LockTimeoutError, locked
-from draftsmith.artifacts.store.local import REPLACED, Claim, Store
+from draftsmith.artifacts.store.attempt import Attempt
+from draftsmith.artifacts.store.local import REPLACED, Store
 from draftsmith.artifacts.store.manifest import ELSEWHERE, MANIFEST, Artifact
 from draftsmith.artifacts.store.retention import artifacts_in_use, exclusive_for_prune, leftovers, unused_artifacts
 from tests.testbed.artifacts import committed
@@ -32,7 +33,7 @@ def store(tmp_path: Path) -> Store:
 def attempt(store: Store, key: str, age_days: float) -> Path:
     """Create an unfinished attempt that was last touched `age_days` ago."""
     with store.claim("sft", key) as claim:
-        assert isinstance(claim, Claim)
+        assert isinstance(claim, Attempt)
         (claim.work / "checkpoint.pt").write_bytes(b"x" * 100)
     age(store.partial_path("sft", key), age_days)
     return store.partial_path("sft", key)
@@ -63,7 +64,7 @@ def test_shards_stay_while_an_attempt_of_their_stage_may_use_them(tmp_path: Path
     shard = committed(store, "mining.shard", {"x": "rows"}, KEY).path
     (old,) = leftovers(tmp_path, time.time() + 1)
     with store.claim("mining", OLD) as node:
-        assert isinstance(node, Claim)
+        assert isinstance(node, Attempt)
         assert leftovers(tmp_path, time.time() + 1) == [] and not old.remove()
     assert [each.kind for each in leftovers(tmp_path, time.time() + 1)] == ["unfinished attempt"] and not old.remove()
     committed(store, "mining", {"x": "rows"}, OLD)

@@ -15,7 +15,8 @@ import pytest
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.locks import LockLostError
-from draftsmith.artifacts.store.local import Claim, Store
+from draftsmith.artifacts.store.attempt import Attempt
+from draftsmith.artifacts.store.local import Store
 from draftsmith.artifacts.store.manifest import (
     MANIFEST,
     Artifact,
@@ -29,10 +30,9 @@ KEY = "ab" * 32
 OTHER = "cd" * 32
 
 
-def commit(store: Store, claim: Claim | Artifact, **changes: Any) -> Artifact:
-    assert isinstance(claim, Claim)
-    metrics = changes.pop("metrics", {})
-    return store.commit(claim, made_from(claim, **changes), metrics=metrics)
+def commit(claim: Attempt | Artifact, **changes: Any) -> Artifact:
+    assert isinstance(claim, Attempt)
+    return claim.commit(made_from(claim, **changes))
 
 
 def make(store: Store, text: str = "answer", key: str = KEY, stage: str = "rollout", force: bool = False) -> Artifact:
@@ -40,7 +40,7 @@ def make(store: Store, text: str = "answer", key: str = KEY, stage: str = "rollo
         if isinstance(claim, Artifact):
             return claim
         (claim.out / "data.txt").write_text(text)
-        return commit(store, claim)
+        return commit(claim)
 
 
 @pytest.fixture
@@ -59,13 +59,12 @@ def test_the_home_is_absolute_and_follows_the_environment(tmp_path: Path, monkey
 def test_a_committed_artifact_is_found_with_its_manifest(store: Store) -> None:
     source = make(store, key=OTHER, stage="prompts")
     with store.claim("rollout", KEY) as claim:
-        assert isinstance(claim, Claim)
+        assert isinstance(claim, Attempt)
         (claim.out / "deep").mkdir()
         (claim.out / "deep" / "data.txt").write_text("answer")
         (claim.out / "metrics.jsonl").write_text("{}")
         (claim.work / "shard").write_text("unfinished")
         ref = commit(
-            store,
             claim,
             config={"batch": 4},
             inputs={"prompts": source},
@@ -115,7 +114,7 @@ def test_a_forced_claim_starts_empty_or_continues_a_forced_attempt(
 
     def attempt(force: bool, saved: str) -> list[str]:
         with store.claim("rollout", KEY, force=force) as claim:
-            assert isinstance(claim, Claim)
+            assert isinstance(claim, Attempt)
             names.append(claim.forced)
             saved_before = [path.read_text() for path in claim.work.iterdir()]
             (claim.work / "checkpoint").write_text(saved)
@@ -158,7 +157,7 @@ def test_files_that_changed_after_a_failed_commit_are_made_again(store: Store, m
             make(store)
     (store.partial_path("rollout", KEY) / "out" / "data.txt").write_text("other answers")
     with store.claim("rollout", KEY) as claim:
-        assert isinstance(claim, Claim)
+        assert isinstance(claim, Attempt)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +190,7 @@ def test_nothing_is_committed_if_the_lock_is_lost_while_files_are_hashed(
 ) -> None:
     """Hashing a large artifact takes minutes, in which another process may take over the lock."""
     with store.claim("rollout", KEY) as claim:
-        assert isinstance(claim, Claim)
+        assert isinstance(claim, Attempt)
         (claim.out / "data.txt").write_text("late")
         lock = claim.lock.path
 
@@ -201,16 +200,16 @@ def test_nothing_is_committed_if_the_lock_is_lost_while_files_are_hashed(
 
         monkeypatch.setattr("draftsmith.artifacts.store.local.describe_files", taken_over)
         with pytest.raises(LockLostError):
-            commit(store, claim)
+            commit(claim)
     assert not store.path("rollout", KEY).exists()
 
 
 def test_a_link_in_an_artifact_is_refused(store: Store, tmp_path: Path) -> None:
     with store.claim("rollout", KEY) as claim:
-        assert isinstance(claim, Claim)
+        assert isinstance(claim, Attempt)
         (claim.out / "weights").symlink_to(tmp_path)
         with pytest.raises(DraftsmithError, match=r"weights: an artifact holds only regular files"):
-            commit(store, claim)
+            commit(claim)
 
 
 @pytest.mark.parametrize(
@@ -250,9 +249,9 @@ def test_verify_detects_a_changed_byte_and_an_added_file(store: Store) -> None:
 
 def test_a_flipped_bit_in_a_manifest_is_detected_or_harmless(store: Store) -> None:
     with store.claim("rollout", KEY) as claim:
-        assert isinstance(claim, Claim)
+        assert isinstance(claim, Attempt)
         (claim.out / "data.txt").write_text("answer")
-        ref = commit(store, claim, config={"rate": 1e-4, "names": ["ä", {"b": 1.0}]}, metrics={"tau": 2.5})
+        ref = commit(claim, config={"rate": 1e-4, "names": ["ä", {"b": 1.0}]}, metrics={"tau": 2.5})
     path, written, random = ref.path / MANIFEST, ref.manifest, Random(0)
     whole = path.read_bytes()
     for _ in range(200):

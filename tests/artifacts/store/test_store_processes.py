@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from draftsmith.artifacts.locks import Holder, LockTimeoutError, LockWait
-from draftsmith.artifacts.store.local import Claim, Store
+from draftsmith.artifacts.store.attempt import Attempt
+from draftsmith.artifacts.store.local import Store
 from draftsmith.artifacts.store.manifest import Artifact
 from tests.artifacts.store.test_store import KEY, commit
 from tests.flows.processes import wait_until
@@ -29,15 +30,16 @@ RUNNER = textwrap.dedent(
     import os, signal, sys, time
     from pathlib import Path
     from draftsmith.artifacts.errors import DraftsmithError
-    from draftsmith.artifacts.store.local import Claim, Store
+    from draftsmith.artifacts.store.attempt import Attempt
+from draftsmith.artifacts.store.local import Store
     from tests.testbed.artifacts import made_from
 
     store = Store(Path(sys.argv[1]))
     def make():
         with store.claim("rollout", sys.argv[2], force=sys.argv[4] == "force") as claim:
-            if isinstance(claim, Claim):
+            if isinstance(claim, Attempt):
                 exec(sys.argv[3], globals() | {"claim": claim})
-                return store.commit(claim, made_from(claim))
+                return claim.commit(made_from(claim))
             return claim
     try:
         print(make().content_id)
@@ -75,10 +77,10 @@ def test_a_killed_attempt_leaves_no_artifact_and_no_lock_but_its_work(store: Sto
     assert not store.is_claimed("rollout", KEY)
     assert store.find("rollout", KEY) is None and store.list() == []
     with store.claim("rollout", KEY) as claim:
-        assert isinstance(claim, Claim)
+        assert isinstance(claim, Attempt)
         assert (claim.work / "checkpoint").read_text() == "step 7"
         (claim.out / "data.txt").write_text("answer")
-        ref = commit(store, claim)
+        ref = commit(claim)
     assert list(ref.manifest.files) == ["data.txt"]  # the half-written file is not part of it
 
 
@@ -131,7 +133,7 @@ def test_a_paused_holder_whose_lock_was_taken_over_cannot_commit(store: Store, l
         print("paused", flush=True)
         os.kill(os.getpid(), signal.SIGSTOP)
         try:
-            store.commit(claim, made_from(claim))
+            claim.commit(made_from(claim))
         except DraftsmithError as error:
             print(type(error).__name__, error, flush=True)
         else:
@@ -151,9 +153,9 @@ def test_a_paused_holder_whose_lock_was_taken_over_cannot_commit(store: Store, l
         lock.unlink()
     if lost != "removed":
         with store.claim("rollout", KEY) as claim:
-            assert isinstance(claim, Claim)
+            assert isinstance(claim, Attempt)
             (claim.out / "data.txt").write_text("another")
-            ref = store.commit(claim, made_from(claim))
+            ref = claim.commit(made_from(claim))
     process.send_signal(signal.SIGCONT)
     message = process.stdout.readline()
     process.wait()

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from draftsmith.artifacts.store.local import Claim, Store
+from draftsmith.artifacts.store.attempt import Attempt
+from draftsmith.artifacts.store.local import Store
 from draftsmith.artifacts.tracking.refresh_runs import close_dead_runs
 from draftsmith.artifacts.tracking.runs import Tracking
 from tests.artifacts.tracking.test_tracking import KEY, run_of
@@ -55,10 +56,10 @@ def test_runs_of_another_machine_are_left_alone(tracking: Tracking, monkeypatch:
 def test_a_dead_run_is_finished_if_it_made_the_artifact_and_killed_if_another_did(tracking: Tracking) -> None:
     store = Store(tracking.folder / "store")
     with store.claim("sft", KEY) as claim:
-        assert isinstance(claim, Claim)
+        assert isinstance(claim, Attempt)
         run = tracking.stage_run(None, "sft", KEY)
         (claim.out / "x").write_text("x")
-        store.commit(claim, made_from(claim, mlflow_run_id=run.run_id), metrics={"tau": 2.0})
+        claim.commit(made_from(claim, mlflow_run_id=run.run_id, metrics={"tau": 2.0}))
     assert close_dead_runs(tracking, store) == ["sft"]
     assert run_of(tracking, run.run_id).info.status == "FINISHED"
     with store.claim("sft", KEY, force=True):

@@ -11,7 +11,7 @@ import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError, RefusedError, RetryableError
 from draftsmith.flows.orchestration.flow_run import flow_result, run_flow
-from draftsmith.flows.planning.graph import Conclusion
+from draftsmith.flows.planning.plan import Conclusion
 from tests.testbed.artifacts import fake_artifact
 
 NODES = {"sft": fake_artifact("sft", "k", "c", Path("/store/sft/k"))}

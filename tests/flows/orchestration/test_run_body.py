@@ -15,10 +15,11 @@ from draftsmith.artifacts.errors import EXIT_RETRYABLE, DraftsmithError, Retryab
 from draftsmith.artifacts.tracking.refresh_runs import OUTCOME
 from draftsmith.artifacts.tracking.registry import TRACKERS_FILE
 from draftsmith.flows.config.options import StageOptions
-from draftsmith.flows.execution.node import RunContext
+from draftsmith.flows.execution.make import RunContext
 from draftsmith.flows.orchestration import run
 from draftsmith.flows.orchestration.flow_run import Cancellation
-from draftsmith.flows.planning.graph import Conclusion, OutdatedPlanError, Selection
+from draftsmith.flows.planning.graph import Selection
+from draftsmith.flows.planning.plan import Conclusion, OutdatedPlanError
 from tests.flows.toy import TOY, ToyConfig, ToyPolicy, toy_policy
 from tests.testbed.artifacts import fake_artifact
 

@@ -25,7 +25,7 @@ def test_a_shard_is_made_in_the_home_of_its_run_or_of_its_host(
     monkeypatch.setattr(tasks, "_HOST_SETTINGS", own)
     monkeypatch.setattr(tasks, "protect_home", lambda *_, **__: None)
     monkeypatch.setattr(
-        tasks, "build_shard", lambda _job, home: made.append((str(home), os.environ.get(STORE_VARIABLE)))
+        tasks, "make_shard", lambda _job, home: made.append((str(home), os.environ.get(STORE_VARIABLE)))
     )
     job: Any = SimpleNamespace(config=SimpleNamespace(stages=SimpleNamespace(group_may_read=False)))
     tasks._OnClusterHost({HOME: "/homes/a", STORE_VARIABLE: "s3://a/store"})(job)

@@ -9,19 +9,12 @@ from typing import Any
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.store.local import Claim, Store
+from draftsmith.artifacts.store.attempt import Attempt
+from draftsmith.artifacts.store.local import Store
 from draftsmith.artifacts.store.manifest import Artifact
 from draftsmith.flows.config.options import StageOptions
-from draftsmith.flows.planning.graph import (
-    Node,
-    Pipeline,
-    PlannedNode,
-    Selection,
-    Status,
-    cache_key,
-    plan,
-    topological_order,
-)
+from draftsmith.flows.planning.graph import Node, Selection, topological_order
+from draftsmith.flows.planning.plan import Build, Pipeline, Status, plan
 from tests.flows.toy import COLLECT, COMBINE, TOY, ToyConfig, toy_nodes
 from tests.flows.toy_stages.collect import CollectConfig
 from tests.flows.toy_stages.combine import CombineConfig
@@ -33,11 +26,11 @@ def fill(store: Store, config: ToyConfig) -> None:
     made: dict[str, Artifact] = {}
     for node in topological_order(toy_nodes(config)):
         inputs = {name: made[source] for name, source in node.inputs.items()}
-        key = cache_key(node, inputs, config.seed, TOY)
+        key = Build.of(TOY, config, node, inputs).key
         made[node.name] = committed(store, node.stage.name, {"numbers.json": node.name}, key, inputs=inputs)
 
 
-def statuses(planned: list[PlannedNode]) -> dict[str, str]:
+def statuses(planned: list[Build]) -> dict[str, str]:
     return {item.node.name: item.status.value for item in planned}
 
 
@@ -87,7 +80,7 @@ def test_an_unfinished_attempt_is_resumed(tmp_path: Path) -> None:
     target = plan(config, store, TOY)[0]
     assert target.key is not None
     with store.claim("collect", target.key) as claim:
-        assert isinstance(claim, Claim)
+        assert isinstance(claim, Attempt)
         assert plan(config, store, TOY)[0].status is Status.RUN  # nothing saved yet
         (claim.work / "saved.json").write_text("[]")
     assert plan(config, store, TOY)[0].status is Status.RESUME

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,16 +17,16 @@ from prefect.context import FlowRunContext
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.artifacts.store.local import Store
-from draftsmith.artifacts.store.manifest import Artifact
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.cli.main import main
-from draftsmith.flows.execution import attempt
-from draftsmith.flows.execution.node import RunContext, build_node
+from draftsmith.flows.execution import make
+from draftsmith.flows.execution.make import RunContext
 from draftsmith.flows.execution.process import run_stage
 from draftsmith.flows.orchestration import run
 from draftsmith.flows.orchestration.flow_run import Cancellation, deployed
-from draftsmith.flows.planning.graph import Node, PlannedNode, Selection, Status, plan
+from draftsmith.flows.planning.graph import Selection
 from draftsmith.flows.planning.inputs import external_digests, note_listings, read_listings
+from draftsmith.flows.planning.plan import Build, Status, plan
 from draftsmith.stages.data import listing, time_window
 from draftsmith.stages.data.logs.stage import LogsConfig
 from draftsmith.stages.data.prompts import PromptsConfig
@@ -70,18 +69,18 @@ class Home:
     def number(self, path: str | Path) -> int:
         return int(json.loads((Path(path) / "numbers.json").read_text())[0])
 
-    def planned(self, *force: str, deployed: bool = False) -> dict[str, PlannedNode]:
+    def planned(self, *force: str, deployed: bool = False) -> dict[str, Build]:
         selection = Selection.from_options(force, (), (), deployed=deployed)
         return {item.node.name: item for item in plan(self.config, Store(self.path / "store"), TOY, selection)}
 
     def left_out(self, *force: str, deployed: bool = False) -> int:
         return self.planned(*force, deployed=deployed)["left"].newer_files
 
-    def task(self, context: RunContext, node: Node, inputs: Mapping[str, Artifact], *_: Any, force: bool) -> Any:
+    def task(self, context: RunContext, build: Build, *_: Any, force: bool) -> Any:
         """Retry a retryable error, as a Prefect task does."""
         while True:
             try:
-                return build_node(context, node, inputs, force=force), None
+                return make.make(context, build, force=force), None
             except RetryableError:
                 self.come("meanwhile")
 
@@ -104,7 +103,7 @@ def home(tmp_path: Path, tracking: Tracking, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking.uri)
     made = Home(tmp_path)
     monkeypatch.setattr(run, "run_node", made.task)
-    monkeypatch.setattr(attempt, "run_stage", made.stage)
+    monkeypatch.setattr(make, "run_stage", made.stage)
     return made
 
 
@@ -168,7 +167,7 @@ def test_a_listed_file_that_changes_or_disappears_fails_the_stage(
         return outcome
 
     with monkeypatch.context() as patch:
-        patch.setattr(attempt, "run_stage", change)
+        patch.setattr(make, "run_stage", change)
         with pytest.raises(DraftsmithError, match=r"left: \S+/numbers/b"):
             home.run(until="left")
     assert home.run(until="left") == 10 + (3000 if how == "grows" else 1000)
@@ -190,7 +189,7 @@ def test_a_forced_node_reads_no_new_files_except_in_a_deployment(home: Home) -> 
 def test_a_single_stage_reuses_the_last_listing(
     home: Home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(attempt, "run_stage", run_stage)  # in processes
+    monkeypatch.setattr(make, "run_stage", run_stage)  # in processes
 
     def stage(*words: str) -> Path:
         capsys.readouterr()

@@ -11,7 +11,8 @@ from draftsmith.artifacts.results.evaluation import EvaluationResult
 from draftsmith.artifacts.results.gate import GateDecision
 from draftsmith.artifacts.store.local import Store
 from draftsmith.artifacts.store.manifest import Artifact
-from draftsmith.flows.planning.graph import Conclusion, Node
+from draftsmith.flows.planning.graph import Node
+from draftsmith.flows.planning.plan import Conclusion
 from draftsmith.flows.refresh.config import RefreshConfig
 from draftsmith.flows.refresh.decisions import RefreshPolicy, resolve
 from draftsmith.flows.refresh.graph import refresh_nodes

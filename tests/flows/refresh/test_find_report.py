@@ -16,7 +16,7 @@ from draftsmith.artifacts.tracking.registry import Registry
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.cli.main import main
 from draftsmith.flows.cli.status import find_report, report_of_config
-from draftsmith.flows.planning.graph import plan
+from draftsmith.flows.planning.plan import plan
 from draftsmith.flows.refresh.graph import REFRESH
 from draftsmith.flows.refresh.summary import review
 from tests.flows.processes import ROOT

@@ -20,7 +20,7 @@ from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.cli.commands import prune
 from draftsmith.flows.cli.main import main
 from draftsmith.flows.execution.display import Display
-from draftsmith.flows.planning.graph import OutdatedPlanError
+from draftsmith.flows.planning.plan import OutdatedPlanError
 from draftsmith.flows.refresh import registry_commands
 from draftsmith.flows.refresh.decisions import RefreshPolicy, resolve
 from draftsmith.flows.refresh.graph import refresh_nodes

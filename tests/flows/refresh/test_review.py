@@ -16,9 +16,9 @@ from draftsmith.artifacts.store.local import Store
 from draftsmith.artifacts.tracking.refresh_runs import ALL
 from draftsmith.artifacts.tracking.runs import NOTE, Tracking
 from draftsmith.flows.execution.display import Display
-from draftsmith.flows.execution.node import RunContext
+from draftsmith.flows.execution.make import RunContext
 from draftsmith.flows.orchestration.run import _metrics_and_tags
-from draftsmith.flows.planning.graph import Conclusion
+from draftsmith.flows.planning.plan import Conclusion
 from draftsmith.flows.refresh.graph import REFRESH
 from draftsmith.flows.refresh.summary import compared
 from draftsmith.stages.report.review import name_of, outcome_of

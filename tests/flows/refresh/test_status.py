@@ -19,7 +19,7 @@ from draftsmith.artifacts.tracking.refresh_runs import CONTINUE, OUTCOME, RunRec
 from draftsmith.artifacts.tracking.runs import NOTE, Tracking
 from draftsmith.artifacts.tracking.terms import Status as Ended
 from draftsmith.flows.cli.main import main
-from draftsmith.flows.planning.graph import Status, plan
+from draftsmith.flows.planning.plan import Status, plan
 from draftsmith.flows.refresh.decisions import resolve
 from draftsmith.flows.refresh.graph import REFRESH
 from draftsmith.stages.data.logs.earlier import TABLE

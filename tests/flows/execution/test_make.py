@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,19 +14,20 @@ import pytest
 from rich.console import Console
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
+from draftsmith.artifacts.store import attempt
+from draftsmith.artifacts.store.attempt import Attempt
 from draftsmith.artifacts.store.checksums import Checksums
-from draftsmith.artifacts.store.local import Claim, Store
+from draftsmith.artifacts.store.local import Store
 from draftsmith.artifacts.store.manifest import ELSEWHERE, Artifact, sha256_file
 from draftsmith.artifacts.store.mirror import STORE_VARIABLE
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.cli.main import main
 from draftsmith.flows.cli.status import show_config_status
-from draftsmith.flows.execution import attempt
-from draftsmith.flows.execution.attempt import AttemptNote, StageJob, inputs_unchanged
 from draftsmith.flows.execution.display import Display
-from draftsmith.flows.execution.node import RunContext, build_node
+from draftsmith.flows.execution.make import RunContext, make, unchanged
 from draftsmith.flows.execution.process import run_stage
-from draftsmith.flows.planning.graph import Node, Status, cache_key, find_artifact, is_outdated, plan
+from draftsmith.flows.planning.graph import Node
+from draftsmith.flows.planning.plan import Build, Status, find, plan
 from tests.flows.toy import TOY, ToyConfig, toy_nodes, write_config
 from tests.flows.toy_stages.combine import CombineConfig
 from tests.testbed.artifacts import committed
@@ -39,19 +40,21 @@ class Toy:
         config = ToyConfig(name="t")
         self.nodes = {node.name: node for node in toy_nodes(config)}
         self.context = RunContext(home, config, TOY, Display(), tracking)
-        self.target = build_node(self.context, self.nodes["target"], {})
+        self.target = make(self.context, self.build(self.nodes["target"], {}))
         self.numbers = self.target.path / "numbers.json"
 
     def left(self, config: CombineConfig | None = None) -> Node:
         node = self.nodes["left"]
         return node if config is None else replace(node, config=config)
 
-    def make(self, node: Node) -> Artifact:
-        return build_node(self.context, node, {"first": self.target})
+    def build(self, node: Node, inputs: Mapping[str, Artifact] | None = None) -> Build:
+        return Build.of(TOY, self.context.config, node, {"first": self.target} if inputs is None else inputs)
+
+    def make(self, node: Node, *, force: bool = False) -> Artifact:
+        return make(self.context, self.build(node), force=force)
 
     def found(self, node: Node) -> Artifact | None:
-        key = cache_key(node, {"first": self.target}, self.context.config.seed, TOY)
-        return find_artifact(self.context.store, node, key)
+        return find(self.build(node), self.context.store)
 
     def measure(self, figures: str) -> None:
         """Build the first artifact again, with the same content and other volatile files."""
@@ -83,7 +86,7 @@ def meanwhile(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> Non
         act()
         return outcome
 
-    monkeypatch.setattr("draftsmith.flows.execution.attempt.run_stage", run_and_act)
+    monkeypatch.setattr("draftsmith.flows.execution.make.run_stage", run_and_act)
 
 
 def test_a_flipped_bit_in_an_input_is_found_before_the_stage_starts(toy: Toy) -> None:
@@ -100,7 +103,7 @@ def test_an_artifact_with_a_flipped_bit_is_not_reused(toy: Toy) -> None:
     flip(made.path / "numbers.json")
     with pytest.raises(DraftsmithError, match=r"numbers\.json: .*--force left"):
         toy.make(toy.left())
-    assert build_node(toy.context, toy.left(), {"first": toy.target}, force=True).content_id == made.content_id
+    assert toy.make(toy.left(), force=True).content_id == made.content_id
 
 
 @pytest.mark.parametrize(("how", "in_bucket"), [("flipped", True), ("gone", False)])
@@ -119,7 +122,7 @@ def test_the_output_is_discarded_if_an_input_breaks_meanwhile(
         with pytest.raises(DraftsmithError, match=r"numbers\.json") as refused:
             toy.make(node)
     assert ("--force" in str(refused.value)) is not in_bucket
-    partial = store.partial_path("combine", cache_key(node, {"first": toy.target}, 0, TOY))
+    partial = store.partial_path("combine", toy.build(node).key)
     assert not [path for path in partial.rglob("*") if path.is_file() and path.name == "numbers.json"]
     assert toy.found(node) is None
     if in_bucket:
@@ -177,7 +180,7 @@ def test_a_file_that_changes_while_it_is_read_fails_the_stage(
     addend = tmp_path / "addend"
     addend.write_text("5")
     node = toy.left(CombineConfig(addend=addend))
-    key = cache_key(node, {"first": toy.target}, 0, TOY)
+    key = toy.build(node).key
 
     def replace_it() -> None:
         addend.write_text("6")
@@ -194,14 +197,14 @@ def test_a_file_that_changes_while_it_is_read_fails_the_stage(
 
 
 def test_a_node_is_rebuilt_after_its_input_was_measured_again(toy: Toy) -> None:
-    first = build_node(toy.context, toy.left(), {"first": toy.target})
-    assert build_node(toy.context, toy.left(), {"first": toy.target}).reused
+    first = toy.make(toy.left())
+    assert toy.make(toy.left()).reused
     toy.measure("anew")
     planned = {item.node.name: item.status for item in plan(toy.context.config, toy.context.store, TOY)}
     assert (planned["target"], planned["left"]) == (Status.HIT, Status.RUN)
-    again = build_node(toy.context, toy.left(), {"first": toy.target})
+    again = toy.make(toy.left())
     assert not again.reused and again.content_id == first.content_id
-    assert build_node(toy.context, toy.left(), {"first": toy.target}).reused
+    assert toy.make(toy.left()).reused
 
 
 def test_the_next_run_adds_to_an_inconclusive_measurement(tmp_path: Path, toy: Toy) -> None:
@@ -212,18 +215,18 @@ def test_the_next_run_adds_to_an_inconclusive_measurement(tmp_path: Path, toy: T
     def statuses() -> dict[str, Status]:
         return {item.node.name: item.status for item in plan(config, toy.context.store, TOY)}
 
-    first = build_node(toy.context, nodes["target"], {})
-    left = build_node(toy.context, nodes["left"], {"first": first})
+    first = make(toy.context, toy.build(nodes["target"], {}))
+    left = make(toy.context, toy.build(nodes["left"], {"first": first}))
     assert not left.reused, "this run goes on with it"
     assert statuses()["target"] is Status.RUN
-    again = build_node(toy.context, nodes["target"], {})
+    again = make(toy.context, toy.build(nodes["target"], {}))
     assert not again.reused and again.content_id == first.content_id
     assert (again.path / "metrics.jsonl").read_text().count("\n") == 2 * 5, "it was given the first one"
-    build_node(toy.context, nodes["target"], {}, force=True)
+    make(toy.context, toy.build(nodes["target"], {}), force=True)
     assert (again.path / "metrics.jsonl").read_text().count("\n") == 5, "forced, it begins anew"
     quiet.touch()
-    assert not build_node(toy.context, nodes["target"], {}).reused
-    assert build_node(toy.context, nodes["target"], {}).reused
+    assert not make(toy.context, toy.build(nodes["target"], {})).reused
+    assert make(toy.context, toy.build(nodes["target"], {})).reused
     assert statuses()["target"] is Status.HIT
 
 
@@ -237,10 +240,10 @@ def test_an_uncommitted_artifact_of_an_earlier_measurement_is_not_used(
     with monkeypatch.context() as patch:
         patch.setattr(Store, "_complete", full)
         with pytest.raises(DraftsmithError, match="the disk is full"):
-            build_node(toy.context, toy.left(), {"first": toy.target}, force=force)
+            toy.make(toy.left(), force=force)
     toy.measure("anew")
-    made = build_node(toy.context, toy.left(), {"first": toy.target}, force=force)
-    assert not made.reused and not is_outdated(toy.left(), made, {"first": toy.target})
+    made = toy.make(toy.left(), force=force)
+    assert not made.reused and toy.build(toy.left()).reuses(made)
     assert not list(toy.context.store.root.glob("combine/.partial-*"))
 
 
@@ -264,9 +267,8 @@ def test_a_store_that_does_not_answer_discards_no_work(toy: Toy, monkeypatch: py
         raise RetryableError("s3: does not answer")
 
     with store.claim("combine", "b" * 64) as claim:
-        assert isinstance(claim, Claim)
-        job = StageJob(toy.context.config, TOY, left, {"first": toy.target}, claim.key)
-        with pytest.raises(RetryableError), inputs_unchanged(store, job, claim):
+        assert isinstance(claim, Attempt)
+        with pytest.raises(RetryableError), unchanged(store, toy.build(left), claim):
             (claim.work / "checkpoint.pt").write_text("hours")
             monkeypatch.setattr(store, "manifest_at", away)
         assert (claim.work / "checkpoint.pt").exists()
@@ -284,14 +286,13 @@ def test_a_running_node_is_shown_with_its_process_and_progress(tmp_path: Path, m
         show_config_status(Display(console), config, TOY)
         return console.export_text()
 
-    with store.claim("collect", key) as claim:
-        assert isinstance(claim, Claim)
-        note = AttemptNote(claim.out.parent, "t", "target")
-        note.progress(1, 5, "numbers", None)
+    with store.claim("collect", key, run="t", node="target") as claim:
+        assert isinstance(claim, Attempt)
+        claim.progress(1, 5, "numbers", None)
         assert f"running: node target of t on {platform.node()} (pid {os.getpid()}, user " in status()
         assert ", 1/5 numbers, " in status()
     assert "to do" in status().splitlines()[1], "a process that was killed leaves its note, and no lock"
-    note.failed(ValueError("the matrix is\nsingular"))
+    claim.failed(ValueError("the matrix is\nsingular"))
     assert "failed" in status() and "the matrix is singular" in status()
     (claim.out.parent / attempt.NOTE).write_text('{"run": ')
     assert "failed" not in status()

@@ -14,7 +14,7 @@ from typing import Any
 import boto3
 import pytest
 
-from draftsmith.artifacts.errors import DraftsmithError, RetryableError, StageInterrupted
+from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
 from draftsmith.artifacts.locks import LockWait
 from draftsmith.artifacts.store.manifest import MANIFEST, Artifact
 from draftsmith.artifacts.store.mirror import STORE_VARIABLE
@@ -22,13 +22,11 @@ from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.cli.main import main
 from draftsmith.flows.config.options import StageOptions, check_runner
 from draftsmith.flows.execution import machine
-from draftsmith.flows.execution.attempt import StageJob
 from draftsmith.flows.execution.display import Display
-from draftsmith.flows.execution.node import RunContext, build_node
+from draftsmith.flows.execution.make import MakeShard, RunContext, make, run_locally
 from draftsmith.flows.execution.process import StageFailedError
-from draftsmith.flows.execution.shards import BuildShard, run_locally
 from draftsmith.flows.orchestration.flow_run import CancelledError
-from draftsmith.flows.planning.graph import cache_key
+from draftsmith.flows.planning.plan import Build, OutdatedPlanError
 from draftsmith.stages.runtime.stage import Compute
 from tests.flows.toy import TOY, ToyConfig, toy_nodes, write_config
 from tests.flows.toy_stages.collect import CollectConfig
@@ -44,17 +42,19 @@ def test_code_edited_while_a_stage_waits_builds_nothing_under_the_old_key(
     config = ToyConfig(name="t", squares=SquaresConfig())
     node = {node.name: node for node in toy_nodes(config)}["squares"]
     context = RunContext(tmp_path, config, pipeline, Display(), tracking)
-    target = build_node(context, toy_nodes(config)[-1], {})
+    target = make(context, Build.of(pipeline, config, toy_nodes(config)[-1], {}))
+    build = Build.of(pipeline, config, node, {"first": target})
 
     def edits(*arguments: Any, **keywords: Any) -> Any:
         source[0] = "new"
         return machine.lock_devices(*arguments, **keywords)
 
-    monkeypatch.setattr("draftsmith.flows.execution.node.lock_devices", edits)
-    with pytest.raises(RetryableError, match=r"squares: the code here .* is not that of its key"):
-        build_node(context, node, {"first": target})
+    monkeypatch.setattr("draftsmith.flows.execution.make.lock_devices", edits)
+    with pytest.raises(OutdatedPlanError, match="squares: the code here is not that of its key"):
+        make(context, build)
     assert [each.stage for each in context.store.list()] == ["collect"]
-    assert build_node(context, node, {"first": target}).manifest.code_digest == "new"
+    build = Build.of(pipeline, config, node, {"first": target})  # as the next command plans
+    assert make(context, build).manifest.code_digest == "new"
 
 
 def test_an_interrupted_commit_is_finished_with_its_manifest_in_mlflow(
@@ -68,8 +68,8 @@ def test_an_interrupted_commit_is_finished_with_its_manifest_in_mlflow(
 
     with monkeypatch.context() as patched, pytest.raises(DraftsmithError, match="the disk is full"):
         patched.setattr("draftsmith.artifacts.store.local.write_text", full)
-        build_node(context, toy_nodes(config)[-1], {})
-    manifest = build_node(context, toy_nodes(config)[-1], {}).manifest
+        make(context, Build.of(TOY, config, toy_nodes(config)[-1], {}))
+    manifest = make(context, Build.of(TOY, config, toy_nodes(config)[-1], {})).manifest
     client, _ = tracking.connect()
     run = client.get_run(str(manifest.mlflow_run_id))
     assert run.info.status == "FINISHED"
@@ -91,13 +91,14 @@ def test_a_run_cancelled_while_it_waits_starts_nothing(
         raise CancelledError("cancelled in Prefect")
 
     context = RunContext(tmp_path / "home", config, TOY, Display(), tracking, check=cancelled)
+    build = Build.of(TOY, config, node, {})
     with ExitStack() as others:
         if waits_for == "the artifact":
-            others.enter_context(context.store.claim("collect", cache_key(node, {}, config.seed, TOY)))
+            others.enter_context(context.store.claim("collect", build.key))
         else:
             others.enter_context(machine.lock_devices(Compute.TIMED, "", LockWait(1)))
         with pytest.raises(CancelledError):
-            build_node(context, node, {})
+            make(context, build)
     assert not (tmp_path / "started").exists() and not list(context.home.glob("logs/*.request.json"))
 
 
@@ -109,8 +110,8 @@ def squares(
     config = ToyConfig(name="t", squares=told, stages=StageOptions(shards=shards))
     nodes = {node.name: node for node in toy_nodes(config)}
     context = RunContext(home, config, TOY, Display(), tracking, **more)
-    target = build_node(context, nodes["target"], {})
-    return build_node(context, nodes["squares"], {"first": target})
+    target = make(context, Build.of(TOY, config, nodes["target"], {}))
+    return make(context, Build.of(TOY, config, nodes["squares"], {"first": target}))
 
 
 def test_shards_change_nothing_and_a_killed_one_is_rebuilt_alone(
@@ -143,7 +144,7 @@ def test_shards_change_nothing_and_a_killed_one_is_rebuilt_alone(
 
 def test_each_shard_has_its_own_gpu(tmp_path: Path, tracking: Tracking, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(machine.FOLDER, str(tmp_path / "devices"))
-    for module in ("machine", "shards"):
+    for module in ("machine", "make"):
         monkeypatch.setattr(f"draftsmith.flows.execution.{module}.gpu_names", lambda: ["GPU-a", "GPU-b"])
     squares(tmp_path / "home", tracking, 2, note=tmp_path / "note")
     told = [line.partition("device ")[2] for line in (tmp_path / "note").read_text().splitlines()]
@@ -152,10 +153,10 @@ def test_each_shard_has_its_own_gpu(tmp_path: Path, tracking: Tracking, monkeypa
 
 def test_a_run_that_ends_asks_its_shards_to_stop(tmp_path: Path, tracking: Tracking) -> None:
     def ended(
-        jobs: Sequence[StageJob], build: BuildShard, stop: Callable[[], None], check: Callable[[], None]
+        shards: Sequence[Build], make_one: MakeShard, stop: Callable[[], None], check: Callable[[], None]
     ) -> list[Artifact]:
         stop()
-        return run_locally(jobs, build, stop, check)
+        return run_locally(shards, make_one, stop, check)
 
     with pytest.raises(StageInterrupted, match="Run the same command to continue"):
         squares(tmp_path / "home", tracking, 2, note=tmp_path / "note", pool=ended)
