@@ -176,9 +176,7 @@ def test_champions_without_a_name_lists_the_lines(
     assert [line, "1", tau] in rows and ["without-champion", "-", "-"] in rows
 
 
-def test_a_version_that_was_rolled_back_is_not_promoted_again(
-    line: str, home: Path, drafters: list[Artifact]
-) -> None:
+def test_a_version_that_was_rolled_back_is_not_promoted_again(line: str, home: Path, drafters: list[Artifact]) -> None:
     """The inputs are unchanged, so the plan has the same keys and reuses everything."""
     store, config = Store(home / "store"), config_of(line)
     finished(config, gated(store, drafters[0]))
