@@ -43,7 +43,7 @@ from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.evaluation.acceptance import acceptance_table, has_loop, tau_difference
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Replayer
-from draftsmith.stages.replay.trace import AcceptanceStats
+from draftsmith.stages.replay.steps import AcceptanceStats
 from draftsmith.stages.runtime.facts import Facts
 from draftsmith.stages.runtime.statistics import Estimate
 from draftsmith.stages.targets.causal_lm import Target

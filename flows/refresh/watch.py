@@ -23,7 +23,7 @@ from draftsmith.flows.refresh.swap import swapped_servers
 from draftsmith.stages.engines.server_state import ask_servers, count_finished, served_tau
 from draftsmith.stages.engines.servers.state import ServerState, TracedRequest
 from draftsmith.stages.evaluation.verdicts import FEWEST_IN_SLICE, too_small
-from draftsmith.stages.replay.trace import DEPTHS
+from draftsmith.stages.replay.steps import DEPTHS
 from draftsmith.stages.runtime.statistics import Estimate, jackknife, ratio
 
 _T = TypeVar("_T")

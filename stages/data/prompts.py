@@ -21,7 +21,7 @@ from draftsmith.stages.targets.info import read_target_info
 Split = Literal["train", "validation", "heldout"]
 # Held-out prompts are selected first: a text that occurs twice stays held out and is not trained on.
 SPLITS: tuple[Split, ...] = ("heldout", "validation", "train")
-_DEPTH = "depth"  # slices by the tokens of context before a verify step (`replay/trace.py`)
+_DEPTH = "depth"  # slices by the tokens of context before a verify step (`replay/steps.py`)
 
 
 class Counts(Config):

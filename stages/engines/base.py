@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
-import numpy as np
+import pyarrow as pa
 
+from draftsmith.artifacts.tables.schemas import TRACE
 from draftsmith.stages.data.trajectories import Trajectory
-from draftsmith.stages.replay.trace import Trace
+from draftsmith.stages.replay.step_tables import steps_table
+from draftsmith.stages.replay.steps import Steps
 from draftsmith.stages.targets.sampling import GREEDY, SamplingParams
 
 
@@ -24,16 +26,6 @@ class Request:
     seed: int = 0
 
 
-@dataclass(frozen=True)
-class VerifyStep:
-    """One verification: the proposals after an anchor, and how many were accepted."""
-
-    anchor: int  # position of the last committed token, the prompt included
-    accepted: int  # proposals, 0 … block_size - 1; cut at the end of the answer
-    proposed: list[int]  # block_size - 1 tokens; none where the engine does not report them
-    target_logprobs: list[float] | None = None  # of each proposal after the proposals before it, if recorded
-
-
 @dataclass
 class Completion:
     """The answer to a request.
@@ -46,7 +38,7 @@ class Completion:
     request: Request
     response_ids: list[int] = field(default_factory=list)
     finish_reason: str = ""  # "stop" or "length"
-    steps: list[VerifyStep] = field(default_factory=list)  # empty without a drafter, or if not recorded
+    steps: Steps | None = None  # None without a drafter, or if not recorded
     verify_steps: int = 0  # their number, recorded or not; 0 without a drafter
     retractions: int = 0  # prefills repeated by a full server: each gives a token without a verify step
     accepted_counts: list[int] = field(default_factory=list)  # steps with 0, 1, … accepted proposals, if only counted
@@ -60,26 +52,10 @@ class Completion:
         prompt = self.request.prompt_ids
         return Trajectory(self.request.request_id, prompt + self.response_ids, len(prompt))
 
-    def trace(self) -> Trace:
-        """Return the recorded steps, as replay returns its own."""
-        rows = [(step.anchor, step.accepted, *step.proposed) for step in self.steps]
-        columns = np.array(rows, dtype=np.int64).reshape(len(rows), len(rows[0]) if rows else 2)
-        length = len(self.request.prompt_ids) + len(self.response_ids)
-        return Trace(length, columns[:, 0], columns[:, 1], columns[:, 2:], len(rows))
 
-    def trace_rows(self) -> list[dict[str, Any]]:
-        """Return the recorded steps as rows of TRACE."""
-        return [
-            {
-                "trajectory_id": self.request.request_id,
-                "step": s,
-                "anchor": step.anchor,
-                "accepted": step.accepted,
-                "proposed_ids": step.proposed,
-                "target_logprobs": step.target_logprobs,
-            }
-            for s, step in enumerate(self.steps)
-        ]
+def recorded_table(completions: Iterable[Completion]) -> pa.Table:
+    """Return the recorded steps of some answers as rows of TRACE."""
+    return steps_table(TRACE, ((each.trajectory(), each.steps) for each in completions if each.steps))
 
 
 class Engine(Protocol):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 import torch
@@ -19,8 +19,9 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.data.trajectories import group_by_length
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.spec import DraftingConfig
-from draftsmith.stages.engines.base import Completion, Request, VerifyStep
+from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.engines.verification import BlockDrafter, Drafted, sample_target, verify
+from draftsmith.stages.replay.steps import recorded_steps
 from draftsmith.stages.runtime.memory import to_device
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.kv_cache import SlotCache
@@ -37,6 +38,7 @@ class _Row:
     done: Completion
     anchor: int  # absolute position of the last committed token
     started: float
+    steps: list[tuple[int, int, list[int], None]] = field(default_factory=list)  # anchor, accepted, proposed
 
     @property
     def request(self) -> Request:
@@ -132,6 +134,8 @@ class EmbeddedEngine:
             if self.drafter and self.context:
                 self.drafter.move_row(self.context, len(rows), index)
         row.done.seconds = time.perf_counter() - row.started
+        if self.drafter:
+            row.done.steps = recorded_steps(len(row.request.prompt_ids) + len(row.done.response_ids), row.steps)
         return row.done
 
     def _prefill(self, requests: list[Request], first_row: int) -> list[_Row]:
@@ -237,7 +241,7 @@ class EmbeddedEngine:
             anchor = row.anchor
             committed.append(row.commit(tokens[: accepted + 1], self.target.eos_ids))
             if self.drafter:
-                row.done.steps.append(VerifyStep(anchor, min(accepted, committed[-1]), block))
+                row.steps.append((anchor, min(accepted, committed[-1]), block, None))
                 row.done.verify_steps += 1
         if not advance:
             self.target.commit(ids, starts, self.cache, 0, committed)

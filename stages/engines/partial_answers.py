@@ -15,7 +15,7 @@ from draftsmith.artifacts.tables.schemas import TIMINGS, TRACE, TRAJECTORIES
 from draftsmith.stages.data.held_out import token_digest
 from draftsmith.stages.data.logs.rows import LoggedRow, logged_ids
 from draftsmith.stages.data.row_files import BadRow, read_rows
-from draftsmith.stages.engines.base import Completion, Request
+from draftsmith.stages.engines.base import Completion, Request, recorded_table
 
 SCHEMAS = {"timings": TIMINGS, "trace": TRACE, "trajectories": TRAJECTORIES}  # in the order of writing
 # All that a start reads, since tokens and steps may have 100 GB: ids and numbers of steps; of the trace its row count.
@@ -34,7 +34,7 @@ class PartialAnswers:
             self._shards.append(
                 {
                     "timings": [_timing(each) for each in completions],
-                    "trace": [row for each in completions for row in each.trace_rows()],
+                    "trace": recorded_table(completions),
                     "trajectories": [_trajectory(each, splits, engine) for each in completions],
                 }
             )

@@ -89,7 +89,7 @@ class ReplayProver:
             for start in range(0, len(self._requests), _ANSWERS):
                 batch = server.generate(self._requests[start : start + _ANSWERS])
                 # without steps: of too few tokens, or retracted
-                answers += [(answer.trajectory(), answer.trace()) for answer in batch if answer.steps]
+                answers += [(answer.trajectory(), answer.steps) for answer in batch if answer.steps]
                 pair = self._drafter(old.folder), self._drafter(self._new.folder)
                 proof = prove(self._target, *pair, answers, ReplayOptions(drafting), float32=float32)
                 if proof.swapped is not None:

@@ -23,7 +23,7 @@ from draftsmith.artifacts.results.evaluation import (
 )
 from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.evaluation.verdicts import Pair, comparison, estimate_record, pairs, too_small
-from draftsmith.stages.replay.trace import DEPTHS, EVERY, AcceptanceStats, Decisions, Trace, depth_of
+from draftsmith.stages.replay.steps import DEPTHS, EVERY, AcceptanceStats, Decisions, Steps, depth_of
 from draftsmith.stages.runtime.statistics import (
     Estimate,
     jackknife,
@@ -210,7 +210,7 @@ BEFORE, AFTER = 80, 16  # tokens around it
 TYPICAL, OF_ANSWERS = 2, 64  # typical stretches that are shown, from so many answers
 OF_SLICE = 2  # worst stretches of each slice
 Decode = Callable[[list[int]], str]
-_Stretch = tuple[float, int, int, int, Trace]  # tau, index of the answer, first step, steps
+_Stretch = tuple[float, int, int, int, Steps]  # tau, index of the answer, first step, steps
 
 
 class ContextCollector:
@@ -225,14 +225,14 @@ class ContextCollector:
         self._middle: list[_Stretch] = []  # of each answer, its stretch of median tau
         self._by_slice: dict[str, list[_Stretch]] = {}
 
-    def add(self, indices: Sequence[int], traces: Sequence[Trace]) -> None:
+    def add(self, indices: Sequence[int], traces: Sequence[Steps]) -> None:
         """Add the traces of the answers at `indices`.
 
         Of equally bad answers the first ones are kept, of an answer the first such stretch. An answer of fewer steps
         is taken as a whole, unless it has none.
         """
         for index, trace in zip(indices, traces, strict=True):
-            steps = min(STEPS, len(trace.anchors))
+            steps = min(STEPS, len(trace))
             if steps:
                 sums = np.convolve(trace.committed, np.ones(steps, dtype=np.int64), mode="valid")
                 worst = int(sums.argmin())
@@ -268,8 +268,8 @@ class ContextCollector:
         ]
 
 
-def _stretch(sums: np.ndarray, first: int, index: int, trace: Trace) -> _Stretch:
-    steps = min(STEPS, len(trace.anchors))
+def _stretch(sums: np.ndarray, first: int, index: int, trace: Steps) -> _Stretch:
+    steps = min(STEPS, len(trace))
     return int(sums[first]) / steps, index, first, steps, trace
 
 

@@ -38,7 +38,7 @@ from draftsmith.stages.engines.embedded import PREFILL_TOKENS
 from draftsmith.stages.evaluation.speed_embedded import Decoder, EmbeddedSpeedTest
 from draftsmith.stages.evaluation.timed_runs import Row, Setting
 from draftsmith.stages.evaluation.verdicts import estimate_of, estimate_record
-from draftsmith.stages.replay.trace import AcceptanceStats
+from draftsmith.stages.replay.steps import AcceptanceStats
 from draftsmith.stages.runtime.memory import out_of_memory, release_memory
 from draftsmith.stages.runtime.statistics import (
     Estimate,

@@ -74,7 +74,7 @@ from draftsmith.stages.evaluation.verdicts import Pair, comparison, pairs, verdi
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.replay.sampled import truncation_warning
-from draftsmith.stages.replay.trace import AcceptanceStats
+from draftsmith.stages.replay.steps import AcceptanceStats
 from draftsmith.stages.runtime.memory import release_memory
 from draftsmith.stages.runtime.stage import INCONCLUSIVE, WHOLE, Shard, StageContext, progress_callback
 from draftsmith.stages.runtime.statistics import Estimate, Unit

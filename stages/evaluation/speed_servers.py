@@ -22,13 +22,13 @@ import numpy as np
 from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.artifacts.results.evaluation import PLAIN, Parity, TargetDifference
-from draftsmith.artifacts.tables.parquet import read_table, to_table, write_table
+from draftsmith.artifacts.tables.parquet import read_table, write_table
 from draftsmith.artifacts.tables.schemas import REQUESTS, TRACE, TURNS
 from draftsmith.stages.data.trajectories import Prompt, Trajectory
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.drafters.spec import DraftingConfig
-from draftsmith.stages.engines.base import Completion, Request
+from draftsmith.stages.engines.base import Completion, Request, recorded_table
 from draftsmith.stages.engines.config import ServerEngineConfig
 from draftsmith.stages.engines.registry import open_servers
 from draftsmith.stages.engines.servers.engine import ServerEngine
@@ -52,8 +52,9 @@ from draftsmith.stages.evaluation.timed_runs import (
 )
 from draftsmith.stages.evaluation.validity import steady
 from draftsmith.stages.replay.options import ReplayOptions
-from draftsmith.stages.replay.parity import ParityTolerance, check_steps, check_tau, trace_rows
+from draftsmith.stages.replay.parity import ParityTolerance, check_steps, check_tau
 from draftsmith.stages.replay.replayer import Replayer, samples_proposals
+from draftsmith.stages.replay.step_tables import steps_table
 from draftsmith.stages.runtime.memory import release_memory
 from draftsmith.stages.runtime.stage import StageContext, progress_callback
 from draftsmith.stages.targets.causal_lm import Target
@@ -251,8 +252,7 @@ def _trace(
     requests = requests_for(heldout[: test.config.parity_prompts], test.config, setting, test.ctx.seed)
     answers, *_ = test.decode(engine, requests, setting, trace=can_trace)
     folder = test.ctx.work / "traced"
-    steps = [row for answer in answers for row in answer.trace_rows()]
-    write_table(folder / f"{arm}-steps.parquet", TRACE, steps)
+    write_table(folder / f"{arm}-steps.parquet", TRACE, recorded_table(answers))
     whole = [answer for answer in answers if not answer.retractions]  # a retracted answer's steps are not replay's
     if len(whole) < len(answers):
         test.ctx.log(
@@ -299,7 +299,6 @@ def _check_parity(
             progress=progress_callback(test.ctx, "trajectories"),
             cache=work / "replayed" / "parity" / arm,
         )[arm]
-        replayed = trace_rows(trajectories, traces)
         gate = ParityTolerance(
             "evaluation",
             float32=dtype == "float32",
@@ -311,12 +310,13 @@ def _check_parity(
         try:
             # sampled steps have replay's distribution, and are not the same one by one
             comparable = steps.num_rows and not samples_proposals(drafter[arm], sampling)
-            by_step = check_steps(gate, steps, to_table(TRACE, replayed)) if comparable else {}
+            replayed = steps_table(TRACE, zip(trajectories, traces, strict=True))
+            by_step = check_steps(gate, steps, replayed) if comparable else {}
             by_tau = check_tau(
                 gate,
                 np.array([answer["tokens"] - 1 for answer in answers]),
                 np.array([answer["verify_steps"] for answer in answers]),
-                np.array([len(trace.anchors) for trace in traces]),
+                np.array([len(trace) for trace in traces]),
             )
         except DraftsmithError:  # repaired servers must be measured anew
             for stale in (f"round-{round}", "block-sizes", "replayed/parity"):

@@ -20,23 +20,23 @@ import torch
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError, StageInterrupted
 from draftsmith.artifacts.results.evaluation import DiagnosisResult, ReplayChange
-from draftsmith.artifacts.tables.parquet import to_table
 from draftsmith.artifacts.tables.schemas import TRACE
 from draftsmith.stages.data.trajectories import Prompt, Trajectory, load_prompts, positions_needed
 from draftsmith.stages.drafters.base import Context, Drafter
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter, FeatureContext
 from draftsmith.stages.drafters.spec import DraftingConfig
-from draftsmith.stages.engines.base import Completion, Request
+from draftsmith.stages.engines.base import Completion, Request, recorded_table
 from draftsmith.stages.engines.config import ServerEngineConfig
 from draftsmith.stages.engines.registry import identify, open_servers
 from draftsmith.stages.engines.servers.requirements import server_requirements
 from draftsmith.stages.evaluation.diagnosis import DiagnosisConfig
 from draftsmith.stages.replay.chains import replay_sequentially
 from draftsmith.stages.replay.options import ReplayOptions
-from draftsmith.stages.replay.parity import ParityTolerance, check_steps, trace_rows
+from draftsmith.stages.replay.parity import ParityTolerance, check_steps
 from draftsmith.stages.replay.replayer import Replayer, samples_proposals
-from draftsmith.stages.replay.trace import Trace
+from draftsmith.stages.replay.step_tables import steps_table
+from draftsmith.stages.replay.steps import Steps
 from draftsmith.stages.runtime.stage import StageContext, progress_callback
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.info import read_target_info
@@ -68,7 +68,7 @@ def run(ctx: StageContext, config: DiagnosisConfig) -> None:
     served = ServedAnswers(
         [answer.trajectory() for answer in answers],
         [answer.verify_steps for answer in answers],
-        to_table(TRACE, [row for answer in answers for row in answer.trace_rows()]),
+        recorded_table(answers),
         config.sampling.params(),
         block_size,
     )
@@ -218,11 +218,11 @@ def _explained(target: Target, drafter: Drafter, served: ServedAnswers, change: 
     else:
         replayer = Replayer(target, ReplayOptions(DraftingConfig(block_size=change.block_size), served.sampling))
         traces = replayer.traces({"it": changed}, served.trajectories)["it"]
-    replayed = np.array([len(trace.anchors) for trace in traces])
+    replayed = np.array([len(trace) for trace in traces])
     tau = sum(t.answer_length - 1 for t in served.trajectories) / int(replayed.sum())
     if served.steps is not None and served.steps.num_rows and not samples_proposals(drafter, served.sampling):
         gate = ParityTolerance("diagnosis", float32=False, greedy=True, allowed=1.0)
-        rows = to_table(TRACE, trace_rows(served.trajectories, traces))
+        rows = steps_table(TRACE, zip(served.trajectories, traces, strict=True))
         mismatch = float(check_steps(gate, served.steps, rows)["mismatch_share"])
     else:
         mismatch = float(np.abs(np.asarray(served.counts) - replayed).sum() / replayed.sum())
@@ -230,7 +230,7 @@ def _explained(target: Target, drafter: Drafter, served: ServedAnswers, change: 
 
 
 @torch.no_grad()
-def _in_window(target: Target, drafter: Drafter, trajectories: Sequence[Trajectory], window: int) -> list[Trace]:
+def _in_window(target: Target, drafter: Drafter, trajectories: Sequence[Trajectory], window: int) -> list[Steps]:
     """Replay with a drafter that sees only the last `window` positions before each anchor, one block at a time."""
     head = drafter.drafting_head(target.head_weight, None)
     narrow: Any = _WindowedDrafter(drafter, window)

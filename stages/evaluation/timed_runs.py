@@ -151,7 +151,7 @@ def accepted_lengths(answer: Completion) -> list[int]:
     Such a count ignores the answer's end: a last step that went past it counts in full.
     """
     if answer.steps:
-        return [step.accepted for step in answer.steps]
+        return answer.steps.accepted.tolist()
     return [accepted for accepted, count in enumerate(answer.accepted_counts) for _ in range(count)]
 
 

@@ -19,7 +19,7 @@ from draftsmith.stages.data.trajectories import Trajectory, pad_tokens
 from draftsmith.stages.drafters.base import Context, Drafter, PreparedDrafter
 from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.replay.sampled import TargetSampler, VerifiedBlocks, draft_sampled
-from draftsmith.stages.replay.trace import Trace
+from draftsmith.stages.replay.steps import Steps
 from draftsmith.stages.runtime.memory import to_device
 
 # Blocks that a round should hold, by type of device, before more chains are worth their extra blocks: by then matrix
@@ -43,7 +43,7 @@ def replay_chains(
     *,
     sampler: TargetSampler | None = None,
     with_proposals: bool = True,
-) -> list[Trace]:
+) -> list[Steps]:
     """Return the traces of a batch of trajectories.
 
     context: of the same trajectories, padded to one length.
@@ -86,8 +86,8 @@ def replay_chains(
 
 @torch.no_grad()
 def with_confidence(
-    drafter: PreparedDrafter, context: Context, trajectories: Sequence[Trajectory], traces: Sequence[Trace]
-) -> list[Trace]:
+    drafter: PreparedDrafter, context: Context, trajectories: Sequence[Trajectory], traces: Sequence[Steps]
+) -> list[Steps]:
     """Return the traces with the drafter's confidence in their proposals: one more pass of its layers, without a head.
 
     context: of the same trajectories, padded to one length.
@@ -226,7 +226,7 @@ class ChainState:
         following = {int(a) for a in anchors + accepted + 1}
         self.live = sorted(a for a in following if a <= self.last and self.accepted[a] == NOT_EVALUATED)
 
-    def trace(self) -> Trace:
+    def trace(self) -> Steps:
         """Read the trace off the evaluated anchors."""
         anchors, anchor = [], self.first
         while anchor <= self.last:
@@ -235,12 +235,19 @@ class ChainState:
         visited = np.array(anchors, dtype=np.int64)
         evaluated = int((self.accepted != NOT_EVALUATED).sum())
         expected = None if self.expected is None else self.expected[visited]
-        return Trace(self.length, visited, self.accepted[visited], self.proposed[visited], evaluated, expected)
+        return Steps(
+            self.length,
+            visited,
+            self.accepted[visited],
+            self.proposed[visited],
+            expected=expected,
+            evaluated_blocks=evaluated,
+        )
 
 
 def replay_sequentially(
     drafter: Drafter, context: Context, trajectory: Trajectory, block_size: int, head: Head
-) -> Trace:
+) -> Steps:
     """Return the trace of a drafter, one block after the other: the reference that parallel replay must equal.
 
     context: of this trajectory alone (batch of one), over all its positions.
@@ -266,10 +273,10 @@ def replay_sequentially(
         accepted.append(matching)
         proposed.append(proposals)
         anchor += matching + 1
-    return Trace(
+    return Steps(
         len(tokens),
         np.array(anchors, dtype=np.int64),
         np.array(accepted, dtype=np.int64),
         np.array(proposed, dtype=np.int64).reshape(len(anchors), block_size - 1),
-        len(anchors),
+        evaluated_blocks=len(anchors),
     )

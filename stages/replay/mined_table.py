@@ -15,48 +15,12 @@ from draftsmith.artifacts.tables.parquet import (
     pad_lists,
     read_table,
     shard_paths,
-    to_table,
 )
 from draftsmith.artifacts.tables.readers import KeyedRows, RowReader
 from draftsmith.artifacts.tables.schemas import EVALUATED, VERIFY_STEPS
-from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.replay.replayer import MinedGroup
-from draftsmith.stages.replay.scoring import StepScores
-from draftsmith.stages.replay.trace import Trace
+from draftsmith.stages.replay.step_tables import steps_table
 from draftsmith.stages.runtime.stage import JsonObject
-
-
-def steps_table(group: MinedGroup) -> pa.Table:
-    """Return the rows of VERIFY_STEPS of a mined group."""
-    members = zip(group.trajectories, group.traces, group.scores, strict=True)
-    return pa.concat_tables([_steps(*member) for member in members])
-
-
-def _steps(trajectory: Trajectory, trace: Trace, scores: StepScores) -> pa.Table:
-    tokens = np.array(trajectory.tokens)
-    following = np.minimum(trace.anchors + trace.accepted + 1, len(tokens) - 1)
-    columns = {
-        "trajectory_id": pa.repeat(trajectory.trajectory_id, len(trace.anchors)),
-        "step": np.arange(len(trace.anchors)),
-        "anchor": trace.anchors,
-        "accepted": trace.accepted,
-        "committed": trace.committed,
-        "rejected_offset": trace.rejected_offset,
-        "judged": trace.judged,
-        "proposed_ids": _lists(trace.proposed, pa.int32()),
-        "target_logprobs": _lists(scores.target_logprobs, pa.float32()),
-        "committed_id": np.where(trace.committed > trace.accepted, tokens[following], -1),
-        "best_logprob": scores.best_logprob,
-    }
-    return to_table(VERIFY_STEPS, pa.table(columns))
-
-
-def _lists(values: np.ndarray, kind: pa.DataType) -> pa.Array:
-    """Return [rows] lists: the rows of `values` [rows, width]."""
-    rows, width = values.shape
-    offsets = (np.arange(rows + 1) * width).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values.reshape(-1)).cast(kind))
-
 
 CERTAIN = 0.9  # the target's probability of its best token
 
@@ -158,11 +122,11 @@ class MinedShards(BufferedShards):
     def add_group(self, group: MinedGroup) -> None:
         """Add a group. It is on disk when the next shard is written."""
         totals = [
-            {"trajectory_id": trajectory.trajectory_id, **{name: getattr(trace, name) for name in _TOTALS}}
-            for trajectory, trace in zip(group.trajectories, group.traces, strict=True)
+            {"trajectory_id": trajectory.trajectory_id, **{name: getattr(steps, name) for name in _TOTALS}}
+            for trajectory, steps in group
         ]
-        steps = steps_table(group)
-        self.add({"evaluated_blocks": totals, "verify_steps": steps}, steps.num_rows)
+        rows = steps_table(VERIFY_STEPS, group)
+        self.add({"evaluated_blocks": totals, "verify_steps": rows}, rows.num_rows)
 
     def paths(self, name: str) -> list[Path]:
         if self._done:

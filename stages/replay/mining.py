@@ -131,7 +131,7 @@ def mine_shard(
             finished=lambda indices: bool(finished[indices].all()),
         ):
             shards.add_group(group)
-            done += len(group.trajectories)
+            done += len(group)
             ctx.progress(done, total, "trajectories")
             ctx.check_interrupted()
     return shards

@@ -6,7 +6,6 @@ answers, because verification is lossless. Only the steps differ.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -16,8 +15,6 @@ import pyarrow.compute as pc
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.tables.parquet import index_in, pad_lists, select_in_order
-from draftsmith.stages.data.trajectories import Trajectory
-from draftsmith.stages.replay.trace import Trace
 from draftsmith.stages.runtime.statistics import jackknife
 
 LOGPROB_TOLERANCE = 1e-3  # float32: kernels of other shapes differ by about 1e-5
@@ -60,22 +57,6 @@ class ParityTolerance:
         if self.limit or not (self.exact and self.greedy):
             bound = f"{self.section}.max_parity_mismatch allows {self.limit:.1%}"
         return DraftsmithError(f"{self.section}: {self.subject}{problem} ({share:.1%}, {bound}). {_CAUSE}")
-
-
-def trace_rows(trajectories: Sequence[Trajectory], traces: Sequence[Trace]) -> list[dict[str, object]]:
-    """Return replayed steps as rows of TRACE."""
-    return [
-        {
-            "trajectory_id": trajectory.trajectory_id,
-            "step": s,
-            "anchor": anchor,
-            "accepted": int(trace.accepted[s]),
-            "proposed_ids": trace.proposed[s].tolist(),
-            "target_logprobs": None,
-        }
-        for trajectory, trace in zip(trajectories, traces, strict=True)
-        for s, anchor in enumerate(trace.anchors.tolist())
-    ]
 
 
 COMPARED = ("trajectory_id", "anchor", "accepted", "proposed_ids", "target_logprobs")  # columns that a comparison reads

@@ -27,12 +27,12 @@ from draftsmith.stages.replay.chains import committed_tokens, draft
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Replayer, samples_proposals
 from draftsmith.stages.replay.sampled import TargetSampler, acceptance_ratio
-from draftsmith.stages.replay.trace import Trace
+from draftsmith.stages.replay.steps import Steps
 from draftsmith.stages.runtime.memory import to_device
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.sampling import SamplingParams
 
-ServedAnswer: TypeAlias = tuple[Trajectory, Trace]  # its steps as served; `proposed` is [S, 0] if only counts are known
+ServedAnswer: TypeAlias = tuple[Trajectory, Steps]  # its steps as served; `proposed` is [S, 0] if only counts are known
 
 ERROR_RATE = 0.01  # of a swap that did not happen and is reported as proven
 DECISIVE = -math.log(ERROR_RATE)  # log-likelihood ratio: Wald's bound
@@ -66,8 +66,8 @@ def prove(
     """
     replayer = Replayer(target, options)
     sampling, pair = replayer.options.sampling, (replayer.prepare(old), replayer.prepare(new))
-    answers = [answer for answer in answers if len(answer[1].anchors)]
-    steps = sum(len(served.anchors) for _, served in answers)
+    answers = [answer for answer in answers if answer[1]]
+    steps = sum(len(served) for _, served in answers)
     if not answers:
         return Proof(None, "No verify step was recorded. Ask for longer answers.")
     if float32 and sampling.greedy:

@@ -18,8 +18,8 @@ from draftsmith.stages.drafters.base import Drafter, PreparedDrafter
 from draftsmith.stages.replay.chains import replay_chains, with_confidence
 from draftsmith.stages.replay.options import TREE_TOKENS, ReplayOptions
 from draftsmith.stages.replay.sampled import TargetSampler, outside_nucleus
-from draftsmith.stages.replay.scoring import EncodedGroup, StepScores, score_traces
-from draftsmith.stages.replay.trace import AcceptanceStats, Trace
+from draftsmith.stages.replay.scoring import EncodedGroup, score_traces
+from draftsmith.stages.replay.steps import AcceptanceStats, Steps, recorded_steps
 from draftsmith.stages.runtime.memory import retry_in_halves
 from draftsmith.stages.runtime.stage import WHOLE, Shard
 from draftsmith.stages.targets.causal_lm import Target
@@ -27,13 +27,14 @@ from draftsmith.stages.targets.sampling import SamplingParams
 
 Result = TypeVar("Result")
 KeptGroup: TypeAlias = tuple[Sequence[str], EncodedGroup]  # names of the trajectories of a forward with its cache
-GroupTraces: TypeAlias = tuple[list[int], list[dict[str, Trace]]]  # indices in the set, and traces by drafter of each
+GroupTraces: TypeAlias = tuple[list[int], list[dict[str, Steps]]]  # indices in the set, and traces by drafter of each
+MinedGroup: TypeAlias = list[tuple[Trajectory, Steps]]  # scored
 
 
 class TraceConsumer(Protocol):
     """Takes every trace once."""
 
-    def add(self, indices: Sequence[int], traces: Sequence[Trace]) -> None:
+    def add(self, indices: Sequence[int], traces: Sequence[Steps]) -> None:
         """Take the traces of the trajectories `indices`."""
 
 
@@ -49,15 +50,6 @@ class ReplaySettings(TypedDict, total=False):
     shards: Sequence[Path]
 
 
-@dataclass(frozen=True)
-class MinedGroup:
-    """The traces of one group, and their scores."""
-
-    trajectories: list[Trajectory]
-    traces: list[Trace]
-    scores: list[StepScores]
-
-
 class Replayer:
     """Replays drafters on trajectories. The target reads each trajectory once for all of them."""
 
@@ -69,12 +61,12 @@ class Replayer:
 
     def traces(
         self, drafters: Mapping[str, Drafter], trajectories: Sequence[Trajectory], **settings: Unpack[ReplaySettings]
-    ) -> dict[str, list[Trace]]:
+    ) -> dict[str, list[Steps]]:
         """Return the traces of every drafter, in the order of the trajectories. settings: as of `groups`.
 
         All traces are in memory together: for the metrics of many trajectories there is `acceptance`.
         """
-        traces: dict[int, dict[str, Trace]] = {}
+        traces: dict[int, dict[str, Steps]] = {}
         for indices, by_drafter in self.groups(drafters, trajectories, **settings):
             traces |= dict(zip(indices, by_drafter, strict=True))
         return {name: [traces[i][name] for i in range(len(trajectories))] for name in drafters}
@@ -120,7 +112,7 @@ class Replayer:
         prepared = {name: self.prepare(drafter) for name, drafter in drafters.items()}
         any_samples = any(samples_proposals(drafter, options.sampling) for drafter in drafters.values())
 
-        def replay(group: Group) -> list[dict[str, Trace]]:
+        def replay(group: Group) -> list[dict[str, Steps]]:
             hidden, outside = None, [0] * len(group.trajectories)
             if any_samples:
                 read = self.target.read(group.ids, layer_ids)
@@ -138,7 +130,7 @@ class Replayer:
 
         finished = np.zeros(len(trajectories), dtype=bool)
 
-        def unfinished(indices: list[int], by_drafter: list[dict[str, Trace]]) -> GroupTraces:
+        def unfinished(indices: list[int], by_drafter: list[dict[str, Steps]]) -> GroupTraces:
             new = [row for row, index in enumerate(indices) if not finished[index]]
             finished[indices] = True
             return [indices[row] for row in new], [by_drafter[row] for row in new]
@@ -175,19 +167,18 @@ class Replayer:
         prepared = self.prepare(drafter)
         tree_tokens = tree_tokens_of(prepared.block_size) if suffixes else 0
 
-        def replay(group: Group) -> list[tuple[Trajectory, Trace, StepScores]]:
+        def replay(group: Group) -> MinedGroup:
             encoded = encode_group(self.target, group.ids, drafter.target_layer_ids, tree_tokens)
             assert encoded.features is not None
             traces = self._replay(prepared, encoded.features, group, encoded.hidden)
             if samples_proposals(drafter, sampling):
                 outside = outside_nucleus(self.target, encoded.hidden, group.trajectories, sampling)
                 traces = _with_outside(traces, outside)
-            return list(zip(group.trajectories, traces, score_traces(self.target, encoded, traces), strict=True))
+            return list(zip(group.trajectories, score_traces(self.target, encoded, traces), strict=True))
 
         for indices in group_indices(trajectories, self.options.tokens_per_group, self.options.shard):
             if not finished(indices):
-                rows = self._in_halves(trajectories, indices, replay)
-                yield MinedGroup(*map(list, zip(*rows, strict=True)))
+                yield self._in_halves(trajectories, indices, replay)
 
     def _in_halves(
         self, trajectories: Sequence[Trajectory], indices: list[int], work: Callable[[Group], Sequence[Result]]
@@ -210,7 +201,7 @@ class Replayer:
 
     def _replay(
         self, drafter: PreparedDrafter, features: torch.Tensor, group: Group, hidden: torch.Tensor | None
-    ) -> list[Trace]:
+    ) -> list[Steps]:
         """Return the traces of a group.
 
         features: [B, T, K*H] of the target; hidden: [B, T, H] of the target, where proposals are sampled.
@@ -274,15 +265,15 @@ def count_in(trajectories: Sequence[Trajectory], tokens_per_group: int, shard: S
 def score(
     target: Target,
     trajectories: Sequence[Trajectory],
-    traces: Sequence[Trace],
+    traces: Sequence[Steps],
     tokens_per_group: int,
     kept: Sequence[KeptGroup] = (),
-) -> list[StepScores]:
+) -> list[Steps]:
     """Score the rejected proposals of some steps of each trajectory, in the trajectories' order.
 
     kept: forwards of the target over all of these trajectories; left out, it reads them again.
     """
-    scores: dict[int, StepScores] = {}
+    scores: dict[int, Steps] = {}
     with torch.autocast(target.device.type, enabled=False):  # a training loop's is for the drafter alone
         for indices, encoded in _encoded(target, trajectories, traces, tokens_per_group, kept):
             of_group = [_NO_STEPS if i is None else traces[i] for i in indices]
@@ -291,13 +282,13 @@ def score(
     return [scores[i] for i in range(len(trajectories))]
 
 
-_NO_STEPS = Trace(0, *(np.zeros(0, dtype=np.int64),) * 2, np.zeros((0, 0), dtype=np.int64), 0)
+_NO_STEPS = recorded_steps(0, [])
 
 
 def _encoded(
     target: Target,
     trajectories: Sequence[Trajectory],
-    traces: Sequence[Trace],
+    traces: Sequence[Steps],
     tokens_per_group: int,
     kept: Sequence[KeptGroup],
 ) -> Iterator[tuple[list[int | None], EncodedGroup]]:
@@ -345,7 +336,7 @@ def samples_proposals(drafter: Drafter, sampling: SamplingParams) -> bool:
     return drafter.samples_proposals and not sampling.greedy
 
 
-def _with_outside(traces: Sequence[Trace], outside: Sequence[int]) -> list[Trace]:
+def _with_outside(traces: Sequence[Steps], outside: Sequence[int]) -> list[Steps]:
     """Return the traces with the number of tokens outside the nucleus."""
     return [replace(trace, outside_nucleus=count) for trace, count in zip(traces, outside, strict=True)]
 
@@ -362,7 +353,7 @@ class TraceCache(BufferedShards):
     def __init__(self, folder: Path):
         super().__init__(folder, {"traces": REPLAYED}, most=_WAITING)
 
-    def add_group(self, indices: Sequence[int], traces: Sequence[dict[str, Trace]]) -> None:
+    def add_group(self, indices: Sequence[int], traces: Sequence[dict[str, Steps]]) -> None:
         """Add a group's traces, by drafter for each trajectory. They are on disk after a while."""
         rows = [
             {
@@ -387,19 +378,19 @@ class TraceCache(BufferedShards):
 def stored_traces(folder: Path) -> Iterator[GroupTraces]:
     """Yield the traces in the folder of a `TraceCache`, a file at a time."""
     for path in shard_paths(folder / "traces"):
-        traces: dict[int, dict[str, Trace]] = {}
+        traces: dict[int, dict[str, Steps]] = {}
         table = read_table(path, REPLAYED)
         columns = zip(*table.columns, strict=True)
         for index, drafter, length, proposals, blocks, outside, *steps, expected, confidence in columns:
             anchors, accepted, proposed = (each.values.to_numpy().astype(np.int64) for each in steps)
-            traces.setdefault(index.as_py(), {})[drafter.as_py()] = Trace(
+            traces.setdefault(index.as_py(), {})[drafter.as_py()] = Steps(
                 length.as_py(),
                 anchors,
                 accepted,
                 proposed.reshape(-1, proposals.as_py()),
-                blocks.as_py(),
-                expected.values.to_numpy() if expected.is_valid else None,
-                outside.as_py(),
-                confidence.values.to_numpy().reshape(-1, proposals.as_py()) if confidence.is_valid else None,
+                expected=expected.values.to_numpy() if expected.is_valid else None,
+                confidence=confidence.values.to_numpy().reshape(-1, proposals.as_py()) if confidence.is_valid else None,
+                evaluated_blocks=blocks.as_py(),
+                outside_nucleus=outside.as_py(),
             )
         yield list(traces), list(traces.values())

@@ -10,13 +10,13 @@ and continues with that step's proposals from the states that it has there.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
 
 from draftsmith.stages.replay.options import POSITIONS_PER_CHUNK, TREE_TOKENS
-from draftsmith.stages.replay.trace import Trace
+from draftsmith.stages.replay.steps import Steps
 from draftsmith.stages.runtime.memory import to_device
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.kv_cache import Rows, SlotCache
@@ -25,14 +25,6 @@ from draftsmith.stages.targets.kv_cache import Rows, SlotCache
 # forward hardly notices: every forward has a fixed cost too.
 PADDING_SHARE = 0.25
 FREE_PADDING = 64
-
-
-@dataclass(frozen=True)
-class StepScores:
-    """The target's log-probs at the steps of one trace (S steps, K proposals)."""
-
-    target_logprobs: np.ndarray  # [S, K] float32, NaN where the trajectory ended before the proposal, or not scored
-    best_logprob: np.ndarray  # [S] float32, of the target's best token at the rejected offset, NaN without a rejection
 
 
 @dataclass(frozen=True)
@@ -49,11 +41,11 @@ class EncodedGroup:
 def score_traces(
     target: Target,
     group: EncodedGroup,
-    traces: Sequence[Trace],
+    traces: Sequence[Steps],
     *,
     rejected_only: bool = False,
-) -> list[StepScores]:
-    """Return the target's log-probs of the proposals of the traces of a group.
+) -> list[Steps]:
+    """Return the traces of a group with the target's log-probs of their proposals, and of its best tokens.
 
     Without a cache nothing after the first rejected proposal of a step is scored. With one, a forward appends at most
     `group.tree_tokens` proposals to a row: its mask has B * tree_tokens * (T + tree_tokens) entries.
@@ -61,7 +53,7 @@ def score_traces(
     """
     device = group.hidden.device
     scores = [np.full(t.proposed.shape, np.nan, dtype=np.float32) for t in traces]
-    best = [np.full(len(t.anchors), np.nan, dtype=np.float32) for t in traces]
+    best = [np.full(len(t), np.nan, dtype=np.float32) for t in traces]
 
     # ---- offsets up to the first rejection: predicted by the trajectory's own hidden states
     begin = [t.accepted if rejected_only else np.zeros_like(t.anchors) for t in traces]
@@ -78,9 +70,12 @@ def score_traces(
         values = (logits[index].amax(-1) - total[index]).cpu().numpy()
         for b, s, value in zip(chunk.row[rejected], chunk.step[rejected], values, strict=True):
             best[b][s] = value
-    step_scores = [StepScores(*of_trace) for of_trace in zip(scores, best, strict=True)]
+    scored = [
+        replace(trace, target_logprobs=logprobs, best_logprob=of_best)
+        for trace, logprobs, of_best in zip(traces, scores, best, strict=True)
+    ]
     if group.cache is None:
-        return step_scores
+        return scored
 
     # ---- later offsets: leaves on the cache; a rejected proposal predicts the one after it
     leaves = _Proposals.from_traces(
@@ -93,7 +88,7 @@ def score_traces(
     else:
         for chunk in _leaf_chunks(leaves, group.tree_tokens):
             _score_leaves(target, group, chunk, traces, scores)
-    return step_scores
+    return scored
 
 
 @dataclass(frozen=True)
@@ -109,7 +104,7 @@ class _Proposals:
     token: np.ndarray
 
     @classmethod
-    def from_traces(cls, traces: Sequence[Trace], first: Sequence[np.ndarray], end: Sequence[np.ndarray]) -> _Proposals:
+    def from_traces(cls, traces: Sequence[Steps], first: Sequence[np.ndarray], end: Sequence[np.ndarray]) -> _Proposals:
         """Take columns first … end-1 of every step. first, end: [S] for each trace."""
         by_trace = []
         for row, (trace, begin, stop) in enumerate(zip(traces, first, end, strict=True)):
@@ -195,7 +190,7 @@ def _score_leaves(
     target: Target,
     group: EncodedGroup,
     leaves: _Proposals,
-    traces: Sequence[Trace],
+    traces: Sequence[Steps],
     scores: list[np.ndarray],
 ) -> None:
     """Run one forward over some leaves. It writes to entries T, T+1, … of the cache, which the next one overwrites."""
@@ -230,7 +225,7 @@ def _score_leaves(
 
 
 def _write_following(
-    target: Target, hidden: torch.Tensor, leaves: _Proposals, traces: Sequence[Trace], scores: list[np.ndarray]
+    target: Target, hidden: torch.Tensor, leaves: _Proposals, traces: Sequence[Steps], scores: list[np.ndarray]
 ) -> None:
     """Write the log-probs of the proposals after rejected ones, whose hidden states [N, H] predict them."""
     following = np.array(
@@ -241,7 +236,7 @@ def _write_following(
 
 
 def _score_one_by_one(
-    target: Target, group: EncodedGroup, leaves: _Proposals, traces: Sequence[Trace], scores: list[np.ndarray]
+    target: Target, group: EncodedGroup, leaves: _Proposals, traces: Sequence[Steps], scores: list[np.ndarray]
 ) -> None:
     """Run two short forwards per rejection: over the text up to it, and over the proposals from it on.
 

@@ -34,7 +34,7 @@ from draftsmith.stages.evaluation.speed_embedded import Decoder, EmbeddedSpeedTe
 from draftsmith.stages.evaluation.timed_runs import Setting
 from draftsmith.stages.evaluation.verdicts import estimate_of
 from draftsmith.stages.replay.replayer import Replayer
-from draftsmith.stages.replay.trace import AcceptanceStats
+from draftsmith.stages.replay.steps import AcceptanceStats
 from draftsmith.stages.targets.causal_lm import Target
 from tests.benchmarks import harness
 from tests.testbed import cache

@@ -26,7 +26,7 @@ from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.replay import proof
 from draftsmith.stages.replay.replayer import Replayer
-from draftsmith.stages.replay.trace import Trace
+from draftsmith.stages.replay.steps import Steps
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.sampling import GREEDY
 from tests.benchmarks import harness
@@ -49,7 +49,7 @@ def everywhere(trajectories: Sequence[Trajectory]) -> list[proof.ServedAnswer]:
     for t in trajectories:
         anchors = np.arange(t.first_anchor, t.last_anchor + 1)
         nothing = np.zeros_like(anchors)
-        answers.append((t, Trace(len(t.tokens), anchors, nothing, np.zeros((len(anchors), 0), np.int64), 0)))
+        answers.append((t, Steps(len(t.tokens), anchors, nothing, np.zeros((len(anchors), 0), np.int64))))
     return answers
 
 

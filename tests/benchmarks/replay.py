@@ -38,7 +38,7 @@ from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.replay.chains import replay_chains, replay_sequentially
 from draftsmith.stages.replay.stage import MiningConfig
-from draftsmith.stages.replay.trace import Trace
+from draftsmith.stages.replay.steps import Steps
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.sampling import SamplingParams
 from tests.benchmarks import harness
@@ -71,7 +71,7 @@ class Bench:
         grouped = group_by_length([len(t.tokens) for t in self.trajectories], TOKENS_PER_FORWARD)
         return [[self.trajectories[i] for i in group] for group in grouped]
 
-    def sequentially(self) -> list[Trace]:
+    def sequentially(self) -> list[Steps]:
         return [
             replay_sequentially(
                 self.drafter, self.context([t], self.features([t])), t, self.drafter.block_size, self.head
@@ -79,12 +79,12 @@ class Bench:
             for t in self.trajectories
         ]
 
-    def replay(self, group: list[Trajectory], context: Context, count: int | None) -> list[Trace]:
+    def replay(self, group: list[Trajectory], context: Context, count: int | None) -> list[Steps]:
         return replay_chains(PreparedDrafter(self.drafter, self.head, self.drafter.block_size), context, group, count)
 
-    def chains(self, count: int | None) -> list[Trace]:
+    def chains(self, count: int | None) -> list[Steps]:
         """Replay in so many chains; return the traces in the order of the trajectories."""
-        by_id: dict[str, Trace] = {}
+        by_id: dict[str, Steps] = {}
         for group in self.groups():
             traces = self.replay(group, self.context(group, self.features(group)), count)
             by_id |= {t.trajectory_id: trace for t, trace in zip(group, traces, strict=True)}
@@ -104,19 +104,19 @@ class Bench:
         ]
         capacity = max(len(t.tokens) for t in self.trajectories) + self.drafter.block_size
         engine = EmbeddedEngine(self.target, self.drafter, slots=slots, capacity=capacity)
-        return sum(len(done.steps) for done in engine.generate(requests))
+        return sum(done.verify_steps for done in engine.generate(requests))
 
 
-def _keep(found: dict[str, list[Trace]], name: str, work: Callable[[], list[Trace]]) -> None:
+def _keep(found: dict[str, list[Steps]], name: str, work: Callable[[], list[Steps]]) -> None:
     found[name] = work()
 
 
 def measure(bench: Bench, chains: int, decoded: int, repetitions: int) -> list[dict[str, Any]]:
     """Measure all methods in alternation; return a row for each."""
     one_request, slots = "speculative decoding, one request", f"speculative decoding, {SLOTS} requests"
-    found: dict[str, list[Trace]] = {}
+    found: dict[str, list[Steps]] = {}
     served: dict[str, int] = {}
-    replays: dict[str, Callable[[], list[Trace]]] = {
+    replays: dict[str, Callable[[], list[Steps]]] = {
         "sequential replay": bench.sequentially,
         "one chain": lambda: bench.chains(1),
         f"{chains} chains": lambda: bench.chains(chains),
@@ -151,7 +151,7 @@ def measure(bench: Bench, chains: int, decoded: int, repetitions: int) -> list[d
     return rows
 
 
-def _same(trace: Trace, reference: Trace) -> bool:
+def _same(trace: Steps, reference: Steps) -> bool:
     return np.array_equal(trace.anchors, reference.anchors) and np.array_equal(trace.proposed, reference.proposed)
 
 

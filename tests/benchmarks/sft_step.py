@@ -36,6 +36,7 @@ from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import create_drafter
 from draftsmith.stages.drafters.dflash import model as dflash_model
 from draftsmith.stages.drafters.dflash.config import DFlashConfig
+from draftsmith.stages.replay.steps import Steps
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training import losses
 from draftsmith.stages.training.batches import Batch, FeatureSource, frequent_tokens, step_rng, token_counts
@@ -52,12 +53,12 @@ from draftsmith.stages.training.config import OpdConfig, SftConfig, TrainingConf
 from draftsmith.stages.training.loop import make_optimiser
 from draftsmith.stages.training.opd.step import OpdStep, StepOptions
 from draftsmith.stages.training.opd.trainer import anchor_source
-from draftsmith.stages.training.opd.verify_steps import MinedTable, TrajectorySteps
+from draftsmith.stages.training.opd.verify_steps import MinedTable
 from draftsmith.stages.training.sft.trainer import sft_loss
 from tests.benchmarks import harness, machine
 from tests.stages.drafters.dense import dense_attention
 from tests.stages.kernel_flops import KERNEL_FLOPS
-from tests.stages.training.case import whole_step
+from tests.stages.training.case import mined_table, whole_step
 
 GAMMA = 2.0
 DENSE = "SFT, dense"
@@ -96,7 +97,7 @@ def make_trajectories(count: int, vocab_size: int) -> list[Trajectory]:
     ]
 
 
-def invented_steps(trajectory: Trajectory, K: int, tau: float, rng: np.random.Generator) -> TrajectorySteps:
+def invented_steps(trajectory: Trajectory, K: int, tau: float, rng: np.random.Generator) -> Steps:
     """A trace that commits `tau` tokens a step on average (if the block were endless) and rejects all the rest."""
     anchors, anchor = [], trajectory.first_anchor
     while anchor <= trajectory.last_anchor:
@@ -106,7 +107,7 @@ def invented_steps(trajectory: Trajectory, K: int, tau: float, rng: np.random.Ge
     committed = np.diff(visited, append=min(anchor, len(trajectory.tokens) - 1))
     proposed = rng.choice(np.array(trajectory.tokens), (len(visited), K))
     logprobs = -rng.exponential(2.0, proposed.shape).astype(np.float32)
-    return TrajectorySteps(visited, committed - 1, committed, committed, proposed, logprobs)
+    return Steps(len(trajectory.tokens), visited, committed - 1, proposed, logprobs)
 
 
 def make_world(target: Target, sequences: int) -> World:
@@ -115,7 +116,7 @@ def make_world(target: Target, sequences: int) -> World:
     mask = target.tokenizer.convert_ids_to_tokens(target.info.mask_candidates[0])
     shape = DFlashConfig(num_layers=2, block_size=8, num_target_features=5, mask_token=mask)
     rng = np.random.default_rng(1)
-    table = MinedTable([invented_steps(t, shape.block_size - 1, TAU, rng) for t in trajectories], shape.block_size - 1)
+    table = mined_table([invented_steps(t, shape.block_size - 1, TAU, rng) for t in trajectories], shape.block_size - 1)
     return World(target, trajectories, lambda: create_drafter(shape, target, seed=0), table)
 
 
@@ -267,11 +268,12 @@ def main() -> None:
                 continue
             steps[f"{name}, head {head_tokens or 'full'}"] = Step(name, world, fields, config)
     rows = measure(steps, options.repetitions)
-    tau = sum(s.committed.sum() for s in world.table.steps) / sum(len(s.anchors) for s in world.table.steps)
+    traces = [world.table.steps_of(i) for i in range(len(world.trajectories))]
+    tau = sum(trace.committed.sum() for trace in traces) / sum(map(len, traces))
     harness.print_rows(
         f"{world.target.info.source}: {options.sequences} sequences of "
         f"{options.anchors} blocks of {world.table.proposals + 1}, tau {tau:.2f} (+1 included), "
-        f"{sum(len(s.anchors) for s in world.table.steps) / len(world.table.steps):.0f} verify steps a sequence; "
+        f"{world.table.visited.mean():.0f} verify steps a sequence; "
         f"shares of {machine.peak_rate(torch.bfloat16):,.0f} GFLOP/s",
         rows,
     )

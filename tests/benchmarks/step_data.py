@@ -100,7 +100,7 @@ def read_answers(stored: TrajectoryRows, own: list[int]) -> None:
 
 def read_steps(mined: MinedTable, own: list[int]) -> None:
     for i in own:
-        mined.steps[i]
+        mined.steps_of(i)
 
 
 def make_copy(folder: Path, table: str) -> list[object]:

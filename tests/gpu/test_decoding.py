@@ -14,8 +14,7 @@ from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.replay.chains import replay_sequentially
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Replayer
-from draftsmith.stages.replay.scoring import StepScores
-from draftsmith.stages.replay.trace import Trace
+from draftsmith.stages.replay.steps import Steps
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.self_check import check_agreement
 from tests.gpu.world import EAGLE3, TINY, make_drafter, make_target, make_trajectories
@@ -84,22 +83,18 @@ def test_answers_traces_and_scores_equal_sequential_drafting_on_the_cpu(
     head = on_cpu.drafting_head(reference.head_weight, None)
     for answer, chained in zip(clear, by_chains, strict=True):
         trace = replay_sequentially(on_cpu, context_of(on_cpu, reference, answer), answer, on_cpu.block_size, head)
-        of_mining, scores = ours[answer.trajectory_id]
+        of_mining = ours[answer.trajectory_id]
         for replayed in (chained, of_mining):
             np.testing.assert_array_equal(replayed.anchors, trace.anchors)
             np.testing.assert_array_equal(replayed.accepted, trace.accepted)
             np.testing.assert_array_equal(replayed.proposed, trace.proposed)
-        theirs = expected[answer.trajectory_id][1]
-        np.testing.assert_allclose(scores.target_logprobs, theirs.target_logprobs, atol=LOGPROBS)
+        theirs = expected[answer.trajectory_id]
+        np.testing.assert_allclose(of_mining.logprobs, theirs.logprobs, atol=LOGPROBS)
 
 
-def mined(target: Target, drafter: Drafter, answers: list[Trajectory]) -> dict[str, tuple[Trace, StepScores]]:
-    """Return traces and scores by trajectory id."""
-    return {
-        answer.trajectory_id: (trace, scores)
-        for group in Replayer(target).mine(drafter, answers)
-        for answer, trace, scores in zip(group.trajectories, group.traces, group.scores, strict=True)
-    }
+def mined(target: Target, drafter: Drafter, answers: list[Trajectory]) -> dict[str, Steps]:
+    """Return scored traces by trajectory id."""
+    return {answer.trajectory_id: trace for group in Replayer(target).mine(drafter, answers) for answer, trace in group}
 
 
 @torch.no_grad()

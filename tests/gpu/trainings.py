@@ -12,10 +12,10 @@ from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training.config import OpdConfig, SftConfig
 from draftsmith.stages.training.opd.trainer import MinedData, OpdTraining
-from draftsmith.stages.training.opd.verify_steps import MinedTable
 from draftsmith.stages.training.sft.trainer import SftTraining
 from draftsmith.stages.training.trainer import TrainingData
 from tests.benchmarks.sft_step import invented_steps
+from tests.stages.training.case import mined_table
 
 TAU = 4.0  # of the invented verify steps
 Training: TypeAlias = SftTraining | OpdTraining
@@ -37,6 +37,6 @@ def make_training(
         data = TrainingData(trajectories=trajectories)
         return SftTraining(drafter, target, data, SftConfig.model_validate(step))
     rng, K = np.random.default_rng(1), drafter.block_size - 1
-    table = MinedTable([invented_steps(t, K, TAU, rng) for t in trajectories], K)
+    table = mined_table([invented_steps(t, K, TAU, rng) for t in trajectories], K)
     mined = MinedData(trajectories=trajectories, mined=table)
     return OpdTraining(drafter, target, mined, OpdConfig.model_validate({**step, **fields}))

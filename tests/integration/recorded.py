@@ -15,7 +15,7 @@ import torch
 
 from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.engines.sglang.protocol import KEY
-from draftsmith.stages.replay.trace import Trace
+from draftsmith.stages.replay.steps import Steps
 from tests.testbed import target
 
 TOLERANCE = 1e-4  # nats, float32
@@ -88,7 +88,7 @@ def asked_for_nothing(answer: Answer) -> bool:
     return not any(answer["meta_info"].get(KEY) or [])
 
 
-def trace_of(trajectory: Trajectory, elements: list[Any]) -> Trace:
+def trace_of(trajectory: Trajectory, elements: list[Any]) -> Steps:
     """Return the trace of the plug-in (one element an output token), cut at the end of the trajectory."""
     assert len(elements) == trajectory.answer_length
     steps = [element for element in elements if element and "anchor" in element]
@@ -99,10 +99,10 @@ def trace_of(trajectory: Trajectory, elements: list[Any]) -> Trace:
     proposed = np.array([step["block"] for step in steps], dtype=np.int64)
     accepted = np.array([step["accepted"] for step in steps], dtype=np.int64)
     length = len(trajectory.tokens)
-    return Trace(length, anchors, np.minimum(accepted, length - 1 - anchors), proposed, 0)
+    return Steps(length, anchors, np.minimum(accepted, length - 1 - anchors), proposed)
 
 
-def assert_same_steps(trace: Trace, expected: Trace) -> None:
+def assert_same_steps(trace: Steps, expected: Steps) -> None:
     np.testing.assert_array_equal(trace.anchors, expected.anchors)
     np.testing.assert_array_equal(trace.accepted, expected.accepted)
     np.testing.assert_array_equal(trace.proposed, expected.proposed)

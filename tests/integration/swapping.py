@@ -29,7 +29,7 @@ from draftsmith.stages.engines import swap
 from draftsmith.stages.engines.servers.client import Json
 from draftsmith.stages.engines.servers.state import NewDrafter
 from draftsmith.stages.engines.sglang.protocol import KEY
-from draftsmith.stages.replay.trace import Trace
+from draftsmith.stages.replay.steps import Steps
 from draftsmith.stages.targets.info import read_target_info
 from tests.integration.recorded import Answer, assert_same_steps, trace_of
 from tests.sglang_cpu.server import generate
@@ -134,7 +134,7 @@ def requests(bench: Bench, start: int = 0, count: int = PROMPTS) -> list[dict[st
     return [{"input_ids": p.token_ids, "sampling_params": sampling} for p in bench.prompts[start : start + count]]
 
 
-def assert_drafts_with(url: str, bench: Bench, name: str, count: int = PROMPTS) -> tuple[list[Answer], list[Trace]]:
+def assert_drafts_with(url: str, bench: Bench, name: str, count: int = PROMPTS) -> tuple[list[Answer], list[Steps]]:
     """Compare a server's steps with replay of a drafter of the bench, and its answers with decoding without one.
 
     The prompts are always the same: the prefix cache may have their keys and values of an earlier drafter. Several

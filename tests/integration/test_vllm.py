@@ -46,14 +46,14 @@ from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.proof import Proof, chances, log_probabilities, misfit, step_evidence
 from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.replay.stage import STAGE as MINING
-from draftsmith.stages.replay.trace import Trace
+from draftsmith.stages.replay.steps import Steps
 from draftsmith.stages.targets.config import TargetConfig
 from draftsmith.stages.targets.describe import describe
 from draftsmith.stages.targets.info import model_path, write_target_info
 from draftsmith.stages.targets.sampling import SamplingParams
 from tests.faults.servers import mlflow_server
 from tests.integration.swapping import dflash2, dspark, keep_from_servers, line_of_two, write_other_weights
-from tests.stages.bench import GREEDY_TOKENS, Bench, tau
+from tests.stages.bench import GREEDY_TOKENS, Bench, step_rows, tau
 from tests.stages.engines.swaps import Prover, swapped
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts
@@ -141,10 +141,9 @@ def served(
         yield Served(kind, url, checkpoint, bench.with_drafters(drafters), tiny_drafter, mlflow)
 
 
-def assert_steps_of(traces: list[Trace], answers: list[Completion]) -> None:
+def assert_steps_of(traces: list[Steps], answers: list[Completion]) -> None:
     for answer, trace in zip(answers, traces, strict=True):
-        assert [step.anchor for step in answer.steps] == trace.anchors.tolist()
-        assert [step.accepted for step in answer.steps] == trace.accepted.tolist()
+        assert [row[:2] for row in step_rows(answer.steps)] == [row[:2] for row in step_rows(trace)]
 
 
 def test_greedy_answers_are_the_targets_and_their_anchors_those_of_replay(served: Served, tmp_path: Path) -> None:
@@ -156,7 +155,9 @@ def test_greedy_answers_are_the_targets_and_their_anchors_those_of_replay(served
     assert_steps_of(traces["it"], answers)
     assert tau(traces["it"]) > 1.3
     others = [len(trace.anchors) for trace in traces["trained"]]
-    assert served.kind == "dflash" or [len(answer.steps) for answer in answers] != others, "what it has more shows"
+    assert served.kind == "dflash" or [len(step_rows(answer.steps)) for answer in answers] != others, (
+        "what it has more shows"
+    )
 
 
 def test_a_streamed_answer_is_the_same(served: Served, tmp_path: Path) -> None:
@@ -165,9 +166,8 @@ def test_a_streamed_answer_is_the_same(served: Served, tmp_path: Path) -> None:
     whole = served.answers(4, tmp_path, SamplingParams(0.0), GREEDY_TOKENS)
     streamed = served.answers(4, tmp_path, SamplingParams(0.0), GREEDY_TOKENS, stream=True)
     for one, other in zip(whole, streamed, strict=True):
-        assert (one.response_ids, one.steps, one.finish_reason) == (
-            other.response_ids, other.steps, other.finish_reason,
-        )  # fmt: skip
+        assert (one.response_ids, one.finish_reason) == (other.response_ids, other.finish_reason)
+        assert step_rows(one.steps) == step_rows(other.steps)
         assert 0 < other.first_token_seconds < other.seconds
 
 
@@ -207,7 +207,7 @@ OTHER = {"dflash2": 4.0, "windowed": 4.0, "dspark": 2.0}  # temperatures
 
 def evidence_against(temperature: float, bench: Bench, answers: list[Completion]) -> np.ndarray:
     """Return the evidence [3] of the accepted numbers, as `step_evidence`: for temperature 1 against another one."""
-    steps = [(answer.trajectory(), answer.trace()) for answer in answers]
+    steps = [(answer.trajectory(), answer.steps) for answer in answers if answer.steps is not None]
     drafter = Replayer(bench.target).prepare(bench.drafters["it"])
     other, one = (
         log_probabilities(chances(bench.target, drafter, steps, SamplingParams(each)), steps)

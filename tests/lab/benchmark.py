@@ -41,7 +41,7 @@ from draftsmith.stages.evaluation.drift import DriftConfig
 from draftsmith.stages.evaluation.gate import GateConfig, decide
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Replayer
-from draftsmith.stages.replay.trace import AcceptanceStats
+from draftsmith.stages.replay.steps import AcceptanceStats
 from draftsmith.stages.runtime.statistics import jackknife, ratio_gain
 from draftsmith.stages.training import losses, response_loss, trainer
 from draftsmith.stages.training.config import SftConfig

@@ -15,7 +15,7 @@ from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, load_trajectorie
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Replayer
-from draftsmith.stages.replay.trace import AcceptanceStats
+from draftsmith.stages.replay.steps import AcceptanceStats
 from draftsmith.stages.runtime.statistics import jackknife, sum_by_key
 from draftsmith.stages.targets.causal_lm import Target
 

@@ -21,6 +21,7 @@ from draftsmith.stages.drafters.block_attention import ContextMask
 from draftsmith.stages.drafters.checkpoint import lineage_from, load_drafter
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter, FeatureContext
 from draftsmith.stages.replay.chains import committed_tokens, draft
+from draftsmith.stages.replay.steps import Steps
 from draftsmith.stages.runtime.memory import to_device
 from draftsmith.stages.runtime.ranks import ALONE
 from draftsmith.stages.runtime.stage import StageContext
@@ -38,10 +39,10 @@ from draftsmith.stages.training.blocks import (
     tokens_at,
 )
 from draftsmith.stages.training.config import OpdConfig, SftConfig
-from draftsmith.stages.training.opd.anchor_sources import RandomAnchors, StepAnchors
+from draftsmith.stages.training.opd.anchor_sources import RandomAnchors
 from draftsmith.stages.training.opd.step import OpdStep
 from draftsmith.stages.training.opd.trainer import MinedData, OpdTraining
-from draftsmith.stages.training.opd.verify_steps import VerifySteps, load_mined
+from draftsmith.stages.training.opd.verify_steps import StepAnchors, load_mined
 from draftsmith.stages.training.response_loss import TargetSignal, head_loss
 from draftsmith.stages.training.sft.trainer import SftTraining
 from draftsmith.stages.training.trainer import TrainingData, load_answers
@@ -95,7 +96,8 @@ class ShuffledAnchors(RandomAnchors):
         order = np.random.default_rng(step).permutation(positions.numel())
         accepted = accepted.flatten()[to_device(order, positions.device)].view_as(accepted)
         nothing = torch.zeros((*positions.shape, K), dtype=torch.int64, device=positions.device)
-        steps = VerifySteps(accepted, accepted + 1, torch.zeros_like(accepted), nothing, nothing * torch.nan)
+        lengths = to_device([[len(t.tokens)] for t in view.batch.trajectories], positions.device)
+        steps = Steps(lengths, positions, accepted, nothing, nothing * torch.nan)
         return replace(found, steps=steps)
 
 

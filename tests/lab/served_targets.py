@@ -25,7 +25,7 @@ from draftsmith.stages.engines.servers.requirements import SCORED_TEXT
 from draftsmith.stages.evaluation.acceptance import acceptance_table
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Replayer
-from draftsmith.stages.replay.trace import AcceptanceStats
+from draftsmith.stages.replay.steps import AcceptanceStats
 from draftsmith.stages.targets.causal_lm import Target
 from tests.lab.seasons import copy_target, rounded
 from tests.testbed import target

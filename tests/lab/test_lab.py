@@ -19,7 +19,7 @@ from draftsmith.flows.planning.graph import Node, Selection
 from draftsmith.flows.planning.plan import Build
 from draftsmith.flows.refresh.graph import REFRESH
 from draftsmith.stages.catalog import STAGES
-from draftsmith.stages.replay.trace import AcceptanceStats
+from draftsmith.stages.replay.steps import AcceptanceStats
 from draftsmith.stages.training import losses
 from draftsmith.stages.training.config import OpdConfig, SftConfig
 from tests.lab.experiment import LabConfig, lab_nodes

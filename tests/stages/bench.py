@@ -18,7 +18,7 @@ from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.replay.chains import replay_chains, replay_sequentially
-from draftsmith.stages.replay.trace import Trace
+from draftsmith.stages.replay.steps import Steps
 from draftsmith.stages.targets.causal_lm import Target, TargetOutput
 from draftsmith.stages.targets.sampling import GREEDY, SamplingParams
 from tests.testbed import cache, ties
@@ -116,7 +116,7 @@ class Bench:
         chains: int | None,
         block_size: int | None = None,
         head_tokens: int | None = None,
-    ) -> list[Trace]:
+    ) -> list[Steps]:
         """Replay all trajectories in one batch."""
         model = self.drafters[drafter]
         head = model.drafting_head(self.target.head_weight, head_tokens)
@@ -131,7 +131,7 @@ class Bench:
         drafter: str,
         block_size: int | None = None,
         head_tokens: int | None = None,
-    ) -> list[Trace]:
+    ) -> list[Steps]:
         """Return the traces of the sequential reference, one trajectory at a time."""
         model = self.drafters[drafter]
         head = model.drafting_head(self.target.head_weight, head_tokens)
@@ -141,13 +141,13 @@ class Bench:
         ]
 
 
-def tau(traces: Sequence[Trace]) -> float:
+def tau(traces: Sequence[Steps]) -> float:
     """Return the acceptance length as a plain ratio of sums; NaN without a step."""
     steps = sum(len(t.anchors) for t in traces)
     return float(sum(t.expected_committed.sum() for t in traces) / steps) if steps else float("nan")
 
 
-def assert_same(ours: Sequence[Trace], reference: Sequence[Trace]) -> None:
+def assert_same(ours: Sequence[Steps], reference: Sequence[Steps]) -> None:
     for trace, expected in zip(ours, reference, strict=True):
         assert trace.length == expected.length
         np.testing.assert_array_equal(trace.anchors, expected.anchors)
@@ -155,12 +155,17 @@ def assert_same(ours: Sequence[Trace], reference: Sequence[Trace]) -> None:
         np.testing.assert_array_equal(trace.proposed, expected.proposed)
 
 
-def assert_recorded(traces: Sequence[Trace], completions: Sequence[Completion]) -> None:
+def step_rows(steps: Steps | None) -> list[tuple[int, int, list[int]]]:
+    """Return anchor, accepted proposals and proposals of each step; none for an answer without recorded steps."""
+    if steps is None:
+        return []
+    return list(zip(steps.anchors.tolist(), steps.accepted.tolist(), steps.proposed.tolist(), strict=True))
+
+
+def assert_recorded(traces: Sequence[Steps], completions: Sequence[Completion]) -> None:
     """Assert that the traces equal the verify steps that an engine recorded."""
     for trace, completion in zip(traces, completions, strict=True):
-        assert [step.anchor for step in completion.steps] == trace.anchors.tolist()
-        assert [step.accepted for step in completion.steps] == trace.accepted.tolist()
-        assert [step.proposed for step in completion.steps] == trace.proposed.tolist()
+        assert step_rows(completion.steps) == step_rows(trace)
 
 
 def cached_answers(name: str, made_of: str, decode: Callable[[], Bench]) -> dict[str, list[int]]:

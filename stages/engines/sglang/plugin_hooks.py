@@ -26,7 +26,7 @@ import torch
 
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.engines.sglang.protocol import ENVIRONMENT, KEY, PROTOCOL, REQUESTS_STATE, Json
-from draftsmith.stages.replay.trace import DEPTH_ENDS, DEPTHS
+from draftsmith.stages.replay.steps import DEPTH_ENDS, DEPTHS
 
 log = logging.getLogger(__name__)
 

@@ -6,10 +6,11 @@ import math
 from collections.abc import Sequence
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.engines.base import Completion, Request, VerifyStep
+from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.engines.servers.api import BadAnswerError, wrong_tokens
 from draftsmith.stages.engines.servers.client import ServerAnswer
 from draftsmith.stages.engines.sglang.protocol import KEY, PROTOCOL, Json
+from draftsmith.stages.replay.steps import Steps, recorded_steps
 from draftsmith.stages.targets.info import TargetInfo
 
 # SGLang takes what a request leaves out from the server's `--preferred-sampling-params`, so nothing is left out.
@@ -80,7 +81,7 @@ def read_completion(
     matched, prompt_tokens = meta["finish_reason"].get("matched"), meta.get("prompt_tokens", len(request.prompt_ids))
     if wrong := wrong_tokens(request, tokens, reason, matched, prompt_tokens, target):
         raise BadAnswerError(f"request {request.request_id}: the server's answer {wrong}")
-    steps = []
+    steps = None
     if drafter_digest is not None:
         drafter = recorded_drafter(request.request_id, meta)
         if drafter not in (None, drafter_digest):
@@ -94,7 +95,7 @@ def read_completion(
         tokens,
         reason,
         steps,
-        verify_steps=len(steps) or steps_counted,
+        verify_steps=len(steps or ()) or steps_counted,
         retractions=retractions,
         accepted_counts=accepted_counts,
         seconds=answer.seconds,
@@ -102,7 +103,7 @@ def read_completion(
     )
 
 
-def read_steps(request: Request, tokens: list[int], meta: Json) -> list[VerifyStep]:
+def read_steps(request: Request, tokens: list[int], meta: Json) -> Steps:
     """Return the verify steps of an answer from the plug-in's records, one element per output token.
 
     The first token comes from the prefill; every other one must belong to exactly one step. A step that went past the
@@ -110,7 +111,7 @@ def read_steps(request: Request, tokens: list[int], meta: Json) -> list[VerifySt
     and for log-probs that are NaN.
     """
     records = meta.get(KEY) or []
-    steps: list[VerifyStep] = []
+    steps: list[tuple[int, int, list[int], list[float] | None]] = []
     at = 1  # the next token without a step
     for index, record in enumerate(records):
         if not record or ("anchor" not in record and "refused" not in record):
@@ -134,11 +135,11 @@ def read_steps(request: Request, tokens: list[int], meta: Json) -> list[VerifySt
                 "logits. Look for a dtype or a kernel that overflows."
             )
         logprobs = None if logprobs is None else [float(x) for x in logprobs]
-        steps.append(VerifyStep(anchor, min(accepted, committed), block, logprobs))
+        steps.append((anchor, min(accepted, committed), block, logprobs))
         at += committed
     if at != max(len(tokens), 1):
         raise _incomplete(request, f"they end at token {at} of {len(tokens)}")
-    return steps
+    return recorded_steps(len(request.prompt_ids) + len(tokens), steps)
 
 
 def _incomplete(request: Request, reason: str) -> BadAnswerError:

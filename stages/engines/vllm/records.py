@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from draftsmith.stages.engines.base import Completion, Request, VerifyStep
+from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.engines.servers.api import BadAnswerError, wrong_tokens
 from draftsmith.stages.engines.servers.client import Json, ServerAnswer
+from draftsmith.stages.replay.steps import Steps, recorded_steps
 from draftsmith.stages.targets.info import TargetInfo
 
 # vLLM takes what a request leaves out from the checkpoint's generation_config.json, so nothing is left out.
@@ -83,7 +84,7 @@ def read_completion(request: Request, answer: ServerAnswer, target: TargetInfo) 
     )
 
 
-def read_steps(request: Request, tokens: Sequence[int], metrics: Json) -> list[VerifyStep]:
+def read_steps(request: Request, tokens: Sequence[int], metrics: Json) -> Steps:
     """Return the verify steps of an answer, without their proposals, cut at the end of the answer.
 
     Raises UnreadStepsError if the steps are not reported one by one, if they do not commit every token after the first,
@@ -92,7 +93,8 @@ def read_steps(request: Request, tokens: Sequence[int], metrics: Json) -> list[V
     each = [metrics.get(name) or [] for name in ("per_step_accepted", "per_step_drafted")]  # missing if there are none
     if len(each[0]) != metrics["num_spec_steps"]:
         raise UnreadStepsError("the server reports their number alone (--per-request-spec-decode-metrics detailed)")
-    width, steps, at = int(metrics["num_spec_tokens"]), [], 1  # at: the next token without a step
+    width, at = int(metrics["num_spec_tokens"]), 1  # at: the next token without a step
+    steps: list[tuple[int, int, list[int], None]] = []
     for accepted, drafted in zip(*each, strict=True):
         left = len(tokens) - at
         if left <= 0:
@@ -100,8 +102,8 @@ def read_steps(request: Request, tokens: Sequence[int], metrics: Json) -> list[V
         if drafted < min(width, left):  # proposals after the answer's end decide nothing
             raise UnreadStepsError("adaptive width: the server drafted fewer proposals in some steps")
         committed = min(accepted + 1, left)
-        steps.append(VerifyStep(len(request.prompt_ids) + at - 1, min(accepted, committed), []))
+        steps.append((len(request.prompt_ids) + at - 1, min(accepted, committed), [], None))
         at += committed
     if at < len(tokens):
         raise UnreadStepsError("they commit fewer tokens than the answer has, so it was preempted")
-    return steps
+    return recorded_steps(len(request.prompt_ids) + len(tokens), steps)

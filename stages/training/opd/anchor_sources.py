@@ -6,8 +6,7 @@ Every source gives `per_sequence` anchors a trajectory, so that kinds are compar
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ import torch
 from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.base import Drafter, PreparedDrafter
 from draftsmith.stages.replay.chains import replay_chains, successors
-from draftsmith.stages.replay.trace import Trace
+from draftsmith.stages.replay.steps import Steps
 from draftsmith.stages.runtime.memory import to_device
 from draftsmith.stages.runtime.ranks import Ranks
 from draftsmith.stages.training.blocks import (
@@ -25,18 +24,7 @@ from draftsmith.stages.training.blocks import (
     systematic_sample,
 )
 from draftsmith.stages.training.loop import StateDict
-from draftsmith.stages.training.opd.verify_steps import MinedTable, StepKind, TrajectorySteps, VerifySteps, sample_steps
-
-
-@dataclass(frozen=True)
-class StepAnchors:
-    """The anchors of a step, and what is known of the verify steps there."""
-
-    anchors: torch.Tensor  # [B, A] absolute positions
-    steps: VerifySteps | None = None  # None: nobody knows them before the blocks are drafted
-    mined: bool = False  # the steps were found under earlier weights
-    metrics: dict[str, float] = field(default_factory=dict)
-    unscored: Sequence[int] = ()  # rows of steps that the target has yet to score for a loss
+from draftsmith.stages.training.opd.verify_steps import MinedTable, StepAnchors, StepKind, sample_steps
 
 
 class AnchorSource(ABC):
@@ -121,21 +109,22 @@ class TableAnchors(AnchorSource):
         """Start with mined steps. scored: whether the target scores sampled ones, for a loss with a rejected stream."""
         self.mined, self.drafter, self.every, self.scored = mined, drafter, every, scored
         self.kind, self.per_sequence = kind, per_sequence
-        self._fresh: dict[int, TrajectorySteps] = {}
+        self._fresh: dict[int, Steps] = {}
         self._mined_at: dict[int, int] = {}  # trajectory -> optimiser step of its fresh trace
         self._unshared: set[int] = set()  # trajectories whose fresh traces other ranks do not have
 
     def sample(self, step: int, indices: Sequence[int], view: DraftingView, phases: np.ndarray) -> StepAnchors:
         metrics = self.refresh(step, indices, view)
         known = [self.steps(i) for i in indices]  # each read once
-        anchors, steps = sample_steps(known, self.kind, self.per_sequence, phases[:, 0], view.batch.tokens.device)
+        proposals, device = self.drafter.block_size - 1, view.batch.tokens.device
+        steps = sample_steps(known, self.kind, self.per_sequence, phases[:, 0], proposals, device)
         # a trace has many times the steps that are trained: of fresh ones only sampled steps are scored
         unscored = [row for row, i in enumerate(indices) if i in self._mined_at] if self.scored else []
-        return StepAnchors(anchors, steps, mined=True, metrics=metrics, unscored=unscored)
+        return StepAnchors(steps.anchors, steps, mined=True, metrics=metrics, unscored=unscored)
 
-    def steps(self, index: int) -> TrajectorySteps:
+    def steps(self, index: int) -> Steps:
         """Return the newest steps of a trajectory."""
-        return self._fresh[index] if index in self._fresh else self.mined.steps[index]
+        return self._fresh[index] if index in self._fresh else self.mined.steps_of(index)
 
     def refresh(self, step: int, indices: Sequence[int], view: DraftingView) -> dict[str, float]:
         """Mine again what is too old among the trajectories `indices` of a view. Return metrics of what changed."""
@@ -147,32 +136,29 @@ class TableAnchors(AnchorSource):
         if not rows:
             return {}
         trajectories = [view.batch.trajectories[row] for row in rows.values()]
-        mined = [self.mined.steps[i] for i in rows]
-        mined_steps = np.mean([len(steps.anchors) for steps in mined])
+        mined = [self.mined.steps_of(i) for i in rows]
+        mined_steps = np.mean([len(steps) for steps in mined])
         traces = self._replay(view, list(rows.values()), trajectories, max(1, round(mined_steps / STEPS_PER_CHAIN)))
         changed = total = 0
         for i, before, trace in zip(rows, mined, traces, strict=True):
-            fresh = self._steps_of({name: getattr(trace, name) for name in self._remembered})
-            changed += _steps_gone(before, fresh)
-            total += len(before.anchors)
-            self._fresh[i], self._mined_at[i] = fresh, step
+            changed += _steps_gone(before, trace)
+            total += len(before)
+            self._fresh[i] = self._remembered(trace.length, trace.anchors, trace.accepted, trace.proposed)
+            self._mined_at[i] = step
             self._unshared.add(i)
         return {"trace_changed_share": Ratio(changed, total), "remined_trajectories": len(rows)}
 
     def share(self, ranks: Ranks) -> None:
         """Send fresh traces to all ranks: the rank that trains an answer next must know how old its trace is."""
         if self.every:
-            news = {
-                i: (self._mined_at[i], {name: getattr(self._fresh[i], name) for name in self._remembered})
-                for i in sorted(self._unshared)
-            }
+            news = {i: (self._mined_at[i], self._fresh[i]) for i in sorted(self._unshared)}
             for of_rank in ranks.gather(news):
-                for i, (step, columns) in of_rank.items():
-                    self._mined_at[i], self._fresh[i] = step, self._steps_of(columns)
+                for i, (step, fresh) in of_rank.items():
+                    self._mined_at[i], self._fresh[i] = step, fresh
         self._unshared.clear()
 
     @torch.no_grad()
-    def _replay(self, view: DraftingView, rows: list[int], trajectories: list[Trajectory], chains: int) -> list[Trace]:
+    def _replay(self, view: DraftingView, rows: list[int], trajectories: list[Trajectory], chains: int) -> list[Steps]:
         """Replay the trajectories in `rows` of a view, each in so many chains."""
         width = max(len(t.tokens) for t in trajectories)
         chosen = to_device(rows, view.batch.tokens.device)
@@ -192,40 +178,33 @@ class TableAnchors(AnchorSource):
         state: StateDict = {
             "trajectories": torch.tensor(order, dtype=torch.int64),
             "mined_at": torch.tensor([self._mined_at[i] for i in order], dtype=torch.int64),
-            "counts": torch.tensor([len(s.anchors) for s in fresh], dtype=torch.int64),
+            "counts": torch.tensor([len(steps) for steps in fresh], dtype=torch.int64),
+            "lengths": torch.tensor([steps.length for steps in fresh], dtype=torch.int64),
         }
-        columns = {name: [getattr(s, name) for s in fresh] for name in self._remembered} if fresh else {}
+        columns = {name: [getattr(steps, name) for steps in fresh] for name in _COLUMNS} if fresh else {}
         return state | {name: torch.from_numpy(np.concatenate(arrays)) for name, arrays in columns.items()}
 
     def load_state_dict(self, state: StateDict) -> None:
         """Restore the fresh steps of a checkpoint."""
         self._fresh.clear()
-        order, counts = state["trajectories"].tolist(), state["counts"].tolist()
+        order, counts, lengths = (state[name].tolist() for name in ("trajectories", "counts", "lengths"))
         self._mined_at = dict(zip(order, state["mined_at"].tolist(), strict=True))
         start = 0
-        for i, count in zip(order, counts, strict=True):
+        for i, count, length in zip(order, counts, lengths, strict=True):
             rows = slice(start, start + count)
-            self._fresh[i] = self._steps_of({name: state[name][rows].numpy() for name in self._remembered})
+            self._fresh[i] = self._remembered(length, *(state[name][rows].numpy() for name in _COLUMNS))
             start += count
 
-    @property
-    def _remembered(self) -> tuple[str, ...]:
-        """Return the columns of fresh steps that are kept: without proposals, if no loss reads them."""
-        names = ("anchors", "accepted", "committed", "rejected_offset")
-        return (*names, "proposed") if self.scored else names
-
-    def _steps_of(self, columns: Mapping[str, np.ndarray]) -> TrajectorySteps:
-        """Return steps of the trained block from the columns that are kept; what is not takes no memory."""
-        shape = (len(columns["anchors"]), self.drafter.block_size - 1)
-        proposed = np.broadcast_to(np.int64(0), shape)
-        if self.scored:
-            proposed = np.pad(columns["proposed"], ((0, 0), (0, shape[1] - columns["proposed"].shape[1])))
-        return TrajectorySteps(
-            **{**columns, "proposed": proposed}, target_logprobs=np.broadcast_to(np.float32(np.nan), shape)
-        )
+    def _remembered(self, length: int, anchors: np.ndarray, accepted: np.ndarray, proposed: np.ndarray) -> Steps:
+        """Return fresh steps as they are kept: without proposals, if no loss reads them."""
+        kept = proposed if self.scored else np.zeros((len(anchors), 0), dtype=np.int64)
+        return Steps(length, anchors, accepted, kept, proposals=self.mined.proposals)
 
 
-def _steps_gone(mined: TrajectorySteps, fresh: TrajectorySteps) -> int:
+_COLUMNS = ("anchors", "accepted", "proposed")  # of fresh steps in a checkpoint
+
+
+def _steps_gone(mined: Steps, fresh: Steps) -> int:
     """Count the mined steps that the fresh trace lacks: same anchor, same number of accepted proposals."""
     now = set(zip(fresh.anchors.tolist(), fresh.accepted.tolist(), strict=True))
     return sum(step not in now for step in zip(mined.anchors.tolist(), mined.accepted.tolist(), strict=True))

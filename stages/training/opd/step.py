@@ -15,6 +15,7 @@ import torch
 from draftsmith.stages.drafters.base import Context, Drafter, PreparedDrafter
 from draftsmith.stages.replay.chains import committed_tokens, draft
 from draftsmith.stages.replay.sampled import TargetSampler
+from draftsmith.stages.replay.steps import Steps
 from draftsmith.stages.runtime.ranks import Ranks
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.sampling import GREEDY, SamplingParams
@@ -37,8 +38,8 @@ from draftsmith.stages.training.blocks import (
 )
 from draftsmith.stages.training.config import TrainingConfig
 from draftsmith.stages.training.loss_config import LossConfig
-from draftsmith.stages.training.opd.anchor_sources import AnchorSource, StepAnchors
-from draftsmith.stages.training.opd.verify_steps import UnscoredSteps, VerifySteps, score_steps, verify_blocks
+from draftsmith.stages.training.opd.anchor_sources import AnchorSource
+from draftsmith.stages.training.opd.verify_steps import StepAnchors, score_steps, verify_blocks
 from draftsmith.stages.training.response_loss import offset_weights, response_loss, response_weight, selector_logprobs
 
 
@@ -122,9 +123,8 @@ class OpdStep:
             clock.spent("mining")
             if not single and anchors.steps is None and self.objective.needs_scores:
                 blocks = draft_blocks(self.drafter, context, batch, anchors.anchors)
-                verified = self._verify(blocks, context, heads, sampler)
+                anchors = self._verified(anchors, blocks, context, heads, sampler)
                 clock.spent("drafter")
-                anchors = replace(anchors, steps=verified, unscored=range(len(batch.trajectories)))
         return _MicroBatch(batch, anchors, sampler, context if single else None)
 
     def _score(self, micro_batches: Sequence[_MicroBatch], rank_slice: RankSlice) -> None:
@@ -132,18 +132,14 @@ class OpdStep:
 
         A single batch whose blocks are verified as they are trained has none.
         """
-        unscored = [
-            UnscoredSteps(found.steps, each.batch.trajectories, found.anchors, found.unscored)
-            for each in micro_batches
-            if (found := each.anchors).steps is not None
-        ]
-        if not unscored:
+        if any(each.anchors.steps is None for each in micro_batches):
             return
+        sampled = [(each.batch.trajectories, each.anchors) for each in micro_batches]
         tokens = self.options.config.tokens_per_target_forward
         kept, ranks = rank_slice.batch.kept, rank_slice.ranks
-        scored = score_steps(unscored, self.target, self.options.proposals, tokens, kept, ranks)
-        for micro_batch, steps in zip(micro_batches, scored, strict=True):
-            micro_batch.anchors = replace(micro_batch.anchors, steps=steps)
+        scored = score_steps(sampled, self.target, self.options.proposals, tokens, kept, ranks)
+        for micro_batch, anchors in zip(micro_batches, scored, strict=True):
+            micro_batch.anchors = anchors
 
     def _with_rejected(
         self, rng: np.random.Generator, micro_batches: Sequence[_MicroBatch], rank_slice: RankSlice
@@ -151,7 +147,7 @@ class OpdStep:
         """Return heads that also hold the tokens which any rank's verify steps rejected."""
         needed = [rank_slice.step_tokens]
         if self.heads.is_reduced:
-            proposed = torch.cat([_known_steps(micro_batch).proposed.unique() for micro_batch in micro_batches]).cpu()
+            proposed = torch.cat([each.anchors.known_steps.proposed.unique() for each in micro_batches]).cpu()
             needed += [ids.to(needed[0].device) for ids in rank_slice.ranks.gather(proposed)]
         return self.heads.sample(rng, needed)
 
@@ -160,10 +156,7 @@ class OpdStep:
     ) -> tuple[float, ...]:
         """Return the weights of both streams in the full step."""
         of_parts = [
-            stream_weights(
-                micro_batch.batch, micro_batch.anchors.anchors, _known_steps(micro_batch), heads, self.objective
-            )
-            for micro_batch in micro_batches
+            stream_weights(each.batch, each.anchors.known_steps, heads, self.objective) for each in micro_batches
         ]
         of_ranks = ranks.gather([sum(weights) for weights in zip(*of_parts, strict=True)])
         return tuple(sum(weights) for weights in zip(*of_ranks, strict=True))
@@ -179,18 +172,16 @@ class OpdStep:
         context = encode_batch(self.drafter, batch) if micro_batch.context is None else micro_batch.context
         blocks = draft_blocks(self.drafter, context, batch, anchors.anchors)
         clock.spent("drafter")
-        steps = anchors.steps
         # else the loss itself finds what was accepted: argmaxes that are the answer's tokens
         needs_steps = self.objective.reads_steps if self.sampling.greedy else self.objective.reads_committed
-        if steps is None and needs_steps:
-            steps = self._verify(blocks, context, heads, micro_batch.sampler)
+        if anchors.steps is None and needs_steps:
+            anchors = self._verified(anchors, blocks, context, heads, micro_batch.sampler)
             clock.spent("drafter")
             if self.objective.needs_scores:
-                rows = range(len(batch.trajectories))
-                unscored = UnscoredSteps(steps, batch.trajectories, anchors.anchors, rows)
-                tokens = config.tokens_per_target_forward
-                (steps,) = score_steps([unscored], self.target, self.options.proposals, tokens, batch.kept)
+                sampled, tokens = [(batch.trajectories, anchors)], config.tokens_per_target_forward
+                (anchors,) = score_steps(sampled, self.target, self.options.proposals, tokens, batch.kept)
                 clock.spent("mining")
+        steps = anchors.steps
         if self.drafter.autoregressive and self.objective.needs_scores:
             assert steps is not None
             on_proposals = hidden_on_proposals(self.drafter, context, blocks, steps.proposed)
@@ -209,17 +200,23 @@ class OpdStep:
         clock.spent("head_and_loss")
         return report
 
-    def _verify(
-        self, blocks: DraftedBlocks, context: Context, heads: SoftmaxHeads, sampler: TargetSampler | None
-    ) -> VerifySteps:
-        """Return the verify steps of drafted blocks; the target has not scored them."""
+    def _verified(
+        self,
+        anchors: StepAnchors,
+        blocks: DraftedBlocks,
+        context: Context,
+        heads: SoftmaxHeads,
+        sampler: TargetSampler | None,
+    ) -> StepAnchors:
+        """Return the anchors with the verify steps of their blocks; the target has not scored them."""
         proposed = None
         if (self.drafter.autoregressive or sampler is not None) and self.objective.needs_scores:  # on its own chains
             batch, size = blocks.batch, self.drafter.block_size
             tokens = committed_tokens(batch.trajectories, size - 1, batch.tokens.device)
             drafter = PreparedDrafter(self.drafter, heads.drafter, size)
             proposed = draft(drafter, context, tokens, blocks.anchors, sampler).proposed
-        return verify_blocks(blocks, heads, proposals=self.options.proposals, proposed=proposed, sampler=sampler)
+        steps = verify_blocks(blocks, heads, proposals=self.options.proposals, proposed=proposed, sampler=sampler)
+        return replace(anchors, steps=steps, unscored=range(len(blocks.batch.trajectories)))
 
     def _sampler(self, batch: Batch, step: int) -> TargetSampler | None:
         """Return what decides about sampled proposals, with other random numbers in every step; None: argmaxes."""
@@ -230,12 +227,6 @@ class OpdStep:
         return TargetSampler.for_trajectories(
             self.target, batch.hidden, batch.trajectories, self.sampling, proposals, salt=step + 1
         )
-
-
-def _known_steps(micro_batch: _MicroBatch) -> VerifySteps:
-    steps = micro_batch.anchors.steps
-    assert steps is not None, "a rejected stream needs verify steps"
-    return steps
 
 
 class _Clock:
@@ -264,7 +255,7 @@ def opd_loss(
     blocks: DraftedBlocks,
     context: LossContext,
     objective: LossConfig,
-    steps: VerifySteps | None,
+    steps: Steps[torch.Tensor] | None,
     proposals: int | None = None,
 ) -> LossReport:
     """Compute λ_acc · weighted mean(response stream) + λ_rej · weighted mean(rejected stream).
@@ -294,26 +285,26 @@ def opd_loss(
 
 
 def stream_weights(
-    batch: Batch, anchors: torch.Tensor, steps: VerifySteps, heads: SoftmaxHeads, objective: LossConfig
+    batch: Batch, steps: Steps[torch.Tensor], heads: SoftmaxHeads, objective: LossConfig
 ) -> tuple[float, float]:
     """Sum the weights of both streams, which are known without a forward if the objective has a rejected stream."""
     K = steps.proposed.shape[2]
-    response = response_weight(batch, anchors, K, heads.drafter, objective.response, steps.committed)
+    response = response_weight(batch, steps.anchors, K, heads.drafter, objective.response, steps.committed)
     mask, _ = _rejected_positions(steps, heads)
     return response, float(offset_weights(objective.rejected.positions, mask)[mask].sum())
 
 
-def _rejected_positions(steps: VerifySteps, heads: SoftmaxHeads) -> tuple[torch.Tensor, torch.Tensor]:
+def _rejected_positions(steps: Steps[torch.Tensor], heads: SoftmaxHeads) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the mask of the rejected stream's positions, and the proposals' columns in the head, each [B, A, K]."""
     offsets = torch.arange(1, steps.proposed.shape[2] + 1, device=steps.proposed.device)
     columns, present = heads.drafter.to_columns(steps.proposed)
     first = steps.rejected_offset[..., None]
-    scored = steps.target_logprobs.isfinite()
+    scored = steps.logprobs.isfinite()
     return (offsets >= first) & (first > 0) & scored & present, columns
 
 
 def _rejected_stream(
-    blocks: DraftedBlocks, context: LossContext, objective: LossConfig, steps: VerifySteps
+    blocks: DraftedBlocks, context: LossContext, objective: LossConfig, steps: Steps[torch.Tensor]
 ) -> tuple[WeightedMean, torch.Tensor]:
     """Compute the loss of the drafter's proposals from the first rejected one on, each after its own prefix.
 
@@ -323,7 +314,7 @@ def _rejected_stream(
     hidden = blocks.hidden if blocks.on_proposals is None else blocks.on_proposals
     mask, all_columns = _rejected_positions(steps, heads)
     indices = mask.nonzero(as_tuple=True)
-    log_p, columns, rejected = steps.target_logprobs[indices], all_columns[indices], hidden[indices]
+    log_p, columns, rejected = steps.logprobs[indices], all_columns[indices], hidden[indices]
     if heads.selector is not None:
         anchor_tokens = tokens_at(blocks.batch, blocks.anchors, 0, 1)
         previous = torch.cat([anchor_tokens, steps.proposed[..., :-1]], -1)[indices]
@@ -340,7 +331,7 @@ def _rejected_stream(
     return WeightedMean.from_values(terms, weights[indices], objective.rejected.weight), mask
 
 
-def _changed_ratio(steps: VerifySteps, correct: torch.Tensor) -> Ratio:
+def _changed_ratio(steps: Steps[torch.Tensor], correct: torch.Tensor) -> Ratio:
     """Return the share of the trained steps that would no longer accept as many proposals as `steps` has.
 
     It costs nothing: offsets up to the first rejection are in the stream, which shows whether it is still the first.

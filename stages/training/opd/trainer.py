@@ -42,7 +42,7 @@ def run(ctx: StageContext, config: OpdConfig) -> None:
     if not ranks.is_main:
         return
     training.save(ctx, "opd", lineage_from(folder), totals)
-    ctx.summary(**totals, mined_steps=table.count(training.kind), passes=training.passes)
+    ctx.summary(**totals, mined_steps=int(table.counts(training.kind).sum()), passes=training.passes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +84,8 @@ class OpdTraining(Trainer[OpdConfig, MinedData]):
         return (
             f"verification {'sampled' if self.sampled else 'greedy'}: {response.loss} on {response.scope} offsets"
             f"{beyond}{', k3 on rejected ones' if self.objective.needs_scores else ''}; anchors {config.anchors}"
-            f"{f' of {self.mined.count(self.kind)} mined steps' if config.reads_table else ''}; {len(self.usable)} "
-            f"answers, {self.passes:.3g} passes over each"
+            f"{f' of {self.mined.counts(self.kind).sum()} mined steps' if config.reads_table else ''}; "
+            f"{len(self.usable)} answers, {self.passes:.3g} passes over each"
             f"{f', mined again after {config.oldest_trace} steps' if config.oldest_trace else ''}"
         )
 

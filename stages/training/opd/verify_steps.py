@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -13,16 +13,16 @@ import pyarrow.compute as pc
 import torch
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.tables.parquet import pad_lists
 from draftsmith.artifacts.tables.readers import KeyedRows, RowReader
 from draftsmith.artifacts.tables.schemas import VERIFY_STEPS
-from draftsmith.stages.data.trajectories import Trajectory, trajectory_ids
+from draftsmith.stages.data.trajectories import Trajectory, trajectory_ids, trajectory_lengths
 from draftsmith.stages.drafters.base import LOGITS_PER_CHUNK, Drafter, argmax_tokens
 from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.drafters.sampling import probability_among, probability_of
 from draftsmith.stages.replay.replayer import KeptGroup, score
 from draftsmith.stages.replay.sampled import ExpectedCommits, TargetSampler
-from draftsmith.stages.replay.trace import Trace
+from draftsmith.stages.replay.step_tables import STORED, stored_steps
+from draftsmith.stages.replay.steps import Steps
 from draftsmith.stages.runtime.memory import to_device
 from draftsmith.stages.runtime.ranks import ALONE, Ranks
 from draftsmith.stages.targets.causal_lm import Target
@@ -35,29 +35,23 @@ from draftsmith.stages.training.blocks import (
 )
 
 StepKind = Literal["errors", "visited"]
-_NUMBERS = ("anchor", "accepted", "committed", "rejected_offset")
-STEP_COLUMNS = (*_NUMBERS, "proposed_ids", "target_logprobs")
+STEP_COLUMNS = (*STORED, "rejected_offset")
 
 
 @dataclass(frozen=True)
-class VerifySteps:
-    """The verify step at each anchor of a batch (K = proposals of the trained block)."""
+class StepAnchors:
+    """The anchors of a step, and what is known of the verify steps there."""
 
-    accepted: torch.Tensor  # [B, A] accepted proposals
-    committed: torch.Tensor  # [B, A] tokens that the step committed: offsets 1 … committed are its response stream
-    rejected_offset: torch.Tensor  # [B, A] 0 = nothing rejected
-    proposed: torch.Tensor  # [B, A, K]
-    target_logprobs: torch.Tensor  # [B, A, K] of the proposals after their own prefix, NaN where not scored
-
-
-@dataclass(frozen=True)
-class UnscoredSteps:
-    """Verify steps at the anchors of B trajectories; the target is to score the rejected proposals of some rows."""
-
-    steps: VerifySteps
-    trajectories: Sequence[Trajectory]  # B
     anchors: torch.Tensor  # [B, A] absolute positions
-    rows: Sequence[int]
+    steps: Steps[torch.Tensor] | None = None  # [B, A]; None: nobody knows them before the blocks are drafted
+    mined: bool = False  # the steps were found under earlier weights
+    metrics: dict[str, float] = field(default_factory=dict)
+    unscored: Sequence[int] = ()  # rows of steps that the target has yet to score for a loss
+
+    @property
+    def known_steps(self) -> Steps[torch.Tensor]:
+        assert self.steps is not None, "a rejected stream needs verify steps"
+        return self.steps
 
 
 @torch.no_grad()
@@ -68,7 +62,7 @@ def verify_blocks(
     proposals: int,
     proposed: torch.Tensor | None = None,
     sampler: TargetSampler | None = None,
-) -> VerifySteps:
+) -> Steps[torch.Tensor]:
     """Return the verify steps of blocks that are drafted already, without a second pass of the drafter.
 
     The trajectories' own tokens decide what is accepted, for any drafter: up to the first rejection its proposals are
@@ -100,12 +94,9 @@ def verify_blocks(
         q = _sampled_probability(hidden, answer, head, choice, sampler)
         accepted = _sampled_acceptance(q, answer, anchors, sampler)
         proposed = torch.zeros_like(labels) if proposed is None else proposed
-    verified = inside.long().sum(-1)
-    lengths = to_device([len(t.tokens) for t in batch.trajectories], hidden.device)
-    committed = torch.minimum(accepted + 1, lengths[:, None] - 1 - anchors)
-    rejected_offset = torch.where(accepted < verified, accepted + 1, 0)
+    lengths = to_device([len(t.tokens) for t in batch.trajectories], hidden.device)[:, None]
     unscored = torch.full(labels.shape, torch.nan, device=hidden.device)
-    return VerifySteps(accepted, committed, rejected_offset, proposed, unscored)
+    return Steps(lengths, anchors, accepted, proposed, unscored, proposals=proposals)
 
 
 Choice: TypeAlias = tuple[torch.Tensor, torch.Tensor]  # logits and token ids of candidates [..., k]
@@ -151,26 +142,29 @@ def _sampled_acceptance(
 
 
 def score_steps(
-    unscored: Sequence[UnscoredSteps],
+    sampled: Sequence[tuple[Sequence[Trajectory], StepAnchors]],
     target: Target,
     proposals: int,
     tokens_per_forward: int,
     kept: Sequence[KeptGroup] = (),
     ranks: Ranks = ALONE,
-) -> list[VerifySteps]:
-    """Return the steps with the target's log-probs of the rejected proposals, as `score` computes them.
+) -> list[StepAnchors]:
+    """Return the anchors with the target's log-probs of the rejected proposals in `unscored` rows, as `score` does.
 
-    A step that was sampled more than once is scored once. Ranks that share the target score all their steps together.
+    sampled: anchors of several micro-batches, each with its trajectories; all have steps. A step that was sampled more
+    than once is scored once. Ranks that share the target score all their steps together.
     """
     traces, indices = [], []  # of each row: its trajectory and trace, and which of the trace's steps its anchors are
-    for group in (group for group in unscored if group.rows):
-        steps = group.steps.accepted, group.steps.proposed[..., :proposals]
-        positions, accepted, proposed = (x.cpu().numpy() for x in (group.anchors, *steps))
-        for row in group.rows:
-            length = len(group.trajectories[row].tokens)
-            trace, index = _row_trace(length, positions[row], accepted[row], proposed[row])
-            traces.append((group.trajectories[row], trace))
-            indices.append(index)
+    for trajectories, found in sampled:
+        if found.unscored:
+            steps = found.known_steps
+            columns = found.anchors, steps.accepted, steps.proposed[..., :proposals]
+            anchors, accepted, proposed = (x.cpu().numpy() for x in columns)
+            for row in found.unscored:
+                positions, first, index = np.unique(anchors[row], return_index=True, return_inverse=True)
+                length = len(trajectories[row].tokens)
+                traces.append((trajectories[row], Steps(length, positions, accepted[row][first], proposed[row][first])))
+                indices.append(index)
     of_ranks = ranks.gather_in_target_group(traces)
     everything = [pair for of_rank in of_ranks for pair in of_rank]
     answers, of_answers = [answer for answer, _ in everything], [trace for _, trace in everything]
@@ -178,78 +172,29 @@ def score_steps(
     before = sum(map(len, of_ranks[: ranks.target_index]))
     own_scores = iter(zip(scores[before : before + len(traces)], indices, strict=True))
     scored = []
-    for group in unscored:
-        logprobs = group.steps.target_logprobs.clone()
-        of_rows = [of_row.target_logprobs[index] for of_row, index in islice(own_scores, len(group.rows))]
+    for _, found in sampled:
+        logprobs = found.known_steps.logprobs.clone()
+        of_rows = [of_row.logprobs[index] for of_row, index in islice(own_scores, len(found.unscored))]
         if of_rows:
-            rows = to_device(list(group.rows), logprobs.device)
+            rows = to_device(list(found.unscored), logprobs.device)
             logprobs[rows, :, :proposals] = to_device(np.stack(of_rows), logprobs.device)
-        scored.append(replace(group.steps, target_logprobs=logprobs))
+        steps = replace(found.known_steps, target_logprobs=logprobs)
+        scored.append(replace(found, steps=steps, unscored=()))
     return scored
-
-
-def _row_trace(
-    length: int, anchors: np.ndarray, accepted: np.ndarray, proposed: np.ndarray
-) -> tuple[Trace, np.ndarray]:
-    """Return the steps at anchors [A] as a trace, each once, and the index [A] in it of the step at each anchor.
-
-    length: tokens of the trajectory. accepted: [A]; proposed: [A, proposals].
-    """
-    positions, first, index = np.unique(anchors, return_index=True, return_inverse=True)
-    return Trace(length, positions, accepted[first], proposed[first], len(first)), index
-
-
-@dataclass(frozen=True)
-class TrajectorySteps:
-    """The verify steps of one trajectory (S steps, K proposals of the trained block)."""
-
-    anchors: np.ndarray  # [S]
-    accepted: np.ndarray  # [S]
-    committed: np.ndarray  # [S]
-    rejected_offset: np.ndarray  # [S] 0 = nothing rejected
-    proposed: np.ndarray  # [S, K]
-    target_logprobs: np.ndarray  # [S, K] float32, NaN where not scored
-
-    def of_kind(self, kind: StepKind) -> np.ndarray:
-        """Return the indices of the steps that qualify as anchors."""
-        return np.flatnonzero(self.rejected_offset > 0) if kind == "errors" else np.arange(len(self.anchors))
-
-
-class StoredSteps(Sequence[TrajectorySteps]):
-    """The steps of N trajectories, each read from their table when it is needed."""
-
-    def __init__(self, rows: KeyedRows, errors: np.ndarray, proposals: int):
-        """Read rows of VERIFY_STEPS. errors: [N] steps that rejected something. proposals: K of the trained block."""
-        self.rows, self.errors, self.proposals = rows, errors, proposals
-
-    def __len__(self) -> int:
-        return len(self.errors)
-
-    def __getitem__(self, index: int) -> TrajectorySteps:  # type: ignore[override]  # nobody takes a slice
-        table = self.rows.take([index], STEP_COLUMNS)
-        anchors, accepted, committed, rejected = (table[name].to_numpy().astype(np.int64) for name in _NUMBERS)
-        # blocks that were mined smaller than they are trained are padded
-        proposed = pad_lists(table, "proposed_ids", self.proposals, 0, np.int64)
-        logprobs = pad_lists(table, "target_logprobs", self.proposals, np.nan, np.float32)
-        return TrajectorySteps(anchors, accepted, committed, rejected, proposed, logprobs)
 
 
 @dataclass(frozen=True)
 class MinedTable:
-    """Steps of every trajectory, in the order of the trajectories."""
+    """The mined steps of N trajectories, each read when it is needed."""
 
-    steps: Sequence[TrajectorySteps]
+    steps_of: Callable[[int], Steps]  # takes the index of a trajectory
+    visited: np.ndarray  # [N] steps of each trajectory
+    errors: np.ndarray  # [N] those that rejected something
     proposals: int  # of a mined block: at most those of the trained block
 
     def counts(self, kind: StepKind) -> np.ndarray:
-        """Count the steps of this kind of each trajectory [N]."""
-        if isinstance(self.steps, StoredSteps):
-            return self.steps.errors if kind == "errors" else self.steps.rows.counts
-        return np.array([len(s.of_kind(kind)) for s in self.steps], dtype=np.int64)
-
-    def count(self, kind: StepKind) -> int:
-        """Count all steps of this kind."""
-        return int(self.counts(kind).sum())
+        """Return the number of steps of this kind of each trajectory [N]."""
+        return self.errors if kind == "errors" else self.visited
 
     def trajectories_with(self, kind: StepKind) -> list[int]:
         """Return the indices of the trajectories that have at least one such step."""
@@ -260,25 +205,37 @@ class MinedTable:
 
 
 def sample_steps(
-    steps: Sequence[TrajectorySteps], kind: StepKind, per_sequence: int, phases: np.ndarray, device: torch.device
-) -> tuple[torch.Tensor, VerifySteps]:
+    traces: Sequence[Steps],
+    kind: StepKind,
+    per_sequence: int,
+    phases: np.ndarray,
+    proposals: int,
+    device: torch.device,
+) -> Steps[torch.Tensor]:
     """Sample `per_sequence` steps of each of B trajectories, at its phase in [0, 1) of `phases` [B].
 
-    Returns their anchors [B, A], and what is known of them.
-
     A trajectory that has no step of the kind any more gives any of its steps.
+    proposals: of the trained block; those that the traces lack are 0 and not scored.
     """
-    chosen = []
-    for row, phase in zip(steps, phases, strict=True):
-        candidates = row.of_kind(kind)
-        chosen.append(systematic_sample(candidates if len(candidates) else row.of_kind("visited"), per_sequence, phase))
-
-    def column(name: str) -> torch.Tensor:
-        values = [getattr(row, name)[indices] for row, indices in zip(steps, chosen, strict=True)]
-        return to_device(np.stack(values), device)
-
-    names = ("accepted", "committed", "rejected_offset", "proposed", "target_logprobs")
-    return column("anchors"), VerifySteps(*(column(name) for name in names))
+    anchors, accepted = np.zeros((2, len(traces), per_sequence), dtype=np.int64)
+    proposed = np.zeros((*anchors.shape, proposals), dtype=np.int64)
+    logprobs = np.full(proposed.shape, np.nan, dtype=np.float32)
+    for row, (trace, phase) in enumerate(zip(traces, phases, strict=True)):
+        candidates = np.flatnonzero(trace.rejected_offset) if kind == "errors" else np.arange(0)
+        candidates = candidates if len(candidates) else np.arange(len(trace))
+        chosen = systematic_sample(candidates, per_sequence, phase)
+        anchors[row], accepted[row] = trace.anchors[chosen], trace.accepted[chosen]
+        proposed[row, :, : trace.proposed.shape[1]] = trace.proposed[chosen]
+        if trace.target_logprobs is not None:
+            logprobs[row, :, : trace.width] = trace.target_logprobs[chosen]
+    return Steps(
+        to_device([[trace.length] for trace in traces], device),
+        to_device(anchors, device),
+        to_device(accepted, device),
+        to_device(proposed, device),
+        to_device(logprobs, device),
+        proposals=traces[0].width,
+    )
 
 
 def load_mined(
@@ -291,7 +248,7 @@ def load_mined(
 ) -> MinedTable:
     """Match verify_steps.parquet of a mining artifact to the trajectories that OPD trains on. The rows stay on disk.
 
-    block_size: of the trained drafter. whole: whether every trajectory must be mined. reader: as of
+    block_size: of the trained drafter. whole: whether every trajectory must be mined. reader: same as in
     `load_trajectories`. Raises DraftsmithError if a trajectory must be mined and is not, or if the table's proposals
     are longer than the drafter's block.
     """
@@ -314,4 +271,9 @@ def load_mined(
         raise DraftsmithError(
             f"{path}: mined with blocks of {longest + 1} tokens, more than the drafter's {block_size}. Mine again."
         )
-    return MinedTable(StoredSteps(rows, errors, block_size - 1), longest)
+    lengths = trajectory_lengths(trajectories)
+
+    def steps_of(index: int) -> Steps:
+        return stored_steps(rows.take([index], STORED), int(lengths[index]), longest)
+
+    return MinedTable(steps_of, rows.counts, errors, longest)

@@ -25,13 +25,13 @@ from draftsmith.stages.training.loop import Accumulation
 from draftsmith.stages.training.lora import Adapter
 from draftsmith.stages.training.opd.anchor_sources import TableAnchors
 from draftsmith.stages.training.opd.trainer import MinedData, OpdTraining
-from draftsmith.stages.training.opd.verify_steps import MinedTable
 from draftsmith.stages.training.trainer import loaded_sizes
 from tests.benchmarks.sft_step import invented_steps
 from tests.flows.checks.test_memory import qwen_sizes
 from tests.gpu.trainings import Training, make_training
 from tests.gpu.world import Scale, make_drafter, make_target, make_trajectories
 from tests.stages.kernel_flops import KERNEL_FLOPS
+from tests.stages.training.case import mined_table
 from tests.testbed.refresh import node_of, small_refresh
 
 SMALL = Scale(
@@ -76,7 +76,7 @@ def test_a_step_takes_what_torch_counts(kind: str, monkeypatch: pytest.MonkeyPat
     mines, adapted = kind == "OPD, mined again", kind == "SFT of an adapter"
     if mines:
         rng, K = np.random.default_rng(0), drafter.block_size - 1
-        table = MinedTable([invented_steps(t, K, 1.0, rng) for t in answers], K)  # a step a token, as random weights
+        table = mined_table([invented_steps(t, K, 1.0, rng) for t in answers], K)  # a step a token, as random weights
         mined = MinedData(trajectories=answers, mined=table)
         training: Training = OpdTraining(drafter, target, mined, OpdConfig.model_validate({**SMALL.step, **PAPER}))
     else:

@@ -19,7 +19,7 @@ from draftsmith.stages.engines.server_state import served_tau
 from draftsmith.stages.engines.servers.state import Finished, TracedRequest
 from draftsmith.stages.engines.sglang.protocol import REQUESTS_STATE, SWAP_STATE
 from draftsmith.stages.evaluation.acceptance import tau_by_slice
-from draftsmith.stages.replay.trace import DEPTHS
+from draftsmith.stages.replay.steps import DEPTHS
 from tests.flows.refresh.test_drift import measured, now
 from tests.flows.refresh.watched import DIGEST, promoted
 from tests.stages.engines.http_server import serving

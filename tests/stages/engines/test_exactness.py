@@ -16,7 +16,7 @@ from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.targets.info import model_path
 from draftsmith.stages.targets.sampling import SamplingParams
-from tests.stages.bench import GREEDY_TOKENS, Bench
+from tests.stages.bench import GREEDY_TOKENS, Bench, step_rows
 from tests.testbed.drafter import DrafterArtifacts
 
 SAMPLED = SamplingParams(temperature=1.0, top_p=0.95, top_k=20)
@@ -82,7 +82,7 @@ def test_greedy_decoding_with_a_drafter_equals_that_without(
     assert tokens_of(answers) == {request.request_id: bench.greedy[request.request_id] for request in requests}
     proposals = (block_size or bench.drafters[drafter].block_size) - 1
     for completion in answers.values():
-        assert all(len(step.proposed) == proposals for step in completion.steps)
+        assert completion.steps is not None and completion.steps.proposed.shape == (completion.verify_steps, proposals)
         stopped = completion.response_ids[-1] in bench.target.eos_ids
         assert completion.finish_reason == ("stop" if stopped else "length")
 
@@ -135,7 +135,7 @@ def test_rows_of_answers_that_end_immediately_are_refilled(bench: Bench) -> None
             completion = answers[request.request_id]
             assert completion.response_ids == bench.greedy[request.request_id][: 1 + i % 9]
             assert completion.finish_reason == "length"
-            assert bool(completion.steps) == (drafter is not None and i % 9 > 0)
+            assert bool(step_rows(completion.steps)) == (drafter is not None and i % 9 > 0)
 
 
 def test_an_engine_generates_twice_and_an_abandoned_answer_leaves_nothing(bench: Bench) -> None:

@@ -23,9 +23,10 @@ from draftsmith.artifacts.tables.schemas import PROMPTS, QUESTIONS, TIMINGS, TRA
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, load_prompts, load_trajectories
 from draftsmith.stages.drafters.checkpoint import TOKENS_FILE
 from draftsmith.stages.drafters.digest import drafter_digest
-from draftsmith.stages.engines.base import Completion, Request, VerifyStep
+from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.engines.partial_answers import SCHEMAS, PartialAnswers
 from draftsmith.stages.engines.stage import STAGE, RolloutConfig, preflight
+from draftsmith.stages.replay.steps import recorded_steps
 from draftsmith.stages.targets.info import INFO_FILE, load_tokenizer, model_path
 from tests.stages.bench import Bench
 from tests.stages.drafters.edits import set_fields
@@ -331,7 +332,9 @@ SPLITS = {"a": "train", "b": "train"}
 
 def answer(name: str, response: list[int], accepted: list[int] | None = None) -> Completion:
     """Return an answer with recorded verify steps, or without."""
-    steps = [VerifyStep(index, kept, [7, 8, 9]) for index, kept in enumerate(accepted or [])]
+    steps = recorded_steps(
+        2 + len(response), [(index, kept, [7, 8, 9], None) for index, kept in enumerate(accepted or [])]
+    )
     request = Request(name, [1, 2], 8)
     return Completion(request, response, "length", steps, verify_steps=len(accepted or []))
 

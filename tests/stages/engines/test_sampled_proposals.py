@@ -17,6 +17,7 @@ from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.sampling import SamplingParams
+from tests.stages.bench import step_rows
 from tests.testbed.dflash2 import random_dflash2
 from tests.testbed.dspark import random_dspark
 from tests.testbed.sampling_drafters import sampling_eagle3
@@ -82,7 +83,7 @@ def drafter(request: pytest.FixtureRequest, plain_target: Target) -> Drafter:
 
 def test_sampled_answers_follow_the_target(drafter: Drafter, distribution: np.ndarray, plain_target: Target) -> None:
     found = answers(plain_target, drafter)
-    accepted = [step.accepted for answer in found for step in answer.steps]
+    accepted = [accepted for answer in found for _, accepted, _ in step_rows(answer.steps)]
     assert min(accepted.count(n) for n in (0, 1, 2)) > 25
     assert p_value(found, distribution) > ALARM
     assert p_value(answers(plain_target, None), distribution) > ALARM  # the reference itself
@@ -92,7 +93,7 @@ def test_a_request_samples_the_same_tokens_in_any_batch(drafter: Drafter, plain_
     many, few = (answers(plain_target, drafter, 40, slots) for slots in (40, 7))
     for answer, other in zip(many, few, strict=True):
         assert answer.response_ids == other.response_ids
-        assert [(s.accepted, s.proposed) for s in answer.steps] == [(s.accepted, s.proposed) for s in other.steps]
+        assert step_rows(answer.steps) == step_rows(other.steps)
 
 
 # ---- verification alone, of distributions that are tables: many draws, so that every wrong rule is seen

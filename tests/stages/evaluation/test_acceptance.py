@@ -19,15 +19,15 @@ from draftsmith.stages.evaluation.acceptance import (
     tau_comparisons,
     tau_differences,
 )
-from draftsmith.stages.replay.trace import AcceptanceStats, Trace
+from draftsmith.stages.replay.steps import AcceptanceStats, Steps
 
 
-def trace(length: int, anchors: list[int], accepted: list[int]) -> Trace:
+def trace(length: int, anchors: list[int], accepted: list[int]) -> Steps:
     shape = (len(anchors), 3)
-    return Trace(length, np.array(anchors), np.array(accepted), np.zeros(shape, int), len(anchors))
+    return Steps(length, np.array(anchors), np.array(accepted), np.zeros(shape, int))
 
 
-def tallies(**traces: list[Trace]) -> dict[str, AcceptanceStats]:
+def tallies(**traces: list[Steps]) -> dict[str, AcceptanceStats]:
     tallies = {name: AcceptanceStats(len(found)) for name, found in traces.items()}
     for name, tally in tallies.items():
         tally.add(range(len(traces[name])), traces[name])
@@ -193,7 +193,7 @@ def decode(ids: list[int]) -> str:
     return "".join(chr(token) for token in ids)
 
 
-def traced(prompt: str, answer: str, accepted: list[int], K: int = 3) -> tuple[Trajectory, Trace]:
+def traced(prompt: str, answer: str, accepted: list[int], K: int = 3) -> tuple[Trajectory, Steps]:
     """A trace that keeps so many proposals in each step; the others are `x`."""
     tokens = [ord(letter) for letter in prompt + answer]
     anchors, proposed, anchor = [], [], len(prompt)
@@ -204,7 +204,7 @@ def traced(prompt: str, answer: str, accepted: list[int], K: int = 3) -> tuple[T
         anchor += kept + 1
     assert anchor == len(tokens) - 1
     steps = np.array(anchors), np.array(accepted), np.array(proposed)
-    return Trajectory(answer, tokens, len(prompt)), Trace(len(tokens), *steps, 0)
+    return Trajectory(answer, tokens, len(prompt)), Steps(len(tokens), *steps)
 
 
 def test_the_worst_stretch_of_every_answer_is_shown_step_by_step() -> None:

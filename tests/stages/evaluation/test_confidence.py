@@ -8,7 +8,7 @@ from scipy.special import expit
 from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyped]
 
 from draftsmith.stages.evaluation.acceptance import calibration, expected_calibration_error, fit
-from draftsmith.stages.replay.trace import AcceptanceStats, Decisions, Trace
+from draftsmith.stages.replay.steps import AcceptanceStats, Decisions, Steps
 
 
 def drawn(logits: np.ndarray, scale: float, shift: float, seed: int = 0) -> Decisions:
@@ -77,9 +77,9 @@ def test_the_error_is_that_of_a_plain_loop() -> None:
 def test_decisions_end_at_the_first_rejected_proposal_and_at_the_end_of_the_answer() -> None:
     """K = 3: one proposal rejected at offset 2, all accepted, and one step of which a single proposal is inside."""
     logits = np.arange(9, dtype=np.float32).reshape(3, 3)
-    trace = Trace(11, np.array([3, 5, 9]), np.array([1, 3, 0]), np.zeros((3, 3), int), 3, confidence=logits)
+    trace = Steps(11, np.array([3, 5, 9]), np.array([1, 3, 0]), np.zeros((3, 3), int), confidence=logits)
     tally = AcceptanceStats(2)
-    tally.add([1, 0], [trace, Trace(5, np.array([4]), np.array([0]), np.zeros((1, 3), int), 1)])
+    tally.add([1, 0], [trace, Steps(5, np.array([4]), np.array([0]), np.zeros((1, 3), int))])
     assert tally.decisions.logits.tolist() == [0, 1, 3, 4, 5, 6]
     assert tally.decisions.accepted.tolist() == [True, False, True, True, True, False]
     assert len(AcceptanceStats(1).decisions.logits) == 0

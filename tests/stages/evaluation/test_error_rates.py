@@ -21,7 +21,7 @@ from draftsmith.stages.evaluation.speed_table import log_ratios, speed_metrics
 from draftsmith.stages.evaluation.timed_runs import Setting
 from draftsmith.stages.evaluation.validity import steady
 from draftsmith.stages.evaluation.verdicts import FEWEST_RUNS, pairs, verdicts
-from draftsmith.stages.replay.trace import DEPTH_ENDS, AcceptanceStats
+from draftsmith.stages.replay.steps import DEPTH_ENDS, AcceptanceStats
 from draftsmith.stages.runtime.statistics import Estimate
 
 SETTING = [Setting(0.0, 1)]

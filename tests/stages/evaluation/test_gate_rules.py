@@ -21,7 +21,7 @@ from draftsmith.stages.evaluation.speed_table import log_ratios
 from draftsmith.stages.evaluation.timed_runs import Setting
 from draftsmith.stages.evaluation.validity import speed_warnings
 from draftsmith.stages.evaluation.verdicts import comparison
-from draftsmith.stages.replay.trace import DEPTHS, AcceptanceStats
+from draftsmith.stages.replay.steps import DEPTHS, AcceptanceStats
 from draftsmith.stages.runtime.statistics import Estimate
 from tests.stages.evaluation.test_error_rates import (
     ARMS,

@@ -18,7 +18,7 @@ from draftsmith.stages.evaluation.load_curve import (
     widths_of,
 )
 from draftsmith.stages.evaluation.verdicts import at_loads, comparison, estimate_of
-from draftsmith.stages.replay.trace import AcceptanceStats, Trace
+from draftsmith.stages.replay.steps import AcceptanceStats, Steps
 from draftsmith.stages.runtime.statistics import Estimate
 from tests.stages.evaluation.test_error_rates import allowed
 
@@ -50,7 +50,7 @@ def tally(rng: np.random.Generator, acceptance: float, answers: int, spread: flo
         accepted = np.minimum(rng.geometric(1 - rate, steps) - 1, BLOCK - 1)
         anchors = 10 + np.concatenate([[0], np.cumsum(accepted + 1)[:-1]])
         length = int(anchors[-1] + accepted[-1] + 2)
-        found.add([index], [Trace(length, anchors, accepted, np.zeros((steps, BLOCK - 1), int), steps)])
+        found.add([index], [Steps(length, anchors, accepted, np.zeros((steps, BLOCK - 1), int))])
     return found
 
 
@@ -92,13 +92,13 @@ def test_a_drafter_of_known_survival_has_the_exact_speed_and_block_size(acceptan
     assert len({point.block_size for point in points}) > 1, "large blocks pay with few requests in flight alone"
 
 
-def answer_trace(rng: np.random.Generator, acceptance: float, tokens: int) -> Trace:
+def answer_trace(rng: np.random.Generator, acceptance: float, tokens: int) -> Steps:
     """Return the steps of an answer of so many tokens; its end cuts the last one."""
     accepted = np.minimum(rng.geometric(1 - acceptance, tokens) - 1, BLOCK - 1)
     anchors = np.concatenate([[0], np.cumsum(accepted + 1)[:-1]])
     inside = anchors < tokens - 1
     accepted, anchors = accepted[inside], anchors[inside]
-    return Trace(tokens, anchors, accepted, np.zeros((len(anchors), BLOCK - 1), int), len(anchors))
+    return Steps(tokens, anchors, accepted, np.zeros((len(anchors), BLOCK - 1), int))
 
 
 @pytest.mark.parametrize("concurrency", [1, 4, 16, 64])

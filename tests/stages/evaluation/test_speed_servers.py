@@ -70,7 +70,7 @@ class Server:
             if retracted := self.retracts and answer.verify_steps > 0 and place == 0:
                 answer.retractions = 1
             if self.wasteful or retracted or not self.records_trace:
-                answer.steps = []
+                answer.steps = None
             if self.wasteful or retracted:
                 answer.verify_steps = round(1.25 * answer.verify_steps)
             yield answer

@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from draftsmith.stages.data.trajectories import Prompt
-from draftsmith.stages.engines.base import Completion, Request, VerifyStep
+from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.evaluation.config import EvaluationConfig
 from draftsmith.stages.evaluation.speed_embedded import compare_with_plain, exactness
 from draftsmith.stages.evaluation.speed_table import (
@@ -23,6 +23,7 @@ from draftsmith.stages.evaluation.speed_table import (
 )
 from draftsmith.stages.evaluation.timed_runs import Setting, TimedRun, requests_for, settings_of
 from draftsmith.stages.evaluation.verdicts import verdicts
+from draftsmith.stages.replay.steps import recorded_steps
 from draftsmith.stages.targets.sampling import GREEDY, SamplingParams
 
 GREEDY_SETTING = Setting(0.0, 2)
@@ -37,7 +38,7 @@ def answer(
         Request(prompt, [1], 99),
         [7] * tokens,
         "length",
-        [VerifyStep(i, n, [0, 0, 0]) for i, n in enumerate(accepted or [])],
+        recorded_steps(tokens + 1, [(i, n, [0, 0, 0], None) for i, n in enumerate(accepted or [])]),
         verify_steps=steps,
         seconds=seconds,
         first_token_seconds=first,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,10 +11,9 @@ import pytest
 import torch
 
 from draftsmith.artifacts.results.evaluation import DiagnosisResult
-from draftsmith.artifacts.tables.parquet import to_table
-from draftsmith.artifacts.tables.schemas import TRACE
 from draftsmith.stages.drafters.base import Context, Drafter
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter, FeatureContext
+from draftsmith.stages.engines.base import recorded_table
 from draftsmith.stages.evaluation.step_differences import ServedAnswers, diagnose
 from tests.stages.bench import Bench
 
@@ -61,8 +60,7 @@ def serve(bench: Bench, drafter: Drafter, *, recorded: bool = True, **drafting: 
     requests = wrong.requests(PROMPTS, TOKENS)
     answers = list(wrong.answers(requests, "wrong", slots=1, **drafting).values())
     answers = [answer for answer in answers if len(answer.response_ids) > 1]
-    rows: Sequence[Any] = [row for answer in answers for row in answer.trace_rows()]
-    steps = to_table(TRACE, rows) if recorded else None
+    steps = recorded_table(answers) if recorded else None
     return ServedAnswers(
         [answer.trajectory() for answer in answers], [answer.verify_steps for answer in answers], steps
     )

@@ -14,7 +14,7 @@ from draftsmith.stages.drafters.dflash.model import DFlashDrafter
 from draftsmith.stages.replay import chains
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Replayer
-from draftsmith.stages.replay.trace import Trace
+from draftsmith.stages.replay.steps import Steps
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.sampling import GREEDY, SamplingParams
 from tests.testbed.dspark import random_dspark
@@ -79,7 +79,7 @@ def test_only_a_confidence_that_is_there_and_asked_for_is_computed(
     texts = [answered(plain_target, drafter, 20)]
     arms = {"dflash": plain_drafter, "headless": headless, "dspark": drafter}
 
-    def found(*, asked: bool) -> dict[str, Trace]:
+    def found(*, asked: bool) -> dict[str, Steps]:
         replayer = Replayer(plain_target, ReplayOptions(with_confidence=asked))
         return {arm: traces[0] for arm, traces in replayer.traces(arms, texts, cache=tmp_path / str(asked)).items()}
 

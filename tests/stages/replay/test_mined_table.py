@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 
+from draftsmith.artifacts.tables.schemas import VERIFY_STEPS
 from draftsmith.stages.data.trajectories import Trajectory
-from draftsmith.stages.replay.mined_table import MiningMetrics, ValueCounts, steps_table
+from draftsmith.stages.replay.mined_table import MiningMetrics, ValueCounts
 from draftsmith.stages.replay.replayer import MinedGroup
-from draftsmith.stages.replay.scoring import StepScores
-from draftsmith.stages.replay.trace import AcceptanceStats, Trace
+from draftsmith.stages.replay.step_tables import steps_table
+from draftsmith.stages.replay.steps import AcceptanceStats, Steps
 from tests.stages.bench import tau
 
 K = 3
@@ -27,7 +29,7 @@ class Words:
 def mined(count: int, seed: int = 0) -> MinedGroup:
     """Return a group of random steps with few different tokens, so that corrections repeat."""
     rng = np.random.default_rng(seed)
-    trajectories, traces, scores = [], [], []
+    group = []
     for index in range(count):
         tokens = rng.integers(0, 9, rng.integers(8, 30)).tolist()
         anchors, accepted, anchor = [], [], 4
@@ -37,18 +39,18 @@ def mined(count: int, seed: int = 0) -> MinedGroup:
             anchor += accepted[-1] + 1
         shape = (len(anchors), K)
         proposed = rng.integers(0, 9, shape)
-        trace = Trace(len(tokens), np.array(anchors), np.array(accepted), proposed, len(anchors))
+        trace = Steps(len(tokens), np.array(anchors), np.array(accepted), proposed)
         logprobs = -rng.random(shape).astype(np.float32)
         logprobs[np.arange(K) >= trace.judged[:, None]] = np.nan
         best = np.where(trace.rejected_offset > 0, -rng.random(len(anchors)), np.nan).astype(np.float32)
-        trajectories.append(Trajectory(f"p{index}/0", tokens, 4))
-        traces.append(trace)
-        scores.append(StepScores(logprobs, best))
-    return MinedGroup(trajectories, traces, scores)
+        group.append(
+            (Trajectory(f"p{index}/0", tokens, 4), replace(trace, target_logprobs=logprobs, best_logprob=best))
+        )
+    return group
 
 
 def test_metrics_do_not_depend_on_how_rows_are_divided() -> None:
-    table, rng = steps_table(mined(60)), np.random.default_rng(1)
+    table, rng = steps_table(VERIFY_STEPS, mined(60)), np.random.default_rng(1)
     whole, parts, start = MiningMetrics(K + 1), MiningMetrics(K + 1), 0
     whole.add(table)
     while start < table.num_rows:
@@ -75,7 +77,7 @@ def test_frequent_values_are_counted_over_batches() -> None:
 
 
 def test_acceptance_stats_agree_with_the_traces() -> None:
-    traces = mined(25).traces
+    traces = [trace for _, trace in mined(25)]
     tally, order = AcceptanceStats(len(traces)), np.random.default_rng(0).permutation(len(traces))
     for part in np.split(order, [3, 11]):
         tally.add(part.tolist(), [traces[i] for i in part])
@@ -92,5 +94,5 @@ def test_acceptance_stats_agree_with_the_traces() -> None:
 def test_a_groups_table_takes_no_python_objects() -> None:
     """The rows of a group are Arrow's from the start: their bytes are a small multiple of the data's."""
     before = pa.total_allocated_bytes()
-    table = steps_table(mined(200))
+    table = steps_table(VERIFY_STEPS, mined(200))
     assert pa.total_allocated_bytes() - before < 400 * table.num_rows

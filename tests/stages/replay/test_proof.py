@@ -37,7 +37,7 @@ def old(bench: Bench) -> Drafter:
 def served(bench: Bench, drafter: Drafter, count: int = FEW) -> list[ServedAnswer]:
     """Return the answers of an engine with this drafter."""
     answers = replace(bench, drafters={"it": drafter}).answers(bench.requests(count), "it")
-    return [(answer.trajectory(), answer.trace()) for answer in answers.values()]
+    return [(answer.trajectory(), answer.steps) for answer in answers.values() if answer.steps is not None]
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,6 @@ def test_sampled_proposals_decide_by_their_probabilities(plain_target: Target) -
     requests = [Request(str(i), [5, 3, 9, 1], 16, sampling, i) for i in range(40)]
     for drafter, expected in ((new, True), (old, False)):
         engine = EmbeddedEngine(plain_target, drafter, slots=40, capacity=32)
-        answers = [(answer.trajectory(), answer.trace()) for answer in engine.generate(requests)]
+        answers = [(each.trajectory(), each.steps) for each in engine.generate(requests) if each.steps is not None]
         result = prove(plain_target, old, new, answers, ReplayOptions(sampling=sampling), float32=True)
         assert result.swapped is expected

@@ -16,10 +16,10 @@ from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.replay.chains import successors
 from draftsmith.stages.replay.replayer import Replayer
-from draftsmith.stages.replay.trace import Trace
+from draftsmith.stages.replay.steps import Steps
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.sampling import GREEDY, SamplingParams
-from tests.stages.bench import Bench, assert_recorded, assert_same, tau
+from tests.stages.bench import Bench, assert_recorded, assert_same, step_rows, tau
 from tests.testbed import random_target
 from tests.testbed.drafter import DrafterArtifacts
 
@@ -102,9 +102,9 @@ def test_a_successor_is_the_next_anchor_of_a_single_block(drafter: str, bench: B
 # ---- definitions
 
 
-def trace_of(length: int, anchors: list[int], accepted: list[int], proposals: int = 3) -> Trace:
+def trace_of(length: int, anchors: list[int], accepted: list[int], proposals: int = 3) -> Steps:
     proposed = np.zeros((len(anchors), proposals), int)
-    return Trace(length, np.array(anchors), np.array(accepted), proposed, len(anchors))
+    return Steps(length, np.array(anchors), np.array(accepted), proposed)
 
 
 def test_tau_by_hand() -> None:
@@ -137,8 +137,8 @@ def test_packed_weights_do_not_change_a_trace(
     drafter = load_drafter(tiny_drafter.drafter / DRAFTER_FOLDER, target, torch.bfloat16)
     texts = bench.answered()
 
-    def traces() -> list[Trace]:
-        return [trace for group in Replayer(target).mine(drafter, texts[:6]) for trace in group.traces]
+    def traces() -> list[Steps]:
+        return [trace for group in Replayer(target).mine(drafter, texts[:6]) for _, trace in group]
 
     packed = traces()
     monkeypatch.setattr(Head, "for_decoding", lambda head, _target: head)
@@ -157,5 +157,5 @@ def test_a_float16_target_serves_and_is_replayed(tmp_path: Path) -> None:
     traces = Replayer(target).traces({"it": drafter}, [answer.trajectory() for answer in answers])["it"]
     assert len(traces) > 1
     for answer, trace in zip(answers, traces, strict=True):
-        served, replayed = {step.anchor for step in answer.steps}, set(trace.anchors.tolist())
+        served, replayed = {anchor for anchor, _, _ in step_rows(answer.steps)}, set(trace.anchors.tolist())
         assert len(served & replayed) >= 0.8 * len(replayed)  # near-ties of other kernel shapes

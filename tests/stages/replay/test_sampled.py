@@ -35,10 +35,10 @@ from draftsmith.stages.evaluation.acceptance import tau_by_slice, tau_comparison
 from draftsmith.stages.replay import sampled
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Replayer
-from draftsmith.stages.replay.trace import AcceptanceStats, Trace
+from draftsmith.stages.replay.steps import AcceptanceStats, Steps
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.sampling import SamplingParams
-from tests.stages.bench import tau
+from tests.stages.bench import step_rows, tau
 from tests.stages.drafters.texts import logits_of
 from tests.testbed import random_target
 from tests.testbed.dflash2 import random_dflash2
@@ -76,7 +76,7 @@ def texts(plain_target: Target) -> list[Trajectory]:
 
 def replayed(
     target: Target, drafter: Drafter, texts: Sequence[Trajectory], sampling: SamplingParams = SAMPLING, **options: Any
-) -> list[Trace]:
+) -> list[Steps]:
     return Replayer(target, ReplayOptions(sampling=sampling, **options)).traces({"it": drafter}, texts)["it"]
 
 
@@ -178,17 +178,13 @@ def _sampling(logits: torch.Tensor, sampling: SamplingParams) -> np.ndarray:
     return cut(torch.softmax(logits.double() / sampling.temperature, -1).numpy(), sampling)
 
 
-def steps(trace: Trace) -> list[tuple[int, int, list[int]]]:
-    return list(zip(trace.anchors.tolist(), trace.accepted.tolist(), trace.proposed.tolist(), strict=True))
-
-
 def test_parallel_replay_equals_the_plain_reference(
     drafter: Drafter, texts: list[Trajectory], plain_target: Target
 ) -> None:
     some = [*texts[:4], *random_target.trajectories(2)]  # also what top-k and top-p leave out
     expected = [Plainly(plain_target, drafter, text).trace() for text in some]
     for chains in (1, 3, None):
-        assert [steps(trace) for trace in replayed(plain_target, drafter, some, chains=chains)] == expected
+        assert [step_rows(trace) for trace in replayed(plain_target, drafter, some, chains=chains)] == expected
 
 
 def test_expected_commits_equal_the_mean_of_sampled_ones(drafter: Drafter, plain_target: Target) -> None:
@@ -275,8 +271,8 @@ def test_accepted_lengths_have_the_distribution_of_sampled_decoding(
 ) -> None:
     """`test_sampled_tables.py` shows that wrong rules are seen."""
     answers = [a for a in decoded(plain_target, drafter, 10_000) if len(a.response_ids) == LENGTH]
-    assert {0, 1, 2, 3} <= {step.accepted for answer in answers for step in answer.steps}
-    served = first_steps([a.trajectory() for a in answers], [a.steps[0].accepted for a in answers])
+    assert {0, 1, 2, 3} <= {accepted for answer in answers for _, accepted, _ in step_rows(answer.steps)}
+    served = first_steps([a.trajectory() for a in answers], [step_rows(a.steps)[0][1] for a in answers])
     found = first_steps(texts, [int(trace.accepted[0]) for trace in replayed(plain_target, drafter, texts)])
     assert same_distribution(served, found) > ALARM
 
@@ -369,12 +365,12 @@ def test_replay_and_scores_equal_the_reference_for_every_family(family: str, tmp
     expected = [Plainly(target, drafter, text).trace() for text in texts]
     assert len({accepted for trace in expected for _, accepted, _ in trace}) > 2
     for chains in (1, None):
-        assert [steps(trace) for trace in replayed(target, drafter, texts, chains=chains)] == expected
+        assert [step_rows(trace) for trace in replayed(target, drafter, texts, chains=chains)] == expected
 
     after_rejections = 0
     for group in Replayer(target, ReplayOptions(sampling=SAMPLING)).mine(drafter, texts):
-        for text, trace, scores in zip(group.trajectories, group.traces, group.scores, strict=True):
-            for (anchor, accepted, row), found in zip(steps(trace), scores.target_logprobs, strict=True):
+        for text, trace in group:
+            for (anchor, accepted, row), found in zip(step_rows(trace), trace.logprobs, strict=True):
                 end = anchor + min(len(row), len(text.tokens) - 1 - anchor)
                 hidden = target.read(torch.tensor([text.tokens[: anchor + 1] + row])).hidden[0, anchor:end]
                 sampling = target.logits(hidden).log_softmax(-1)
@@ -432,7 +428,7 @@ def test_the_share_outside_the_nucleus_is_counted_and_reported(
     assert sampled.truncation_warning(own, narrow) is sampled.truncation_warning(None, narrow) is None
 
     groups = Replayer(plain_target, ReplayOptions(sampling=narrow)).mine(drafters["samples"], wide)
-    traces = [trace for group in groups for trace in group.traces]
+    traces = [trace for group in groups for _, trace in group]
     assert sum(trace.outside_nucleus for trace in traces) == count
 
 

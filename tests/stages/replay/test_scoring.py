@@ -11,8 +11,8 @@ import torch
 from draftsmith.stages.data.trajectories import Trajectory, pad_tokens
 from draftsmith.stages.replay import scoring
 from draftsmith.stages.replay.replayer import encode_group
-from draftsmith.stages.replay.scoring import EncodedGroup, StepScores, score_traces
-from draftsmith.stages.replay.trace import Trace
+from draftsmith.stages.replay.scoring import EncodedGroup, score_traces
+from draftsmith.stages.replay.steps import Steps
 from tests.stages.bench import Bench
 
 TOLERANCE = 3e-4  # nats, float32; the trees are other matrix shapes than one block
@@ -21,7 +21,7 @@ TOLERANCE = 3e-4  # nats, float32; the trees are other matrix shapes than one bl
 @dataclass(frozen=True)
 class Replayed:
     trajectories: list[Trajectory]
-    traces: list[Trace]
+    traces: list[Steps]
     group: EncodedGroup
 
 
@@ -37,7 +37,7 @@ def replayed(bench: Bench, name: str, *, count: int = 6, tokens: int = 40, free:
     return Replayed(trajectories, bench.replay(trajectories, name, None), group)
 
 
-def plainly(bench: Bench, trajectory: Trajectory, trace: Trace) -> StepScores:
+def plainly(bench: Bench, trajectory: Trajectory, trace: Steps) -> Steps:
     """Score with one forward over prefix and block for every step."""
     S, K = trace.proposed.shape
     logprobs, best = np.full((S, K), np.nan, dtype=np.float32), np.full(S, np.nan, dtype=np.float32)
@@ -50,7 +50,7 @@ def plainly(bench: Bench, trajectory: Trajectory, trace: Trace) -> StepScores:
                 logprobs[s, k - 1] = sampling[k - 1, block[k - 1]]
         if rejected := int(trace.rejected_offset[s]):
             best[s] = sampling[rejected - 1].max()
-    return StepScores(logprobs, best)
+    return replace(trace, target_logprobs=logprobs, best_logprob=best)
 
 
 @pytest.mark.parametrize(
@@ -72,13 +72,15 @@ def test_scores_equal_one_forward_per_block(
     after_rejections = 0
     for i, (trajectory, trace) in enumerate(zip(r.trajectories, r.traces, strict=True)):
         expected = plainly(bench, trajectory, trace)
-        np.testing.assert_allclose(scores[i].target_logprobs, expected.target_logprobs, atol=TOLERANCE)
+        np.testing.assert_allclose(scores[i].logprobs, expected.logprobs, atol=TOLERANCE)
         offsets = np.arange(1, trace.proposed.shape[1] + 1)
-        up_to = np.where(offsets <= trace.on_trajectory[:, None], expected.target_logprobs, np.nan)
-        np.testing.assert_allclose(without[i].target_logprobs, up_to, atol=TOLERANCE)
-        rejected = np.where(offsets > trace.accepted[:, None], expected.target_logprobs, np.nan)
-        np.testing.assert_allclose(only[i].target_logprobs, rejected, atol=TOLERANCE)
+        up_to = np.where(offsets <= trace.on_trajectory[:, None], expected.logprobs, np.nan)
+        np.testing.assert_allclose(without[i].logprobs, up_to, atol=TOLERANCE)
+        rejected = np.where(offsets > trace.accepted[:, None], expected.logprobs, np.nan)
+        np.testing.assert_allclose(only[i].logprobs, rejected, atol=TOLERANCE)
+        assert expected.best_logprob is not None
         for found in (scores[i], without[i]):
+            assert found.best_logprob is not None
             np.testing.assert_allclose(found.best_logprob, expected.best_logprob, atol=TOLERANCE)
         after_rejections += int((trace.judged - trace.rejected_offset)[trace.rejected_offset > 0].sum())
     assert after_rejections > 5  # how many there are depends on the processor that trained the drafter
@@ -95,4 +97,4 @@ def test_scoring_does_not_change_the_trajectories_in_the_cache(bench: Bench) -> 
         assert torch.equal(slots.read(slice(0, 6), T)[0], keys)
     again = score_traces(bench.target, group, r.traces)
     for a, b in zip(first, again, strict=True):
-        np.testing.assert_array_equal(a.target_logprobs, b.target_logprobs)
+        np.testing.assert_array_equal(a.logprobs, b.logprobs)

@@ -15,7 +15,7 @@ from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Replayer
-from draftsmith.stages.replay.trace import Trace
+from draftsmith.stages.replay.steps import Steps
 from draftsmith.stages.targets.causal_lm import Target
 from tests.stages.bench import assert_same
 from tests.testbed.calls import recorded
@@ -42,7 +42,7 @@ def replayed(target: Target, drafter: DFlashDrafter, folder: Path | None, stop_a
     return replayer.traces(drafters, TEXTS, cache=folder, progress=progress), done
 
 
-def assert_equal(ours: dict[str, list[Trace]], expected: dict[str, list[Trace]]) -> None:
+def assert_equal(ours: dict[str, list[Steps]], expected: dict[str, list[Steps]]) -> None:
     assert ours.keys() == expected.keys()
     for name in ours:
         assert_same(ours[name], expected[name])
@@ -126,9 +126,9 @@ def test_a_group_that_does_not_fit_into_memory_is_replayed_in_halves(
     (mined,) = Replayer(plain_target).mine(plain_drafter, TEXTS)
     monkeypatch.setattr(plain_target, "step", small_step)
     (retry_in_halves,) = Replayer(plain_target).mine(plain_drafter, TEXTS)
-    assert retry_in_halves.trajectories == mined.trajectories
-    for ours, expected_scores in zip(retry_in_halves.scores, mined.scores, strict=True):
-        np.testing.assert_allclose(ours.target_logprobs, expected_scores.target_logprobs, atol=2e-4)
+    for (trajectory, ours), (expected_trajectory, expected_steps) in zip(retry_in_halves, mined, strict=True):
+        assert trajectory == expected_trajectory
+        np.testing.assert_allclose(ours.logprobs, expected_steps.logprobs, atol=2e-4)
     fits = 2
     with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
         Replayer(plain_target).traces(drafters, TEXTS)

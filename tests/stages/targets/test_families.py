@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from transformers import AutoConfig
 
 from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.tables.schemas import VERIFY_STEPS
 from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.base import Context
 from draftsmith.stages.drafters.checkpoint import create_drafter
@@ -27,9 +29,9 @@ from draftsmith.stages.drafters.dflash.model import DFlashDrafter
 from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.engines.embedded import EmbeddedEngine
-from draftsmith.stages.replay.mined_table import steps_table
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Replayer
+from draftsmith.stages.replay.step_tables import steps_table
 from draftsmith.stages.targets import layers as capabilities
 from draftsmith.stages.targets.attention import scored_attention
 from draftsmith.stages.targets.causal_lm import Target
@@ -42,8 +44,9 @@ from draftsmith.stages.targets.self_check import check_agreement
 from draftsmith.stages.training.blocks import HeadSource, LossContext
 from draftsmith.stages.training.config import OpdConfig, TrainingConfig
 from draftsmith.stages.training.opd.trainer import MinedData, OpdTraining
-from draftsmith.stages.training.opd.verify_steps import MinedTable
 from draftsmith.stages.training.response_loss import TargetSignal
+from tests.stages.bench import step_rows
+from tests.stages.training.case import mined_table
 from tests.testbed.families import ALTERNATING, FAMILIES, RECURRENT, SHAPE, WINDOW, WORDS, write_family
 from tests.testbed.random_target import VOCAB_SIZE, resolved, save
 
@@ -150,7 +153,7 @@ class Case:
     def mined(self) -> pa.Table:
         """In groups of two texts."""
         replayer = Replayer(self.target, ReplayOptions(tokens_per_group=80))
-        return pa.concat_tables(map(steps_table, replayer.mine(self.drafter, self.trajectories)))
+        return steps_table(VERIFY_STEPS, chain.from_iterable(replayer.mine(self.drafter, self.trajectories)))
 
     @cached_property
     def trajectories(self) -> list[Trajectory]:
@@ -237,7 +240,7 @@ def test_greedy_decoding_equals_transformers(case: Case) -> None:
     requests = [completion.request for completion in case.decoded.values()]
     for answers in (case.decoded.values(), list(plain.generate(requests))):
         assert {c.request.request_id: c.response_ids for c in answers} == expected
-    accepted = {step.accepted for completion in case.decoded.values() for step in completion.steps}
+    accepted = {accepted for completion in case.decoded.values() for _, accepted, _ in step_rows(completion.steps)}
     assert 0 in accepted and len(accepted) > 2
 
 
@@ -256,8 +259,7 @@ def test_replay_finds_the_steps_of_speculative_decoding(case: Case) -> None:
     traces = Replayer(case.target).traces({"drafter": case.drafter}, case.trajectories)["drafter"]
     for trajectory, trace in zip(case.trajectories, traces, strict=True):
         steps = case.decoded[trajectory.trajectory_id].steps
-        found = zip(trace.anchors.tolist(), trace.accepted.tolist(), trace.proposed.tolist(), strict=True)
-        assert [(step.anchor, step.accepted, step.proposed) for step in steps] == list(found)
+        assert step_rows(steps) == step_rows(trace)
 
 
 def test_proposals_are_scored_after_their_own_prefix(case: Case) -> None:
@@ -292,7 +294,7 @@ def test_losses_and_proposals_read_the_familys_own_distribution(case: Case) -> N
 def test_opd_takes_a_step_with_the_rejected_stream(of_each_cache: Case) -> None:
     case = of_each_cache
     config = OpdConfig.model_validate({"sequences_per_step": 3, "loss": "paper"})
-    data = MinedData(trajectories=case.trajectories, mined=MinedTable([], BLOCK - 1))
+    data = MinedData(trajectories=case.trajectories, mined=mined_table([], BLOCK - 1))
     training = OpdTraining(case.drafter, case.target, data, config)
     (report,) = training.micro_batches(0, None)
     report.loss.backward()

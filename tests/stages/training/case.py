@@ -10,6 +10,7 @@ import torch
 
 from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.base import Drafter
+from draftsmith.stages.replay.steps import Steps
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.sampling import GREEDY, SamplingParams
 from draftsmith.stages.training.batches import Batch, FeatureSource, RankSlice
@@ -22,7 +23,7 @@ from draftsmith.stages.training.blocks import (
     encode_batch,
 )
 from draftsmith.stages.training.config import TrainingConfig
-from draftsmith.stages.training.opd.verify_steps import VerifySteps
+from draftsmith.stages.training.opd.verify_steps import MinedTable
 from tests.testbed import random_target
 
 K = 4  # proposals of the plain drafter's block
@@ -35,7 +36,7 @@ class Case:
 
     batch: Batch
     anchors: torch.Tensor  # [B, A]
-    steps: VerifySteps
+    steps: Steps[torch.Tensor]
     trajectories: list[Trajectory]
 
     def blocks(self) -> list[tuple[int, int, int]]:
@@ -52,6 +53,12 @@ def whole_step(indices: Sequence[int], batch: Batch, micro_batches: Sequence[sli
     """Return the slice of a process that trains alone. micro_batches: left out, the whole batch is one."""
     rows = list(range(len(indices)))
     return RankSlice(list(indices), batch, list(micro_batches) or [slice(0, len(rows))], rows, len(rows), batch.tokens)
+
+
+def mined_table(steps: Sequence[Steps], proposals: int) -> MinedTable:
+    """Return the steps of every trajectory as a table in memory. proposals: of a mined block."""
+    errors = [np.count_nonzero(each.rejected_offset) for each in steps]
+    return MinedTable(steps.__getitem__, np.array([len(each) for each in steps]), np.array(errors), proposals)
 
 
 def hidden_of(batch: Batch) -> torch.Tensor:
@@ -82,18 +89,17 @@ def make_case(target: Target, layer_ids: Sequence[int]) -> Case:
         ]
     )
     shape = tuple(anchors.shape)
-    accepted, committed, rejected_offset = (np.zeros(shape, int) for _ in range(3))
+    accepted = np.zeros(shape, int)
     logprobs = rng.uniform(-14, -0.01, (*shape, K)).astype(np.float32)  # some below the floor
     for b, t in enumerate(trajectories):
         for a, anchor in enumerate(anchors[b].tolist()):
             verified = min(K, len(t.tokens) - 1 - anchor)
             count = (b + a) % (verified + 1)  # all kinds: nothing, some, everything, cut by the end
             accepted[b, a] = count
-            committed[b, a] = min(count + 1, len(t.tokens) - 1 - anchor)
-            rejected_offset[b, a] = count + 1 if count < verified else 0
             logprobs[b, a, verified:] = np.nan
-    assert (rejected_offset == 0).any()
-    assert (rejected_offset > 1).any()
     proposed = rng.integers(0, random_target.TEXT_TOKENS, (*shape, K))
-    steps = VerifySteps(*(torch.from_numpy(x) for x in (accepted, committed, rejected_offset, proposed, logprobs)))
+    lengths = torch.tensor([[len(t.tokens)] for t in trajectories])
+    steps = Steps(lengths, anchors, torch.from_numpy(accepted), torch.from_numpy(proposed), torch.from_numpy(logprobs))
+    assert (steps.rejected_offset == 0).any()
+    assert (steps.rejected_offset > 1).any()
     return Case(source.batch([0, 1, 2]), anchors, steps, trajectories)

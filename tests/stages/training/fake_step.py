@@ -29,6 +29,7 @@ from draftsmith.stages.drafters.dflash2.model import DFlash2Drafter
 from draftsmith.stages.drafters.dspark.model import DSparkDrafter
 from draftsmith.stages.drafters.eagle3.config import Eagle3Config
 from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter
+from draftsmith.stages.replay.steps import Steps
 from draftsmith.stages.targets.estimate import ModelSize, Sizes
 from draftsmith.stages.targets.sampling import GREEDY, SamplingParams
 from draftsmith.stages.training.batches import Batch
@@ -43,9 +44,9 @@ from draftsmith.stages.training.blocks import (
 from draftsmith.stages.training.config import OpdConfig, SftConfig, TrainingConfig
 from draftsmith.stages.training.loop import Accumulation
 from draftsmith.stages.training.lora import Adapter
-from draftsmith.stages.training.opd.anchor_sources import RandomAnchors, StepAnchors
+from draftsmith.stages.training.opd.anchor_sources import RandomAnchors
 from draftsmith.stages.training.opd.step import OpdStep, StepOptions
-from draftsmith.stages.training.opd.verify_steps import VerifySteps
+from draftsmith.stages.training.opd.verify_steps import StepAnchors
 from draftsmith.stages.training.sft.trainer import sft_loss
 from tests.stages.training.case import whole_step
 
@@ -177,14 +178,15 @@ class _Rejected(RandomAnchors):
 
     def sample(self, step: int, indices: Sequence[int], view: Any, phases: np.ndarray) -> StepAnchors:
         anchors = super().sample(step, indices, view, phases).anchors
-        return StepAnchors(anchors, _steps(anchors, self.proposals))
+        return StepAnchors(anchors, _steps(view.batch, anchors, self.proposals))
 
 
-def _steps(anchors: torch.Tensor, K: int) -> VerifySteps:
+def _steps(batch: Batch, anchors: torch.Tensor, K: int) -> Steps[torch.Tensor]:
     shape = anchors.shape
     accepted = torch.full(shape, K // 3)
     proposed = torch.ones(*shape, K, dtype=torch.long)
-    return VerifySteps(accepted, accepted + 1, accepted + 1, proposed, torch.full((*shape, K), -1.0))
+    lengths = torch.tensor([[len(t.tokens)] for t in batch.trajectories])
+    return Steps(lengths, anchors, accepted, proposed, torch.full((*shape, K), -1.0))
 
 
 class _Peak(MemTracker):

@@ -264,7 +264,7 @@ def slow_opd(slow: Slow, objective: LossConfig) -> tuple[torch.Tensor, int]:
         proposed = case.steps.proposed[row, index].tolist()
         log_q = slow.log_q(row, anchor, proposed)
         for k in range(first, K + 1):
-            log_p_of_it = float(case.steps.target_logprobs[row, index, k - 1])
+            log_p_of_it = float(case.steps.logprobs[row, index, k - 1])
             if math.isnan(log_p_of_it) or proposed[k - 1] not in tokens:
                 continue
             weight = plain_weight(objective.rejected.positions, k, {})

@@ -26,7 +26,7 @@ from draftsmith.stages.training.blocks import LossReport, SoftmaxHeads, draft_bl
 from draftsmith.stages.training.config import SftConfig
 from draftsmith.stages.training.loss_config import LossConfig, PositionWeights
 from draftsmith.stages.training.opd.step import opd_loss
-from draftsmith.stages.training.opd.verify_steps import VerifySteps, verify_blocks
+from draftsmith.stages.training.opd.verify_steps import verify_blocks
 from draftsmith.stages.training.sft.trainer import sft_loss
 from tests.stages.training.case import Case, K, blocks_of, heads_of, loss_context, make_case
 from tests.stages.training.reference import LK, TV, Slow, assert_equal, slow_opd, slow_sft
@@ -260,7 +260,7 @@ def test_the_default_follows_the_verification_rule() -> None:
 def test_without_rejections_the_paper_has_its_response_stream_alone(
     case: Case, plain_drafter: DFlashDrafter, plain_target: Target
 ) -> None:
-    steps = replace(case.steps, rejected_offset=torch.zeros_like(case.steps.rejected_offset))
+    steps = replace(case.steps, accepted=case.steps.judged)
     report = opd(replace(case, steps=steps), plain_drafter, plain_target, OBJECTIVES["paper"])
     assert report.metrics["loss_rejected"] == 0
     assert float(report.loss.detach()) == pytest.approx(report.metrics["loss_response"])
@@ -276,11 +276,9 @@ def test_steps_that_changed_are_counted(case: Case, plain_drafter: DFlashDrafter
     assert sum(different) > 0
     report = opd(case, plain_drafter, plain_target, OBJECTIVES["matched greedy"])
     assert report.metrics["steps_changed_share"] == pytest.approx(sum(different) / len(different))
-    verified = VerifySteps(*(x.clone() for x in vars(case.steps).values()))
+    verified = replace(case.steps, accepted=case.steps.accepted.clone())
     for (row, index), accepted in now.items():
-        length = len(case.trajectories[row].tokens) - 1 - int(case.anchors[row, index])
-        verified.accepted[row, index], verified.committed[row, index] = accepted, min(accepted + 1, length)
-        verified.rejected_offset[row, index] = accepted + 1 if accepted < min(K, length) else 0
+        verified.accepted[row, index] = accepted
     report = opd(replace(case, steps=verified), plain_drafter, plain_target, OBJECTIVES["matched greedy"])
     assert report.metrics["steps_changed_share"] == 0
 

@@ -11,6 +11,7 @@ import torch
 
 from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.base import Drafter
+from draftsmith.stages.replay.steps import Steps
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.sampling import GREEDY, SamplingParams
 from draftsmith.stages.training.batches import FeatureSource, split_rows
@@ -18,9 +19,10 @@ from draftsmith.stages.training.blocks import LossReport
 from draftsmith.stages.training.config import OpdConfig, SftConfig, TrainingConfig
 from draftsmith.stages.training.loop import Accumulation
 from draftsmith.stages.training.opd.trainer import MinedData, OpdTraining
-from draftsmith.stages.training.opd.verify_steps import MinedTable, TrajectorySteps
+from draftsmith.stages.training.opd.verify_steps import MinedTable
 from draftsmith.stages.training.sft.trainer import SftTraining
 from draftsmith.stages.training.trainer import TrainingData
+from tests.stages.training.case import mined_table
 from tests.testbed import random_target
 from tests.testbed.architectures import RANDOM
 
@@ -47,14 +49,12 @@ def mined(trajectories: list[Trajectory], K: int) -> MinedTable:
     for t in trajectories:
         anchors = np.arange(t.first_anchor, t.last_anchor + 1, 2)
         verified = np.minimum(K, len(t.tokens) - 1 - anchors)
-        accepted = rng.integers(0, verified + 1)
-        committed = np.minimum(accepted + 1, len(t.tokens) - 1 - anchors)
-        rejected = np.where(accepted < verified, accepted + 1, 0)
+        accepted: np.ndarray = rng.integers(0, verified + 1)
         logprobs = rng.uniform(-9, -0.1, (len(anchors), K)).astype(np.float32)
         logprobs[np.arange(K) >= verified[:, None]] = np.nan
         proposed = rng.integers(0, random_target.TEXT_TOKENS, (len(anchors), K))
-        steps.append(TrajectorySteps(anchors, accepted, committed, rejected, proposed, logprobs))
-    return MinedTable(steps, K)
+        steps.append(Steps(len(t.tokens), anchors, accepted, proposed, logprobs))
+    return mined_table(steps, K)
 
 
 def trained(make: Callable[[], Training], drafter: Drafter, limit: int | None) -> tuple[LossReport, torch.Tensor, int]:

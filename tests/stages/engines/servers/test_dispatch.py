@@ -41,7 +41,7 @@ def payload(token: int = 5, new: int = 3) -> dict[str, Any]:
 
 
 def completion(found: ServerAnswer) -> Completion:
-    return Completion(Request("r", [1], 3), found.body["output_ids"], "length", [])
+    return Completion(Request("r", [1], 3), found.body["output_ids"], "length")
 
 
 def with_pool(

@@ -21,6 +21,7 @@ from draftsmith.stages.engines.servers.identity import own_logprobs
 from draftsmith.stages.engines.servers.requirements import ServerRequirements, served_block_size
 from draftsmith.stages.engines.vllm.handshake import check_server
 from draftsmith.stages.engines.vllm.server import server_command
+from tests.stages.bench import step_rows
 from tests.stages.engines.http_server import HttpServer, serving
 from tests.stages.engines.stand_ins import Opened, with_client
 from tests.stages.engines.stand_ins import check as check_sglang
@@ -88,7 +89,7 @@ def test_answers_and_their_anchors(assisted: ServerRequirements, opened: Opened)
         engine.flush_cache()
         list(engine.generate(REQUESTS))
         assert sent == {None} and server.asked[-1][1]["cache_salt"]
-    assert [[(step.anchor, step.accepted) for step in each.steps] for each in answers] == [[(1, 2), (4, 4)]] * 6
+    assert [step_rows(each.steps) for each in answers] == [[(1, 2, []), (4, 4, [])]] * 6
     assert {each.verify_steps for each in answers} == {2} and {each.retractions for each in answers} == {0}
 
 
@@ -104,7 +105,7 @@ def test_steps_that_do_not_fit_are_left_out_and_the_answer_is_used(
         opened(on(server), drafter=assisted.drafter_folder, log=logs.append) as engine,
     ):
         answers = {each.request.request_id: each for each in engine.generate(REQUESTS)}
-    assert len(answers) == len(REQUESTS) and answers["r0"].steps == [] and answers["r0"].retractions == 1
+    assert len(answers) == len(REQUESTS) and answers["r0"].steps is None and answers["r0"].retractions == 1
     assert all(each.steps for name, each in answers.items() if name != "r0")
     assert sum("preempted" in line for line in logs) == 1
 

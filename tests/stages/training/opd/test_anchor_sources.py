@@ -28,8 +28,7 @@ from draftsmith.stages.training.opd import verify_steps
 from draftsmith.stages.training.opd.anchor_sources import RandomAnchors, TableAnchors
 from draftsmith.stages.training.opd.step import opd_loss
 from draftsmith.stages.training.opd.verify_steps import (
-    MinedTable,
-    UnscoredSteps,
+    StepAnchors,
     sample_steps,
     score_steps,
     verify_blocks,
@@ -55,7 +54,7 @@ def test_mining_again_gives_the_trace_of_the_current_weights(any_world: World) -
     remining = world.remining(scored=True)
     metrics = remining.refresh(10, INDICES, world.view())
     traces = world.traces(world.moved)
-    gone, total = world.steps_gone(), sum(len(world.table.steps[i].anchors) for i in INDICES)
+    gone, total = world.steps_gone(), sum(len(world.table.steps_of(i)) for i in INDICES)
     for i in INDICES:
         fresh, trace = remining.steps(i), traces[i]
         for name in ("anchors", "accepted", "committed", "rejected_offset", "proposed"):
@@ -63,8 +62,8 @@ def test_mining_again_gives_the_trace_of_the_current_weights(any_world: World) -
     assert 0 < gone < total
     assert metrics == {"trace_changed_share": gone / total, "remined_trajectories": 3}
     for i in set(range(COUNT)) - set(INDICES):
-        assert remining.steps(i) is world.table.steps[i]
-    assert remining.mined.steps[INDICES[0]] is world.table.steps[INDICES[0]]
+        assert remining.steps(i) is world.table.steps_of(i)
+    assert remining.mined.steps_of(INDICES[0]) is world.table.steps_of(INDICES[0])
 
 
 def test_only_sampled_steps_are_scored(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,21 +74,22 @@ def test_only_sampled_steps_are_scored(world: World, monkeypatch: pytest.MonkeyP
     source = world.source("visited", remining=remining)
     sampled = source.sample(9, INDICES, world.view(), phases(0, 1))  # too early for the third
     assert sampled.steps is not None and list(sampled.unscored) == [0, 1]
-    unscored = UnscoredSteps(sampled.steps, world.batch.trajectories, sampled.anchors, sampled.unscored)
-    (steps,) = score_steps([unscored], world.target, 7, 2048)
+    (scored,) = score_steps([(world.batch.trajectories, sampled)], world.target, 7, 2048)
+    logprobs = scored.known_steps.logprobs
+    assert not scored.unscored
     fresh = world.mined_by(world.moved)
     for row, i in enumerate(INDICES):
-        table = fresh.steps[i] if row < 2 else world.table.steps[i]
+        table = (fresh if row < 2 else world.table).steps_of(i)
         for a, anchor in enumerate(sampled.anchors[row].tolist()):
             index = table.anchors.tolist().index(anchor)
-            expected = table.target_logprobs[index]
-            np.testing.assert_allclose(steps.target_logprobs[row, a].numpy(), expected, atol=1e-4)
+            expected = table.logprobs[index]
+            np.testing.assert_allclose(logprobs[row, a].numpy(), expected, atol=1e-4)
             accepted = table.accepted[index]
             assert np.isnan(expected[:accepted]).all()
             assert np.isfinite(expected[accepted : accepted + 1]).all() or not table.rejected_offset[index]
-    ((_, _, scored, *_),) = calls
-    assert len(scored) == 2
-    assert all(len(t.anchors) == len(set(t.anchors.tolist())) <= PER_SEQUENCE for t in scored)
+    ((_, _, traces, *_),) = calls
+    assert len(traces) == 2
+    assert all(len(t) == len(set(t.anchors.tolist())) <= PER_SEQUENCE for t in traces)
 
 
 def test_a_trajectory_is_mined_again_when_its_trace_is_old_enough(world: World) -> None:
@@ -107,7 +107,7 @@ def test_a_trajectory_is_mined_again_when_its_trace_is_old_enough(world: World) 
 def test_a_checkpoint_restores_the_fresh_steps(scored: bool, world: World) -> None:
     empty = world.remining()
     empty.load_state_dict(world.remining().state_dict())
-    assert [empty.steps(i) for i in range(COUNT)] == world.table.steps
+    assert [empty.steps(i) for i in range(COUNT)] == [world.table.steps_of(i) for i in range(COUNT)]
     remining = world.remining(scored=scored)
     remining.refresh(10, INDICES, world.view())
     other = world.remining(scored=scored)
@@ -122,14 +122,19 @@ def test_a_checkpoint_restores_the_fresh_steps(scored: bool, world: World) -> No
 
 
 def test_fresh_steps_fit_a_smaller_served_block(world: World) -> None:
-    """A table that was mined with a smaller block is mined again with that block, padded to the trained one."""
-    table = MinedTable(world.table.steps, 3)
+    """A table that was mined with a smaller block is mined again with that block; batches are padded."""
+    table = replace(world.table, proposals=3)
     remining = TableAnchors(table, world.moved, "visited", 1, every=1, scored=True)
     remining.refresh(1, [0], world.view([0]))
     fresh, trace = remining.steps(0), world.traces(world.moved, 4)[0]
     np.testing.assert_array_equal(fresh.accepted, trace.accepted)
-    assert fresh.proposed.shape == (len(trace.anchors), world.moved.block_size - 1)
-    assert np.isnan(fresh.target_logprobs[:, 3:]).all()
+    assert fresh.proposed.shape == (len(trace), 3)
+    K = world.moved.block_size - 1
+    sampled = sample_steps([fresh], "visited", 4, np.array([0.5]), K, torch.device("cpu"))
+    assert sampled.logprobs.isnan().all()
+    assert sampled.proposed.shape == (1, 4, K) and not sampled.proposed[..., 3:].any()
+    rejected = dict(zip(trace.anchors.tolist(), trace.rejected_offset.tolist(), strict=True))
+    assert sampled.rejected_offset[0].tolist() == [rejected[anchor] for anchor in sampled.anchors[0].tolist()]
 
 
 def test_verify_steps_of_a_trainings_blocks_equal_those_of_replay(any_world: World) -> None:
@@ -140,8 +145,9 @@ def test_verify_steps_of_a_trainings_blocks_equal_those_of_replay(any_world: Wor
     """
     world, drafter, batch, K = any_world, any_world.moved, any_world.batch, any_world.table.proposals
     fresh = world.mined_by(drafter)
-    steps_of_rows = [fresh.steps[i] for i in INDICES]
-    anchors, expected = sample_steps(steps_of_rows, "visited", 30, phases(0, 1)[:, 0], torch.device("cpu"))
+    traces, device = [fresh.steps_of(i) for i in INDICES], torch.device("cpu")
+    expected = sample_steps(traces, "visited", 30, phases(0, 1)[:, 0], K, device)
+    anchors = expected.anchors
     context, heads = encode_batch(drafter, batch), heads_of(drafter, world.target)
     blocks, at = draft_blocks(drafter, context, batch, anchors), anchors
     without = verify_blocks(blocks, heads, proposals=K)
@@ -152,14 +158,14 @@ def test_verify_steps_of_a_trainings_blocks_equal_those_of_replay(any_world: Wor
         assert torch.equal(getattr(without, name), getattr(expected, name)), name
     assert torch.equal(steps.proposed, expected.proposed)
     assert torch.equal(without.proposed, expected.proposed) is not drafter.autoregressive
-    assert steps.target_logprobs.isnan().all()
-    scored, atol = world.scored(steps, anchors, K), 3e-4 if drafter.autoregressive else 1e-4
-    torch.testing.assert_close(scored.target_logprobs, expected.target_logprobs, equal_nan=True, atol=atol, rtol=1e-4)
+    assert steps.logprobs.isnan().all()
+    scored, atol = world.scored(steps, K), 3e-4 if drafter.autoregressive else 1e-4
+    torch.testing.assert_close(scored.logprobs, expected.logprobs, equal_nan=True, atol=atol, rtol=1e-4)
     small = verify_blocks(blocks, heads, proposals=2)
     assert torch.equal(small.accepted, steps.accepted.clamp(max=2))
-    in_parts = world.scored(steps, anchors, K, tokens=1)
-    torch.testing.assert_close(in_parts.target_logprobs, scored.target_logprobs, atol=1e-5, rtol=1e-5, equal_nan=True)
-    assert world.scored(small, anchors, 2).target_logprobs[..., 2:].isnan().all()
+    in_parts = world.scored(steps, K, tokens=1)
+    torch.testing.assert_close(in_parts.logprobs, scored.logprobs, atol=1e-5, rtol=1e-5, equal_nan=True)
+    assert world.scored(small, 2).logprobs[..., 2:].isnan().all()
 
 
 def test_successors_are_where_one_block_of_the_current_weights_leads(world: World) -> None:
@@ -222,10 +228,10 @@ def test_blocks_are_verified_only_if_the_loss_needs_it(
 
 
 def test_a_trajectory_without_errors_gives_its_other_steps(world: World) -> None:
-    steps, right = world.table.steps[0], without_errors(world.table, 0)
-    anchors, sampled = sample_steps(right.steps, "errors", PER_SEQUENCE, np.array([0.3]), torch.device("cpu"))
-    assert anchors.numel() == PER_SEQUENCE
-    assert set(anchors.flatten().tolist()) <= set(steps.anchors.tolist())
+    steps, right = world.table.steps_of(0), without_errors(world.table, 0).steps_of(0)
+    sampled = sample_steps([right], "errors", PER_SEQUENCE, np.array([0.3]), 7, torch.device("cpu"))
+    assert sampled.anchors.numel() == PER_SEQUENCE
+    assert set(sampled.anchors.flatten().tolist()) <= set(steps.anchors.tolist())
     assert (sampled.rejected_offset == 0).all()
 
 
@@ -276,11 +282,12 @@ def test_proposals_are_scored_on_the_keys_of_the_first_read(indices: list[int], 
     drafter = scrambled(world.moved)  # its proposals are rejected, whatever the target
     blocks = draft_blocks(drafter, encode_batch(drafter, batch), batch, anchors)
     steps = verify_blocks(blocks, heads_of(drafter, world.target), proposals=7)
-    unscored = UnscoredSteps(steps, batch.trajectories, anchors, range(len(indices)))
+    unscored = StepAnchors(anchors, steps, unscored=range(len(indices)))
     found, operations = [], []
     for kept in ((), batch.kept):
         with FlopCounterMode(display=False, custom_mapping=KERNEL_FLOPS) as counter:
-            found.append(score_steps([unscored], world.target, 7, 200, kept)[0].target_logprobs)
+            (scored,) = score_steps([(batch.trajectories, unscored)], world.target, 7, 200, kept)
+            found.append(scored.known_steps.logprobs)
         operations.append(counter.get_total_flops())
     assert found[0].isfinite().any()
     torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=1e-4, equal_nan=True)
@@ -308,9 +315,10 @@ def test_a_step_has_the_loss_of_the_chains_that_mining_finds(eagle_world: World)
     world = eagle_world
     objective, many = world.objective("paper"), 30
     drafter, batch, fresh = world.moved, world.batch, world.mined_by(world.moved)
-    steps_of_rows = [fresh.steps[i] for i in INDICES]
-    anchors, steps = sample_steps(steps_of_rows, "errors", many, phases(5, 1)[:, 0], torch.device("cpu"))
-    after_rejection = (steps.target_logprobs.isfinite().sum(-1) - 1)[steps.rejected_offset > 0]
+    traces, K, device = [fresh.steps_of(i) for i in INDICES], drafter.block_size - 1, torch.device("cpu")
+    steps = sample_steps(traces, "errors", many, phases(5, 1)[:, 0], K, device)
+    anchors = steps.anchors
+    after_rejection = (steps.logprobs.isfinite().sum(-1) - 1)[steps.rejected_offset > 0]
     assert int(after_rejection.sum()) > 50, "scored proposals on the drafter's own prefix"
 
     context = encode_batch(drafter, batch)

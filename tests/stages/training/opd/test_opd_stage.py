@@ -62,7 +62,8 @@ def committed_nll(bench: Bench, drafter: Drafter, answers: Answers) -> float:
     trajectories = load_trajectories(answers["trajectories"]).trajectories
     table = load_mined(answers["mined"], trajectories, drafter.block_size)
     total, count = 0.0, 0
-    for trajectory, steps in zip(trajectories, table.steps, strict=True):
+    for index, trajectory in enumerate(trajectories):
+        steps = table.steps_of(index)
         _, context = bench.read([trajectory], drafter)
         tokens = torch.tensor(trajectory.tokens)
         anchors, committed = (torch.as_tensor(column).long() for column in (steps.anchors, steps.committed))

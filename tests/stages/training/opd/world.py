@@ -13,7 +13,7 @@ from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.replay.replayer import score
-from draftsmith.stages.replay.trace import Trace
+from draftsmith.stages.replay.steps import Steps
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training.batches import Batch, FeatureSource, step_rng
 from draftsmith.stages.training.blocks import DraftingView, LossReport, encode_batch
@@ -23,13 +23,11 @@ from draftsmith.stages.training.opd.anchor_sources import AnchorSource, RandomAn
 from draftsmith.stages.training.opd.step import OpdStep, StepOptions
 from draftsmith.stages.training.opd.verify_steps import (
     MinedTable,
-    TrajectorySteps,
-    UnscoredSteps,
-    VerifySteps,
+    StepAnchors,
     score_steps,
 )
 from tests.stages.bench import Bench
-from tests.stages.training.case import whole_step
+from tests.stages.training.case import mined_table, whole_step
 
 COUNT, PER_SEQUENCE = 6, 5
 INDICES = [4, 0, 3]  # of the trajectories in a batch
@@ -61,7 +59,7 @@ class World:
     def head_of(self, drafter: Drafter) -> Head:
         return drafter.head_over(self.target.head_weight, None)
 
-    def traces(self, drafter: Drafter, block_size: int | None = None) -> list[Trace]:
+    def traces(self, drafter: Drafter, block_size: int | None = None) -> list[Steps]:
         """Replay one block after the other."""
         return replace(self.bench, drafters={"it": drafter}).sequential_traces(self.trajectories, "it", block_size)
 
@@ -70,22 +68,18 @@ class World:
         traces, gone = self.traces(self.moved), 0
         for i in INDICES:
             now = set(zip(traces[i].anchors.tolist(), traces[i].accepted.tolist(), strict=True))
-            mined = self.table.steps[i]
+            mined = self.table.steps_of(i)
             gone += sum(step not in now for step in zip(mined.anchors.tolist(), mined.accepted.tolist(), strict=True))
         return gone
 
     def mined_by(self, drafter: Drafter) -> MinedTable:
         traces = self.traces(drafter)
-        steps = [
-            TrajectorySteps(t.anchors, t.accepted, t.committed, t.rejected_offset, t.proposed, s.target_logprobs)
-            for t, s in zip(traces, score(self.target, self.trajectories, traces, 2048), strict=True)
-        ]
-        return MinedTable(steps, drafter.block_size - 1)
+        return mined_table(score(self.target, self.trajectories, traces, 2048), drafter.block_size - 1)
 
-    def scored(self, steps: VerifySteps, anchors: torch.Tensor, proposals: int, tokens: int = 2048) -> VerifySteps:
+    def scored(self, steps: Steps[torch.Tensor], proposals: int, tokens: int = 2048) -> Steps[torch.Tensor]:
         """Score steps at anchors of the batch. tokens: that the target reads in one forward."""
-        unscored = UnscoredSteps(steps, self.batch.trajectories, anchors, range(len(INDICES)))
-        return score_steps([unscored], self.target, proposals, tokens)[0]
+        found = StepAnchors(steps.anchors, steps, unscored=range(len(INDICES)))
+        return score_steps([(self.batch.trajectories, found)], self.target, proposals, tokens)[0].known_steps
 
     def view(self, indices: list[int] = INDICES, drafter: Drafter | None = None) -> DraftingView:
         batch, drafter = self.features.batch(indices), drafter or self.moved
@@ -148,7 +142,7 @@ def _moved_world(bench: Bench, moved_by: float) -> World:
             parameter.add_(moved_by * parameter.std() * torch.randn(parameter.shape, generator=generator))
     trajectories = bench.clear(bench.answered(), moved)[:COUNT]
     features = FeatureSource(bench.target, moved.target_layer_ids, trajectories, TrainingConfig())
-    unmined = World(bench, moved, trajectories, MinedTable([], moved.block_size - 1), features)
+    unmined = World(bench, moved, trajectories, mined_table([], moved.block_size - 1), features)
     return replace(unmined, table=unmined.mined_by(unmined.trained))
 
 
@@ -165,6 +159,5 @@ def phases(step: int, numbers: int) -> np.ndarray:
 
 def without_errors(table: MinedTable, index: int) -> MinedTable:
     """Return one trajectory of a table, as if nothing had been rejected there."""
-    steps = table.steps[index]
-    right = {**vars(steps), "rejected_offset": np.zeros_like(steps.rejected_offset)}
-    return MinedTable([TrajectorySteps(**right)], table.proposals)
+    steps = table.steps_of(index)
+    return mined_table([replace(steps, accepted=steps.judged)], table.proposals)

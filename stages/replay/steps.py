@@ -1,40 +1,66 @@
-"""The verification trace that replay returns, and statistics of the traces of many answers."""
+"""Verify steps as columns: a trace, the rows of a table, or the anchors of a batch; and statistics of many answers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
+if TYPE_CHECKING:
+    import torch
 
-@dataclass(frozen=True)
-class Trace:
-    """The verify steps of one trajectory (S steps, K = block_size-1 proposals)."""
+Array = TypeVar("Array", np.ndarray, "torch.Tensor")
+NO_TOKEN = -1  # a proposal of a block that is shorter than others of its answer
 
-    length: int  # tokens in the trajectory
-    anchors: np.ndarray  # [S] int, absolute positions
-    accepted: np.ndarray  # [S] int, proposals accepted
-    proposed: np.ndarray  # [S, K] int
-    evaluated_blocks: int  # work: blocks drafted to find the trace
-    expected: np.ndarray | None = None  # [S] float64 tokens committed, on average over samples; None: argmaxes
+
+@dataclass(frozen=True, eq=False)
+class Steps(Generic[Array]):
+    """The verify steps of one trajectory as arrays [S], or those at the anchors of a batch as tensors [B, A].
+
+    Every step has K proposals. What the columns say of a step does not depend on the others.
+    """
+
+    length: int | Array  # tokens of the trajectory; [B, 1] in a batch
+    anchors: Array  # absolute positions of the last committed tokens
+    accepted: Array  # proposals accepted; those beyond the end of the trajectory are not
+    proposed: Array  # [..., K] token ids; [..., 0] where only numbers are known
+    target_logprobs: Array | None = None  # float32 [..., K] of the proposals, given those before them; NaN: not scored
+    best_logprob: Array | None = None  # float32, of the target's best token at the rejection; NaN without one
+    proposals: int | None = None  # K, where `proposed` has other columns: none, or those of a larger block
+    expected: Array | None = None  # float64 tokens committed, on average over samples; None: argmaxes
+    confidence: Array | None = None  # float32 [..., K] logits, meaningful for proposals `on_trajectory`
+    evaluated_blocks: int = 0  # work: blocks drafted to find the steps
     outside_nucleus: int = 0  # committed tokens that the stated sampling leaves out; counted if proposals are sampled
-    confidence: np.ndarray | None = None  # [S, K] float32 logits, meaningful for proposals `on_trajectory`
+
+    def __len__(self) -> int:
+        return len(self.anchors)
 
     @property
-    def judged(self) -> np.ndarray:
-        """Return [S] numbers of proposals that lie inside the trajectory; others are neither accepted nor rejected."""
-        return np.minimum(self.proposed.shape[1], self.length - 1 - self.anchors)
+    def logprobs(self) -> Array:
+        """Return `target_logprobs` of scored steps."""
+        assert self.target_logprobs is not None, "the steps are not scored"
+        return self.target_logprobs
 
     @property
-    def committed(self) -> np.ndarray:
-        """Return [S] tokens that each step committed: the accepted ones and one more, unless the end cut the step."""
-        return np.minimum(self.accepted + 1, self.length - 1 - self.anchors)
+    def width(self) -> int:
+        """Return K."""
+        return self.proposed.shape[-1] if self.proposals is None else self.proposals
 
     @property
-    def expected_committed(self) -> np.ndarray:
-        """Return [S] what `committed` is on average over the samples after each anchor.
+    def judged(self) -> Array:
+        """Return the numbers of proposals inside the trajectory; others are neither accepted nor rejected."""
+        return (self.length - 1 - self.anchors).clip(None, self.width)
+
+    @property
+    def committed(self) -> Array:
+        """Return the tokens that each step committed: the accepted ones and one more, unless the end cut the step."""
+        return (self.accepted + 1).clip(None, self.length - 1 - self.anchors)
+
+    @property
+    def expected_committed(self) -> Array:
+        """Return what `committed` is on average over the samples after each anchor.
 
         Its sum is the less noisy estimate of tau: a trace with more steps than usual is one whose random numbers cut
         the steps short.
@@ -42,14 +68,37 @@ class Trace:
         return self.committed if self.expected is None else self.expected
 
     @property
-    def on_trajectory(self) -> np.ndarray:
-        """Return [S] numbers of proposals after a prefix of the trajectory: the accepted and the first rejected one."""
-        return np.minimum(self.accepted + 1, self.judged)
+    def on_trajectory(self) -> Array:
+        """Return the numbers of proposals after a prefix of the trajectory: the accepted and the first rejected one."""
+        return (self.accepted + 1).clip(None, self.judged)
 
     @property
-    def rejected_offset(self) -> np.ndarray:
-        """Return [S] the offset of the first rejected proposal, 0 where nothing was rejected."""
-        return np.where(self.accepted < self.judged, self.accepted + 1, 0)
+    def rejected_offset(self) -> Array:
+        """Return the offset of the first rejected proposal, 0 where nothing was rejected."""
+        return (self.accepted + 1) * (self.accepted < self.judged)
+
+
+def recorded_steps(length: int, rows: Sequence[tuple[int, int, Sequence[int], Sequence[float] | None]]) -> Steps:
+    """Return the steps that an engine recorded one by one.
+
+    length: tokens of prompt and answer. rows: of each step anchor, accepted proposals, proposals, and the target's
+    log-probs of these, which are dropped unless all steps have them.
+    """
+    anchors, accepted, blocks, logprobs = zip(*rows, strict=True) if rows else ((), (), (), ())
+    width = max(map(len, blocks), default=0)
+    scored = None if None in logprobs or not rows else _matrix(logprobs, width, np.nan, np.float32)
+    return Steps(
+        length,
+        np.array(anchors, dtype=np.int64),
+        np.array(accepted, dtype=np.int64),
+        _matrix(blocks, width, NO_TOKEN, np.int64),
+        scored,
+    )
+
+
+def _matrix(rows: Sequence[Sequence[float]], width: int, fill: float, dtype: type) -> np.ndarray:
+    """Return rows of at most `width` numbers as a matrix, filled on the right."""
+    return np.array([[*row, *[fill] * (width - len(row))] for row in rows], dtype).reshape(len(rows), width)
 
 
 DEPTHS = ("depth:below-1k", "depth:1k-4k", "depth:4k-16k", "depth:above-16k")  # of the anchor
@@ -84,11 +133,11 @@ class AcceptanceStats:
         # tokens that steps with sampled proposals committed, and those of them outside the nucleus
         self._sampled = self._outside = 0
 
-    def add(self, indices: Iterable[int], traces: Iterable[Trace]) -> None:
+    def add(self, indices: Iterable[int], traces: Iterable[Steps]) -> None:
         """Add the traces of the trajectories `indices`, each of them once."""
         for index, trace in zip(indices, traces, strict=True):
             size = trace.proposed.shape[1] + 1
-            self.committed[index], self.steps[index] = trace.expected_committed.sum(), len(trace.anchors)
+            self.committed[index], self.steps[index] = trace.expected_committed.sum(), len(trace)
             depths = depth_of(trace.anchors)
             self.committed_at[index] = np.bincount(depths, trace.expected_committed, len(DEPTHS))
             self.steps_at[index] = np.bincount(depths, minlength=len(DEPTHS))
