@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -18,6 +18,9 @@ from draftsmith.stages.runtime.facts import Facts
 from draftsmith.stages.targets.info import IDENTITY, LogitMap, TargetInfo
 from draftsmith.stages.targets.kv_cache import Rows
 from draftsmith.stages.targets.packed_linear import packed_copy
+
+if TYPE_CHECKING:
+    from draftsmith.stages.targets.causal_lm import Target
 
 LOGITS_PER_CHUNK = 2**26  # 256 MB in float32
 
@@ -260,6 +263,12 @@ class PreparedDrafter:
     drafter: Drafter
     head: Head
     block_size: int
+
+    @classmethod
+    def packed(cls, drafter: Drafter, target: Target, head_tokens: int | None, block_size: int) -> PreparedDrafter:
+        """Return a drafter with packed weights where possible. head_tokens: as of `Drafter.drafting_head`."""
+        head = drafter.drafting_head(target.head_weight, head_tokens).for_decoding(target)
+        return cls(drafter.for_decoding(), head, block_size)
 
     def propose(self, context: Context, anchor_tokens: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
         """Draft blocks greedily, as `Drafter.propose` does. Returns token ids [B, A, block_size-1]."""

@@ -17,10 +17,10 @@ import torch
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.data.trajectories import group_by_length
-from draftsmith.stages.drafters.base import Drafter
+from draftsmith.stages.drafters.base import Drafter, PreparedDrafter
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.base import Completion, Request
-from draftsmith.stages.engines.verification import BlockDrafter, Drafted, sample_target, verify
+from draftsmith.stages.engines.verification import Drafted, propose_blocks, sample_target, verify
 from draftsmith.stages.replay.steps import recorded_steps
 from draftsmith.stages.runtime.memory import to_device
 from draftsmith.stages.targets.causal_lm import Target
@@ -92,9 +92,8 @@ class EmbeddedEngine:
         self.block_size = 1
         if drafter:
             self.block_size = drafting.block_of(drafter.block_size)
-            self.drafter = drafter.for_decoding()
-            head = drafter.drafting_head(target.head_weight, drafting.head_tokens).for_decoding(target)
-            self._blocks = BlockDrafter(self.drafter, head, self.block_size, target.info.vocab_size)
+            self._prepared = PreparedDrafter.packed(drafter, target, drafting.head_tokens, self.block_size)
+            self.drafter = self._prepared.drafter
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Yield completions in the order in which they finish. Closing the iterator drops requests in flight."""
@@ -220,7 +219,8 @@ class EmbeddedEngine:
         requests = [row.request for row in rows]
         if self.drafter and self.context:
             context = self.drafter.select(self.context, at, max(starts))
-            drafted = self._blocks.draft(context, ids, anchors[:, None], requests)
+            vocabulary = self.target.info.vocab_size
+            drafted = propose_blocks(self._prepared, context, ids, anchors[:, None], requests, vocabulary)
         elif drafted is None:
             drafted = Drafted(ids[:, 1:])
         ids = torch.cat([ids, drafted.tokens], 1)  # [n, block_size]

@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from draftsmith.stages.drafters.base import Context, Drafter
-from draftsmith.stages.drafters.lm_head import Head
+from draftsmith.stages.drafters.base import Context, PreparedDrafter
 from draftsmith.stages.drafters.sampling import (
     Purpose,
     argmax,
@@ -43,47 +42,38 @@ class Verification:
     accepted: list[int]  # [n]
 
 
-@dataclass(frozen=True)
-class BlockDrafter:
-    """A drafter with the settings that it drafts with."""
-
-    drafter: Drafter
-    head: Head
-    block_size: int
-    vocabulary: int  # of the target
-
-    @torch.no_grad()
-    def draft(
-        self, context: Context, anchor_tokens: torch.Tensor, anchors: torch.Tensor, requests: Sequence[Request]
-    ) -> Drafted:
-        """Draft a block after the anchor of each request. anchor_tokens, anchors: [n, 1]."""
-        drafter, head, block_size = self.drafter, self.head, self.block_size
-        rows = [row for row, each in enumerate(requests) if drafter.samples_proposals and not each.sampling.greedy]
-        if not rows:
-            return Drafted(drafter.propose(context, anchor_tokens, anchors, block_size, head)[:, 0])
-        sampler = drafter.block_sampler(context, anchor_tokens, anchors, block_size, head)
-        temperatures = torch.tensor([requests[row].sampling.temperature for row in rows], device=anchors.device)[
-            :, None
-        ]
-        at = anchors[:, 0].tolist()  # in one transfer: each waits for the device
-        numbers = torch.tensor(
-            [
-                [uniform(requests[row].seed, at[row] + k, Purpose.PROPOSAL) for k in range(1, block_size)]
-                for row in rows
-            ],
-            dtype=torch.float64,
-            device=anchors.device,
-        )
-        tokens, distributions = [anchor_tokens], []
-        for k in range(block_size - 1):
-            logits = sampler.logits(tokens[-1])[:, 0]
-            columns = logits.argmax(-1)
-            q = probabilities(logits[rows], temperatures)
-            columns[rows] = sample_inverse_cdf(q, numbers[:, k])
-            distributions.append(scatter_to_vocab(q, head.token_ids, self.vocabulary))
-            tokens.append(head.to_tokens(columns)[:, None])
-        by_row = torch.stack(distributions, 1)  # [rows, K, V]
-        return Drafted(torch.cat(tokens[1:], 1), dict(zip(rows, by_row, strict=True)))
+@torch.no_grad()
+def propose_blocks(
+    drafter: PreparedDrafter,
+    context: Context,
+    anchor_tokens: torch.Tensor,
+    anchors: torch.Tensor,
+    requests: Sequence[Request],
+    vocabulary: int,
+) -> Drafted:
+    """Draft a block after the anchor of each request. anchor_tokens, anchors: [n, 1]. vocabulary: of the target."""
+    samples = drafter.drafter.samples_proposals
+    rows = [row for row, each in enumerate(requests) if samples and not each.sampling.greedy]
+    if not rows:
+        return Drafted(drafter.propose(context, anchor_tokens, anchors)[:, 0])
+    sampler, head, K = drafter.sampler(context, anchor_tokens, anchors), drafter.head, drafter.block_size - 1
+    temperatures = torch.tensor([requests[row].sampling.temperature for row in rows], device=anchors.device)[:, None]
+    at = anchors[:, 0].tolist()  # in one transfer: each waits for the device
+    numbers = torch.tensor(
+        [[uniform(requests[row].seed, at[row] + k, Purpose.PROPOSAL) for k in range(1, K + 1)] for row in rows],
+        dtype=torch.float64,
+        device=anchors.device,
+    )
+    tokens, distributions = [anchor_tokens], []
+    for k in range(K):
+        logits = sampler.logits(tokens[-1])[:, 0]
+        columns = logits.argmax(-1)
+        q = probabilities(logits[rows], temperatures)
+        columns[rows] = sample_inverse_cdf(q, numbers[:, k])
+        distributions.append(scatter_to_vocab(q, head.token_ids, vocabulary))
+        tokens.append(head.to_tokens(columns)[:, None])
+    by_row = torch.stack(distributions, 1)  # [rows, K, V]
+    return Drafted(torch.cat(tokens[1:], 1), dict(zip(rows, by_row, strict=True)))
 
 
 def sample_target(logits: torch.Tensor, positions: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:

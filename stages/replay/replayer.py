@@ -196,8 +196,8 @@ class Replayer:
     def prepare(self, drafter: Drafter) -> PreparedDrafter:
         """Return the drafter as it is replayed, with packed weights where possible. Call it once for all groups."""
         drafting = self.options.drafting
-        head = drafter.drafting_head(self.target.head_weight, drafting.head_tokens).for_decoding(self.target)
-        return PreparedDrafter(drafter.for_decoding(), head, drafting.block_size or drafter.block_size)
+        block_size = drafting.block_size or drafter.block_size
+        return PreparedDrafter.packed(drafter, self.target, drafting.head_tokens, block_size)
 
     def _replay(
         self, drafter: PreparedDrafter, features: torch.Tensor, group: Group, hidden: torch.Tensor | None
