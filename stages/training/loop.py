@@ -19,8 +19,8 @@ from draftsmith.stages.runtime.checkpoint import CheckpointWriter, load_checkpoi
 from draftsmith.stages.runtime.memory import out_of_memory, release_memory
 from draftsmith.stages.runtime.ranks import ALONE, Ranks
 from draftsmith.stages.runtime.stage import StageContext
-from draftsmith.stages.training.blocks import LossReport, Ratio
 from draftsmith.stages.training.config import OptimiserConfig
+from draftsmith.stages.training.loss_report import LossReport, Ratio
 
 StateDict: TypeAlias = dict[str, Any]  # tensors and plain values, as torch's modules and optimisers have it
 _FITTING = "micro_batch_tokens"  # file in `ctx.work`

@@ -30,15 +30,10 @@ from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.drafters.sampling import truncation_mask
 from draftsmith.stages.training import losses
 from draftsmith.stages.training.batches import Batch
-from draftsmith.stages.training.blocks import (
-    DraftedBlocks,
-    LossContext,
-    Ratio,
-    WeightedMean,
-    block_labels,
-    tokens_at,
-)
+from draftsmith.stages.training.drafted_blocks import DraftedBlocks, block_labels, tokens_at
 from draftsmith.stages.training.loss_config import PositionWeights, ResponseStream
+from draftsmith.stages.training.loss_report import Ratio, WeightedMean
+from draftsmith.stages.training.softmax_heads import LossContext
 
 NO_HIDDEN = "this loss reads the target's distribution: batches need its hidden states"
 

@@ -33,10 +33,10 @@ from draftsmith.stages.targets.estimate import AnswerCounts, ModelSize, Sizes, S
 from draftsmith.stages.targets.loading import divided_parameters
 from draftsmith.stages.targets.sampling import GREEDY, SamplingParams
 from draftsmith.stages.training.batches import FeatureSource, RankSlice, split_rows, trajectories_of_step
-from draftsmith.stages.training.blocks import LossReport
 from draftsmith.stages.training.config import TrainingConfig
 from draftsmith.stages.training.estimate import fixed_memory, row_tokens, rows_at_once, rows_of_process
 from draftsmith.stages.training.loop import MicroBatches, Resumable, train
+from draftsmith.stages.training.loss_report import LossReport
 
 if TYPE_CHECKING:
     from draftsmith.stages.training.lora import Adapter

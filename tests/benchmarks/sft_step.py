@@ -40,21 +40,15 @@ from draftsmith.stages.replay.steps import Steps
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training import losses
 from draftsmith.stages.training.batches import Batch, FeatureSource, frequent_tokens, step_rng, token_counts
-from draftsmith.stages.training.blocks import (
-    HeadSource,
-    LossContext,
-    LossReport,
-    block_labels,
-    draft_blocks,
-    encode_batch,
-    position_anchors,
-)
 from draftsmith.stages.training.config import OpdConfig, SftConfig, TrainingConfig
+from draftsmith.stages.training.drafted_blocks import block_labels, draft_blocks, encode_batch, position_anchors
 from draftsmith.stages.training.loop import make_optimiser
+from draftsmith.stages.training.loss_report import LossReport
 from draftsmith.stages.training.opd.step import OpdStep, StepOptions
 from draftsmith.stages.training.opd.trainer import anchor_source
 from draftsmith.stages.training.opd.verify_steps import MinedTable
 from draftsmith.stages.training.sft.trainer import sft_loss
+from draftsmith.stages.training.softmax_heads import HeadSource, LossContext
 from tests.benchmarks import harness, machine
 from tests.stages.drafters.dense import dense_attention
 from tests.stages.kernel_flops import KERNEL_FLOPS

@@ -27,24 +27,23 @@ from draftsmith.stages.runtime.ranks import ALONE
 from draftsmith.stages.runtime.stage import StageContext
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training.batches import Batch, step_rng
-from draftsmith.stages.training.blocks import (
+from draftsmith.stages.training.config import OpdConfig, SftConfig
+from draftsmith.stages.training.drafted_blocks import (
     DraftingView,
-    LossContext,
-    LossReport,
-    WeightedMean,
     block_labels,
     count_operations,
     encode_batch,
     position_anchors,
     tokens_at,
 )
-from draftsmith.stages.training.config import OpdConfig, SftConfig
+from draftsmith.stages.training.loss_report import LossReport, WeightedMean
 from draftsmith.stages.training.opd.anchor_sources import RandomAnchors
 from draftsmith.stages.training.opd.step import OpdStep
 from draftsmith.stages.training.opd.trainer import MinedData, OpdTraining
 from draftsmith.stages.training.opd.verify_steps import StepAnchors, load_mined
 from draftsmith.stages.training.response_loss import TargetSignal, head_loss
 from draftsmith.stages.training.sft.trainer import SftTraining
+from draftsmith.stages.training.softmax_heads import LossContext
 from draftsmith.stages.training.trainer import TrainingData, load_answers
 
 PREFIX_BASE = 0.9  # the probability of l visible tokens is proportional to this power of l

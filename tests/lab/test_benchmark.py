@@ -16,7 +16,7 @@ from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
 from draftsmith.stages.replay.chains import committed_tokens, draft
 from draftsmith.stages.training.batches import FeatureSource
-from draftsmith.stages.training.blocks import DraftingView, encode_batch, tokens_at
+from draftsmith.stages.training.drafted_blocks import DraftingView, encode_batch, tokens_at
 from tests.lab.benchmark import (
     Benchmark,
     arm_in,

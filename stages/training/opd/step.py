@@ -21,26 +21,22 @@ from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.sampling import GREEDY, SamplingParams
 from draftsmith.stages.training import losses
 from draftsmith.stages.training.batches import Batch, RankSlice
-from draftsmith.stages.training.blocks import (
+from draftsmith.stages.training.config import TrainingConfig
+from draftsmith.stages.training.drafted_blocks import (
     DraftedBlocks,
     DraftingView,
-    HeadSource,
-    LossContext,
-    LossReport,
-    Ratio,
-    SoftmaxHeads,
-    WeightedMean,
     count_operations,
     draft_blocks,
     encode_batch,
     hidden_on_proposals,
     tokens_at,
 )
-from draftsmith.stages.training.config import TrainingConfig
 from draftsmith.stages.training.loss_config import LossConfig
+from draftsmith.stages.training.loss_report import LossReport, Ratio, WeightedMean
 from draftsmith.stages.training.opd.anchor_sources import AnchorSource
 from draftsmith.stages.training.opd.verify_steps import StepAnchors, score_steps, verify_blocks
 from draftsmith.stages.training.response_loss import offset_weights, response_loss, response_weight, selector_logprobs
+from draftsmith.stages.training.softmax_heads import HeadSource, LossContext, SoftmaxHeads
 
 
 @dataclass(frozen=True)

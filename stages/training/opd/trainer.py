@@ -16,8 +16,8 @@ from draftsmith.stages.runtime.stage import StageContext
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.sampling import GREEDY
 from draftsmith.stages.training.batches import step_rng
-from draftsmith.stages.training.blocks import LossReport
 from draftsmith.stages.training.config import OpdConfig
+from draftsmith.stages.training.loss_report import LossReport
 from draftsmith.stages.training.opd.anchor_sources import AnchorSource, RandomAnchors, SuccessorAnchors, TableAnchors
 from draftsmith.stages.training.opd.step import OpdStep, StepOptions
 from draftsmith.stages.training.opd.verify_steps import STEP_COLUMNS, MinedTable, StepKind, load_mined

@@ -26,13 +26,8 @@ from draftsmith.stages.replay.steps import Steps
 from draftsmith.stages.runtime.memory import to_device
 from draftsmith.stages.runtime.ranks import ALONE, Ranks
 from draftsmith.stages.targets.causal_lm import Target
-from draftsmith.stages.training.blocks import (
-    DraftedBlocks,
-    SoftmaxHeads,
-    block_labels,
-    systematic_sample,
-    tokens_at,
-)
+from draftsmith.stages.training.drafted_blocks import DraftedBlocks, block_labels, systematic_sample, tokens_at
+from draftsmith.stages.training.softmax_heads import SoftmaxHeads
 
 StepKind = Literal["errors", "visited"]
 STEP_COLUMNS = (*STORED, "rejected_offset")

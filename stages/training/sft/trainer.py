@@ -27,18 +27,12 @@ from draftsmith.stages.runtime.stage import StageContext
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.sampling import GREEDY
 from draftsmith.stages.training.batches import Batch, frequent_tokens, step_rng, token_counts
-from draftsmith.stages.training.blocks import (
-    HeadSource,
-    LossContext,
-    LossReport,
-    count_operations,
-    draft_blocks,
-    encode_batch,
-    position_anchors,
-)
 from draftsmith.stages.training.config import SftConfig
+from draftsmith.stages.training.drafted_blocks import count_operations, draft_blocks, encode_batch, position_anchors
 from draftsmith.stages.training.loss_config import ResponseStream
+from draftsmith.stages.training.loss_report import LossReport
 from draftsmith.stages.training.response_loss import response_loss
+from draftsmith.stages.training.softmax_heads import HeadSource, LossContext
 from draftsmith.stages.training.trainer import Trainer, TrainingData, load_answers
 
 

@@ -21,8 +21,8 @@ from draftsmith.stages.drafters.dspark.model import DSparkDrafter
 from draftsmith.stages.drafters.speculators import to_speculators
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.info import LogitMap
-from draftsmith.stages.training.blocks import HeadSource
 from draftsmith.stages.training.config import TrainingConfig
+from draftsmith.stages.training.softmax_heads import HeadSource
 from tests.testbed.dflash2 import SIZES
 from tests.testbed.families import write_family
 from tests.testbed.random_target import MASK, random_drafter

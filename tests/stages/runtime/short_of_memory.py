@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from draftsmith.stages.runtime.stage import StageContext
-from draftsmith.stages.training.blocks import LossReport
+from draftsmith.stages.training.loss_report import LossReport
 from draftsmith.stages.training.sft import stage as sft
 from draftsmith.stages.training.sft import trainer as supervised
 

@@ -14,16 +14,10 @@ from draftsmith.stages.replay.steps import Steps
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.sampling import GREEDY, SamplingParams
 from draftsmith.stages.training.batches import Batch, FeatureSource, RankSlice
-from draftsmith.stages.training.blocks import (
-    DraftedBlocks,
-    HeadSource,
-    LossContext,
-    SoftmaxHeads,
-    draft_blocks,
-    encode_batch,
-)
 from draftsmith.stages.training.config import TrainingConfig
+from draftsmith.stages.training.drafted_blocks import DraftedBlocks, draft_blocks, encode_batch
 from draftsmith.stages.training.opd.verify_steps import MinedTable
+from draftsmith.stages.training.softmax_heads import HeadSource, LossContext, SoftmaxHeads
 from tests.testbed import random_target
 
 K = 4  # proposals of the plain drafter's block

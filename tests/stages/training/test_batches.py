@@ -20,9 +20,9 @@ from draftsmith.stages.training.batches import (
     token_counts,
     trajectories_of_step,
 )
-from draftsmith.stages.training.blocks import HeadSource
 from draftsmith.stages.training.config import SftConfig, TrainingConfig
 from draftsmith.stages.training.sft.trainer import SftTraining
+from draftsmith.stages.training.softmax_heads import HeadSource
 from draftsmith.stages.training.trainer import TrainingData
 from tests.stages.training.case import hidden_of
 from tests.testbed import random_target

@@ -15,8 +15,8 @@ from draftsmith.stages.drafters.checkpoint import load_drafter, read_info
 from draftsmith.stages.runtime.checkpoint import list_checkpoints
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training.batches import Batch, FeatureSource, step_rng
-from draftsmith.stages.training.blocks import draft_blocks, encode_batch, position_anchors
 from draftsmith.stages.training.config import LoraOptions, SftConfig, TrainingConfig
+from draftsmith.stages.training.drafted_blocks import draft_blocks, encode_batch, position_anchors
 from draftsmith.stages.training.loop import cosine
 from draftsmith.stages.training.lora import Adapter
 from draftsmith.stages.training.sft.trainer import SftTraining

@@ -15,9 +15,9 @@ from draftsmith.stages.replay.steps import Steps
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.sampling import GREEDY, SamplingParams
 from draftsmith.stages.training.batches import FeatureSource, split_rows
-from draftsmith.stages.training.blocks import LossReport
 from draftsmith.stages.training.config import OpdConfig, SftConfig, TrainingConfig
 from draftsmith.stages.training.loop import Accumulation
+from draftsmith.stages.training.loss_report import LossReport
 from draftsmith.stages.training.opd.trainer import MinedData, OpdTraining
 from draftsmith.stages.training.opd.verify_steps import MinedTable
 from draftsmith.stages.training.sft.trainer import SftTraining

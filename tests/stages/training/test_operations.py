@@ -10,10 +10,12 @@ from draftsmith.stages.drafters import block_attention
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training.batches import FeatureSource, step_rng
-from draftsmith.stages.training.blocks import LossContext, LossReport, position_anchors
 from draftsmith.stages.training.config import LoraOptions, SftConfig, TrainingConfig
+from draftsmith.stages.training.drafted_blocks import position_anchors
 from draftsmith.stages.training.lora import Adapter
+from draftsmith.stages.training.loss_report import LossReport
 from draftsmith.stages.training.sft.trainer import sft_loss
+from draftsmith.stages.training.softmax_heads import LossContext
 from tests.stages.kernel_flops import KERNEL_FLOPS
 from tests.stages.training.case import heads_of
 from tests.testbed import random_target

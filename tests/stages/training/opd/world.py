@@ -16,9 +16,10 @@ from draftsmith.stages.replay.replayer import score
 from draftsmith.stages.replay.steps import Steps
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training.batches import Batch, FeatureSource, step_rng
-from draftsmith.stages.training.blocks import DraftingView, LossReport, encode_batch
 from draftsmith.stages.training.config import TrainingConfig
+from draftsmith.stages.training.drafted_blocks import DraftingView, encode_batch
 from draftsmith.stages.training.loss_config import LossConfig
+from draftsmith.stages.training.loss_report import LossReport
 from draftsmith.stages.training.opd.anchor_sources import AnchorSource, RandomAnchors, SuccessorAnchors, TableAnchors
 from draftsmith.stages.training.opd.step import OpdStep, StepOptions
 from draftsmith.stages.training.opd.verify_steps import (
