@@ -15,11 +15,9 @@ from draftsmith.stages.drafters.registry import KINDS
 from draftsmith.stages.replay.options import POSITIONS_PER_CHUNK, TREE_TOKENS
 from draftsmith.stages.targets.estimate import DTYPE_BYTES, PROCESS_BYTES, ModelSize, Sizes, StageUse
 from draftsmith.stages.training.config import OpdConfig, SftConfig, TrainingConfig
+from draftsmith.stages.training.loss_config import loss_traits
 
 USABLE = 0.85  # of a device's memory: the rest is for what the allocator leaves unused
-# Copies of a chunk's float32 logits that a loss needs at once; a named loss, as many as the greediest of the lab's.
-_COPIES = {"cross_entropy": 5, "bernoulli_kl": 5, "forward_kl": 7, "ce_l1": 5}
-_COPIES_OF_NAMED = 6
 
 
 def training_memory(
@@ -135,7 +133,7 @@ def _logits(config: TrainingConfig, sizes: Sizes, rows_of_head: int) -> float:
     if sizes.kind in LOGIT_COPIES:
         gradient = (a + 4) * drafter.vocabulary * drafter.hidden if sizes.kind == "eagle3" else 0  # of the head
         return float(LOGIT_COPIES[sizes.kind] * chunk * drafter.vocabulary * 4 + gradient)
-    return float(_COPIES.get(loss, _COPIES_OF_NAMED) * chunk * rows_of_head * 4)
+    return float(loss_traits(loss).copies * chunk * rows_of_head * 4)
 
 
 def _loss(config: TrainingConfig, kind: str) -> str:

@@ -6,6 +6,7 @@ Names and formulas are in `stages/training/losses.py`, their meaning in `respons
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -18,8 +19,27 @@ if TYPE_CHECKING:
 
 BEYOND = 1.0  # the reason: "Which offsets are trained" in `tests/lab/README.md`
 
-TOKEN_LOSSES = ("cross_entropy", "bernoulli_kl")  # read the committed token
-DISTRIBUTION_LOSSES = ("forward_kl", "ce_l1")  # read the target's distribution, as a named function does
+
+@dataclass(frozen=True)
+class LossTraits:
+    """What the rest of a training must know of a loss."""
+
+    reads_distribution: bool  # of the target; else its committed token only
+    copies: int  # of a chunk's float32 logits that it needs at once
+
+
+LOSSES = {  # the functions are in `response_loss.py`
+    "cross_entropy": LossTraits(reads_distribution=False, copies=5),
+    "bernoulli_kl": LossTraits(reads_distribution=False, copies=5),
+    "forward_kl": LossTraits(reads_distribution=True, copies=7),
+    "ce_l1": LossTraits(reads_distribution=True, copies=5),
+}
+_IMPORTED = LossTraits(reads_distribution=True, copies=6)  # as many as the greediest of the lab's
+
+
+def loss_traits(name: str) -> LossTraits:
+    """Return the traits of a loss of Draftsmith or of `MODULE:FUNCTION`."""
+    return _IMPORTED if ":" in name else LOSSES[name]
 
 
 def loss_file(name: str) -> Path:
@@ -37,8 +57,8 @@ def loss_file(name: str) -> Path:
 def _check_name(name: str) -> str:
     if ":" in name:
         loss_file(name)
-    elif name not in ("auto", *TOKEN_LOSSES, *DISTRIBUTION_LOSSES):
-        names = ", ".join(("auto", *TOKEN_LOSSES, *DISTRIBUTION_LOSSES))
+    elif name not in ("auto", *LOSSES):
+        names = ", ".join(("auto", *LOSSES))
         raise ValueError(f"no loss {name!r}. Use one of {names}, or a function of yours as MODULE:FUNCTION.")
     return name
 
@@ -177,8 +197,9 @@ class LossConfig(Config):
 
     @model_validator(mode="after")
     def _fits_together(self) -> LossConfig:
-        if self.temperature is not None and self.response.loss in ("auto", *TOKEN_LOSSES):
-            readers = ", ".join(DISTRIBUTION_LOSSES)
+        loss = self.response.loss
+        if self.temperature is not None and (loss == "auto" or not loss_traits(loss).reads_distribution):
+            readers = ", ".join(name for name, traits in LOSSES.items() if traits.reads_distribution)
             raise ValueError(f"temperature is read by {readers} only. Name one of them in loss.response.loss.")
         if self.response.weight == 0 and (self.rejected.loss == "none" or self.rejected.weight == 0):
             raise ValueError("both streams have weight 0, so nothing would be trained. Raise one of the weights.")
@@ -211,7 +232,7 @@ class LossConfig(Config):
         """
         loss, scope = self.response.loss, self.response.scope
         beyond, positions = self.response.beyond, self.response.positions
-        as_in_sft = recipe.loss in DISTRIBUTION_LOSSES  # SFT on the target's distribution continues with it
+        as_in_sft = loss_traits(recipe.loss).reads_distribution  # SFT on the target's distribution continues with it
         if loss == "auto":
             of_rule = "forward_kl" if sampled else "cross_entropy"
             loss = recipe.loss if as_in_sft else of_rule

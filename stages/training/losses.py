@@ -40,11 +40,6 @@ def forward_kl(logits_q: torch.Tensor, logits_p: torch.Tensor) -> torch.Tensor:
     return (log_p.exp() * (log_p - torch.log_softmax(logits_q, -1))).sum(-1)
 
 
-# Losses of whole distributions, by name in a config: functions of the logits of q and p, [N, V] each → [N]. A name that
-# is added here is added to `loss_config.DISTRIBUTION_LOSSES` too.
-DISTRIBUTION_LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {"forward_kl": forward_kl}
-
-
 def total_variation(logits_q: torch.Tensor, logits_p: torch.Tensor) -> torch.Tensor:
     """Return ½ Σ |p - q|, logits [N, V] each → [N]: the probability that a proposal sampled from q is rejected."""
     return 0.5 * (logits_p.softmax(-1) - logits_q.softmax(-1)).abs().sum(-1)
@@ -63,15 +58,12 @@ def imported(name: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     return found
 
 
-def ce_l1(
-    logits_q: torch.Tensor, logits_p: torch.Tensor, column: torch.Tensor, temperature: float = 1.0
-) -> torch.Tensor:
-    """Return DSpark's 0.1 · cross-entropy + 0.9 · Σ |p - q| (arXiv 2607.05147). logits [N, V], column [N] → [N].
+def ce_l1(of_token: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+    """Return DSpark's 0.1 · cross-entropy + 0.9 · Σ |p - q| (arXiv 2607.05147).
 
-    temperature: that the tokens were sampled at.
+    of_token: [N] cross-entropies. rejected: [N] probabilities that a proposal is rejected: half of Σ |p - q|.
     """
-    of_token = cross_entropy(at_temperature(logits_q, temperature), column)
-    return 0.1 * of_token + 0.9 * 2 * total_variation(logits_q, logits_p)
+    return 0.1 * of_token + 0.9 * 2 * rejected
 
 
 @torch.no_grad()

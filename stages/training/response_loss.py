@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TypeAlias
 
 import torch
 from torch.nn import functional
@@ -31,7 +32,7 @@ from draftsmith.stages.drafters.sampling import truncation_mask
 from draftsmith.stages.training import losses
 from draftsmith.stages.training.batches import Batch
 from draftsmith.stages.training.drafted_blocks import DraftedBlocks, block_labels, tokens_at
-from draftsmith.stages.training.loss_config import PositionWeights, ResponseStream
+from draftsmith.stages.training.loss_config import PositionWeights, ResponseStream, loss_traits
 from draftsmith.stages.training.loss_report import Ratio, WeightedMean
 from draftsmith.stages.training.softmax_heads import LossContext
 
@@ -53,6 +54,14 @@ class TargetSignal:
     def logits(self) -> torch.Tensor:
         """Return its logits [N, V'] over the tokens of the training heads, at the temperature."""
         return losses.at_temperature(self._logits, self.temperature)
+
+    def log_probs(self) -> torch.Tensor:
+        """Return the logarithms [N, V'] of its distribution over these tokens."""
+        return torch.log_softmax(self.logits(), -1)
+
+    def rejected(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return the probability [N] that a proposal sampled from the drafter's logits [N, V'] is rejected."""
+        return losses.total_variation(logits, self.logits())
 
     def verifying_logits(self) -> torch.Tensor:
         """Return the logits [N, V'] that verify sampled proposals: at their temperature, with top-k and top-p."""
@@ -89,25 +98,48 @@ class TargetSignal:
         return replace(self, tokens=tokens, columns=columns, hidden=hidden, token_logprob=logprob)
 
 
-# losses that read the committed token
-_TOKEN_LOSSES: dict[str, Callable[[torch.Tensor, TargetSignal], torch.Tensor]] = {
+@dataclass(frozen=True)
+class CandidateSignal:
+    """What the target says of a selector's k candidates at N positions, as a `TargetSignal` says it of all tokens."""
+
+    columns: torch.Tensor  # [N] of the committed tokens among the candidates
+    log_p: torch.Tensor  # [N, k] log-probs, which need not sum to 1: where the rest is, nothing can be proposed
+    context: LossContext
+    token_logprob: torch.Tensor  # [N] of the committed tokens
+
+    def logits(self) -> torch.Tensor:
+        return self.log_p
+
+    log_probs = logits
+
+    def rejected(self, logits: torch.Tensor) -> torch.Tensor:
+        return 1 - torch.minimum(self.log_p.exp(), logits.softmax(-1)).sum(-1)
+
+
+LossFunction: TypeAlias = Callable[[torch.Tensor, TargetSignal | CandidateSignal], torch.Tensor]
+
+
+def _ce_l1(logits: torch.Tensor, p: TargetSignal | CandidateSignal) -> torch.Tensor:
+    of_token = losses.cross_entropy(losses.at_temperature(logits, p.context.proposal_temperature), p.columns)
+    return losses.ce_l1(of_token, p.rejected(logits))
+
+
+FUNCTIONS: dict[str, LossFunction] = {  # of every name in `loss_config.LOSSES`, by the drafter's logits
     "cross_entropy": lambda logits, p: losses.cross_entropy(logits, p.columns),
     "bernoulli_kl": lambda logits, p: losses.bernoulli_forward_kl(
         -losses.cross_entropy(logits, p.columns), p.token_logprob
     ),
-    "ce_l1": lambda logits, p: losses.ce_l1(logits, p.logits(), p.columns, p.context.proposal_temperature),
+    "forward_kl": lambda logits, p: losses.forward_kl(logits, p.logits()),
+    "ce_l1": _ce_l1,
 }
 
 
-def loss_function(name: str) -> Callable[[torch.Tensor, TargetSignal], torch.Tensor]:
+def loss_function(name: str) -> LossFunction:
     """Return the loss of a resolved name or of `MODULE:FUNCTION`."""
-    if name in _TOKEN_LOSSES:
-        return _TOKEN_LOSSES[name]
-    if ":" in name:
-        imported = losses.imported(name)
-        return lambda logits, p: imported(logits, torch.log_softmax(p.logits(), -1))
-    distribution = losses.DISTRIBUTION_LOSSES[name]
-    return lambda logits, p: distribution(logits, p.logits())
+    if ":" not in name:
+        return FUNCTIONS[name]
+    imported = losses.imported(name)
+    return lambda logits, p: imported(logits, p.log_probs())
 
 
 @dataclass(frozen=True)
@@ -281,31 +313,22 @@ def selector_loss(hidden: torch.Tensor, previous: torch.Tensor, signal: TargetSi
     context = signal.context
     drafter, head, size = context.heads.selector, context.heads.drafter, context.positions_per_chunk
     assert drafter is not None
-    # of the target's log-probs of the candidates, which need not sum to 1; `forward_kl` normalises them
-    distribution = losses.imported(loss) if ":" in loss else losses.DISTRIBUTION_LOSSES.get(loss)
+    loss_of, reads_distribution = loss_function(loss), loss_traits(loss).reads_distribution
     among, index, present = _candidates(drafter, hidden, signal.columns, context)
     log_p = torch.zeros(among.shape, device=among.device)  # computed once: backward calls `values` again
-    for chunk in losses.slices(len(among) if distribution is not None or loss == "ce_l1" else 0, size):
-        log_p[chunk] = torch.log_softmax(signal.at(chunk).logits(), -1).gather(-1, among[chunk])
+    for chunk in losses.slices(len(among) if reads_distribution else 0, size):
+        log_p[chunk] = signal.at(chunk).log_probs().gather(-1, among[chunk])
     correct, log_q = torch.zeros_like(present), torch.full_like(index, -torch.inf, dtype=torch.float32)
 
     def values(h: torch.Tensor, chunk: slice) -> torch.Tensor:
         logits = drafter.selector_logits(h, previous[chunk], among[chunk], head)
         at, inside = index[chunk], present[chunk]
-        of_token = losses.cross_entropy(losses.at_temperature(logits, context.proposal_temperature), at)
+        scaled = losses.at_temperature(logits, context.proposal_temperature)
         with torch.no_grad():
             correct[chunk] = inside & (logits.argmax(-1) == at)
-            log_q[chunk] = torch.where(inside, -of_token, -torch.inf)
-        if loss == "cross_entropy":
-            return of_token
-        if loss == "bernoulli_kl":
-            return losses.bernoulli_forward_kl(-losses.cross_entropy(logits, at), signal.token_logprob[chunk])
-        if loss == "ce_l1":
-            # half of the L1 distance over all tokens: the probability that a sampled proposal is rejected
-            rejected = 1 - torch.minimum(log_p[chunk].exp(), logits.softmax(-1)).sum(-1)
-            return 0.1 * of_token + 0.9 * 2 * rejected
-        assert distribution is not None
-        return distribution(logits, log_p[chunk])
+            log_q[chunk] = torch.where(inside, -losses.cross_entropy(scaled, at), -torch.inf)
+        here = CandidateSignal(at, log_p[chunk], context, signal.token_logprob[chunk])
+        return loss_of(scaled if loss == "cross_entropy" else logits, here)
 
     terms = losses.chunked_values(hidden, size, values, trained_head=True)
     return PositionLosses(terms, correct, log_q)

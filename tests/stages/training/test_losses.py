@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from draftsmith.stages.training import losses
+from draftsmith.stages.training.loss_config import LOSSES
+from draftsmith.stages.training.response_loss import FUNCTIONS
 from tests.stages.training.reference import plain_bernoulli, plain_k3
 
 logits = st.lists(st.floats(-8, 8, width=32), min_size=5, max_size=5)
@@ -18,6 +20,10 @@ any_logprob = st.floats(-60, 0, width=32)
 
 def one(value: float) -> torch.Tensor:
     return torch.tensor([value], dtype=torch.float32)
+
+
+def test_every_named_loss_has_a_function() -> None:
+    assert FUNCTIONS.keys() == LOSSES.keys()
 
 
 @given(logits)
