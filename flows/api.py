@@ -26,13 +26,12 @@ from draftsmith.artifacts.store.mirror import open_store
 from draftsmith.artifacts.tables.readers import RowReader
 from draftsmith.artifacts.tables.schemas import TRAJECTORIES
 from draftsmith.flows.config.load import config_from_fields, read_config
-from draftsmith.flows.execution.display import Display
 from draftsmith.flows.orchestration.launch import launch
 from draftsmith.flows.planning.graph import Selection
 from draftsmith.flows.refresh.diff import version_diff
 from draftsmith.flows.refresh.graph import REFRESH
-from draftsmith.flows.refresh.line import find_artifact
 from draftsmith.flows.refresh.measurements import resolve_drafter
+from draftsmith.flows.refresh.versions import find_artifact
 from draftsmith.stages.data.logs.filter import RowFilter, prompt_id
 from draftsmith.stages.data.logs.rows import AnswerReader, LoggedRow
 from draftsmith.stages.data.logs.stage import LogsConfig
@@ -357,7 +356,7 @@ def refresh(
     selection = Selection.from_options(forced, None, wanted)
     bypass_proxy_for_localhost()
     with home_umask(home()):
-        artifacts, conclusion = launch(options, REFRESH, Display(), selection)
-    if conclusion is None:
-        return RefreshResult(artifacts, None, "")
-    return RefreshResult(artifacts, conclusion.name.lower(), conclusion.message)
+        run = launch(options, REFRESH, selection)
+    if run.conclusion is None:
+        return RefreshResult(run.folders, None, "")
+    return RefreshResult(run.folders, run.conclusion.name.lower(), run.conclusion.message)

@@ -177,7 +177,6 @@ class MirroredStore(Store):
         """Keep copies on this machine in folder `root`."""
         super().__init__(root)
         self._bucket = bucket
-        self._seen: dict[tuple[str, str], Manifest] = {}  # (stage, short key) -> manifest in the bucket when last read
 
     @property
     def location(self) -> str:
@@ -216,7 +215,6 @@ class MirroredStore(Store):
             except DraftsmithError as error:
                 log.warning("ignored in the list: %s", error)
                 continue
-            self._seen[manifest.stage, manifest.key[:SHORT]] = manifest
             manifests.append(manifest)
         return sorted(manifests, key=lambda manifest: manifest.created_at)
 
@@ -244,13 +242,11 @@ class MirroredStore(Store):
         name = _manifest_name(stage, short)
         content = self._bucket.read(name)
         if content is None:
-            self._seen.pop((stage, short), None)
             return None
         address = self._bucket.address_of(name)
         manifest = parse_manifest(content, address, stage)
         if (manifest.stage, manifest.key[:SHORT]) != (stage, short):
             raise damaged(address, stage, f"belongs to {manifest.stage}/{manifest.key[:SHORT]}")
-        self._seen[stage, short] = manifest
         return manifest
 
     # -- pulling -------------------------------------------------------------------------------------------------
@@ -339,7 +335,6 @@ class MirroredStore(Store):
             if uploaded.get(f"{target}/{name}") != entry.bytes:
                 self._bucket.upload(folder / name, f"{target}/{name}")
         self._bucket.write(_manifest_name(manifest.stage, manifest.key), manifest_text(manifest).encode())
-        self._seen[manifest.stage, manifest.key[:SHORT]] = manifest
 
     def _finish_interrupted_commit(self, stage: str, key: str) -> Artifact | None:
         """Finish a commit; also push an artifact that this home made before it had a bucket."""

@@ -168,10 +168,13 @@ def _with_target(
 class RunChecks:
     """Makes the same checks while a run proceeds. Raises the first error as DraftsmithError."""
 
-    def before(self, planned: Sequence[Build]) -> list[str]:
+    def __init__(self, builds: Sequence[Build]) -> None:
+        """Check the run with this plan."""
+        self._nodes = [build.node for build in builds]
+        self._to_make = [build.node for build in builds if build.status is not Status.HIT]
+
+    def before(self) -> list[str]:
         """Check before the first stage. Return warnings and skipped checks, one line each."""
-        self._nodes = [item.node for item in planned]
-        self._to_make = [item.node for item in planned if item.status is not Status.HIT]
         findings = RaisingFindings()
         _without_target(findings, self._nodes, self._to_make)
         check_initial_drafters(findings, self._to_make)

@@ -8,7 +8,6 @@ seconds: the modules imported here load them on first use.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import shlex
@@ -16,7 +15,9 @@ import time
 import webbrowser
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from draftsmith.artifacts.errors import DraftsmithError, RefusedError, RetryableError
 from draftsmith.artifacts.home import home
@@ -35,7 +36,7 @@ from draftsmith.artifacts.tracking.registry import Registry, describe_other_trac
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.checks.check import check, check_node
 from draftsmith.flows.checks.findings import show
-from draftsmith.flows.cli.status import early_end, find_report, show_artifact, show_config_status, show_store_status
+from draftsmith.flows.cli.status import find_report, show_artifact, show_config_status, show_store_status
 from draftsmith.flows.cli.why import explain_key
 from draftsmith.flows.config.load import read_config
 from draftsmith.flows.config.options import RunOptions
@@ -47,61 +48,76 @@ from draftsmith.flows.orchestration.launch import launch
 from draftsmith.flows.orchestration.server import permanent_server
 from draftsmith.flows.planning.graph import Selection
 from draftsmith.flows.planning.inputs import forget_listings, note_listings, read_listings
-from draftsmith.flows.planning.plan import Build, Pipeline, Status, plan, resolve_config
+from draftsmith.flows.planning.plan import Build, Pipeline, Status, early_end, plan
 from draftsmith.flows.refresh import registry_commands
+from draftsmith.flows.refresh.champion import restarted
 from draftsmith.flows.refresh.config import RefreshConfig
-from draftsmith.flows.refresh.decisions import restarted
 from draftsmith.flows.refresh.diff import version_diff
-from draftsmith.flows.refresh.graph import REFRESH
+from draftsmith.flows.refresh.graph import REFRESH, WATCH
 from draftsmith.flows.refresh.init import QUESTIONS, SIZES, write_first_config
 from draftsmith.flows.refresh.measurements import DIAGNOSE, DIAGNOSIS, EVALUATE, diagnose_config, evaluate_config
 from draftsmith.stages.evaluation.drift import DriftConfig
 from draftsmith.stages.runtime.invocation import COMMAND
 
-
-def run_command(options: argparse.Namespace, pipeline: Pipeline | None) -> None:
-    """Run the command that `options.command` names. pipeline: of the config's run; None: the refresh."""
-    COMMANDS[options.command](options, pipeline or REFRESH)
+if TYPE_CHECKING:
+    from draftsmith.flows.orchestration.run import Run
 
 
 def _run(options: argparse.Namespace, pipeline: Pipeline) -> None:
     typed = {"config": str(options.config), "overrides": options.overrides, "mlflow": Tracking(home()).ui_command}
     os.environ[COMMAND] = json.dumps(typed)
-    _run_config(options, pipeline, _read_config(options, pipeline, retry=not options.plan))
+    began, config = time.monotonic(), _read_unresolved(options, pipeline)
+    if options.plan:
+        _show_plan(options, pipeline, pipeline.resolve(config))
+    else:
+        _show_end(options, began, launch(config, pipeline, _selection(options), partial(_lose_prefect, options)))
 
 
 def _evaluate(options: argparse.Namespace, _pipeline: Pipeline) -> None:
-    _run_config(options, EVALUATE, evaluate_config(_read_refresh(options), options.drafters))
+    began, config = time.monotonic(), evaluate_config(_read_refresh(options), options.drafters)
+    if options.plan:
+        _show_plan(options, EVALUATE, config)
+    else:
+        _show_end(options, began, launch(config, EVALUATE, _selection(options), partial(_lose_prefect, options)))
 
 
 def _diagnose(options: argparse.Namespace, _pipeline: Pipeline) -> None:
-    refresh = _read_refresh(options)
+    began, refresh = time.monotonic(), _read_refresh(options)
     options.force = [*options.force, DIAGNOSIS]  # the server may answer differently from last time
     config = diagnose_config(refresh, options.url, options.drafter, options.prompts, options.api_key_env)
-    _run_config(options, DIAGNOSE, config)
-
-
-def _run_config(options: argparse.Namespace, pipeline: Pipeline, config: RunOptions) -> None:
-    """Run the config's flow and print its results, or only print the plan."""
-    began, display = time.monotonic(), Display()
-    store, selection = open_store(home()), Selection.from_options(options.force, options.start, options.until)
-    planned = with_retries(lambda: plan(config, store, pipeline, selection), config.stages, display.line)
-    display.plan(planned, early_end(config, pipeline, planned, store, selection))
     if options.plan:
-        display.newer_files(planned)
-        display.lines(pipeline.checks().before(planned) if pipeline.checks is not None else [])
-        return
+        _show_plan(options, DIAGNOSE, config)
+    else:
+        _show_end(options, began, launch(config, DIAGNOSE, _selection(options), partial(_lose_prefect, options)))
 
-    artifacts, conclusion = launch(config, pipeline, display, selection, lambda: setattr(options, "lost_prefect", True))
-    refusal = conclusion.error if conclusion is not None else None
+
+def _selection(options: argparse.Namespace) -> Selection:
+    return Selection.from_options(options.force, options.start, options.until)
+
+
+def _lose_prefect(options: argparse.Namespace) -> None:
+    options.lost_prefect = True
+
+
+def _show_plan(options: argparse.Namespace, pipeline: Pipeline, config: RunOptions) -> None:
+    """Print what a run of a resolved config would do."""
+    display, store, selection = Display(), open_store(home()), _selection(options)
+    builds = with_retries(lambda: plan(config, store, pipeline, selection), config.stages, display.line)
+    display.plan(builds, early_end(pipeline, config, builds, store, selection))
+    display.newer_files(builds)
+    display.lines(pipeline.check(builds))
+
+
+def _show_end(options: argparse.Namespace, began: float, run: Run) -> None:
+    """Print the results of a run that has ended, or raise why it is not promoted or served. began: its start."""
+    refusal = run.conclusion.error if run.conclusion is not None else None
     if options.until:
-        for name, folder in artifacts.items():
-            display.line(f"{name}: {folder}")
-    elif artifacts and pipeline.results is not None:
-        seconds, ui_command = time.monotonic() - began, Tracking(home(), config.experiment).ui_command
-        outcome = conclusion.name if conclusion is not None else None
-        ended = EndedRun(config, str(options.config), options.overrides, ui_command, seconds, outcome, refusal)
-        pipeline.results(display, artifacts, ended)
+        for name, folder in run.folders.items():
+            run.display.line(f"{name}: {folder}")
+    else:
+        outcome = run.conclusion.name if run.conclusion is not None else None
+        command, seconds = (str(options.config), options.overrides, run.tracking.ui_command), time.monotonic() - began
+        run.pipeline.show(run.display, run.folders, EndedRun(run.config, *command, seconds, outcome, refusal))
     if refusal is not None:
         raise refusal
 
@@ -144,37 +160,33 @@ def _build_alone(options: argparse.Namespace, pipeline: Pipeline, config: RunOpt
     """Build one node with its inputs from the store, without Prefect."""
     # A damaged artifact matters only if it is an input: it may be the one to build again.
     store, forced = open_store(home()), (options.name,) if options.force else ()
-    items = plan(config, store, pipeline, Selection(force=forced, reuse_listing=True), stop_at_damage=False)
-    planned = {item.node.name: item for item in items}
-    if options.name not in planned:
-        raise DraftsmithError(f"no node {options.name!r}. Use one of {', '.join(planned)}.")
-    node = planned[options.name].node
-    inputs = {}
-    for name, source in node.inputs.items():
-        if (damage := planned[source].damage) is not None:
+    plan_of_all = plan(config, store, pipeline, Selection(force=forced, reuse_listing=True), stop_at_damage=False)
+    builds = {build.name: build for build in plan_of_all}
+    if options.name not in builds:
+        raise DraftsmithError(f"no node {options.name!r}. Use one of {', '.join(builds)}.")
+    build = builds[options.name]
+    for name, source in build.node.inputs.items():
+        if (damage := builds[source].damage) is not None:
             raise damage
-        if (made := planned[source].artifact) is None:
-            raise DraftsmithError(_missing_input(options, name, planned[source]))
-        inputs[name] = made
+        if builds[source].artifact is None:
+            raise DraftsmithError(_missing_input(options, name, builds[source]))
     check_home(home(), config)
-    display, tracking = Display(), Tracking(home(), config.experiment)
-    display.newer_files(items)
-    display.lines(check_node(node, store.folders(inputs)))
-    for service in (store, tracking):
-        with_retries(service.check, config.stages, display.line)
-    context = RunContext(home(), config, pipeline, display, tracking)
+    context = RunContext(home(), config, Display(), Tracking(home(), config.experiment))
+    context.display.newer_files(plan_of_all)
+    context.display.lines(check_node(build.node, store.folders(build.inputs)))
+    for check_service in (store.check, context.tracking.check):
+        with_retries(check_service, config.stages, context.display.line)
+    listing = build.node.config.listing
     try:
-        result = with_retries(
-            lambda: make(context, planned[node.name], force=options.force), config.stages, display.line
-        )
+        made = with_retries(lambda: make(context, build, force=options.force), config.stages, context.display.line)
     except DraftsmithError as error:
-        if node.config.listing is not None:
+        if listing is not None:
             forget_listings(config.name, error)
         raise
-    if node.config.listing is not None:  # without beginning or ending a run
-        listings = {**read_listings(config.name, ended=True), node.name: node.config.listing}
+    if listing is not None:  # without beginning or ending a run
+        listings = {**read_listings(config.name, ended=True), build.name: listing}
         note_listings(config.name, listings, ended=not read_listings(config.name))
-    display.line(f"{node.name}: {result.path}")
+    context.display.line(f"{build.name}: {made.path}")
 
 
 def _missing_input(options: argparse.Namespace, name: str, source: Build) -> str:
@@ -248,7 +260,7 @@ def _deploy(options: argparse.Namespace, pipeline: Pipeline) -> None:
     arguments: dict[str, object] = {name: getattr(options, name) for name in ("force", "start", "until")}
     if named := any(arguments.values()):  # an unknown node is an error now; a champion adds some
         selection = Selection.from_options(options.force, options.start, options.until)
-        selection.check_names(pipeline.nodes(resolve_config(config, pipeline)))
+        selection.check_names(pipeline.nodes(pipeline.resolve(config)))
     if options.watch is not None:
         if named:
             raise DraftsmithError(
@@ -257,7 +269,7 @@ def _deploy(options: argparse.Namespace, pipeline: Pipeline) -> None:
         refresh = f"refresh/{config.name.replace('/', '-')}"
         arguments = {"then": {"report": None, "refresh": refresh, "rollback": "rollback"}[options.watch]}
         config = config.model_copy(update={"name": f"{config.name}-watch"})
-        pipeline = dataclasses.replace(pipeline, flow="draftsmith.flows.refresh.flow:watch")
+        pipeline = WATCH
     api = permanent_server(home())
     # imports Prefect, which reads the environment that `permanent_server` sets
     from draftsmith.flows.orchestration.deployment import deploy, schedules_of
@@ -279,14 +291,15 @@ def _prune(options: argparse.Namespace, _pipeline: Pipeline) -> None:
         prune(Display(), options.days, artifacts=options.artifacts, delete=options.delete)
 
 
-def _read_config(options: argparse.Namespace, pipeline: Pipeline, *, retry: bool = False) -> RunOptions:
-    """Return the config with what has to be looked up. retry: repeat a failed look-up for minutes, as a run does."""
+def _read_config(options: argparse.Namespace, pipeline: Pipeline) -> RunOptions:
+    """Return the config with what has to be looked up."""
+    config: RunOptions = pipeline.resolve(_read_unresolved(options, pipeline))
+    return config
+
+
+def _read_unresolved(options: argparse.Namespace, pipeline: Pipeline) -> RunOptions:
     config = read_config(options.config, options.overrides, pipeline.config)
-    if options.restart:
-        config = restarted(config)
-    if not retry:
-        return resolve_config(config, pipeline)
-    return with_retries(lambda: resolve_config(config, pipeline), config.stages, Display().line)
+    return restarted(config) if options.restart else config
 
 
 def _read_refresh(options: argparse.Namespace) -> RefreshConfig:

@@ -286,9 +286,9 @@ def _run(options: argparse.Namespace, pipeline: Pipeline | None) -> int:
     _show_warnings()
     try:
         with home_umask(home()):
-            from draftsmith.flows.cli.commands import run_command  # heavy: after the help and wrong arguments
+            from draftsmith.flows.cli.commands import COMMANDS, REFRESH  # heavy: after the help and wrong arguments
 
-            run_command(options, pipeline)
+            COMMANDS[options.command](options, pipeline or REFRESH)
     except KeyboardInterrupt as stop:
         return _fail(f"interrupted. {_KEPT}", EXIT_INTERRUPTED, stop)
     except SystemExit as ended:

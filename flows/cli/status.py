@@ -28,20 +28,19 @@ from draftsmith.flows.execution.display import (
     format_duration,
     format_number,
 )
-from draftsmith.flows.planning.graph import Selection
+from draftsmith.flows.planning.graph import ALL_NODES, Selection
 from draftsmith.flows.planning.plan import (
     Build,
-    EarlyEnd,
     Pipeline,
     Status,
+    early_end,
     has_partial,
     manifests_of_node,
     plan,
-    resolve_config,
 )
 from draftsmith.flows.refresh.config import RefreshConfig
-from draftsmith.flows.refresh.line import registry
 from draftsmith.flows.refresh.line_page import last_refresh
+from draftsmith.flows.refresh.versions import registry
 
 _TO_DO = "to do"
 
@@ -52,7 +51,7 @@ def show_config_status(display: Display, config: RunOptions, pipeline: Pipeline)
     table = folded_table("node", "stage", "key", "state")
     planned = plan(config, store, pipeline, stop_at_damage=False)
     earlier = [manifest for manifest in store.list() if manifest.run == config.name]
-    end, ended = early_end(config, pipeline, planned, store, Selection()), False
+    end, ended = early_end(pipeline, config, planned, store, ALL_NODES), False
     for item in planned:
         state = _node_state(item, store, end.what if ended and end is not None else "") + _last_artifact(item, earlier)
         table.add_row(item.node.name, item.node.stage.name, item.key[:16] or "-", state)
@@ -62,18 +61,6 @@ def show_config_status(display: Display, config: RunOptions, pipeline: Pipeline)
         table.title, table.title_justify = "The next refresh", "left"
     display.console.print(table)
     display.newer_files(planned)
-
-
-def early_end(
-    config: RunOptions, pipeline: Pipeline, planned: Sequence[Build], store: Store, selection: Selection
-) -> EarlyEnd | None:
-    """Return where a run with this plan may end before its last node."""
-    asked = {*selection.forced([item.node for item in planned]), *selection.start}
-    policy = pipeline.policy(config, asked) if pipeline.policy is not None and not selection.until else None
-    if policy is None:
-        return None
-    reused = {item.node.name: item.artifact for item in planned if item.artifact is not None}
-    return policy.early_end(store.folders(reused))
 
 
 def _node_state(item: Build, store: Store, condition: str) -> str:
@@ -262,7 +249,7 @@ def report_of_config(name: str, config: RunOptions, pipeline: Pipeline) -> Path:
     node, _ = pipeline.report
     store = open_store(home())
     last_listing = Selection(reuse_listing=True)
-    for planned in plan(resolve_config(config, pipeline), store, pipeline, last_listing, stop_at_damage=False):
+    for planned in plan(pipeline.resolve(config), store, pipeline, last_listing, stop_at_damage=False):
         if planned.node.name == node and planned.artifact is not None:
             store.fetch(planned.artifact)
             return planned.artifact.path / _PAGE

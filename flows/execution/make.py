@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError, StageInterrupted
@@ -30,7 +30,7 @@ from draftsmith.flows.execution.display import Display, StageDisplay
 from draftsmith.flows.execution.machine import Device, OnWait, gpu_names, lock_devices
 from draftsmith.flows.execution.process import Event, run_stage
 from draftsmith.flows.planning.inputs import external_digests
-from draftsmith.flows.planning.plan import Build, OutdatedPlanError, Pipeline, find, is_inconclusive
+from draftsmith.flows.planning.plan import Build, OutdatedPlanError, find, is_inconclusive
 from draftsmith.stages.runtime.stage import StageRequest
 
 log = logging.getLogger("draftsmith.stages")  # Prefect shows it in the run
@@ -67,22 +67,20 @@ def local_parallelism(shards: Sequence[Build]) -> int:
     return min(len(shards), len(gpu_names()) or os.cpu_count() or 1)
 
 
-@dataclass(frozen=True)
 class RunContext:
-    """Everything that the nodes of a run share."""
+    """What the nodes of a run share."""
 
-    home: Path
-    config: RunOptions
-    pipeline: Pipeline
-    display: Display
-    tracking: Tracking
-    refresh_run: Callable[[], str | None] = lambda: None  # returns the id of the MLflow run that encloses the stages'
-    check: Callable[[], None] = lambda: None  # called while a stage waits or runs; what it raises stops it
-    pool: ShardPool = run_locally  # makes the shards of a node
+    def __init__(self, home: Path, config: RunOptions, display: Display, tracking: Tracking) -> None:
+        self.home, self.config, self.display, self.tracking = home, config, display, tracking
+        self.store = open_store(home)
+        self.pool: ShardPool = run_locally  # makes the shards of a node
 
-    @property
-    def store(self) -> Store:
-        return open_store(self.home)
+    def check(self) -> None:
+        """Do nothing; it is called while a stage waits or runs, and what it raises stops the stage."""
+
+    def refresh_run(self) -> str | None:
+        """Return the id of the MLflow run that encloses the stages'; None if there is none."""
+        return None
 
 
 def make(context: RunContext, build: Build, *, force: bool = False) -> Artifact:

@@ -1,13 +1,11 @@
-"""The current flow run in Prefect: its result even if the API is lost, its cancellation and approval, and its end."""
+"""The current flow run in Prefect: its cancellation and approval, its tasks beside the nodes, and its end."""
 
 from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from contextvars import ContextVar
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
@@ -24,76 +22,10 @@ from prefect.events import emit_event
 from prefect.flow_runs import suspend_flow_run
 from prefect.utilities.urls import url_for
 
-from draftsmith.artifacts.errors import DraftsmithError, RetryableError, StageInterrupted
-from draftsmith.artifacts.store.manifest import Artifact
+from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
 from draftsmith.artifacts.tracking.terms import escape_markdown
 from draftsmith.flows.orchestration.server import uses_temporary_server
 from draftsmith.flows.planning.plan import Conclusion
-
-
-@dataclass
-class FlowResult:
-    """The result of a flow's body, which `run_flow` returns."""
-
-    ended: bool = False
-    nodes: dict[str, Artifact] = field(default_factory=dict)
-    conclusion: Conclusion | None = None
-    error: BaseException | None = None
-
-
-_RESULT: ContextVar[FlowResult | None] = ContextVar("flow_result", default=None)
-
-
-@contextmanager
-def flow_result() -> Iterator[FlowResult]:
-    """Give the body of a flow the result that it fills in for `run_flow`, and record its error."""
-    current = _RESULT.get() or FlowResult()
-    try:
-        yield current
-    except BaseException as error:
-        current.error = error
-        raise
-    finally:
-        current.ended = True
-
-
-def run_flow(flow: Any, config: Any, lost: Callable[[str], None], **options: Any) -> FlowResult:
-    """Call the flow of a config. Return its result, whose error is its conclusion's, or raise its body's error.
-
-    lost: called with a sentence if Prefect's API was lost before it knew how the run ended.
-
-    Raises RetryableError if the API was lost before the body started, or for so long that the body could not continue.
-    """
-    current = FlowResult()
-    token = _RESULT.set(current)
-    try:
-        flow(config, **options)
-    except (KeyboardInterrupt, SystemExit) as stop:
-        if current.error is not stop:  # Prefect ends a terminated run by an error of its own, and then this one comes
-            for note in getattr(current.error, "__notes__", ()):
-                stop.add_note(note)
-        raise
-    except BaseException as error:
-        if not current.ended:
-            if not is_api_loss(error):
-                raise
-            raise RetryableError(
-                f"Prefect's API was lost before the run started ({_describe(error)}). Run the same command again."
-            ) from error
-        if current.error is not None and current.error is not error and is_api_loss(error):
-            lost(f"Prefect does not know how the run ended ({_describe(error)})")
-        elif current.error is None:
-            lost(f"Prefect does not know that the run succeeded ({_describe(error)}). Its artifacts are complete")
-    finally:
-        _RESULT.reset(token)
-    if current.error is not None and is_api_loss(current.error):
-        raise RetryableError(
-            f"Prefect's API was lost during the run ({_describe(current.error)}). Start its server again, then run the "
-            "same command, which reuses what is finished."
-        ) from current.error
-    if current.error is not None and (current.conclusion is None or current.error is not current.conclusion.error):
-        raise current.error
-    return current
 
 
 def is_api_loss(error: BaseException) -> bool:
@@ -101,10 +33,6 @@ def is_api_loss(error: BaseException) -> bool:
     if isinstance(error, httpx.HTTPStatusError):
         return error.response.status_code >= 500
     return isinstance(error, httpx.TransportError)
-
-
-def _describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 _POLL_S = 5.0

@@ -2,49 +2,91 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
+from draftsmith.artifacts.errors import RetryableError
 from draftsmith.artifacts.home import home
-from draftsmith.artifacts.store.mirror import open_store
-from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.config.options import RunOptions
-from draftsmith.flows.execution.display import Display
-from draftsmith.flows.execution.machine import check_home
-from draftsmith.flows.execution.retry import with_retries
 from draftsmith.flows.orchestration.server import start_prefect_server
 from draftsmith.flows.planning.graph import Selection
-from draftsmith.flows.planning.plan import Conclusion, Pipeline, load_attribute
+from draftsmith.flows.planning.plan import Pipeline, load_attribute
 from draftsmith.stages.runtime.memory import restore_gc
+
+if TYPE_CHECKING:
+    from draftsmith.flows.orchestration.run import Run
 
 
 def launch(
-    config: RunOptions,
-    pipeline: Pipeline,
-    display: Display,
-    selection: Selection,
-    lost: Callable[[], None] = lambda: None,
-) -> tuple[Mapping[str, Path], Conclusion | None]:
-    """Run the flow of a config, and return its artifacts by node and its conclusion, if it has one.
+    config: RunOptions, pipeline: Pipeline, selection: Selection, lost: Callable[[], None] = lambda: None
+) -> Run:
+    """Plan a run of a config while Prefect's server starts, print the plan, and run the config's flow.
 
     lost: called if Prefect's server was lost before it knew how the run ended, which a line reports.
 
     Raises DraftsmithError for all failures. A drafter that is not promoted, or not served, is no failure.
     """
-    tracking = Tracking(home(), config.experiment)
-    check_home(home(), config)
     wait_for_server = start_prefect_server(home())
-    with_retries(tracking.check, config.stages, display.line)  # while the server starts
-    flow = load_attribute(pipeline.flow)
-    with_retries(lambda: wait_for_server(display.line), config.stages, display.line)
-    from draftsmith.flows.orchestration.flow_run import run_flow  # imports Prefect
+    from draftsmith.flows.orchestration.run import Run  # imports Prefect, which reads the server's environment
 
+    run = Run(pipeline, config, selection)
+    run.prepare()
+    run.display.plan(run.plan, run.early_end)
+    flow = load_attribute(pipeline.flow)
+    run.retry(lambda: wait_for_server(run.display.line))
     restore_gc()
-    options = {name: list(getattr(selection, name)) for name in ("force", "start", "until")}
 
     def warn(what: str) -> None:
-        display.line(f"warning: {what}")
+        run.display.line(f"warning: {what}")
         lost()
 
-    ended = run_flow(flow, config, warn, **options)
-    return open_store(home()).folders(ended.nodes), ended.conclusion
+    with flow_of(run, warn):
+        flow(run.config, **{name: list(getattr(selection, name)) for name in ("force", "start", "until")})
+    return run
+
+
+@contextmanager
+def flow_of(run: Run, lost: Callable[[str], None]) -> Iterator[None]:
+    """Give a prepared run to the flow that the body calls. Raises the error of the flow's own body.
+
+    That of its conclusion stays in the run. lost: called with a sentence if Prefect's API was lost before it knew how
+    the run ended.
+
+    Raises RetryableError if the API was lost before the flow's body started, or for so long that it could not continue.
+    """
+    from draftsmith.flows.orchestration.flow_run import is_api_loss  # imports Prefect
+    from draftsmith.flows.orchestration.run import CURRENT
+
+    token = CURRENT.set(run)
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if run.error is not stop:  # Prefect ends a terminated run by an error of its own, and then this one comes
+            for note in getattr(run.error, "__notes__", ()):
+                stop.add_note(note)
+        raise
+    except BaseException as error:
+        if not run.ended:
+            if not is_api_loss(error):
+                raise
+            raise RetryableError(
+                f"Prefect's API was lost before the run started ({_describe(error)}). Run the same command again."
+            ) from error
+        if run.error is not None and run.error is not error and is_api_loss(error):
+            lost(f"Prefect does not know how the run ended ({_describe(error)})")
+        elif run.error is None:
+            lost(f"Prefect does not know that the run succeeded ({_describe(error)}). Its artifacts are complete")
+    finally:
+        CURRENT.reset(token)
+    if run.error is not None and is_api_loss(run.error):
+        raise RetryableError(
+            f"Prefect's API was lost during the run ({_describe(run.error)}). Start its server again, then run the "
+            "same command, which reuses what is finished."
+        ) from run.error
+    if run.error is not None and (run.conclusion is None or run.error is not run.conclusion.error):
+        raise run.error
+
+
+def _describe(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -1,16 +1,16 @@
-"""The body of a flow: makes the checks, runs each node as a task, and records the run in MLflow."""
+"""A run: it plans once, makes builds as tasks of a flow run, and ends in MLflow and Prefect."""
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from prefect.client.schemas.objects import State
 from prefect.exceptions import Pause
@@ -46,253 +46,285 @@ from draftsmith.flows.orchestration.flow_run import (
     CancelledError,
     announce,
     deployed,
-    flow_result,
     page_url,
     resumed,
     show_verdict,
 )
-from draftsmith.flows.orchestration.tasks import run_node
+from draftsmith.flows.orchestration.tasks import run_node, run_shards
 from draftsmith.flows.planning.graph import Selection
 from draftsmith.flows.planning.inputs import forget_listings, note_listings, read_listings
 from draftsmith.flows.planning.plan import (
     Build,
-    Checks,
     Conclusion,
+    EarlyEnd,
     Pipeline,
-    RunPolicy,
     RunReview,
+    early_end,
     plan,
     planned_listings,
-    resolve_config,
 )
 from draftsmith.stages.runtime.invocation import COMMAND, invocation
 
+T = TypeVar("T")
 
-def run_graph(
-    config: RunOptions,
-    pipeline: Pipeline,
-    force: Collection[str] | None = None,
-    start: Collection[str] | None = None,
-    until: Collection[str] | None = None,
-) -> State[Any] | dict[str, Artifact]:
-    """Make the nodes of the config's graph, or a selection of them, and act on the result unless nodes are left out.
 
-    force, start, until: nodes, as in `Selection`. Returns the nodes' artifacts, or the flow's state if the run has a
-    conclusion or was cancelled. A conclusion is also an event such as `draftsmith.promoted`.
+class Run(RunContext):
+    """One run of a pipeline: what it builds, what it has made so far, and how it ends.
 
-    Raises the first DraftsmithError. Finished nodes stay in the store.
+    A command prepares it, and its flow finds it; a deployment's flow begins it. It is the context of its stages too.
     """
-    conclusion: Conclusion | None = None
-    try:
-        with flow_result() as result, Cancellation() as cancellation, _in_use(config, cancellation):
-            selection = Selection.from_options(force, start, until, deployed=deployed())
-            nodes, conclusion = _run(config, pipeline, selection, cancellation)
-            result.nodes = nodes
-            if conclusion is not None:
-                result.conclusion = conclusion
-                announce(config.name, conclusion)
-                if conclusion.error is not None:
-                    raise conclusion.error
-    except CancelledError as error:
-        return Cancelled(message=str(error))
-    except DraftsmithError as error:
-        if conclusion is None or error is not conclusion.error:
-            raise
-        # by its own name the state differs from a failure of the run, for automations
-        return Failed(name=conclusion.name, message=conclusion.message, data=error)
-    return nodes if conclusion is None else Completed(name=conclusion.name, message=conclusion.message, data=nodes)
 
+    def __init__(self, pipeline: Pipeline, config: RunOptions, selection: Selection) -> None:
+        """Begin a run. config: `prepare` resolves it."""
+        super().__init__(home(), config, Display(), Tracking(home(), config.experiment))
+        self.pipeline, self.selection = pipeline, selection
+        self.pool = run_shards
+        self.plan: list[Build] = []
+        self.made: dict[str, Artifact] = {}  # by node
+        self.conclusion: Conclusion | None = None
+        self.error: BaseException | None = None  # of the body, or of the conclusion
+        self.ended = False  # the body
+        self._given = config.model_dump(mode="json", exclude_defaults=True, exclude={"stages"})
+        self._states: dict[str, State[Any]] = {}  # of the nodes' tasks
+        self._cancellation = Cancellation()
+        self._record = RunRecord(self.tracking, config.name, self._given, pipeline.data)
 
-def _in_use(config: RunOptions, cancellation: Cancellation) -> AbstractContextManager[None]:
-    limit_s = 60 * config.stages.lock_wait_minutes
-    return artifacts_in_use(home(), config.name, Display().line, limit_s=limit_s, check=cancellation.check)
+    @classmethod
+    def of(
+        cls,
+        pipeline: Pipeline,
+        config: RunOptions,
+        force: Collection[str] | None = None,
+        start: Collection[str] | None = None,
+        until: Collection[str] | None = None,
+    ) -> Run:
+        """Return the run of this flow: the one that its command has prepared, or a new one of a deployment.
 
+        force, start, until: nodes, as in `Selection`.
+        """
+        prepared = CURRENT.get()
+        return prepared or cls(pipeline, config, Selection.from_options(force, start, until, deployed=deployed()))
 
-def _run(
-    config: RunOptions, pipeline: Pipeline, selection: Selection, cancellation: Cancellation
-) -> tuple[dict[str, Artifact], Conclusion | None]:
-    display = Display()
-    if (page := page_url()) is not None:
-        display.line(f"Prefect: {page}")
-    given = config.model_dump(mode="json", exclude_defaults=True, exclude={"stages"})
-    config = with_retries(lambda: resolve_config(config, pipeline), config.stages, display.line)
-    redact_logs()
-    bypass_proxy_for_localhost()  # a deployment's run does not come through the command
-    logging.getLogger("draftsmith").setLevel(logging.INFO)  # else Prefect does not show the stages' lines
-    tracking = Tracking(home(), config.experiment)
-    context = RunContext(home(), config, pipeline, display, tracking, check=cancellation.check)
-    check_home(context.home, config)
-    check_runner(config.stages)
-    for check in (context.store.check, context.tracking.check):
-        with_retries(check, config.stages, context.display.line)
-    if (warning := describe_misplaced_files(tracking)) is not None:
-        context.display.line(f"warning: {warning}")
-    close_dead_runs(context.tracking, context.store)
-    requested = selection
-    if resumed():  # forced nodes were made before the run was suspended
-        selection = dataclasses.replace(selection, force=())
-    planned = with_retries(
-        lambda: plan(config, context.store, pipeline, selection), config.stages, context.display.line
-    )
-    nodes = [item.node for item in planned]
-    note_listings(config.name, listings := {**read_listings(config.name), **planned_listings(planned)})
-    # a run until a node never promotes, even if the node needs all others: it lets a person look first
-    whole = not selection.until
-    checks = pipeline.checks() if pipeline.checks is not None else None
-    forced = selection.forced(nodes)
-    asked = {*requested.forced(nodes), *requested.start}
-    full_policy = pipeline.policy(config, asked) if pipeline.policy is not None else None
-    policy = full_policy if whole else None
-    context.display.newer_files(planned)
-    context.display.lines(checks.before(planned) if checks is not None else [])
-    record = RunRecord(context.tracking, config.name, given, pipeline.data)
-    context = dataclasses.replace(context, refresh_run=record.open)
-    results: dict[str, Artifact] = {}
-    status: Status = "KILLED"
-    ending = ""
-    conclusion: Conclusion | None = None
-    try:
-        conclusion = _make_nodes(context, planned, forced, results, checks, policy)
-        run_id = record.find_or_open(results)
-        if conclusion is None and pipeline.compared is not None and "evaluation" in results:
-            drafters = pipeline.compared(context.store.folders(results))
-            log_models(tracking, results["evaluation"].manifest, run_id, drafters)
-        if conclusion is None and (review := _review(context, results)) is not None:
-            show_verdict(config.name, f"{review.description}{tracking.link(run_id)}", context.display.line)
-        if conclusion is None and policy is not None:
-            note_tracker(tracking)
-            conclusion = with_retries(
-                lambda: policy.conclude(context.store.folders(results), record.find_or_open(results)),
-                config.stages,
-                context.display.line,
-            )
-        status = "FINISHED"
-        if whole:
-            note_listings(config.name, listings, ended=True)
-    except Pause:  # until a person approves; the resumed run reuses what is made
-        status = "FINISHED"
-        raise
-    except BaseException as error:
-        if isinstance(error, Exception) and not isinstance(error, StageInterrupted):
-            status, ending = "FAILED", f"**Failed.** {one_line(error)} "
-        command = _continuing_command(config, selection, forced, results, policy)
-        ending = f"{ending or '**Stopped.** '}{CONTINUE} `{command or 'the same command'}`."
-        if command is not None:
-            error.add_note(command)
-        raise
-    finally:
-        metrics, tags = _metrics_and_tags(context, results, conclusion, concludes=full_policy is not None)
-        if status != "FINISHED":
-            tags[NOTE] = f"{ending}\n\n{tags.get(NOTE, '')}".strip()
-        record.close(
-            status,
-            results,
-            metrics,
-            _report(context, results),
-            tags,
-            name=_name(results, tags),
-            concluded=conclusion is not None,
-        )
-        if tracking.had_failures and status != "KILLED":  # stages may have ended while MLflow was away
-            close_dead_runs(tracking, context.store)
-    if conclusion is not None:
-        context.display.line(conclusion.message)
-    return results, conclusion
+    # -- before ------------------------------------------------------------------------------------------------------
 
+    def prepare(self) -> None:
+        """Check home, store and MLflow, resolve the config, and plan. Raises DraftsmithError if it cannot be run."""
+        check_home(self.home, self.config)
+        check_runner(self.config.stages)
+        for check in (self.store.check, self.tracking.check):
+            self.retry(check)
+        if (warning := describe_misplaced_files(self.tracking)) is not None:
+            self.display.line(f"warning: {warning}")
+        self.config = self.retry(lambda: self.pipeline.resolve(self.config))
+        self.plan = self.retry(lambda: plan(self.config, self.store, self.pipeline, self._to_make))
 
-def _make_nodes(
-    context: RunContext,
-    builds: Sequence[Build],
-    forced: Collection[str],
-    results: dict[str, Artifact],
-    checks: Checks | None,
-    policy: RunPolicy | None,
-) -> Conclusion | None:
-    """Make every node in order, until the policy ends the run. results: filled in, also when a node fails."""
-    states: dict[str, State[Any]] = {}
-    for build in builds:
-        context.check()
-        node = build.node
-        upstream = [states[source] for source in dict.fromkeys(node.inputs.values())]
+    @property
+    def _to_make(self) -> Selection:
+        """Return the selection, after a suspension without `--force`: forced nodes were made before it."""
+        return replace(self.selection, force=()) if resumed() else self.selection
+
+    @property
+    def whole(self) -> bool:
+        """Return whether all nodes are made. Otherwise the run never promotes: it lets a person look first."""
+        return not self.selection.until
+
+    @property
+    def forced(self) -> set[str]:
+        """Return the nodes to make although the store has them."""
+        return self._to_make.forced([build.node for build in self.plan])
+
+    @property
+    def asked(self) -> set[str]:
+        """Return the nodes that a person asked for, by `--force` and `--from`."""
+        return {*self.selection.forced([build.node for build in self.plan]), *self.selection.start}
+
+    @property
+    def early_end(self) -> EarlyEnd | None:
+        """Return where the run may end before its last node."""
+        return early_end(self.pipeline, self.config, self.plan, self.store, self.selection)
+
+    @property
+    def folders(self) -> Mapping[str, Path]:
+        """Return the folders of what is made, by node; looking one up fetches its files."""
+        return self.store.folders(self.made)
+
+    # -- meanwhile ---------------------------------------------------------------------------------------------------
+
+    def do(self, body: Callable[[Run], Conclusion | None]) -> State[Any] | dict[str, Artifact]:
+        """Run the body of a flow, and return its artifacts, or the flow's state if it has a conclusion.
+
+        A conclusion is also an event such as `draftsmith.promoted`. Raises the first DraftsmithError; finished nodes
+        stay in the store.
+        """
+        redact_logs()
+        bypass_proxy_for_localhost()  # a deployment's run does not come through the command
+        logging.getLogger("draftsmith").setLevel(logging.INFO)  # else Prefect does not show the stages' lines
+        limit_s = 60 * self.config.stages.lock_wait_minutes
         try:
-            made = run_node(context, build.complete(results), upstream, force=node.name in forced)
-            results[node.name], states[node.name] = made
-        except DraftsmithError as error:
-            if node.config.listing is not None:
-                forget_listings(context.config.name, error)
+            with (
+                Cancellation() as self._cancellation,
+                artifacts_in_use(self.home, self.config.name, self.display.line, limit_s=limit_s, check=self.check),
+                self._recorded(),
+            ):
+                self.conclusion = body(self)
+            if self.conclusion is not None:
+                announce(self.config.name, self.conclusion)
+                self.error = self.conclusion.error
+        except BaseException as error:
+            self.error = error
+            if isinstance(error, CancelledError):
+                return Cancelled(message=str(error))
             raise
-        folders = context.store.folders(results)
-        if checks is not None:
-            context.display.lines(checks.after(node, folders))
-        if policy is not None:
-            conclusion = with_retries(
-                partial(policy.should_stop, node, folders), context.config.stages, context.display.line
-            )
-            if conclusion is not None:
-                return conclusion
-    return None
+        finally:
+            self.ended = True
+        if self.conclusion is None:
+            return self.made
+        if self.conclusion.error is not None:  # by its own name it differs from a failure of the run, for automations
+            return Failed(name=self.conclusion.name, message=self.conclusion.message, data=self.conclusion.error)
+        return Completed(name=self.conclusion.name, message=self.conclusion.message, data=self.made)
+
+    @contextmanager
+    def _recorded(self) -> Iterator[None]:
+        """Prepare the run, and end it in MLflow, however the body ends."""
+        if (page := page_url()) is not None:
+            self.display.line(f"Prefect: {page}")
+        if not self.plan:
+            self.prepare()
+        close_dead_runs(self.tracking, self.store)
+        self.display.newer_files(self.plan)
+        self.display.lines(self.pipeline.check(self.plan))
+        listings = {**read_listings(self.config.name), **planned_listings(self.plan)}
+        note_listings(self.config.name, listings)
+        try:
+            yield
+            self._record.find_or_open(self.made)
+        except Pause:  # until a person approves; the resumed run reuses what is made
+            self._end("FINISHED")
+            raise
+        except BaseException as error:
+            self._end(*self._failure(error))
+            raise
+        if self.whole:
+            note_listings(self.config.name, listings, ended=True)
+        self._end("FINISHED")
+        if self.conclusion is not None:
+            self.display.line(self.conclusion.message)
+
+    def make(self, build: Build) -> Artifact:
+        """Make or reuse an artifact as a task of the flow run, from what is made so far, and check what it allows."""
+        self.check()
+        upstream = [self._states[source] for source in dict.fromkeys(build.node.inputs.values())]
+        try:
+            made, state = run_node(self, build.complete(self.made), upstream, force=build.name in self.forced)
+        except DraftsmithError as error:
+            if build.node.config.listing is not None:
+                forget_listings(self.config.name, error)
+            raise
+        self.made[build.name], self._states[build.name] = made, state
+        self.display.lines(self.pipeline.check_after(build.node, self.plan, self.folders))
+        return made
+
+    def retry(self, work: Callable[[], T]) -> T:
+        """Return `work()`, repeated for minutes while something outside cannot be reached."""
+        return with_retries(work, self.config.stages, self.display.line)
+
+    def check(self) -> None:
+        """Raise `CancelledError` if the run was cancelled in Prefect."""
+        self._cancellation.check()
+
+    # -- MLflow ------------------------------------------------------------------------------------------------------
+
+    def refresh_run(self) -> str | None:
+        """Return the id of the run in MLflow that encloses those of its stages."""
+        return self._record.open()
+
+    @property
+    def mlflow_id(self) -> str | None:
+        """Return the id of this run in MLflow, or of the earlier one that has the very same artifacts."""
+        return self._record.find_or_open(self.made)
+
+    def show_comparison(self) -> None:
+        """Log the drafters that an evaluation compared to MLflow, and show the verdict on the flow run's page."""
+        run_id = self.mlflow_id
+        if "evaluation" in self.made and (drafters := self.pipeline.compared(self.folders)):
+            log_models(self.tracking, self.made["evaluation"].manifest, run_id, drafters)
+        if (review := self._review) is not None:
+            show_verdict(self.config.name, f"{review.description}{self.tracking.link(run_id)}", self.display.line)
+
+    def note_tracker(self) -> None:
+        """Note in which MLflow a version is about to be registered."""
+        note_tracker(self.tracking)
+
+    @property
+    def _review(self) -> RunReview | None:
+        return self.pipeline.review(self.folders)
+
+    def _failure(self, error: BaseException) -> tuple[Status, str]:
+        """Return how an error ends the run in MLflow, with its description: the command that continues it."""
+        if (command := self._continuing_command()) is not None:
+            error.add_note(command)
+        how = f"{CONTINUE} `{command or 'the same command'}`."
+        if isinstance(error, Exception) and not isinstance(error, StageInterrupted):
+            return "FAILED", f"**Failed.** {one_line(error)} {how}"
+        return "KILLED", f"**Stopped.** {how}"
+
+    def _continuing_command(self) -> str | None:
+        """Return the command that continues the run and makes no complete node again; None if no command began it."""
+        if (began := os.environ.get(COMMAND)) is None:
+            return None
+        force = {name for name in self.forced if name not in self.made or self.made[name].reused}
+        if self.whole and not force and not self.selection.start:
+            force |= set(self.pipeline.sticky_force(self.config, self.asked))
+        named = {"--force": sorted(force), "--from": self.selection.start, "--until": self.selection.until}
+        options = [word for option, names in named.items() for name in names for word in (option, name)]
+        restart = getattr(getattr(self.config, "registry", None), "restart", False)
+        return invocation(began, None).run(*options, *["--restart"] * restart)
+
+    def _end(self, status: Status, ending: str = "") -> None:
+        """End the run in MLflow with metrics and tags of headline, review and conclusion. ending: why it failed."""
+        metrics, tags = self._metrics_and_tags()
+        if ending:
+            tags[NOTE] = f"{ending}\n\n{tags.get(NOTE, '')}".strip()
+        name, page = self.pipeline.report
+        report = [self.folders[name] / file for file in (page, ReviewResult.FILE)] if name in self.made else []
+        self._record.close(
+            status,
+            self.made,
+            metrics,
+            [path for path in report if path.is_file()],
+            tags,
+            name=self._mlflow_name(tags),
+            concluded=self.conclusion is not None,
+        )
+        if self.tracking.had_failures and status != "KILLED":  # stages may have ended while MLflow was away
+            close_dead_runs(self.tracking, self.store)
+
+    def _metrics_and_tags(self) -> tuple[dict[str, float], dict[str, str]]:
+        headline, metrics, tags = self.made.get(self.pipeline.headline), dict[str, float](), dict[str, str]()
+        if headline is not None:
+            metrics |= headline.manifest.metrics
+        if (review := self._review) is not None:
+            metrics |= review.metrics
+            concluded = self.conclusion is not None
+            tags = {**review.tags, NOTE: review.concluded_description if concluded else review.description}
+            if self.conclusion is None and self.pipeline.concludes(self.config):
+                tags.pop(OUTCOME, None)
+                tags[NOTE] = f"**No action yet.**\n\n{review.description}"
+        if self.conclusion is not None:
+            metrics |= self.conclusion.metrics
+            tags |= self.conclusion.tags
+            if NOTE not in tags or self.conclusion.overrules_review:
+                tags[NOTE] = f"**{self.conclusion.name}.** {self.conclusion.message}"
+        return metrics, tags
+
+    def _mlflow_name(self, tags: Mapping[str, str]) -> str | None:
+        """Return the run's name in MLflow, such as `week of 24 Nov: promoted @3`; None without an outcome."""
+        if OUTCOME not in tags:
+            return None
+        logs = LogsSummary.read_if_there(self.made["logs"].path) if "logs" in self.made else None
+        when = (logs.window.text if logs is not None else "") or day(datetime.now(UTC))
+        version = tags.get(VERSION, "").rpartition("@")[2]
+        return f"{when}: {tags[OUTCOME]}{f' @{version}' if version else ''}"
 
 
-def _continuing_command(
-    config: RunOptions,
-    selection: Selection,
-    forced: Collection[str],
-    results: Mapping[str, Artifact],
-    policy: RunPolicy | None,
-) -> str | None:
-    """Return the command that continues the run, which makes no complete node again; None if no command began it."""
-    if (began := os.environ.get(COMMAND)) is None:
-        return None
-    force = {name for name in forced if name not in results or results[name].reused}
-    if policy is not None and not force and not selection.start:
-        force |= set(policy.sticky_force)
-    named = {"--force": sorted(force), "--from": selection.start, "--until": selection.until}
-    options = [word for option, names in named.items() for name in names for word in (option, name)]
-    restart = getattr(getattr(config, "registry", None), "restart", False)
-    return invocation(began, None).run(*options, *["--restart"] * restart)
-
-
-def _metrics_and_tags(
-    context: RunContext, results: Mapping[str, Artifact], conclusion: Conclusion | None, *, concludes: bool
-) -> tuple[dict[str, float], dict[str, str]]:
-    """Return the run's metrics and tags for MLflow, from the headline's node, the review and the conclusion.
-
-    concludes: whether a complete run of this kind has a conclusion.
-    """
-    node, metrics, tags = results.get(context.pipeline.headline), {}, {}
-    if node is not None:
-        metrics = dict(node.manifest.metrics)
-    review = _review(context, results)
-    if review is not None:
-        metrics |= review.metrics
-        tags = {**review.tags, NOTE: review.description if conclusion is None else review.concluded_description}
-        if concludes and conclusion is None:
-            tags.pop(OUTCOME, None)
-            tags[NOTE] = f"**No action yet.**\n\n{review.description}"
-    if conclusion is not None:
-        metrics |= conclusion.metrics
-        tags |= conclusion.tags
-        if NOTE not in tags or conclusion.overrules_review:
-            tags[NOTE] = f"**{conclusion.name}.** {conclusion.message}"
-    return metrics, tags
-
-
-def _name(results: Mapping[str, Artifact], tags: Mapping[str, str]) -> str | None:
-    """Return the run's name in MLflow, such as `week of 24 Nov: promoted @3`; None without an outcome."""
-    if OUTCOME not in tags:
-        return None
-    logs = LogsSummary.read_if_there(results["logs"].path) if "logs" in results else None
-    when = (logs.window.text if logs is not None else "") or day(datetime.now(UTC))
-    version = tags.get(VERSION, "").rpartition("@")[2]
-    return f"{when}: {tags[OUTCOME]}{f' @{version}' if version else ''}"
-
-
-def _review(context: RunContext, results: Mapping[str, Artifact]) -> RunReview | None:
-    return context.pipeline.review(context.store.folders(results)) if context.pipeline.review is not None else None
-
-
-def _report(context: RunContext, results: Mapping[str, Artifact]) -> list[Path]:
-    name, page = context.pipeline.report
-    folder = context.store.folders(results)[name] if name in results else None
-    paths = [folder / file for file in (page, ReviewResult.FILE)] if folder is not None else []
-    return [path for path in paths if path.is_file()]
+CURRENT: ContextVar[Run | None] = ContextVar("run", default=None)  # that a command has prepared

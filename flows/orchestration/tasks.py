@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import copy_context
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from prefect import task
@@ -37,13 +37,13 @@ from draftsmith.flows.planning.plan import Build
 
 
 def run_node(
-    context: RunContext, build: Build, upstream: Sequence[State[Any]], *, force: bool
+    run: RunContext, build: Build, upstream: Sequence[State[Any]], *, force: bool
 ) -> tuple[Artifact, State[Any]]:
     """Make the node's artifact as a task of the current flow run, and return it with the task's state.
 
     upstream: states of the tasks that Prefect shows as its inputs. Raises the error of the last attempt.
     """
-    node, options = build.node, context.config.stages
+    node, options = build.node, run.config.stages
     configured: Task[..., Any] = stage_task.with_options(
         name=node.stage.name,
         task_run_name=node.name,
@@ -53,16 +53,17 @@ def run_node(
         retry_jitter_factor=RETRY_JITTER,
         retry_condition_fn=_is_retryable,
     )
-    state: State[Any] = configured(context, build, force, return_state=True, wait_for=list(upstream))
+    work = partial(make, run, build, force=force)  # Prefect looks for futures in whatever else a task is given
+    state: State[Any] = configured(work, return_state=True, wait_for=list(upstream))
     result: Artifact = state.result()
     return result, state
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
-def stage_task(context: RunContext, build: Build, force: bool) -> State[Any]:
+def stage_task(work: Callable[[], Artifact]) -> State[Any]:
     """Make or reuse a node's artifact, and return a state with the name Completed or Reused."""
     try:
-        result = make(replace(context, pool=run_shards), build, force=force)
+        result = work()
     except asyncio.CancelledError as error:  # Prefect raises it in the thread of a flow whose lease it lost
         raise RetryableError(
             "Prefect's server no longer keeps the slot of this run's deployment. The run continues without it."
@@ -101,11 +102,13 @@ def run_shards(
     runner, resources = _runner(options, shards)
     settings = {STORE_VARIABLE: os.environ[STORE_VARIABLE]} if STORE_VARIABLE in os.environ else {}
     settings |= {_HOME: str(home())}
-    if options.runner != "local":
-        make_one = _OnClusterHost(settings)
+    elsewhere = options.runner != "local"
+    if elsewhere:
+        make_one = partial(make_on_host, settings)
     with runner:
         try:
-            futures = copy_context().run(_submit, runner, resources, shards, make_one)
+            # in a copied context, as the locks in the node task's cannot be sent to a host
+            futures = copy_context().run(_submit, runner, resources, shards, make_one, elsewhere=elsewhere)
             ends = [_end(future, shard, check) for future, shard in zip(futures, shards, strict=True)]
         except BaseException:  # a signal, or the run was cancelled
             stop()
@@ -121,9 +124,11 @@ def _submit(
     resources: Callable[[], AbstractContextManager[Any]],
     shards: Sequence[Build],
     make_one: MakeShard,
+    *,
+    elsewhere: bool,
 ) -> list[PrefectFuture[Any]]:
-    """Submit a task for each shard, in a copied context, as the node task's locks cannot be sent to a host."""
-    if isinstance(make_one, _OnClusterHost):
+    """Submit a task for each shard."""
+    if elsewhere:
         TaskRunContext.__var__.set(None)  # type: ignore[arg-type]
     with resources():
         tasks = [shard_task.with_options(name=shard.stage, task_run_name=str(shard)) for shard in shards]
@@ -156,21 +161,16 @@ def shard_task(shard: Build, make_one: MakeShard) -> Artifact:
     return make_one(shard)
 
 
-class _OnClusterHost:
-    """Makes a shard on a cluster's host, with the settings of the run's host where that host has none."""
-
-    def __init__(self, settings: dict[str, str]) -> None:
-        self._settings = settings
-
-    def __call__(self, shard: Build) -> Artifact:
-        for name in (_HOME, STORE_VARIABLE):  # a worker outlives a run, so an earlier run may have set them
-            value = _HOST_SETTINGS.get(name, self._settings.get(name))
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-        protect_home(home(), group_may_read=shard.config.stages.group_may_read)
-        return make_shard(shard, home())
+def make_on_host(settings: Mapping[str, str], shard: Build) -> Artifact:
+    """Make a shard on a cluster's host, with the settings of the run's host where that host has none."""
+    for name in (_HOME, STORE_VARIABLE):  # a worker outlives a run, so an earlier run may have set them
+        value = _HOST_SETTINGS.get(name, settings.get(name))
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    protect_home(home(), group_may_read=shard.config.stages.group_may_read)
+    return make_shard(shard, home())
 
 
 def _runner(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from draftsmith.artifacts.errors import EXIT_RETRYABLE, DraftsmithError, RetryableError
 from draftsmith.artifacts.store.code_digest import code_digest, code_modules
@@ -20,17 +20,6 @@ from draftsmith.flows.config.options import RunOptions
 from draftsmith.flows.planning.graph import ALL_NODES, Node, Selection, nodes_named
 from draftsmith.flows.planning.inputs import external_digests, pin_files, read_listings
 from draftsmith.stages.runtime.stage import INCONCLUSIVE, InputListing, Shard
-
-
-class Checks(Protocol):
-    """The checks during a run. Each returns lines to print, or raises DraftsmithError if the run cannot go on."""
-
-    def before(self, builds: Sequence[Build]) -> list[str]:
-        """Check the plan before the first stage runs."""
-
-    def after(self, node: Node, folders: Mapping[str, Path]) -> list[str]:
-        """Check a node that has just been built. folders: the artifacts so far, by node."""
-
 
 UNSERVED = "Unserved"  # name of a conclusion: a server does not draft with the champion
 
@@ -68,26 +57,6 @@ class EarlyEnd:
     certain: bool
 
 
-class RunPolicy(Protocol):
-    """Decides whether a run ends early, and what follows from its artifacts."""
-
-    def early_end(self, folders: Mapping[str, Path]) -> EarlyEnd | None:
-        """Return where the run may end, as far as the artifacts that are reused tell; None if it surely goes on."""
-
-    @property
-    def sticky_force(self) -> Collection[str]:
-        """Return names that must stay in `--force` when a failed run is continued, even if their nodes were built."""
-
-    def should_stop(self, node: Node, folders: Mapping[str, Path]) -> Conclusion | None:
-        """Return the conclusion with which the run ends after this node, or None if it goes on."""
-
-    def conclude(self, folders: Mapping[str, Path], run_id: str | None) -> Conclusion | None:
-        """Act on the artifacts after the last node. run_id: the run's id in MLflow.
-
-        Raises `OutdatedPlanError` if what the plan was based on has changed meanwhile.
-        """
-
-
 class OutdatedPlanError(DraftsmithError):
     """Raised when what the plan was based on has changed. Running again makes a new plan and reuses finished nodes."""
 
@@ -100,30 +69,77 @@ def load_attribute(text: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
-@dataclass(frozen=True)
 class Pipeline:
-    """A kind of run: its config, its graph, and the Prefect flow that runs it.
+    """A kind of run: its config, its graph, and the Prefect flow that runs it. Most methods do nothing by default.
 
-    `folders` maps each node to the folder of its artifact.
+    folders: node -> folder of its artifact.
     """
 
     config: type[RunOptions]
-    nodes: Callable[[Any], list[Node]]  # config -> nodes in any order
     flow: str  # "module:attribute", imported when it is used: it imports Prefect
-    code_digest: Callable[[str], str] = code_digest  # module of a stage -> digest of its code
-    checks: Callable[[], Checks] | None = None  # makes the checks of one run
-    resolve: Callable[[Any], Any] | None = None  # fills in what has to be looked up, such as the champion
-    # resolved config, forced nodes -> policy
-    policy: Callable[[Any, Collection[str]], RunPolicy | None] | None = None
-    # display, folders, `EndedRun`: prints the results
-    results: Callable[[Any, Mapping[str, Path], Any], None] | None = None
     headline: str = ""  # node whose metrics become those of the run in MLflow
-    review: Callable[[Mapping[str, Path]], RunReview | None] | None = None  # folders -> review
-    # folders -> the drafters that node `evaluation` compared, with their metrics by data set
-    compared: Callable[[Mapping[str, Path]], Mapping[str, tuple[Manifest, Metrics]]] | None = None
     data: tuple[str, ...] = ()  # nodes that are data sets of the run in MLflow
     report: tuple[str, str] = ("", "")  # node and file of the report
-    code_modules: Callable[[str], dict[str, str]] = code_modules  # what the digest is over, for `draftsmith why`
+
+    def nodes(self, config: Any) -> list[Node]:
+        """Return the nodes of a resolved config in any order."""
+        raise NotImplementedError
+
+    def resolve(self, config: Any) -> Any:
+        """Return the config with what has to be looked up, such as the champion. The plan is based on it."""
+        return config
+
+    def code_digest(self, module: str) -> str:
+        """Return the digest of the code of a stage's module, for keys."""
+        return code_digest(module)
+
+    def code_modules(self, module: str) -> dict[str, str]:
+        """Return what that digest is over, for `draftsmith why`."""
+        return code_modules(module)
+
+    def check(self, builds: Sequence[Build]) -> list[str]:  # noqa: ARG002
+        """Check a plan before its first stage. Return lines to print; raises DraftsmithError if it cannot be run."""
+        return []
+
+    def check_after(
+        self,
+        node: Node,  # noqa: ARG002
+        builds: Sequence[Build],  # noqa: ARG002
+        folders: Mapping[str, Path],  # noqa: ARG002
+    ) -> list[str]:
+        """Check what a node that was just made allows to check. Returns and raises as `check`. builds: the plan."""
+        return []
+
+    def concludes(self, config: Any) -> bool:  # noqa: ARG002
+        """Return whether a complete run has a conclusion."""
+        return False
+
+    def early_end(
+        self,
+        config: Any,  # noqa: ARG002
+        asked: Collection[str],  # noqa: ARG002
+        folders: Mapping[str, Path],  # noqa: ARG002
+    ) -> EarlyEnd | None:
+        """Return where a complete run may end, as far as reused artifacts tell; None if it surely goes on.
+
+        asked: nodes of `--force` and `--from`.
+        """
+        return None
+
+    def sticky_force(self, config: Any, asked: Collection[str]) -> Collection[str]:  # noqa: ARG002
+        """Return names that must stay in `--force` when a failed run is continued, even if their nodes were built."""
+        return ()
+
+    def compared(self, folders: Mapping[str, Path]) -> Mapping[str, tuple[Manifest, Metrics]]:  # noqa: ARG002
+        """Return the drafters that node `evaluation` compared, with their metrics by data set."""
+        return {}
+
+    def review(self, folders: Mapping[str, Path]) -> RunReview | None:  # noqa: ARG002
+        """Return the review of a run for MLflow."""
+        return None
+
+    def show(self, display: Any, folders: Mapping[str, Path], ended: Any) -> None:
+        """Print the results. display: a `Display`. ended: an `EndedRun`."""
 
 
 class Status(StrEnum):
@@ -263,12 +279,6 @@ def _external(node: Node) -> dict[str, str]:
         raise type(error)(f"{node.name}: {error}") from error
 
 
-def resolve_config(config: RunOptions, pipeline: Pipeline) -> RunOptions:
-    """Return the config with what has to be looked up, such as the champion. The plan is based on it."""
-    resolved: RunOptions = config if pipeline.resolve is None else pipeline.resolve(config)
-    return resolved
-
-
 def plan(
     config: RunOptions,
     store: Store,
@@ -277,7 +287,7 @@ def plan(
     *,
     stop_at_damage: bool = True,
 ) -> list[Build]:
-    """Return what a run would do now, in order. Reads the store and changes nothing.
+    """Return what a run of a resolved config would do now, in order. Reads the store and changes nothing.
 
     stop_at_damage: raise the error of a damaged artifact, as a run does; False: return it with the build.
     """
@@ -331,6 +341,17 @@ def _check_start(selection: Selection, builds: Sequence[Build]) -> None:
             f"--from {', '.join(selection.start)}: {', '.join(missing)}: not in the store, though needed before. Name "
             f"them with --from too, or leave --from out; `draftsmith why CONFIG {missing[0]}` says what changed."
         )
+
+
+def early_end(
+    pipeline: Pipeline, config: RunOptions, builds: Sequence[Build], store: Store, selection: Selection
+) -> EarlyEnd | None:
+    """Return where a run with this plan may end before its last node."""
+    if selection.until:
+        return None
+    asked = {*selection.forced([build.node for build in builds]), *selection.start}
+    reused = {build.name: build.artifact for build in builds if build.artifact is not None}
+    return pipeline.early_end(config, asked, store.folders(reused))
 
 
 def planned_listings(builds: Sequence[Build]) -> dict[str, InputListing]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import JsonValue, ValidationInfo, model_validator
+from pydantic import Field, JsonValue, ValidationInfo, model_validator
 
+from draftsmith.artifacts.identifiers import LineName, ServerUrl
 from draftsmith.flows.config.errors import models_at
 from draftsmith.flows.config.load import FROM_FILE
 from draftsmith.flows.config.options import RunOptions
-from draftsmith.flows.refresh.line import RegistryConfig
+from draftsmith.stages.data.logs.earlier import EarlierConfig
 from draftsmith.stages.data.logs.stage import LogsConfig
 from draftsmith.stages.data.prompts import SPLITS, JsonlSource, PromptsConfig
 from draftsmith.stages.data.time_window import LAST
@@ -21,7 +22,7 @@ from draftsmith.stages.evaluation.drift import DriftConfig
 from draftsmith.stages.evaluation.gate import GateConfig
 from draftsmith.stages.replay.stage import MiningConfig
 from draftsmith.stages.report.stage import HistoryPoint, ReportConfig
-from draftsmith.stages.runtime.stage import Config
+from draftsmith.stages.runtime.stage import Config, FilledIn
 from draftsmith.stages.targets.config import TargetConfig
 from draftsmith.stages.training.config import OpdConfig, SftConfig
 
@@ -36,6 +37,50 @@ class RefreshOptions(Config):
 
     control: bool = True
     """Also continue SFT for as many steps and blocks as OPD: the drafter that OPD must beat."""
+
+
+class RegistryConfig(Config):
+    """The model line that a refresh continues."""
+
+    name: Annotated[LineName, Field(description="registered model in MLflow")]
+    upload: Annotated[
+        bool, Field(description="copy weights into MLflow's artifact store too, for machines without the store")
+    ] = False
+    approve: Annotated[
+        bool,
+        Field(
+            description="a person approves each promotion: a deployment's run is suspended until it is resumed in "
+            "Prefect; any other run ends, and `draftsmith promote` promotes"
+        ),
+    ] = False
+    servers: Annotated[
+        tuple[ServerUrl, ...],
+        Field(description="servers that draft with the champion: swapped after a promotion, one after the other"),
+    ] = ()
+    restart: Annotated[
+        bool,
+        FilledIn(),
+        Field(
+            description="option --restart, of one command: start from section `sft`, without a champion or instead of "
+            "it; an existing one must still be beaten"
+        ),
+    ] = False
+    champion: Annotated[ChampionConfig | None, FilledIn(), Field(description="the champion when the plan is made")] = (
+        None
+    )
+    answers: Annotated[
+        EarlierConfig | None, FilledIn(), Field(description="the logged answers that the champion was trained on")
+    ] = None
+    history: Annotated[
+        tuple[dict[str, JsonValue], ...], FilledIn(), Field(description="tau of the line's drafters over time")
+    ] = ()
+    refreshed_at: Annotated[str | None, FilledIn(), Field(description="when the line's last refresh ended")] = None
+    measured_with: Annotated[dict[str, JsonValue], FilledIn()] = Field(
+        default={}, description="settings that the champion's metrics were measured with"
+    )
+    read_until: Annotated[
+        str | None, FilledIn(), Field(description="time of the newest logged row that the champion's refresh read")
+    ] = None
 
 
 class RefreshConfig(RunOptions):

@@ -15,7 +15,7 @@ from draftsmith.artifacts.tracking.refresh_runs import artifact_folders
 from draftsmith.artifacts.tracking.registry import Version
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.execution.display import flatten, shorten
-from draftsmith.flows.refresh.line import registry
+from draftsmith.flows.refresh.versions import registry
 from draftsmith.stages.report.review import ABSENT, interval
 
 _FILLED_IN = (CHAMPION, "drift", "earlier", "report")  # nodes whose config a run has looked up, or that need a champion

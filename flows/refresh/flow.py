@@ -1,37 +1,64 @@
-"""The Prefect flows of refresh, evaluate and diagnose, for commands, deployments and schedules."""
+"""The flows of refresh, evaluate and diagnose, for commands, deployments and schedules.
+
+A refresh makes the nodes of `refresh_nodes` in their order:
+
+    target -> prompts -> heldout -> champion -> drift -> rollout or logs -> sft -> assisted -> mining -> opd, control
+    -> evaluation -> gate -> report
+
+A refresh of a line ends after `drift` if its champion is current. After the report it registers the challenger, and
+promotes it if the gate says so.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from prefect import flow
 from prefect.deployments import run_deployment
 from prefect.states import Completed, Failed
 
-from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.errors import DraftsmithError, RefusedError
+from draftsmith.artifacts.home import home
 from draftsmith.artifacts.host import bypass_proxy_for_localhost
 from draftsmith.artifacts.redaction import redact_logs
+from draftsmith.artifacts.results.gate import GateDecision
+from draftsmith.artifacts.store.manifest import Artifact, read_manifest
+from draftsmith.artifacts.tracking.refresh_runs import link_version
+from draftsmith.artifacts.tracking.registry import CHAMPION
+from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.execution.display import Display
-from draftsmith.flows.orchestration.flow_run import announce, run_task
-from draftsmith.flows.orchestration.run import run_graph
+from draftsmith.flows.orchestration.flow_run import announce, approved, run_task
+from draftsmith.flows.orchestration.run import Run
 from draftsmith.flows.planning.plan import Conclusion
 from draftsmith.flows.refresh.config import RefreshConfig
+from draftsmith.flows.refresh.drift import Drift, current, judge_drift
 from draftsmith.flows.refresh.graph import REFRESH
-from draftsmith.flows.refresh.line import registry
 from draftsmith.flows.refresh.measurements import DIAGNOSE, EVALUATE, DiagnoseConfig, EvaluateConfig
+from draftsmith.flows.refresh.promotion import (
+    NO_SERVERS,
+    Swapped,
+    conclusion_of,
+    expected_champion,
+    move_alias,
+    swap_servers,
+    tag_refreshed,
+    tags_of,
+    with_servers,
+)
 from draftsmith.flows.refresh.registry_commands import rollback
 from draftsmith.flows.refresh.swap import served_by
+from draftsmith.flows.refresh.versions import registry
 from draftsmith.flows.refresh.watch import watch as watch_servers
+from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
+
+Names = list[str] | None
 
 
 @flow(name="refresh", flow_run_name="{config.name}", persist_result=False)
-def refresh(
-    config: RefreshConfig,
-    force: list[str] | None = None,
-    start: list[str] | None = None,
-    until: list[str] | None = None,
-) -> Any:
+def refresh(config: RefreshConfig, force: Names = None, start: Names = None, until: Names = None) -> Any:
     """Keep a drafter matched to its target: rollout, SFT, mining, distillation, evaluation.
 
     Args:
@@ -40,29 +67,103 @@ def refresh(
         start: Nodes to start from; all nodes that do not follow from them must be in the store.
         until: Make only these nodes and what they need; nothing is promoted.
     """
-    return run_graph(config, REFRESH, force, start, until)
+    return Run.of(REFRESH, config, force, start, until).do(make_and_promote)
+
+
+def make_and_promote(run: Run) -> Conclusion | None:
+    """Make the nodes of a refresh in order. A line's refresh ends at a current champion, or with a promotion."""
+    config, drift, swapped = run.config, None, NO_SERVERS
+    assert isinstance(config, RefreshConfig)
+    for build in run.plan:
+        run.make(build)
+        if build.name == "drift" and run.whole:
+            drift, swapped = run.retry(lambda: check_drift(config, run.folders, run.asked))
+            if not drift.reasons:
+                return with_servers(current(config, drift), swapped)
+    run.show_comparison()
+    if not run.whole or config.registry is None:  # a run until a node lets a person look first
+        return None
+    run.note_tracker()
+    return run.retry(lambda: promote(config, run.folders, run.mlflow_id, drift, swapped))
+
+
+def make_all(run: Run) -> None:
+    """Make every node in order, and compare what was measured."""
+    for build in run.plan:
+        run.make(build)
+    run.show_comparison()
+
+
+def check_drift(config: RefreshConfig, folders: Mapping[str, Path], asked: set[str]) -> tuple[Drift, Swapped]:
+    """Have the servers draft with the champion, as one may have started with its old drafter, and judge the drift."""
+    assert config.registry is not None and config.champion is not None
+    swapped, display = swap_servers(config.registry), Display()
+    if swapped[0]:
+        display.line(swapped[0])
+    drift = judge_drift(config, folders, asked)
+    if drift.reasons:
+        version, why = config.champion.version, "; ".join(drift.reasons)
+        display.line(f"drift: the refresh continues, with version {version} as champion: {why}")
+    return drift, swapped
+
+
+def promote(
+    config: RefreshConfig,
+    folders: Mapping[str, Path],
+    mlflow_id: str | None,
+    drift: Drift | None = None,
+    swapped: Swapped = NO_SERVERS,
+) -> Conclusion:
+    """Register the challenger as a version of its line, and promote it if gate, history and a person agree.
+
+    folders: node -> folder. mlflow_id: of the refresh's run. swapped: what happened to the servers at the drift check.
+    """
+    line, lines, gate = config.registry, registry(), GateDecision.read(folders["gate"])
+    assert line is not None
+    if line.champion is not None:
+        gate = gate.with_version(line.champion.version)
+    challenger = Artifact(folders[gate.challenger], read_manifest(folders[gate.challenger]))
+    tags = tags_of(config, gate, folders)
+    expected = expected_champion(line, gate, challenger)
+    version = lines.register(line.name, challenger, tags, run_id=mlflow_id)
+    if line.upload and not version.uploaded:
+        lines.upload(version, challenger.path / DRAFTER_FOLDER, mlflow_id)
+    link_version(Tracking(home(), config.experiment), version, challenger.manifest)
+
+    def ends(name: str, message: str, error: DraftsmithError | None) -> Conclusion:
+        tag_refreshed(version)
+        servers = swap_servers(line) if name == "Promoted" else swapped
+        drifted = drift.tags if drift is not None else {}
+        return with_servers(conclusion_of(name, message, gate, version, drifted, error=error), servers)
+
+    at = f"{version.line}@{version.number}"
+    if not gate.promote:
+        name = "Inconclusive" if gate.outcome == "inconclusive" else "Refused"
+        error = RefusedError(f"{version} is not promoted: {gate.outcome}")  # the screen has the reason
+        return ends(name, f"{version} is not promoted: {gate.sentence}", error)
+    if (event := lines.rollback_event(version)) is not None:  # the same inputs have made it again
+        message = (
+            f"{version} is not promoted: {event.by} took it out of service at {event.at} ({event.why}), and its inputs "
+            f"have not changed since. To serve it: `draftsmith promote {at}`"
+        )
+        return ends("Refused", message, RefusedError(message))
+    if line.approve and CHAMPION not in version.aliases and not approved(at):
+        message = f"{version} waits for approval (registry.approve). To promote it: `draftsmith promote {at}`"
+        return ends("Waiting", message, RefusedError(message))
+    move_alias(version, expected, gate, tags)
+    return ends("Promoted", f"{version} is the champion: {gate.sentence}", None)
 
 
 @flow(name="evaluate", flow_run_name="{config.name}", persist_result=False)
-def evaluate(
-    config: EvaluateConfig,
-    force: list[str] | None = None,
-    start: list[str] | None = None,
-    until: list[str] | None = None,
-) -> Any:
+def evaluate(config: EvaluateConfig, force: Names = None, start: Names = None, until: Names = None) -> Any:
     """Compare drafters on held-out prompts, without training any; arguments as of `refresh`."""
-    return run_graph(config, EVALUATE, force, start, until)
+    return Run.of(EVALUATE, config, force, start, until).do(make_all)
 
 
 @flow(name="diagnose", flow_run_name="{config.name}", persist_result=False)
-def diagnose(
-    config: DiagnoseConfig,
-    force: list[str] | None = None,
-    start: list[str] | None = None,
-    until: list[str] | None = None,
-) -> Any:
+def diagnose(config: DiagnoseConfig, force: Names = None, start: Names = None, until: Names = None) -> Any:
     """Check whether a running server drafts as replay does, and if not, why; arguments as of `refresh`."""
-    return run_graph(config, DIAGNOSE, force, start, until)
+    return Run.of(DIAGNOSE, config, force, start, until).do(make_all)
 
 
 @flow(name="watch", flow_run_name="{config.name}", persist_result=False)

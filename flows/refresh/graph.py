@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+from draftsmith.artifacts.store.manifest import Manifest
+from draftsmith.artifacts.tracking.refresh_runs import Metrics
 from draftsmith.flows.checks.check import RunChecks
+from draftsmith.flows.execution.display import Display, EndedRun
 from draftsmith.flows.planning.graph import Node
-from draftsmith.flows.planning.plan import Pipeline
+from draftsmith.flows.planning.plan import Build, EarlyEnd, Pipeline, RunReview
+from draftsmith.flows.refresh.champion import resolve
 from draftsmith.flows.refresh.config import (
     RefreshConfig,
     control_config,
@@ -15,7 +22,7 @@ from draftsmith.flows.refresh.config import (
     sft_config,
     starts_from_champion,
 )
-from draftsmith.flows.refresh.decisions import refresh_policy, resolve
+from draftsmith.flows.refresh.drift import early_end, sticky_force
 from draftsmith.flows.refresh.summary import compared, review, show_results
 from draftsmith.stages.catalog import STAGES
 from draftsmith.stages.data.prompts import PromptsConfig
@@ -93,16 +100,49 @@ def refresh_nodes(config: RefreshConfig) -> list[Node]:
     return [*nodes, Node("report", STAGES["report"], report_config(config), reported)]
 
 
-REFRESH = Pipeline(
-    config=RefreshConfig,
-    nodes=refresh_nodes,
-    flow="draftsmith.flows.refresh.flow:refresh",
-    checks=RunChecks,
-    resolve=resolve,
-    policy=refresh_policy,
-    results=show_results,
-    review=review,
-    compared=compared,
-    data=("prompts", "logs", "rollout", "assisted", "heldout"),
-    report=("report", "report.html"),
-)
+class RefreshPipeline(Pipeline):
+    """The refresh of a drafter, of a model line or of none."""
+
+    config = RefreshConfig
+    flow = "draftsmith.flows.refresh.flow:refresh"
+    data = ("prompts", "logs", "rollout", "assisted", "heldout")
+    report = ("report", "report.html")
+
+    def nodes(self, config: RefreshConfig) -> list[Node]:
+        return refresh_nodes(config)
+
+    def resolve(self, config: RefreshConfig) -> RefreshConfig:
+        return resolve(config)
+
+    def check(self, builds: Sequence[Build]) -> list[str]:
+        return RunChecks(builds).before()
+
+    def check_after(self, node: Node, builds: Sequence[Build], folders: Mapping[str, Path]) -> list[str]:
+        return RunChecks(builds).after(node, folders)
+
+    def concludes(self, config: RefreshConfig) -> bool:
+        return config.registry is not None
+
+    def early_end(self, config: RefreshConfig, asked: Collection[str], folders: Mapping[str, Path]) -> EarlyEnd | None:
+        return early_end(config, asked, folders)
+
+    def sticky_force(self, config: RefreshConfig, asked: Collection[str]) -> Collection[str]:
+        return sticky_force(config, asked)
+
+    def compared(self, folders: Mapping[str, Path]) -> Mapping[str, tuple[Manifest, Metrics]]:
+        return compared(folders)
+
+    def review(self, folders: Mapping[str, Path]) -> RunReview | None:
+        return review(folders)
+
+    def show(self, display: Display, folders: Mapping[str, Path], ended: EndedRun) -> None:
+        show_results(display, folders, ended)
+
+
+class WatchPipeline(RefreshPipeline):
+    """The refresh whose servers a deployment watches."""
+
+    flow = "draftsmith.flows.refresh.flow:watch"
+
+
+REFRESH, WATCH = RefreshPipeline(), WatchPipeline()

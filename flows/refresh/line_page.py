@@ -17,8 +17,9 @@ from draftsmith.artifacts.tracking.registry import BY_HAND, ROLLED_BACK, Version
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.execution.display import Display
 from draftsmith.flows.orchestration.server import permanent_server
-from draftsmith.flows.refresh.line import earlier_answers, registry
+from draftsmith.flows.refresh.champion import earlier_answers
 from draftsmith.flows.refresh.swap import swapped_servers
+from draftsmith.flows.refresh.versions import registry
 
 
 def show_line(display: Display, line: str, urls: Sequence[str]) -> None:

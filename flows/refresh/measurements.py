@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pydantic import Field, ValidationError
@@ -11,16 +11,18 @@ from pydantic import Field, ValidationError
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.identifiers import PlainName, server_url
 from draftsmith.artifacts.results.evaluation import DiagnosisResult
+from draftsmith.artifacts.store.manifest import Manifest
+from draftsmith.artifacts.tracking.refresh_runs import Metrics
 from draftsmith.flows.checks.check import RunChecks
 from draftsmith.flows.config.options import RunOptions
 from draftsmith.flows.execution.display import Display, EndedRun
 from draftsmith.flows.planning.graph import Node
-from draftsmith.flows.planning.plan import Pipeline
+from draftsmith.flows.planning.plan import Build, Pipeline
 from draftsmith.flows.refresh.config import RefreshConfig
 from draftsmith.flows.refresh.graph import first_nodes
-from draftsmith.flows.refresh.line import registry
 from draftsmith.flows.refresh.registry_commands import verify_checkpoint
 from draftsmith.flows.refresh.summary import compared, show_results
+from draftsmith.flows.refresh.versions import registry
 from draftsmith.stages.catalog import STAGES
 from draftsmith.stages.data.prompts import PromptsConfig
 from draftsmith.stages.engines.config import SGLangEngineConfig
@@ -58,15 +60,30 @@ def evaluate_nodes(config: EvaluateConfig) -> list[Node]:
     return [*nodes, Node("evaluation", STAGES["evaluation"], config.evaluation, measured)]
 
 
-EVALUATE = Pipeline(
-    config=EvaluateConfig,
-    nodes=evaluate_nodes,
-    flow="draftsmith.flows.refresh.flow:evaluate",
-    checks=RunChecks,
-    results=show_results,
-    headline="evaluation",
-    compared=compared,
-)
+class EvaluatePipeline(Pipeline):
+    """The comparison of drafters."""
+
+    config = EvaluateConfig
+    flow = "draftsmith.flows.refresh.flow:evaluate"
+    headline = "evaluation"
+
+    def nodes(self, config: EvaluateConfig) -> list[Node]:
+        return evaluate_nodes(config)
+
+    def check(self, builds: Sequence[Build]) -> list[str]:
+        return RunChecks(builds).before()
+
+    def check_after(self, node: Node, builds: Sequence[Build], folders: Mapping[str, Path]) -> list[str]:
+        return RunChecks(builds).after(node, folders)
+
+    def compared(self, folders: Mapping[str, Path]) -> Mapping[str, tuple[Manifest, Metrics]]:
+        return compared(folders)
+
+    def show(self, display: Display, folders: Mapping[str, Path], ended: EndedRun) -> None:
+        show_results(display, folders, ended)
+
+
+EVALUATE = EvaluatePipeline()
 
 
 _RESERVED = {"target", "prompts", "heldout", "evaluation", "plain", *DRAFTERS}  # names of nodes and of a refresh's arms
@@ -126,7 +143,7 @@ def diagnose_nodes(config: DiagnoseConfig) -> list[Node]:
     ]
 
 
-def show_diagnosis(display: Display, folders: Mapping[str, Path], _ended: EndedRun) -> None:
+def show_diagnosis(display: Display, folders: Mapping[str, Path]) -> None:
     """Print the diagnosis: a table of the changes of replay that were tried, and a sentence."""
     result = DiagnosisResult.read(folders[DIAGNOSIS])
     if result.as_it_is is not None and result.tried:
@@ -139,13 +156,26 @@ def show_diagnosis(display: Display, folders: Mapping[str, Path], _ended: EndedR
     display.line(result.sentence)
 
 
-DIAGNOSE = Pipeline(
-    config=DiagnoseConfig,
-    nodes=diagnose_nodes,
-    flow="draftsmith.flows.refresh.flow:diagnose",
-    checks=RunChecks,
-    results=show_diagnosis,
-)
+class DiagnosePipeline(Pipeline):
+    """The diagnosis of a server."""
+
+    config = DiagnoseConfig
+    flow = "draftsmith.flows.refresh.flow:diagnose"
+
+    def nodes(self, config: DiagnoseConfig) -> list[Node]:
+        return diagnose_nodes(config)
+
+    def check(self, builds: Sequence[Build]) -> list[str]:
+        return RunChecks(builds).before()
+
+    def check_after(self, node: Node, builds: Sequence[Build], folders: Mapping[str, Path]) -> list[str]:
+        return RunChecks(builds).after(node, folders)
+
+    def show(self, display: Display, folders: Mapping[str, Path], ended: EndedRun) -> None:  # noqa: ARG002
+        show_diagnosis(display, folders)
+
+
+DIAGNOSE = DiagnosePipeline()
 
 
 def diagnose_config(

@@ -19,7 +19,8 @@ from draftsmith.artifacts.store.mirror import open_store
 from draftsmith.artifacts.store.retention import artifacts_in_use
 from draftsmith.artifacts.tracking.registry import BY_HAND, PREVIOUS, ROLLED_BACK, Registry, Version
 from draftsmith.flows.execution.display import Display
-from draftsmith.flows.refresh.line import (
+from draftsmith.flows.refresh.swap import forget, served_by, swap_to, swapped_servers
+from draftsmith.flows.refresh.versions import (
     CONFIDENCE,
     FASTEST_BLOCK,
     SCHEDULE,
@@ -29,7 +30,6 @@ from draftsmith.flows.refresh.line import (
     find_artifact,
     registry,
 )
-from draftsmith.flows.refresh.swap import forget, served_by, swap_to, swapped_servers
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.spec import DraftingConfig

@@ -17,7 +17,7 @@ from draftsmith.artifacts.tracking.refresh_runs import ALL, OUTCOME, Metrics
 from draftsmith.artifacts.tracking.terms import escape_markdown
 from draftsmith.flows.execution.display import Display, EndedRun
 from draftsmith.flows.planning.plan import UNSERVED, RunReview
-from draftsmith.flows.refresh.line import registry
+from draftsmith.flows.refresh.versions import registry
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.report.presentation import Step, choice_sentence, next_steps, refresh_anyway
 from draftsmith.stages.report.presentation import drafters as drafter_table

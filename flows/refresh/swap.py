@@ -21,7 +21,7 @@ from draftsmith.artifacts.store.mirror import open_store
 from draftsmith.artifacts.tracking.registry import ROLLED_BACK, Registry, Version
 from draftsmith.artifacts.tracking.terms import sanitize_key
 from draftsmith.flows.execution.display import Display
-from draftsmith.flows.refresh.line import artifact_folder, drafter_checkpoint, find_artifact, registry
+from draftsmith.flows.refresh.versions import artifact_folder, drafter_checkpoint, find_artifact, registry
 from draftsmith.stages.drafters.digest import drafter_digest, served_digest
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.servers.requirements import served_block_size, speculative_algorithm

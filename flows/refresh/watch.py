@@ -16,10 +16,10 @@ from draftsmith.artifacts.results.base import SetMetrics
 from draftsmith.artifacts.results.evaluation import ALL
 from draftsmith.artifacts.tracking.registry import CHAMPION, Version
 from draftsmith.flows.execution.display import Display
-from draftsmith.flows.refresh.decisions import degraded_sets
-from draftsmith.flows.refresh.line import BLOCK_SIZE, registry
+from draftsmith.flows.refresh.drift import degraded_sets
 from draftsmith.flows.refresh.registry_commands import named_servers
 from draftsmith.flows.refresh.swap import swapped_servers
+from draftsmith.flows.refresh.versions import BLOCK_SIZE, registry
 from draftsmith.stages.engines.server_state import ask_servers, count_finished, served_tau
 from draftsmith.stages.engines.servers.state import ServerState, TracedRequest
 from draftsmith.stages.evaluation.verdicts import FEWEST_IN_SLICE, too_small

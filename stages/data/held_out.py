@@ -3,7 +3,7 @@
 The hash places a prompt in [0, 1) by its text alone (`heldout_by: conversation`: by the user's first message, without a
 source's `suffix`). Below `heldout_share` it may serve as held-out or validation prompt and is never trained on; above,
 the other way round. A larger share contains a smaller one. Raising the share takes prompts out of training. Lowering it
-would train on prompts that may have served as test prompts, so a model line refuses that (`flows/refresh/line.py`).
+would train on prompts that may have served as test prompts, so a model line refuses that (`flows/refresh/champion.py`).
 """
 
 from __future__ import annotations

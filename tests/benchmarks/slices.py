@@ -7,7 +7,7 @@ import argparse
 import numpy as np
 
 from draftsmith.artifacts.results.evaluation import ALL, CHAMPION
-from draftsmith.flows.refresh.decisions import degraded_sets
+from draftsmith.flows.refresh.drift import degraded_sets
 from draftsmith.stages.evaluation.acceptance import tau_by_slice
 from draftsmith.stages.replay.steps import DEPTHS
 from tests.stages.evaluation.test_error_rates import simulated_slices

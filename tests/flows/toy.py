@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +12,7 @@ from draftsmith.artifacts.errors import RefusedError
 from draftsmith.flows.config.options import RunOptions
 from draftsmith.flows.execution.display import Display, EndedRun
 from draftsmith.flows.planning.graph import Node
-from draftsmith.flows.planning.plan import Conclusion, EarlyEnd, Pipeline
+from draftsmith.flows.planning.plan import Conclusion, Pipeline
 from tests.flows.toy_stages.collect import CollectConfig
 from tests.flows.toy_stages.combine import CombineConfig
 from tests.flows.toy_stages.squares import SquaresConfig
@@ -35,31 +34,18 @@ class ToyConfig(RunOptions):
     """Ask a person before the promotion."""
 
 
-@dataclass(frozen=True)
-class ToyPolicy:
-    verdict: str
-    approve: bool = False
-    sticky_force: Collection[str] = ()
+def conclude(config: ToyConfig) -> Conclusion | None:
+    """Return the conclusion of a run that has made all its nodes."""
+    from draftsmith.flows.orchestration.flow_run import approved
 
-    def should_stop(self, _node: Node, _folders: Mapping[str, Path]) -> Conclusion | None:
+    message = f'the sum is "{config.verdict}"'
+    if config.verdict is None:
         return None
-
-    def early_end(self, _folders: Mapping[str, Path]) -> EarlyEnd | None:
-        return None
-
-    def conclude(self, _folders: Mapping[str, Path], _run_id: str | None) -> Conclusion:
-        from draftsmith.flows.orchestration.flow_run import approved
-
-        message = f'the sum is "{self.verdict}"'
-        if self.verdict == "refused":
-            return Conclusion("Refused", message, RefusedError(message))
-        if self.approve and not approved("toy@1"):
-            return Conclusion("Waiting", message, RefusedError(message))
-        return Conclusion("Promoted", message, asset=ASSET, metadata={"version": 1, "tau": 2.5})
-
-
-def toy_policy(config: ToyConfig, _force: Collection[str]) -> ToyPolicy | None:
-    return ToyPolicy(config.verdict, config.approve) if config.verdict is not None else None
+    if config.verdict == "refused":
+        return Conclusion("Refused", message, RefusedError(message))
+    if config.approve and not approved("toy@1"):
+        return Conclusion("Waiting", message, RefusedError(message))
+    return Conclusion("Promoted", message, asset=ASSET, metadata={"version": 1, "tau": 2.5})
 
 
 def toy_nodes(config: ToyConfig) -> list[Node]:
@@ -79,19 +65,41 @@ def digest_of_file(module: str) -> str:
     return hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()
 
 
-def show_results(display: Display, folders: Mapping[str, Path], ended: EndedRun) -> None:
-    display.line(f"{len(folders)} nodes; MLflow: {ended.mlflow}")
+class ToyPipeline(Pipeline):
+    """The toy pipeline, of whose stages each is a file."""
+
+    config = ToyConfig
+
+    def __init__(self, flow: str = "tests.flows.toy_flow:toy_refresh") -> None:
+        self.flow = flow
+
+    def nodes(self, config: ToyConfig) -> list[Node]:
+        return toy_nodes(config)
+
+    def code_digest(self, module: str) -> str:
+        return digest_of_file(module)
+
+    def code_modules(self, module: str) -> dict[str, str]:
+        return {module: digest_of_file(module)[:16]}
+
+    def concludes(self, config: ToyConfig) -> bool:
+        return config.verdict is not None
+
+    def show(self, display: Display, folders: Mapping[str, Path], ended: EndedRun) -> None:
+        display.line(f"{len(folders)} nodes; MLflow: {ended.mlflow}")
 
 
-TOY = Pipeline(
-    ToyConfig,
-    toy_nodes,
-    "tests.flows.toy_flow:toy_refresh",
-    digest_of_file,
-    policy=toy_policy,
-    results=show_results,
-    code_modules=lambda module: {module: digest_of_file(module)[:16]},
-)
+class EditedToy(ToyPipeline):
+    """The toy pipeline after its code was edited."""
+
+    def code_digest(self, module: str) -> str:
+        return f"edited {module}"
+
+    def code_modules(self, module: str) -> dict[str, str]:
+        return {module: "edited"}
+
+
+TOY = ToyPipeline()
 
 
 def write_config(path: Path, **sections: Any) -> Path:

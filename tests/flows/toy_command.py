@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import replace
 
 from draftsmith.flows.cli.main import main
-from tests.flows.toy import TOY
+from tests.flows.toy import TOY, ToyPipeline
 
 if __name__ == "__main__":
-    sys.exit(main(pipeline=replace(TOY, flow=os.environ.get("TOY_FLOW", TOY.flow))))
+    sys.exit(main(pipeline=ToyPipeline(os.environ.get("TOY_FLOW", TOY.flow))))

@@ -18,7 +18,7 @@ import torch
 
 from draftsmith.artifacts.store.local import Store
 from draftsmith.artifacts.tracking.runs import Tracking
-from draftsmith.flows.refresh.line import registry
+from draftsmith.flows.refresh.versions import registry
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import load_drafter, save_drafter, upgrade_drafter

@@ -23,8 +23,8 @@ from draftsmith.artifacts.store.local import Store
 from draftsmith.artifacts.store.manifest import Artifact, read_manifest
 from draftsmith.artifacts.tracking.registry import Registry
 from draftsmith.flows.cli.main import main
-from draftsmith.flows.refresh.line import artifact_folder, registry
 from draftsmith.flows.refresh.swap import served_by
+from draftsmith.flows.refresh.versions import artifact_folder, registry
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.engines.servers.state import NewDrafter

@@ -21,8 +21,8 @@ from draftsmith.artifacts.results.evaluation import DiagnosisResult
 from draftsmith.artifacts.tables.parquet import read_table
 from draftsmith.artifacts.tables.schemas import REQUESTS, TIMINGS, TRACE, TRAJECTORIES, TableSchema
 from draftsmith.flows.cli.main import main
-from draftsmith.flows.refresh.line import registry
 from draftsmith.flows.refresh.swap import served_by
+from draftsmith.flows.refresh.versions import registry
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, Trajectory
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import load_drafter, save_drafter

@@ -29,7 +29,7 @@ import torch
 
 from draftsmith.artifacts.results.base import SetMetrics
 from draftsmith.artifacts.results.evaluation import CHAMPION, EvaluationResult
-from draftsmith.flows.refresh.decisions import degraded_sets
+from draftsmith.flows.refresh.drift import degraded_sets
 from draftsmith.stages.catalog import STAGES
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, load_trajectories
 from draftsmith.stages.drafters.checkpoint import load_drafter

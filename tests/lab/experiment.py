@@ -15,7 +15,7 @@ the graph is planned, once, and kept in the cache of the tests.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,9 +26,11 @@ from draftsmith.artifacts.identifiers import PlainName
 from draftsmith.flows.checks.check import RunChecks
 from draftsmith.flows.config.load import merge_configs
 from draftsmith.flows.config.options import RunOptions
-from draftsmith.flows.orchestration.run import run_graph
+from draftsmith.flows.execution.display import Display, EndedRun
+from draftsmith.flows.orchestration.run import Run
 from draftsmith.flows.planning.graph import Node
-from draftsmith.flows.planning.plan import Pipeline, load_attribute
+from draftsmith.flows.planning.plan import Build, Pipeline, load_attribute
+from draftsmith.flows.refresh.flow import make_all
 from draftsmith.stages.catalog import STAGES
 from draftsmith.stages.data.prompts import PromptsConfig
 from draftsmith.stages.engines.stage import RolloutConfig
@@ -185,13 +187,26 @@ def _prompts(config: LabConfig, counts: PromptCounts) -> PromptsConfig:
     return PromptsConfig.model_validate({"sources": sources, "heldout_share": 0.3, **numbers})
 
 
-LAB = Pipeline(
-    config=LabConfig,
-    nodes=lab_nodes,
-    flow="tests.lab.experiment:experiment",
-    checks=RunChecks,
-    results=lambda *ended: load_attribute("tests.lab.results:show_results")(*ended),  # imports torch,
-)
+class LabPipeline(Pipeline):
+    """Trainings of one drafter in several ways."""
+
+    config = LabConfig
+    flow = "tests.lab.experiment:experiment"
+
+    def nodes(self, config: LabConfig) -> list[Node]:
+        return lab_nodes(config)
+
+    def check(self, builds: Sequence[Build]) -> list[str]:
+        return RunChecks(builds).before()
+
+    def check_after(self, node: Node, builds: Sequence[Build], folders: Mapping[str, Path]) -> list[str]:
+        return RunChecks(builds).after(node, folders)
+
+    def show(self, display: Display, folders: Mapping[str, Path], ended: EndedRun) -> None:
+        load_attribute("tests.lab.results:show_results")(display, folders, ended)  # imports torch
+
+
+LAB = LabPipeline()
 
 
 @flow(name="experiment", flow_run_name="{config.name}", persist_result=False)
@@ -202,4 +217,4 @@ def experiment(
     until: list[str] | None = None,
 ) -> Any:
     """Continue training a drafter in several ways."""
-    return run_graph(config, LAB, force, start, until)
+    return Run.of(LAB, config, force, start, until).do(make_all)

@@ -21,7 +21,7 @@ SCRIPT = """
     from draftsmith.artifacts.tables.parquet import write_table
     from draftsmith.artifacts.tables.schemas import PROMPTS
     from draftsmith.artifacts.store.attempt import Attempt
-from draftsmith.artifacts.store.local import Store
+    from draftsmith.artifacts.store.local import Store
     from tests.testbed.artifacts import made_from
 
     folder = Path(sys.argv[1])

@@ -31,7 +31,7 @@ RUNNER = textwrap.dedent(
     from pathlib import Path
     from draftsmith.artifacts.errors import DraftsmithError
     from draftsmith.artifacts.store.attempt import Attempt
-from draftsmith.artifacts.store.local import Store
+    from draftsmith.artifacts.store.local import Store
     from tests.testbed.artifacts import made_from
 
     store = Store(Path(sys.argv[1]))

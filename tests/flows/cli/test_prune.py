@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,7 +15,8 @@ from draftsmith.artifacts.tracking.registry import TRACKERS_FILE, Registry, note
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.cli.main import main
 from draftsmith.flows.execution.display import Display
-from draftsmith.flows.orchestration import run
+from draftsmith.flows.orchestration.run import Run
+from draftsmith.flows.planning.graph import ALL_NODES
 from draftsmith.flows.refresh import registry_commands
 from tests.flows.toy import TOY, ToyConfig
 from tests.testbed.artifacts import committed
@@ -126,12 +126,10 @@ def test_runs_and_promotions_block_pruning(home: Path, monkeypatch: pytest.Monke
     version = Registry(Tracking(home)).register("line", made, {})
     pruned: list[int] = []
 
-    def prune(*_: object, **__: object) -> tuple[dict[str, Any], None]:
+    def prune(*_: object, **__: object) -> None:
         pruned.append(main(["prune", "--artifacts", "--days", "0", "--delete"]))
-        return {}, None
 
-    monkeypatch.setattr(run, "_run", prune)
-    run.run_graph(ToyConfig(name="toy"), TOY)
+    Run(TOY, ToyConfig(name="toy"), ALL_NODES).do(prune)
     monkeypatch.setattr(registry_commands, "verify_checkpoint", prune)
     registry_commands.promote(Display(), f"line@{version.number}", "", dry_run=False)
     assert pruned == [2, 2]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import pytest
 
 from draftsmith.artifacts.store.manifest import manifest_text, read_manifest
 from draftsmith.flows.cli.main import main
-from tests.flows.toy import TOY, write_config
+from tests.flows.toy import TOY, EditedToy, write_config
 
 
 def test_fields_seeds_inputs_files_code_and_versions_are_compared(
@@ -44,8 +43,7 @@ def test_fields_seeds_inputs_files_code_and_versions_are_compared(
     assert f"file     {added}: 6b86b273ff34fce1 -> d4735e3a265e16ee\n" in why("left")  # sha256 of 1 and of 2
     added.write_text("1")
 
-    edited = dataclasses.replace(TOY, code_digest=lambda _: "edited", code_modules=lambda module: {module: "edited"})
-    assert "code     tests.flows.toy_stages.combine: changed\n" in why("left", pipeline=edited)
+    assert "code     tests.flows.toy_stages.combine: changed\n" in why("left", pipeline=EditedToy())
 
     (manifest,) = home.glob("store/collect/*/manifest.json")
     made = read_manifest(manifest.parent)

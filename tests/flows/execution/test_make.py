@@ -39,7 +39,7 @@ class Toy:
     def __init__(self, home: Path, tracking: Tracking) -> None:
         config = ToyConfig(name="t")
         self.nodes = {node.name: node for node in toy_nodes(config)}
-        self.context = RunContext(home, config, TOY, Display(), tracking)
+        self.context = RunContext(home, config, Display(), tracking)
         self.target = make(self.context, self.build(self.nodes["target"], {}))
         self.numbers = self.target.path / "numbers.json"
 

@@ -15,8 +15,9 @@ from prefect.concurrency.context import ConcurrencyContext
 from prefect.concurrency.sync import concurrency
 
 from draftsmith.artifacts.home import home
-from draftsmith.flows.orchestration.run import run_graph
+from draftsmith.flows.orchestration.run import Run
 from tests.flows.toy import TOY, ToyConfig
+from tests.flows.toy_flow import make_and_conclude
 
 _leases._RENEWAL_FRACTION = 0.002  # of five minutes
 _leases._RENEWAL_RETRY_BASE_DELAY = 0  # seconds
@@ -35,7 +36,7 @@ def leased_toy(
         known = ConcurrencyContext.get()
         assert known is not None
         threading.Thread(target=_forget, args=(known.cleanup_lease_ids[-1],), daemon=True).start()
-        return run_graph(config, TOY, force, start, until)
+        return Run.of(TOY, config, force, start, until).do(make_and_conclude)
 
 
 def _forget(lease: UUID) -> None:

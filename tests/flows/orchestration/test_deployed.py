@@ -30,7 +30,7 @@ PROGRAM = textwrap.dedent(
     from tests.flows.toy import ASSET, TOY
     from draftsmith.flows.refresh.config import RefreshConfig
     from draftsmith.flows.refresh.flow import watch
-    from draftsmith.flows.refresh.line import registry
+    from draftsmith.flows.refresh.versions import registry
     from tests.flows.refresh.watched import DIGEST, promoted, server_below_its_promise
     from tests.flows.toy_flow import toy_refresh
 

@@ -3,18 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError, RefusedError, RetryableError
-from draftsmith.flows.orchestration.flow_run import flow_result, run_flow
+from draftsmith.flows.orchestration.launch import flow_of
+from draftsmith.flows.planning.graph import ALL_NODES
 from draftsmith.flows.planning.plan import Conclusion
-from tests.testbed.artifacts import fake_artifact
 
-NODES = {"sft": fake_artifact("sft", "k", "c", Path("/store/sft/k"))}
+
+class Ended:
+    """A prepared run whose body is a function."""
+
+    config, selection = None, ALL_NODES
+
+    def __init__(self, body: Callable[[], None]) -> None:
+        self.body, self.ended = body, False
+        self.error: BaseException | None = None
+        self.conclusion: Conclusion | None = None
+
+    def do(self) -> None:
+        try:
+            self.body()
+            if self.conclusion is not None and self.conclusion.error is not None:
+                self.error = self.conclusion.error
+                raise self.error  # as Prefect does for a failed state
+        except BaseException as error:
+            self.error = error
+            raise
+        finally:
+            self.ended = True
 
 
 def lost() -> None:
@@ -26,6 +46,14 @@ def nothing() -> None:
     pass
 
 
+def call(run: Any, before: Callable[[], None] = nothing) -> None:
+    """Call the flow of a run."""
+
+    with flow_of(run, lambda _: None):
+        before()
+        run.do()
+
+
 @pytest.mark.parametrize(
     ("before", "within", "when"), [(lost, nothing, "before the run started"), (nothing, lost, "during the run")]
 )
@@ -33,35 +61,22 @@ def test_a_loss_before_or_within_the_body_is_worth_a_retry(
     before: Callable[[], None], within: Callable[[], None], when: str
 ) -> None:
     """After the body it changes nothing: `test_run.py`."""
-
-    def run(_config: Any) -> None:
-        before()
-        with flow_result():
-            within()
-
     with pytest.raises(RetryableError, match=when):
-        run_flow(run, None, lambda _: None)
+        call(Ended(within), before)
 
 
 @pytest.mark.parametrize("kind", [RefusedError, RetryableError])
-def test_the_error_of_a_conclusion_is_returned_with_the_artifacts(kind: type[DraftsmithError]) -> None:
-    conclusion = Conclusion("Refused", "why", kind("not promoted"))
-
-    def run(_config: Any) -> None:
-        with flow_result() as current:
-            current.nodes, current.conclusion = NODES, conclusion
-            assert conclusion.error is not None
-            raise conclusion.error
-
-    ended = run_flow(run, None, lambda _: None)
-    assert (ended.nodes, ended.conclusion) == (NODES, conclusion)
+def test_the_error_of_a_conclusion_stays_in_the_run(kind: type[DraftsmithError]) -> None:
+    run = Ended(nothing)
+    run.conclusion = Conclusion("Refused", "why", kind("not promoted"))
+    call(run)
 
 
 def test_an_error_after_a_conclusion_is_raised() -> None:
-    def run(_config: Any) -> None:
-        with flow_result() as current:
-            current.conclusion = Conclusion("Promoted", "why")
-            raise KeyError("an event")
+    def event() -> None:
+        raise KeyError("an event")
 
+    run = Ended(event)
+    run.conclusion = Conclusion("Promoted", "why")
     with pytest.raises(KeyError):
-        run_flow(run, None, lambda _: None)
+        call(run)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +13,36 @@ from mlflow import MlflowClient
 from draftsmith.artifacts.errors import EXIT_RETRYABLE, DraftsmithError, RetryableError
 from draftsmith.artifacts.tracking.refresh_runs import OUTCOME
 from draftsmith.artifacts.tracking.registry import TRACKERS_FILE
+from draftsmith.artifacts.tracking.runs import NOTE
 from draftsmith.flows.config.options import StageOptions
-from draftsmith.flows.execution.make import RunContext
-from draftsmith.flows.orchestration import run
-from draftsmith.flows.orchestration.flow_run import Cancellation
+from draftsmith.flows.orchestration.run import Run
 from draftsmith.flows.planning.graph import Selection
 from draftsmith.flows.planning.plan import Conclusion, OutdatedPlanError
-from tests.flows.toy import TOY, ToyConfig, ToyPolicy, toy_policy
+from draftsmith.stages.runtime.invocation import COMMAND
+from tests.flows.toy import TOY, ToyConfig, ToyPipeline
+from tests.flows.toy_flow import make_and_conclude
 from tests.testbed.artifacts import fake_artifact
+
+Body = Callable[[Run], Conclusion | None]
 
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Use a new home, and make no nodes."""
     monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(run, "_make_nodes", lambda *_: None)
+    monkeypatch.setattr(Run, "make", lambda *_: None)
     return tmp_path / "home"
 
 
 def ended(
-    policy: Callable[..., ToyPolicy | None] | None, *force: str, until: tuple[str, ...] = (), **options: Any
-) -> Conclusion | None:
-    pipeline = TOY if policy is None else dataclasses.replace(TOY, policy=policy)
+    pipeline: ToyPipeline, *force: str, until: tuple[str, ...] = (), body: Body = make_and_conclude, **options: Any
+) -> Run:
+    """Return a run that has ended."""
     config = ToyConfig(name="t", verdict="promoted", stages=StageOptions(**options))
-    return run._run(config, pipeline, Selection(force, until=until), Cancellation())[1]
+    run = Run(pipeline, config, Selection(force, until=until))
+    with run._recorded():
+        run.conclusion = body(run)
+    return run
 
 
 def mlflow_runs(home: Path) -> dict[str, Any]:
@@ -49,14 +54,9 @@ def mlflow_runs(home: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(("until", "concludes"), [((), True), (("total",), False)])
 def test_a_run_until_a_node_never_concludes(until: tuple[str, ...], concludes: bool, home: Path) -> None:
     """Even if it makes every node: it lets a person look before a promotion."""
-    forced: list[Collection[str]] = []
-
-    def policy(config: ToyConfig, force: Collection[str]) -> ToyPolicy | None:
-        forced.append(force)
-        return toy_policy(config, force)
-
-    assert (ended(policy, "combine", until=until) is not None) == concludes
-    assert set(forced[0]) == {"left", "right", "total"}, "--force takes a stage's name too"
+    run = ended(TOY, "combine", until=until)
+    assert (run.conclusion is not None) == concludes
+    assert run.asked == {"left", "right", "total"}, "--force takes a stage's name too"
     assert (home / TRACKERS_FILE).is_file() == concludes, "it is noted before a version is registered"
 
 
@@ -84,28 +84,30 @@ def test_a_run_that_did_not_finish_ends_with_the_command_that_continues_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In MLflow too. What it forced and is complete is not forced again."""
-    monkeypatch.setenv(run.COMMAND, json.dumps({"config": "my run.yaml", "overrides": ["seed=1"]}))
+    monkeypatch.setenv(COMMAND, json.dumps({"config": "my run.yaml", "overrides": ["seed=1"]}))
     calls: list[object] = []
 
-    class Late(ToyPolicy):
-        def conclude(self, *_: object) -> Conclusion:
-            calls.append(_)
-            raise raised
+    class Sticky(ToyPipeline):
+        def sticky_force(self, _config: object, _asked: object) -> Collection[str]:
+            return sticky
 
-    def made_left(context: RunContext, _nodes: object, _forced: object, made: dict[str, Any], *_rest: object) -> None:
-        context.refresh_run()
-        made["left"] = fake_artifact("combine", "k" * 64, "c" * 64, home)
+    def conclude_late() -> Conclusion:
+        calls.append(True)
+        raise raised
+
+    def body(run: Run) -> Conclusion | None:
+        run.refresh_run()
+        run.made["left"] = fake_artifact("combine", "k" * 64, "c" * 64, home)
         if until:  # nothing is concluded then
             raise raised
+        return run.retry(conclude_late)
 
-    monkeypatch.setattr(run, "_make_nodes", made_left)
-    monkeypatch.setattr(run, "_metrics_and_tags", lambda *_, **__: ({}, {run.NOTE: "what was measured"}))
-    monkeypatch.setattr(run, "_report", lambda *_: [])
+    monkeypatch.setattr(Run, "_metrics_and_tags", lambda *_: ({}, {NOTE: "what was measured"}))
     with pytest.raises(type(raised)) as caught:
-        ended(lambda *_: Late("promoted", sticky_force=sticky), "left", until=until)
+        ended(Sticky(), "left", until=until, body=body)
     logged, command = mlflow_runs(home)["t"], f"draftsmith run 'my run.yaml' --set seed=1{options}"
     noted = f"{note} To continue: `{command}`.\n\nwhat was measured"
-    assert (logged.info.status, logged.data.tags[run.NOTE]) == (status, noted)
+    assert (logged.info.status, logged.data.tags[NOTE]) == (status, noted)
     assert caught.value.__notes__[-1] == command
     assert OUTCOME not in logged.data.tags and len(calls) == (not until), "an outdated plan is not retried"
     assert OutdatedPlanError.exit_code == EXIT_RETRYABLE
@@ -121,12 +123,15 @@ def test_the_conclusion_waits_until_mlflow_has_the_run(monkeypatch: pytest.Monke
             raise ConnectionError("connection refused")
         return create(client, *arguments, **named)
 
-    class Uploads(ToyPolicy):
-        def conclude(self, folders: Mapping[str, Path], run_id: str | None) -> Conclusion:
-            if run_id is None:
+    def body(run: Run) -> Conclusion | None:
+        def conclude() -> Conclusion:
+            if run.mlflow_id is None:
                 raise RetryableError("MLflow has no run")
-            return super().conclude(folders, run_id)
+            return Conclusion("Promoted", "it is")
+
+        run.show_comparison()
+        return run.retry(conclude)
 
     monkeypatch.setattr(MlflowClient, "create_run", lost_twice)
-    conclusion = ended(lambda *_: Uploads("promoted"), retries=1, retry_delay_seconds=0)
-    assert conclusion is not None and conclusion.name == "Promoted"
+    run = ended(TOY, body=body, retries=1, retry_delay_seconds=0)
+    assert run.conclusion is not None and run.conclusion.name == "Promoted"

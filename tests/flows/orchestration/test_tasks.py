@@ -28,7 +28,7 @@ def test_a_shard_is_made_in_the_home_of_its_run_or_of_its_host(
         tasks, "make_shard", lambda _job, home: made.append((str(home), os.environ.get(STORE_VARIABLE)))
     )
     job: Any = SimpleNamespace(config=SimpleNamespace(stages=SimpleNamespace(group_may_read=False)))
-    tasks._OnClusterHost({HOME: "/homes/a", STORE_VARIABLE: "s3://a/store"})(job)
-    tasks._OnClusterHost({HOME: "/homes/b"})(job)
+    tasks.make_on_host({HOME: "/homes/a", STORE_VARIABLE: "s3://a/store"}, job)
+    tasks.make_on_host({HOME: "/homes/b"}, job)
     first, second = (own.get(HOME, home) for home in ("/homes/a", "/homes/b"))
     assert made == [(first, "s3://a/store"), (second, None)]

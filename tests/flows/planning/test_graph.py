@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from draftsmith.artifacts.store.manifest import Artifact
 from draftsmith.flows.config.options import StageOptions
 from draftsmith.flows.planning.graph import Node, Selection, topological_order
 from draftsmith.flows.planning.plan import Build, Pipeline, Status, plan
-from tests.flows.toy import COLLECT, COMBINE, TOY, ToyConfig, toy_nodes
+from tests.flows.toy import COLLECT, COMBINE, TOY, EditedToy, ToyConfig, toy_nodes
 from tests.flows.toy_stages.collect import CollectConfig
 from tests.flows.toy_stages.combine import CombineConfig
 from tests.testbed.artifacts import committed
@@ -52,9 +51,6 @@ def test_a_graph_that_does_not_fit_its_stages_is_refused(nodes: list[Node], mess
         topological_order(nodes)
 
 
-EDITED = dataclasses.replace(TOY, code_digest=lambda module: module)
-
-
 @pytest.mark.parametrize(
     ("change", "pipeline", "expected"),
     [
@@ -62,7 +58,7 @@ EDITED = dataclasses.replace(TOY, code_digest=lambda module: module)
         ({"name": "u", "stages": StageOptions(threads=2)}, TOY, ("reused", "reused", "reused", "reused")),
         ({"left": CombineConfig(factor=5)}, TOY, ("reused", "run", "reused", "after")),
         ({"seed": 1}, TOY, ("run", "after", "after", "after")),
-        ({}, EDITED, ("run", "after", "after", "after")),
+        ({}, EditedToy(), ("run", "after", "after", "after")),
     ],
     ids=["nothing", "how to run", "a field", "the seed", "code"],
 )

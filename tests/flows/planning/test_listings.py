@@ -23,7 +23,7 @@ from draftsmith.flows.execution import make
 from draftsmith.flows.execution.make import RunContext
 from draftsmith.flows.execution.process import run_stage
 from draftsmith.flows.orchestration import run
-from draftsmith.flows.orchestration.flow_run import Cancellation, deployed
+from draftsmith.flows.orchestration.flow_run import deployed
 from draftsmith.flows.planning.graph import Selection
 from draftsmith.flows.planning.inputs import external_digests, note_listings, read_listings
 from draftsmith.flows.planning.plan import Build, Status, plan
@@ -32,6 +32,7 @@ from draftsmith.stages.data.logs.stage import LogsConfig
 from draftsmith.stages.data.prompts import PromptsConfig
 from draftsmith.stages.runtime.stage import StageRequest
 from tests.flows.toy import TOY, ToyConfig, write_config
+from tests.flows.toy_flow import make_and_conclude
 from tests.testbed.context import RecordingContext
 
 
@@ -63,8 +64,10 @@ class Home:
     def run(self, *force: str, until: str = "") -> int:
         """Run the pipeline and return the sum of the last node."""
         selection = Selection.from_options(force, (), [until] if until else (), deployed=deployed())
-        made, _ = run._run(self.config, TOY, selection, Cancellation())
-        return self.number(made[until or "total"].path)
+        begun = run.Run(TOY, self.config, selection)
+        with begun._recorded():
+            make_and_conclude(begun)
+        return self.number(begun.made[until or "total"].path)
 
     def number(self, path: str | Path) -> int:
         return int(json.loads((Path(path) / "numbers.json").read_text())[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,13 @@ from draftsmith.artifacts.results.evaluation import EvaluationResult
 from draftsmith.artifacts.results.gate import GateDecision
 from draftsmith.artifacts.store.local import Store
 from draftsmith.artifacts.store.manifest import Artifact
-from draftsmith.flows.planning.graph import Node
 from draftsmith.flows.planning.plan import Conclusion
+from draftsmith.flows.refresh.champion import resolve
 from draftsmith.flows.refresh.config import RefreshConfig
-from draftsmith.flows.refresh.decisions import RefreshPolicy, resolve
-from draftsmith.flows.refresh.graph import refresh_nodes
-from draftsmith.flows.refresh.line import registry
+from draftsmith.flows.refresh.drift import current
+from draftsmith.flows.refresh.flow import check_drift, promote
+from draftsmith.flows.refresh.promotion import with_servers
+from draftsmith.flows.refresh.versions import registry
 from draftsmith.stages.report.page import ReportData, render_report
 from tests.testbed.artifacts import committed
 
@@ -73,9 +74,7 @@ def folders_of(made: Mapping[str, Artifact]) -> dict[str, Path]:
 
 def finished(config: RefreshConfig, made: Mapping[str, Artifact], run_id: str | None = None) -> Conclusion:
     """Return the conclusion of a refresh that is planned now and has made these artifacts."""
-    conclusion = RefreshPolicy(resolve(config), ()).conclude(folders_of(made), run_id)
-    assert conclusion is not None
-    return conclusion
+    return promote(resolve(config), folders_of(made), run_id)
 
 
 def serving(line: str) -> int | None:
@@ -93,9 +92,12 @@ def page_of(made: Mapping[str, Artifact]) -> str:
 
 
 def checked(
-    config: RefreshConfig, home: Path, *, target_changed: bool = False, **sets: Any
-) -> tuple[Node, dict[str, Path]]:
-    """Return the node of the drift check and the folders after it; tau on all prompts is unchanged by default."""
+    config: RefreshConfig, home: Path, asked: Collection[str] = (), *, target_changed: bool = False, **sets: Any
+) -> Conclusion | None:
+    """Return the conclusion of a resolved refresh after its drift check; None if it continues.
+
+    asked: nodes of `--force`. sets: what the check measured; tau on all prompts is unchanged by default.
+    """
     made = {name: home / "store" / name for name in ("drift", "champion")}
     adopted = {"target": "of today", "target_changed": target_changed, "trained_for": "of its promotion"}
     for name, file, content in (
@@ -104,4 +106,5 @@ def checked(
     ):
         made[name].mkdir(exist_ok=True)
         (made[name] / file).write_text(json.dumps(content))
-    return next(node for node in refresh_nodes(config) if node.name == "drift"), made
+    drift, swapped = check_drift(config, made, set(asked))
+    return None if drift.reasons else with_servers(current(config, drift), swapped)

@@ -20,9 +20,9 @@ from draftsmith.flows.cli import commands
 from draftsmith.flows.cli.main import parser
 from draftsmith.flows.execution.display import Display
 from draftsmith.flows.refresh import registry_commands
-from draftsmith.flows.refresh.decisions import resolve, restarted
+from draftsmith.flows.refresh.champion import resolve, restarted
 from draftsmith.flows.refresh.graph import REFRESH
-from draftsmith.flows.refresh.line import download_upload, registry
+from draftsmith.flows.refresh.versions import download_upload, registry
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.stage import STAGE as CHAMPION

@@ -21,8 +21,10 @@ from draftsmith.artifacts.tracking.registry import CHAMPION, Registry
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.execution.display import Display
 from draftsmith.flows.refresh import registry_commands
-from draftsmith.flows.refresh.decisions import RefreshPolicy, degraded_sets, inconclusive_sets, resolve
-from draftsmith.flows.refresh.line import history, promotion_metrics, registry
+from draftsmith.flows.refresh.champion import history, resolve
+from draftsmith.flows.refresh.drift import degraded_sets, inconclusive_sets, sticky_force
+from draftsmith.flows.refresh.promotion import promotion_metrics
+from draftsmith.flows.refresh.versions import registry
 from draftsmith.stages.runtime.statistics import jackknife, ratio
 from tests.benchmarks.slices import named_by_drift
 from tests.flows.refresh.line_runs import checked, config_of, finished, gated
@@ -37,7 +39,7 @@ def test_a_refresh_continues_if_forced_or_if_the_last_one_is_too_old(
 
     def stops(force: tuple[str, ...] = (), restart: bool = False, **drift: float) -> str | None:
         config = resolve(config_of(line, drift=drift, registry={"name": line, "restart": restart}))
-        ended = RefreshPolicy(config, force).should_stop(*checked(config, home))
+        ended = checked(config, home, force)
         assert ended is None or ended.tags[OUTCOME] == ended.name.lower(), "the tag in MLflow"
         return None if ended is None else ended.name
 
@@ -47,9 +49,7 @@ def test_a_refresh_continues_if_forced_or_if_the_last_one_is_too_old(
     assert stops(force=("drift",)) is None and stops(force=("evaluation",)) is None and stops(restart=True) is None
     resolved = resolve(config_of(line))
     for force, kept in (("drift", {"drift"}), ("evaluation", {"drift"}), ("target", set())):
-        assert RefreshPolicy(resolved, (force,)).sticky_force == kept, (
-            "else the next run would find no reason to continue"
-        )
+        assert sticky_force(resolved, (force,)) == kept, "else the next run would find no reason to continue"
     assert registry().drift(line)[-1].decision == "the line starts again (--restart)"
     registry().tag(version, {"promoted_at": "2020-01-01T00:00:00+00:00"})
     assert stops() == "Current", "the last refresh counts, not the last promotion"
@@ -60,8 +60,8 @@ def test_a_refresh_continues_if_forced_or_if_the_last_one_is_too_old(
     assert stops(max_age_days=0.001) is None
     assert registry().drift(line)[-1].decision == "the last refresh was 0.083 days ago, more than 0.001"
     assert stops(max_age_days=36500) == "Current"
-    node, made = checked(config := resolve(config_of(line, drift={"max_age_days": 36500})), home, target_changed=True)
-    assert RefreshPolicy(config, ()).should_stop(node, made) is None, "a changed target is a reason whatever tau is"
+    config = resolve(config_of(line, drift={"max_age_days": 36500}))
+    assert checked(config, home, target_changed=True) is None, "a changed target is a reason whatever tau is"
     assert registry().drift(line)[-1].decision == "the target has changed since its promotion"
     registry().tag(version, {"refreshed_at": "2120-01-01T00:00:00+00:00"})
     assert stops() is None, "a clock is wrong"
@@ -116,7 +116,7 @@ def test_taus_measured_with_other_settings_are_not_compared(line: str, home: Pat
 
     def decided(**sections: Any) -> str:
         config = resolve(config_of(line, **sections))
-        RefreshPolicy(config, ()).should_stop(*checked(config, home, all=low))
+        checked(config, home, all=low)
         return str(registry().drift(line)[-1].decision)
 
     assert decided().startswith("all: tau 1.000"), "the settings are the same"

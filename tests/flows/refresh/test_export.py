@@ -25,7 +25,8 @@ from draftsmith.artifacts.store.retention import exclusive_for_prune
 from draftsmith.artifacts.tracking.registry import Version
 from draftsmith.flows.execution.display import Display
 from draftsmith.flows.refresh import registry_commands
-from draftsmith.flows.refresh.line import CONFIDENCE, FASTEST_BLOCK, version_tags
+from draftsmith.flows.refresh.promotion import version_tags
+from draftsmith.flows.refresh.versions import CONFIDENCE, FASTEST_BLOCK
 from draftsmith.stages.data.prompts import PromptsConfig
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.drafters.base import Drafter

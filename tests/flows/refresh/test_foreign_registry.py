@@ -28,8 +28,9 @@ from draftsmith.artifacts.tracking.refresh_runs import artifact_folders, close_d
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.execution.display import Display
 from draftsmith.flows.refresh import registry_commands
-from draftsmith.flows.refresh.decisions import resolve
-from draftsmith.flows.refresh.line import RegistryConfig, drafter_checkpoint, history, registry, with_current_champion
+from draftsmith.flows.refresh.champion import history, resolve, with_current_champion
+from draftsmith.flows.refresh.config import RegistryConfig
+from draftsmith.flows.refresh.versions import drafter_checkpoint, registry
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from tests.artifacts.test_identifiers import HOSTILE
 from tests.flows.refresh.line_runs import config_of, finished, gated

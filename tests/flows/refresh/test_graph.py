@@ -10,8 +10,8 @@ import yaml
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.flows.planning.graph import topological_order
 from draftsmith.flows.planning.inputs import external_digests
+from draftsmith.flows.refresh.champion import restarted
 from draftsmith.flows.refresh.config import RefreshConfig, control_config, prompts_since
-from draftsmith.flows.refresh.decisions import restarted
 from draftsmith.flows.refresh.graph import refresh_nodes
 from draftsmith.stages.drafters.stage import ChampionConfig
 from draftsmith.stages.report.stage import ReportConfig

@@ -16,10 +16,11 @@ from draftsmith.artifacts.store.mirror import STORE_VARIABLE, open_store
 from draftsmith.artifacts.tracking.registry import Version
 from draftsmith.flows.checks.check import RunChecks
 from draftsmith.flows.planning.plan import Build, Status
+from draftsmith.flows.refresh.champion import resolve
 from draftsmith.flows.refresh.config import RefreshConfig
-from draftsmith.flows.refresh.decisions import resolve
 from draftsmith.flows.refresh.graph import REFRESH, refresh_nodes
-from draftsmith.flows.refresh.line import log_tags, prompt_tags, registry
+from draftsmith.flows.refresh.promotion import log_tags, prompt_tags
+from draftsmith.flows.refresh.versions import registry
 from draftsmith.stages.data.logs.earlier import STAGE, TABLE, EarlierConfig, is_available
 from draftsmith.stages.data.logs.stage import STAGE as LOGS
 from draftsmith.stages.data.logs.stage import LogsConfig
@@ -160,7 +161,7 @@ def test_the_champions_answers_are_found_in_a_bucket_and_in_a_moved_home(
 def planned_checks(config: RefreshConfig) -> list[str]:
     """Return the warnings of the checks before a run's first stage."""
     nodes = refresh_nodes(config)
-    return RunChecks().before([Build(REFRESH, config, node, status=Status.RUN) for node in nodes])
+    return RunChecks([Build(REFRESH, config, node, status=Status.RUN) for node in nodes]).before()
 
 
 def _answers(folder: Path, made: DrafterArtifacts) -> Path:

@@ -22,11 +22,12 @@ from draftsmith.flows.cli.main import main
 from draftsmith.flows.execution.display import Display
 from draftsmith.flows.planning.plan import OutdatedPlanError
 from draftsmith.flows.refresh import registry_commands
-from draftsmith.flows.refresh.decisions import RefreshPolicy, resolve
+from draftsmith.flows.refresh.champion import resolve
+from draftsmith.flows.refresh.flow import promote
 from draftsmith.flows.refresh.graph import refresh_nodes
-from draftsmith.flows.refresh.line import artifact_folder, drafter_checkpoint, registry
 from draftsmith.flows.refresh.measurements import evaluate_config, evaluate_nodes
 from draftsmith.flows.refresh.swap import served_by
+from draftsmith.flows.refresh.versions import artifact_folder, drafter_checkpoint, registry
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.spec import DraftingConfig
@@ -111,13 +112,13 @@ def test_a_promotion_swaps_the_servers_and_a_failed_swap_is_an_outcome_and_undoe
         assert (ended.name, ended.tags["outcome"], serving(line)) == ("Unserved", "promoted", 2)
         assert ended.error is not None and ended.error.exit_code == 2 and server.url in str(ended.error)
         assert ended.asset and ended.overrules_review
-        current = RefreshPolicy(resolve(config), ()).should_stop(*checked(resolve(config), home))
+        current = checked(resolve(config), home)
         assert current is not None and (current.name, current.tags["outcome"]) == ("Unserved", "current")
 
         with pytest.raises(DraftsmithError, match=f"run `draftsmith swap {line}`"):
             registry_commands.rollback(Display(), line, "", dry_run=False)
         assert serving(line) == 1
-    current = RefreshPolicy(resolve(config), ()).should_stop(*checked(resolve(config), home))
+    current = checked(resolve(config), home)
     assert current is not None and current.error is not None and current.error.exit_code == 75, "the server is down"
 
 
@@ -130,11 +131,11 @@ def test_the_slower_of_two_refreshes_must_plan_again_against_the_new_champion(
     line: str, home: Path, drafters: list[Artifact]
 ) -> None:
     store, config = Store(home / "store"), config_of(line)
-    slow, fast = (RefreshPolicy(resolve(config), ()) for _ in range(2))
-    fast.conclude(folders_of(gated(store, drafters[0])), None)
+    slow = resolve(config)
+    finished(config, gated(store, drafters[0]))
     made = gated(store, drafters[1])
     with pytest.raises(OutdatedPlanError, match="version 1 is the champion by now"):
-        slow.conclude(folders_of(made), None)
+        promote(slow, folders_of(made), None)
     assert [version.number for version in registry().versions(line)] == [1], "the challenger was not registered"
 
     again = resolve(config)

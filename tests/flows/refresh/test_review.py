@@ -14,10 +14,9 @@ from draftsmith.artifacts.results.evaluation import EvaluationResult
 from draftsmith.artifacts.results.gate import GateDecision
 from draftsmith.artifacts.store.local import Store
 from draftsmith.artifacts.tracking.refresh_runs import ALL
-from draftsmith.artifacts.tracking.runs import NOTE, Tracking
-from draftsmith.flows.execution.display import Display
-from draftsmith.flows.execution.make import RunContext
-from draftsmith.flows.orchestration.run import _metrics_and_tags
+from draftsmith.artifacts.tracking.runs import NOTE
+from draftsmith.flows.orchestration.run import Run
+from draftsmith.flows.planning.graph import ALL_NODES
 from draftsmith.flows.planning.plan import Conclusion
 from draftsmith.flows.refresh.graph import REFRESH
 from draftsmith.flows.refresh.summary import compared
@@ -55,8 +54,9 @@ def test_the_description_of_a_run_states_its_conclusion(
     content = {"outcome": verdict.to_json(), "speed_warnings": [], "metrics": {}}
     store = Store(home / "store")
     report = committed(store, "report", {"review.json": json.dumps(content)})
-    context = RunContext(home, config_of("a-line"), REFRESH, Display(), Tracking(home))
-    _, tags = _metrics_and_tags(context, {"report": report}, conclusion, concludes=True)
+    run = Run(REFRESH, config_of("a-line"), ALL_NODES)
+    run.made, run.conclusion = {"report": report}, conclusion
+    _, tags = run._metrics_and_tags()
     bold = [line for line in tags[NOTE].splitlines() if line.startswith("**")]
     assert len(bold) == len(begins) and all(map(str.startswith, bold, begins)), tags[NOTE]
 

@@ -20,7 +20,7 @@ from draftsmith.artifacts.tracking.runs import NOTE, Tracking
 from draftsmith.artifacts.tracking.terms import Status as Ended
 from draftsmith.flows.cli.main import main
 from draftsmith.flows.planning.plan import Status, plan
-from draftsmith.flows.refresh.decisions import resolve
+from draftsmith.flows.refresh.champion import resolve
 from draftsmith.flows.refresh.graph import REFRESH
 from draftsmith.stages.data.logs.earlier import TABLE
 from tests.flows.processes import ROOT, environment

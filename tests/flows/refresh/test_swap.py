@@ -15,9 +15,9 @@ from draftsmith.artifacts.store.local import Store
 from draftsmith.artifacts.store.manifest import Artifact
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.cli.main import main
-from draftsmith.flows.refresh.decisions import RefreshPolicy, resolve
-from draftsmith.flows.refresh.line import registry
+from draftsmith.flows.refresh.champion import resolve
 from draftsmith.flows.refresh.swap import served_by, swapped_servers
+from draftsmith.flows.refresh.versions import registry
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.spec import DraftingConfig
@@ -126,7 +126,7 @@ def test_a_champion_that_is_damaged_on_disk_is_not_written(of_two: Line, home: P
     weights.write_bytes(content)
     of_two.server.drafter = of_two.digests[0]  # it was started again with another folder
     config = config_of(of_two.name, registry={"name": of_two.name, "servers": [of_two.http.url]})
-    ended = RefreshPolicy(resolve(config), ()).should_stop(*checked(resolve(config), home))
+    ended = checked(resolve(config), home)
     assert ended is not None and ended.name == "Unserved" and "is not the drafter that was registered" in ended.message
     assert not of_two.http.count("/weights_checker")
 

@@ -13,7 +13,7 @@ import pytest
 
 from draftsmith.artifacts.results.base import SetMetrics
 from draftsmith.artifacts.results.evaluation import ALL
-from draftsmith.flows.refresh.line import registry
+from draftsmith.flows.refresh.versions import registry
 from draftsmith.flows.refresh.watch import by_depth, compare, watch
 from draftsmith.stages.engines.server_state import served_tau
 from draftsmith.stages.engines.servers.state import Finished, TracedRequest

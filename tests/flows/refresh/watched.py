@@ -10,7 +10,7 @@ from itertools import count
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.store.local import Store
 from draftsmith.artifacts.tracking.registry import Version
-from draftsmith.flows.refresh.line import registry
+from draftsmith.flows.refresh.versions import registry
 from draftsmith.stages.engines.sglang.protocol import SWAP_STATE
 from tests.stages.engines.http_server import serving
 from tests.testbed.artifacts import committed

@@ -11,6 +11,7 @@ from pathlib import Path
 from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.stages.runtime.stage import INCONCLUSIVE, Compute, Config, Stage, StageContext
+from tests.flows.frames import frames_of_ours
 
 
 class CollectConfig(Config):
@@ -25,6 +26,7 @@ class CollectConfig(Config):
     note_start: Path | None = None  # a line is added here at every start
     seconds_to_save: float = 0.0  # after the request to stop
     inconclusive_until: Path | None = None  # the measurement is inconclusive until this file exists
+    note_frames: Path | None = None  # the functions of ours above the body are written here
     leaks: str | None = None  # environment variable whose value appears in a log, a library's log and an error
 
 
@@ -32,6 +34,8 @@ def run(context: StageContext, config: CollectConfig) -> None:
     if config.note_start is not None:
         with config.note_start.open("a") as stream:
             stream.write("started\n")
+    if config.note_frames is not None:
+        config.note_frames.write_text(json.dumps(frames_of_ours()))
     if config.worker is not None:
         _start_worker(config.worker)
     if config.lose_engine_until is not None:
