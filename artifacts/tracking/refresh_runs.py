@@ -9,22 +9,32 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 import threading
 import time
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.identifiers import IdentifierError, absolute_path, file_path, plain_name, relative_path
-from draftsmith.artifacts.locks import is_locked
+from draftsmith.artifacts.locks import is_locked, locked
 from draftsmith.artifacts.store.local import SHORT, Store
 from draftsmith.artifacts.store.manifest import Artifact, Manifest
 from draftsmith.artifacts.tracking.registry import Version
 from draftsmith.artifacts.tracking.runs import CONFIG, HOME, KEY, NOTE, STAGE, Tracking
-from draftsmith.artifacts.tracking.terms import Status, end_run, log_metrics, review_files, sanitize_key
+from draftsmith.artifacts.tracking.terms import (
+    Status,
+    end_run,
+    log_datasets,
+    log_metrics,
+    log_params,
+    review_files,
+    sanitize_key,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -35,6 +45,8 @@ OUTCOME = "outcome"  # tag: the outcome of a refresh
 VERSION = "version"  # tag: the version that it made, such as `my-line@3`
 REUSED = "reused"  # tag: how often a finished refresh was run again without new artifacts, and when last
 CONTINUE = "To continue:"  # in the description of a refresh that did not finish, before a command
+# Tag of an experiment: the table of its runs that MLflow shows at `…/runs?viewStateShareKey=headlines`.
+_VIEW = "mlflow.sharedViewState.headlines"
 _IS_REFRESH = f"tags.{STAGE} = 'refresh'"
 
 
@@ -194,18 +206,16 @@ def describe_misplaced_files(tracking: Tracking) -> str | None:
     return None
 
 
-@dataclass
-class RunRecord:
-    """The MLflow run of one flow run. Stages that run concurrently open it once."""
+class RefreshRun:
+    """The MLflow run of one flow run, alive as long as this process. Stages that run concurrently open it once."""
 
-    tracking: Tracking
-    name: str
-    params: Mapping[str, Any]
-    data: Collection[str] = ()  # nodes whose artifacts are the run's data sets
-    _id: str | None = None
-    _building: bool = False  # a stage was built, so that no earlier run has the same artifacts
-    _earlier: str | None = None  # the finished run that has the same artifacts
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    def __init__(self, tracking: Tracking, name: str, params: Mapping[str, Any], data: Collection[str] = ()) -> None:
+        """Begin none yet. params: the config. data: nodes whose artifacts are the run's data sets."""
+        self._tracking, self._name, self._params, self._data = tracking, name, params, data
+        self._id: str | None = None
+        self._building = False  # a stage was built, so that no earlier run has the same artifacts
+        self._earlier: str | None = None  # the finished run that has the same artifacts
+        self._opening, self._alive, self._files = threading.Lock(), ExitStack(), list[Path]()
 
     def open(self) -> str | None:
         """Return the run's id for a stage that is to be built; None if MLflow failed: the next call tries again."""
@@ -219,52 +229,104 @@ class RunRecord:
         """
         if not self._building and self._id is None and self._earlier is None:
             wanted = artifact_params(artifacts).items()
-            finished = f"{_is(f'tags.{CONFIG}', self.name)} and {_IS_REFRESH} and attributes.status = 'FINISHED'"
-            with self.tracking.best_effort():
-                client, experiment = self.tracking.connect()
+            finished = f"{_is(f'tags.{CONFIG}', self._name)} and {_IS_REFRESH} and attributes.status = 'FINISHED'"
+            with self._tracking.best_effort():
+                client, experiment = self._tracking.connect()
                 runs = client.search_runs([experiment], finished, max_results=100)
                 self._earlier = next((run.info.run_id for run in runs if wanted <= run.data.params.items()), None)
         return self._earlier or self._open()
 
     def _open(self) -> str | None:
-        with self._lock:
-            if self._id is None:
-                self._id = self.tracking.open_refresh(self.name, self.params)
+        with self._opening:
+            if self._id is not None:
+                return self._id
+            key = secrets.token_hex(8)
+            with self._tracking.best_effort():
+                client, experiment = self._tracking.connect()
+                file = self._tracking.refresh_file(key)
+                self._alive.enter_context(locked(file))
+                self._files.append(file)
+                tags = {**self._tracking.tags("refresh", key), CONFIG: self._name}
+                self._id = client.create_run(experiment, run_name=self._name, tags=tags).info.run_id
+                log_params(client, self._id, self._params)
             return self._id
 
     def close(
         self,
         status: Status,
-        artifacts: Mapping[str, Artifact],
-        metrics: Mapping[str, float],
-        files: Iterable[Path],
-        tags: Mapping[str, str],
+        artifacts: Mapping[str, Artifact] = {},
+        metrics: Mapping[str, float] = {},
+        files: Iterable[Path] = (),
+        tags: Mapping[str, str] = {},
         *,
         name: str | None = None,
         concluded: bool = False,
     ) -> None:
         """End the run under a new name. One that failed before its first stage was built leaves none in MLflow.
 
-        An earlier run with the same artifacts is only tagged as reused, unless it ended without a conclusion
-        (`--until`) and this one is `concluded`.
+        files: the report. tags: its outcome. An earlier run with the same artifacts is only tagged as reused, unless it
+        ended without a conclusion (`--until`) and this one is `concluded`.
         """
-        made, run_id = artifact_params(artifacts), self._earlier
-        if run_id is None:
-            inputs = {name: artifacts[name] for name in self.data if name in artifacts}
-            self.tracking.close_refresh(status, metrics, files, tags, inputs, made, name)
+        if self._earlier is not None:
+            with self._tracking.best_effort():
+                self._tag_earlier(self._earlier, artifacts, metrics, tags, name, concluded=concluded)
             return
-        with self.tracking.best_effort():
-            client, _ = self.tracking.connect()
-            run = client.get_run(run_id).data
-            recorded = {name: value for name, value in run.params.items() if name.startswith(_MADE)}
-            if concluded and OUTCOME not in run.tags and recorded == made:
-                client.update_run(run_id, name=name)
-                log_metrics(client, run_id, [(metric, value, 0) for metric, value in metrics.items()])
-                for tag, text in tags.items():
-                    client.set_tag(run_id, tag, text)
-            times = int(run.tags.get(REUSED, "0").partition(" ")[0]) + 1
-            now = datetime.now(UTC).isoformat(timespec="seconds")
-            client.set_tag(run_id, REUSED, f"{times} time{'s' * (times > 1)}, last at {now}")
+        run_id, self._id = self._id, None
+        with self._alive.pop_all(), self._tracking.best_effort():
+            if run_id is not None:
+                client, _ = self._tracking.connect()
+                for tag, value in tags.items():
+                    client.set_tag(run_id, tag, value)
+                log_params(client, run_id, artifact_params(artifacts))
+                log_datasets(client, run_id, {node: artifacts[node] for node in self._data if node in artifacts})
+                log_metrics(client, run_id, [(metric, float(value), 0) for metric, value in metrics.items()])
+                if name is not None:
+                    client.update_run(run_id, name=name)
+                end_run(client, run_id, status, files)
+                _describe_experiment(self._tracking, metrics.keys())
+            for file in self._files:  # a later run, even on another host, closes runs that left their file
+                file.unlink(missing_ok=True)
+            self._files.clear()
+
+    def _tag_earlier(
+        self,
+        run_id: str,
+        artifacts: Mapping[str, Artifact],
+        metrics: Mapping[str, float],
+        tags: Mapping[str, str],
+        name: str | None,
+        *,
+        concluded: bool,
+    ) -> None:
+        client, _ = self._tracking.connect()
+        run = client.get_run(run_id).data
+        recorded = {param: value for param, value in run.params.items() if param.startswith(_MADE)}
+        if concluded and OUTCOME not in run.tags and recorded == artifact_params(artifacts):
+            client.update_run(run_id, name=name)
+            log_metrics(client, run_id, [(metric, value, 0) for metric, value in metrics.items()])
+            for tag, text in tags.items():
+                client.set_tag(run_id, tag, text)
+        times = int(run.tags.get(REUSED, "0").partition(" ")[0]) + 1
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        client.set_tag(run_id, REUSED, f"{times} time{'s' * (times > 1)}, last at {now}")
+
+
+def _describe_experiment(tracking: Tracking, metrics: Collection[str]) -> None:
+    """Give a line's experiment a description, unless it has one, and a view whose columns are its metrics."""
+    client, experiment = tracking.connect()
+    if tracking.line is None or not metrics:
+        return
+    tags = client.get_experiment(experiment).tags
+    known = json.loads(tags.get(_VIEW, "{}")).get("selectedColumns", [])
+    columns = sorted({*known, *(f"metrics.`{name}`" for name in metrics)})
+    client.set_experiment_tag(experiment, _VIEW, json.dumps({"selectedColumns": columns}))
+    if NOTE not in tags:
+        text = (
+            f"Refreshes of the model line {tracking.line}. [Its page](#/models/{tracking.line}): the champion and all "
+            f"versions. [Its refreshes, with the headline metrics](#/experiments/{experiment}/runs?"
+            f"viewStateShareKey={_VIEW.rpartition('.')[2]}). In a terminal: `draftsmith status {tracking.line}`."
+        )
+        client.set_experiment_tag(experiment, NOTE, text)
 
 
 ALL = ""  # stands for all data sets together

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import platform
 import re
-import secrets
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +32,6 @@ from draftsmith.artifacts.tracking.terms import (
     end_run,
     log_datasets,
     log_metrics,
-    log_params,
     review_files,
     source_tags,
 )
@@ -50,8 +47,6 @@ EXPERIMENT = "draftsmith"
 STAGE, KEY, HOME = "stage", "key", "home"
 CONFIG = "config"  # tag of a refresh: the name of its config
 NOTE = "mlflow.note.content"  # tag that MLflow shows as the description of a run or an experiment
-# Tag of an experiment: the table of its runs that MLflow shows at `…/runs?viewStateShareKey=headlines`.
-_VIEW = "mlflow.sharedViewState.headlines"
 # Tag of an experiment, without which MLflow's page asks for its kind.
 _KIND = {"mlflow.experimentKind": "custom_model_development"}
 SCHEMA_MISMATCH = "out-of-date database schema"  # MLflow's message for a database of another version
@@ -70,14 +65,12 @@ class Tracking:
         """Choose server and experiment without connecting. `MLFLOW_EXPERIMENT_NAME` overrides `experiment`."""
         self.folder = folder.resolve()
         self.experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME") or experiment or EXPERIMENT
-        self._line = experiment
+        self.line = experiment  # of a model line; None: the common one
         self.default_uri = f"sqlite:///{self.folder / 'mlflow.db'}"
         self.uri = os.environ.get("MLFLOW_TRACKING_URI") or self.default_uri
         self.is_default = self.uri == self.default_uri  # the home's own database, used by nobody else
         self._connected: tuple[MlflowClient, str] | None = None
         self._warned = False
-        self._refresh: str | None = None
-        self._refresh_lock, self._refresh_files = ExitStack(), list[Path]()
 
     @property
     def public_uri(self) -> str:
@@ -137,46 +130,6 @@ class Tracking:
             "to use SQLite."
         )
 
-    def open_refresh(self, name: str, params: Mapping[str, object]) -> str | None:
-        """Start the run of a refresh and return its id; None if MLflow failed. It is alive as long as this process."""
-        key = secrets.token_hex(8)
-        with self.best_effort():
-            client, experiment = self.connect()
-            self._refresh_lock.enter_context(locked(self.refresh_file(key)))
-            self._refresh_files.append(self.refresh_file(key))
-            tags = {**self._tags("refresh", key), CONFIG: name}
-            self._refresh = client.create_run(experiment, run_name=name, tags=tags).info.run_id
-            log_params(client, self._refresh, params)
-        return self._refresh
-
-    def close_refresh(
-        self,
-        status: Status,
-        metrics: Mapping[str, float] | None = None,
-        files: Iterable[Path] = (),
-        tags: Mapping[str, str] | None = None,
-        inputs: Mapping[str, Artifact] | None = None,
-        params: Mapping[str, str] | None = None,
-        name: str | None = None,
-    ) -> None:
-        """End the refresh's run. files: the report. tags: its outcome. inputs: its data sets. name: its new one."""
-        run_id, self._refresh = self._refresh, None
-        with self._refresh_lock.pop_all(), self.best_effort():
-            if run_id is not None:
-                client, _ = self.connect()
-                for tag, value in (tags or {}).items():
-                    client.set_tag(run_id, tag, value)
-                log_params(client, run_id, params or {})
-                log_datasets(client, run_id, inputs or {})
-                log_metrics(client, run_id, [(key, float(value), 0) for key, value in (metrics or {}).items()])
-                if name is not None:
-                    client.update_run(run_id, name=name)
-                end_run(client, run_id, status, files)
-                self._describe_experiment((metrics or {}).keys())
-            for file in self._refresh_files:  # a later run, even on another host, closes runs that left their file
-                file.unlink(missing_ok=True)
-            self._refresh_files.clear()
-
     def stage_run(
         self,
         parent_run_id: str | None,
@@ -195,7 +148,7 @@ class Tracking:
         run = StageRun(self)
         with self.best_effort(run):
             client, experiment = self.connect()
-            tags = self._tags(stage, key) | ({"mlflow.parentRunId": parent_run_id} if parent_run_id else {})
+            tags = self.tags(stage, key) | ({"mlflow.parentRunId": parent_run_id} if parent_run_id else {})
             old = self._unfinished(key)
             if old is None:
                 run.run_id = client.create_run(experiment, run_name=name or stage, tags=tags).info.run_id
@@ -296,23 +249,6 @@ class Tracking:
             return client.create_experiment(name, artifact_location=location, tags=_KIND)
         return experiment.experiment_id
 
-    def _describe_experiment(self, metrics: Collection[str]) -> None:
-        """Give a line's experiment a description, unless it has one, and a view whose columns are its metrics."""
-        client, experiment = self.connect()
-        if self._line is None or not metrics:
-            return
-        tags = client.get_experiment(experiment).tags
-        known = json.loads(tags.get(_VIEW, "{}")).get("selectedColumns", [])
-        columns = sorted({*known, *(f"metrics.`{name}`" for name in metrics)})
-        client.set_experiment_tag(experiment, _VIEW, json.dumps({"selectedColumns": columns}))
-        if NOTE not in tags:
-            text = (
-                f"Refreshes of the model line {self._line}. [Its page](#/models/{self._line}): the champion and all "
-                f"versions. [Its refreshes, with the headline metrics](#/experiments/{experiment}/runs?"
-                f"viewStateShareKey={_VIEW.rpartition('.')[2]}). In a terminal: `draftsmith status {self._line}`."
-            )
-            client.set_experiment_tag(experiment, NOTE, text)
-
     def _check_experiment(self) -> None:
         """Raise DraftsmithError if the experiment was deleted, since MLflow still finds it but refuses runs."""
         client, experiment_id = self.connect()
@@ -326,7 +262,8 @@ class Tracking:
                 "MLFLOW_EXPERIMENT_NAME to another name."
             )
 
-    def _tags(self, stage: str, key: str) -> dict[str, str]:
+    def tags(self, stage: str, key: str) -> dict[str, str]:
+        """Return the tags that every run has."""
         return {STAGE: stage, KEY: key, HOME: self._home, **source_tags()}
 
     @property

@@ -28,7 +28,7 @@ from draftsmith.artifacts.tracking.refresh_runs import (
     CONTINUE,
     OUTCOME,
     VERSION,
-    RunRecord,
+    RefreshRun,
     close_dead_runs,
     describe_misplaced_files,
     log_models,
@@ -87,7 +87,7 @@ class Run(RunContext):
         self._given = config.model_dump(mode="json", exclude_defaults=True, exclude={"stages"})
         self._states: dict[str, State[Any]] = {}  # of the nodes' tasks
         self._cancellation = Cancellation()
-        self._record = RunRecord(self.tracking, config.name, self._given, pipeline.data)
+        self._record = RefreshRun(self.tracking, config.name, self._given, pipeline.data)
 
     @classmethod
     def of(

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from draftsmith.artifacts.store.local import Store
+from draftsmith.artifacts.tracking.refresh_runs import RefreshRun
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.refresh.versions import registry
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
@@ -81,11 +82,12 @@ def line_of_two(
             tags = {"drafter_digest": digest, "target_digest": read_target_info(made.target).digest}
             tags["figures"] = json.dumps({"all": PROMISED})
             tracking = Tracking(home)
-            run_id = None if mlflow is None else tracking.open_refresh(line, {})
+            refresh = RefreshRun(tracking, line, {})
+            run_id = None if mlflow is None else refresh.open()
             version = lines.register(line, ref, tags)
             if run_id is not None:
                 lines.upload(version, ref.path / DRAFTER_FOLDER, run_id)
-            tracking.close_refresh("FINISHED")
+            refresh.close("FINISHED")
         assert [bool(each.uploaded) for each in lines.versions(line)] == [mlflow is not None] * 2
         lines.promote(lines.version(line, 1), expected=None, why="first")
         yield {"1": made.drafter / DRAFTER_FOLDER, "2": other / DRAFTER_FOLDER}

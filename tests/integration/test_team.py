@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+from draftsmith.artifacts.tracking.refresh_runs import RefreshRun
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.stages.drafters.checkpoint import save_drafter
 from draftsmith.stages.drafters.digest import drafter_digest
@@ -339,6 +340,7 @@ def test_drafters_are_logged_models_of_a_server(
     log_in(story["servers"], monkeypatch)
     tracking = Tracking(tmp_path / "home", "my-line")
     test_logged_models.test_drafters_of_a_line_are_ranked_on_one_prompt_set(tracking)
-    run_id = tracking.open_refresh("weekly", {})
+    refresh = RefreshRun(tracking, "weekly", {})
+    run_id = refresh.open()
     assert f"{story['servers'].mlflow}/#/experiments/" in tracking.link(run_id)
-    tracking.close_refresh("FINISHED")
+    refresh.close("FINISHED")

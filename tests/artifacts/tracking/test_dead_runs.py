@@ -10,7 +10,7 @@ import pytest
 
 from draftsmith.artifacts.store.attempt import Attempt
 from draftsmith.artifacts.store.local import Store
-from draftsmith.artifacts.tracking.refresh_runs import close_dead_runs
+from draftsmith.artifacts.tracking.refresh_runs import RefreshRun, close_dead_runs
 from draftsmith.artifacts.tracking.runs import Tracking
 from tests.artifacts.tracking.test_tracking import KEY, run_of
 from tests.testbed.artifacts import made_from
@@ -22,11 +22,12 @@ def test_runs_of_a_replaced_container_are_closed_by_the_next_one(
     """The host name is another, but the disk is the same: the lock file is there, and it is unlocked."""
     store, dead = Store(tracking.folder / "store"), Tracking(tracking.folder)
     monkeypatch.setattr("platform.node", lambda: "pod-1")
-    parent = dead.open_refresh("monday", {})
+    refresh = RefreshRun(dead, "monday", {})
+    parent = refresh.open()
     run = dead.stage_run(parent, "sft", KEY)
     monkeypatch.setattr("platform.node", lambda: "pod-2")
     assert close_dead_runs(tracking, store) == [], "its process is alive"
-    dead._refresh_lock.pop_all()  # like a killed process, which does not remove its lock file
+    refresh._alive.pop_all()  # like a killed process, which does not remove its lock file
     gc.collect()
     assert close_dead_runs(tracking, store) == ["monday", "sft"]
     assert {run_of(tracking, each).info.status for each in (parent, run.run_id)} == {"KILLED"}
@@ -34,14 +35,15 @@ def test_runs_of_a_replaced_container_are_closed_by_the_next_one(
 
 def test_runs_of_a_moved_home_are_closed_at_its_new_path(tracking: Tracking, tmp_path: Path) -> None:
     dead, folder = Tracking(tracking.folder), tmp_path / "moved"
-    run = dead.stage_run(dead.open_refresh("monday", {}), "sft", KEY)
+    refresh = RefreshRun(dead, "monday", {})
+    run = dead.stage_run(refresh.open(), "sft", KEY)
     (folder / "refreshes").mkdir(parents=True)
     shutil.copy(tracking.folder / "mlflow.db", folder)
-    (lock,) = dead._refresh_files
+    (lock,) = refresh._files
     shutil.copy(lock, folder / "refreshes")
     assert close_dead_runs(Tracking(folder), Store(folder / "store")) == ["monday", "sft"]
     run.close("FINISHED")
-    dead.close_refresh("FINISHED")
+    refresh.close("FINISHED")
 
 
 def test_runs_of_another_machine_are_left_alone(tracking: Tracking, monkeypatch: pytest.MonkeyPatch) -> None:

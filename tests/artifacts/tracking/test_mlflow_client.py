@@ -17,6 +17,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
+from draftsmith.artifacts.tracking.refresh_runs import RefreshRun
 from draftsmith.artifacts.tracking.registry import Registry, note_tracker
 from draftsmith.artifacts.tracking.runs import Tracking
 from tests.faults.servers import mlflow_server
@@ -84,10 +85,11 @@ def test_weights_are_uploaded_to_a_server_that_answers_late(tmp_path: Path, monk
         client.create_experiment("weekly", artifact_location=f"{address}{ARTIFACTS}/1")
         registry = Registry(tracking)
         version = registry.register("a-line", made, {})
-        registry.upload(version, made.path / "drafter", tracking.open_refresh("night", {}))
+        refresh = RefreshRun(tracking, "night", {})
+        registry.upload(version, made.path / "drafter", refresh.open())
         shutil.rmtree(made.path)
         fetched = registry.download(registry.version("a-line", 1), tmp_path)
-        tracking.close_refresh("FINISHED")
+        refresh.close("FINISHED")
     assert (fetched / "model.safetensors").read_bytes() == b"weights" * 1000
     assert os.environ[TIMEOUT] == "1", "the time-out is restored"
 
@@ -144,7 +146,8 @@ def test_the_password_in_an_address_is_nowhere_but_in_requests(
         tracking = Tracking(tmp_path / "home", "weekly")
         tracking.check()
         note_tracker(tracking)
-        run_id = tracking.open_refresh("night", {"address": address})
+        refresh = RefreshRun(tracking, "night", {"address": address})
+        run_id = refresh.open()
         run = tracking.stage_run(run_id, "sft", "3" * 64)
         run.metrics(1, {"loss": 1.0})
         run.close("FINISHED")
@@ -153,13 +156,13 @@ def test_the_password_in_an_address_is_nowhere_but_in_requests(
         lines.upload(version, made.path / "drafter", run_id)
         lines.promote(lines.version("a-line", 1), expected=None, why="better")
         said += [tracking.link(run_id), tracking.ui_command, str(lines.unknown_line("b"))]
-        tracking.close_refresh("FINISHED")
+        refresh.close("FINISHED")
         lost = Tracking(tmp_path / "home", "weekly")
     for ask in (lost.check, lambda: lines.champion("a-line"), lambda: lines.upload(version, made.path, run_id)):
         with pytest.raises(DraftsmithError) as refused:
             ask()
         said.append(str(refused.value))
-    lost.open_refresh("night", {})  # a warning
+    RefreshRun(lost, "night", {}).open()  # a warning
     output = capfd.readouterr()
     texts = {"out": output.out, "err": output.err, "log": caplog.text, "said": "\n".join(said)}
     files = {str(path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}

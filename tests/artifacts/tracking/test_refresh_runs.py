@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from draftsmith.artifacts.store.manifest import Artifact
-from draftsmith.artifacts.tracking.refresh_runs import OUTCOME, REUSED, RunRecord
+from draftsmith.artifacts.tracking.refresh_runs import OUTCOME, REUSED, RefreshRun
 from draftsmith.artifacts.tracking.runs import Tracking
 from tests.testbed.artifacts import fake_artifact
 
@@ -24,7 +24,7 @@ def artifacts(folder: Path, content: str = "c" * 64) -> dict[str, Artifact]:
 def test_the_same_artifacts_reuse_the_run_and_others_open_one(tracking: Tracking, tmp_path: Path) -> None:
     client, experiment = tracking.connect()
     made = artifacts(tmp_path)
-    first = RunRecord(tracking, "weekly", {"seed": 0}, data=("prompts",))
+    first = RefreshRun(tracking, "weekly", {"seed": 0}, data=("prompts",))
     openers = [threading.Thread(target=first.open) for _ in range(4)]  # stages that run at the same time
     for opener in openers:
         opener.start()
@@ -36,19 +36,19 @@ def test_the_same_artifacts_reuse_the_run_and_others_open_one(tracking: Tracking
     first.close("FINISHED", made, {"tau.opd": 2.5}, [], {"mlflow.note.content": "**Promoted.**"})
 
     for times in ("1", "2"):
-        again = RunRecord(tracking, "weekly", {"seed": 0})
+        again = RefreshRun(tracking, "weekly", {"seed": 0})
         assert again.find_or_open(made) == run_id
         again.close("FINISHED", made, {}, [], {"mlflow.note.content": "nothing was made"})
         tags = client.get_run(run_id).data.tags
         assert (tags[REUSED].split()[0], tags["mlflow.note.content"]) == (times, "**Promoted.**")
-    part = RunRecord(tracking, "weekly", {})
+    part = RefreshRun(tracking, "weekly", {})
     assert part.find_or_open({"prompts": made["prompts"]}) == run_id, "a part of what it made"
     (data,) = client.get_run(run_id).inputs.dataset_inputs
     assert (data.dataset.name, data.dataset.digest) == ("prompts", "c" * 36)
 
     for record, others in (
-        (RunRecord(tracking, "weekly", {}), artifacts(tmp_path, "d" * 64)),  # rebuilt with other content
-        (RunRecord(tracking, "another", {}), made),
+        (RefreshRun(tracking, "weekly", {}), artifacts(tmp_path, "d" * 64)),  # rebuilt with other content
+        (RefreshRun(tracking, "another", {}), made),
     ):
         assert record.find_or_open(others) not in (None, run_id)
         record.close("FINISHED", others, {}, [], {})
@@ -59,13 +59,13 @@ def test_a_conclusion_is_recorded_in_the_earlier_run_that_had_none(tracking: Tra
     """After `--until report` every artifact exists, and the whole run only concludes."""
     client, _ = tracking.connect()
     made = artifacts(tmp_path)
-    looked = RunRecord(tracking, "weekly", {})
+    looked = RefreshRun(tracking, "weekly", {})
     run_id = looked.open()
     assert run_id is not None
     looked.close("FINISHED", made, {"tau.opd": 2.5}, [], {"mlflow.note.content": "**Nothing has followed yet.**"})
 
     def again(of: dict[str, Artifact], outcome: str, note: str) -> dict[str, str]:
-        record = RunRecord(tracking, "weekly", {})
+        record = RefreshRun(tracking, "weekly", {})
         assert record.find_or_open(of) == run_id
         record.close(
             "FINISHED", of, {"promoted": 1.0}, [], {OUTCOME: outcome, "mlflow.note.content": note}, concluded=True
@@ -94,12 +94,12 @@ def test_a_run_that_mlflow_failed_to_open_is_opened_later(
         return create(*arguments, **named)
 
     monkeypatch.setattr(client, "create_run", lost_twice)
-    record = RunRecord(tracking, "weekly", {"seed": 0})
+    record = RefreshRun(tracking, "weekly", {"seed": 0})
     assert [record.open() is None for _ in range(3)] == [True, True, False]
     assert record.find_or_open(artifacts(tmp_path)) == record.open()
     record.close("FINISHED", artifacts(tmp_path), {"tau.opd": 2.5}, [], {})
     left[0] = 1
-    again = RunRecord(tracking, "weekly", {"seed": 1})
+    again = RefreshRun(tracking, "weekly", {"seed": 1})
     others = artifacts(tmp_path, "d" * 64)
     assert [again.find_or_open(others) is None for _ in range(2)] == [True, False]
     again.close("FINISHED", others, {}, [], {})
@@ -109,9 +109,9 @@ def test_a_run_that_mlflow_failed_to_open_is_opened_later(
 
 def test_a_run_without_stages_leaves_none_and_a_failed_one_is_not_reused(tracking: Tracking, tmp_path: Path) -> None:
     client, experiment = tracking.connect()
-    RunRecord(tracking, "weekly", {}).close("FAILED", {}, {}, [], {})
+    RefreshRun(tracking, "weekly", {}).close("FAILED", {}, {}, [], {})
     assert len(client.search_runs([experiment])) == 0
-    failed = RunRecord(tracking, "weekly", {})
+    failed = RefreshRun(tracking, "weekly", {})
     run_id = failed.open()
     failed.close("FAILED", artifacts(tmp_path), {}, [], {})
-    assert RunRecord(tracking, "weekly", {}).find_or_open(artifacts(tmp_path)) != run_id
+    assert RefreshRun(tracking, "weekly", {}).find_or_open(artifacts(tmp_path)) != run_id

@@ -24,6 +24,7 @@ from draftsmith.artifacts.errors import EXIT_USER_ERROR, DraftsmithError, Retrya
 from draftsmith.artifacts.locks import user_name
 from draftsmith.artifacts.store.manifest import Artifact
 from draftsmith.artifacts.tracking import registry as registry_module
+from draftsmith.artifacts.tracking.refresh_runs import RefreshRun
 from draftsmith.artifacts.tracking.registry import (
     CHALLENGER,
     CHAMPION,
@@ -187,14 +188,14 @@ def test_a_failed_request_is_not_taken_for_a_missing_version(
 
 
 def test_weights_are_uploaded_and_downloaded_without_the_store(line: str, registry: Registry, tmp_path: Path) -> None:
-    tracking = registry._tracking
-    run_id = tracking.open_refresh("week-1", {})
+    refresh = RefreshRun(registry._tracking, "week-1", {})
+    run_id = refresh.open()
     made = ref(tmp_path, "a")
     version = registry.register(line, made, {}, run_id=run_id)
     with pytest.raises(RetryableError, match="has no run of this refresh"):
         registry.upload(version, made.path / "drafter", None)
     registry.upload(version, made.path / "drafter", run_id)
-    tracking.close_refresh("FINISHED")
+    refresh.close("FINISHED")
     version = registry.register(line, made, {})  # again, as by the next attempt of a killed run
     assert version.uploaded == f"runs:/{run_id}/drafter"
     shutil.rmtree(tmp_path / "store")

@@ -29,7 +29,7 @@ from draftsmith.artifacts.results.data import day
 from draftsmith.artifacts.store.local import Store
 from draftsmith.artifacts.store.manifest import MANIFEST, Artifact
 from draftsmith.artifacts.tracking import terms as mlflow_terms
-from draftsmith.artifacts.tracking.refresh_runs import describe_misplaced_files
+from draftsmith.artifacts.tracking.refresh_runs import RefreshRun, describe_misplaced_files
 from draftsmith.artifacts.tracking.runs import NOTE, Tracking
 from draftsmith.artifacts.tracking.terms import MOST_PARAMS, flatten
 from draftsmith.stages.engines.servers.process import free_ports
@@ -68,13 +68,14 @@ def test_a_refresh_and_its_stages_are_nested_with_params_metrics_and_review_file
     tracking: Tracking, tmp_path: Path
 ) -> None:
     ref = artifact(tmp_path / "a")
-    parent = tracking.open_refresh("quickstart", {"name": "quickstart", "sft": {"steps": 3}})
+    opened = RefreshRun(tracking, "quickstart", {"name": "quickstart", "sft": {"steps": 3}})
+    parent = opened.open()
     run = tracking.stage_run(parent, "sft", KEY, inputs={"trajectories": ref})
     for step in range(2500):  # more than two batches of MLflow
         run.metrics(step, {"loss": 3.0 - step / 1000})
     run.close("FINISHED", ref.path)
     metrics = {"tau_sft": 2.5, "tau_k=3+mine": 2.25}  # an arm's name may be anything
-    tracking.close_refresh("FINISHED", metrics, [ref.path / "report.html"])
+    opened.close("FINISHED", metrics=metrics, files=[ref.path / "report.html"])
 
     stage, refresh = run_of(tracking, run.run_id), run_of(tracking, parent)
     assert stage.data.tags["mlflow.parentRunId"] == parent
@@ -109,16 +110,17 @@ def test_a_run_records_user_command_and_commit(
     monkeypatch.setattr(sys, "argv", command)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(mlflow_terms, "__file__", str(repository / "artifacts" / "terms.py"))
-    run = run_of(tracking, tracking.open_refresh("who", {}))
+    run = run_of(tracking, (refresh := RefreshRun(tracking, "who", {})).open())
     tags, experiment = run.data.tags, client(tracking).get_experiment(run.info.experiment_id)
     assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
     assert tags["mlflow.source.git.commit"] == found.stdout.strip()
     assert tags["mlflow.source.name"].startswith("draftsmith run weekly.yaml --set 'note=a b' --url ")
     assert "word" not in tags["mlflow.source.name"] and tags["mlflow.user"] == user_name()
     monkeypatch.setenv("PATH", "")  # no git
-    tags = run_of(tracking, tracking.open_refresh("who", {})).data.tags
+    refresh.close("FINISHED")
+    tags = run_of(tracking, (refresh := RefreshRun(tracking, "who", {})).open()).data.tags
     assert "mlflow.source.git.commit" not in tags and "mlflow.user" in tags
-    tracking.close_refresh("FINISHED")
+    refresh.close("FINISHED")
 
 
 def test_system_metrics_are_logged_and_resumed(tracking: Tracking, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,8 +172,8 @@ def test_a_lines_experiment_says_what_it_is_and_shows_the_headlines(tmp_path: Pa
     (tmp_path / "mlflow.db").write_bytes((migrated / "mlflow.db").read_bytes())
     line = Tracking(tmp_path, "my-line")
     for metrics in ({"tau.champion": 2.4, "cost.wall_s": 3.0}, {"tau.champion": 2.5}, {}):  # the last one failed
-        line.open_refresh("weekly", {})
-        line.close_refresh("FINISHED", metrics, name="1 Dec: current")
+        (refresh := RefreshRun(line, "weekly", {})).open()
+        refresh.close("FINISHED", metrics=metrics, name="1 Dec: current")
     _, experiment = line.connect()
     tags = client(line).get_experiment(experiment).tags
     view = tags["mlflow.sharedViewState.headlines"]
@@ -179,8 +181,8 @@ def test_a_lines_experiment_says_what_it_is_and_shows_the_headlines(tmp_path: Pa
     for link in ("#/models/my-line", f"#/experiments/{experiment}/runs?viewStateShareKey=headlines"):
         assert f"({link})" in tags[NOTE]
     client(line).set_experiment_tag(experiment, NOTE, "ours")
-    line.open_refresh("weekly", {})
-    line.close_refresh("FINISHED", {"tau.champion": 2.5})
+    (refresh := RefreshRun(line, "weekly", {})).open()
+    refresh.close("FINISHED", metrics={"tau.champion": 2.5})
     assert client(line).get_experiment(experiment).tags[NOTE] == "ours"
     runs = client(line).search_runs([experiment])
     assert {run.info.run_name for run in runs} == {"weekly", "1 Dec: current"}
@@ -191,7 +193,7 @@ def test_an_unfinished_run_of_the_same_key_is_resumed_without_repeating_steps(tr
     first.metrics(0, {"loss": 3.0})
     first.metrics(1, {"loss": 2.0})
     first.close("FAILED")
-    parent = tracking.open_refresh("again", {})
+    parent = (refresh := RefreshRun(tracking, "again", {})).open()
     other = tracking.stage_run(parent, "sft", "cd" * 32)
     other.close("FINISHED")
     assert other.run_id != first.run_id
@@ -201,7 +203,7 @@ def test_an_unfinished_run_of_the_same_key_is_resumed_without_repeating_steps(tr
     for step in (1, 2):  # the stage resumed from its checkpoint
         second.metrics(step, {"loss": 2.0 - step})
     second.close("FINISHED")
-    tracking.close_refresh("FINISHED")
+    refresh.close("FINISHED")
     run = run_of(tracking, second.run_id)
     assert run.data.tags["mlflow.parentRunId"] == parent
     history = client(tracking).get_metric_history(second.run_id, "train/loss")
@@ -212,15 +214,17 @@ def test_two_processes_can_share_a_new_database(tmp_path: Path) -> None:
     script = """
         import sys
         from pathlib import Path
+        from draftsmith.artifacts.tracking.refresh_runs import RefreshRun
         from draftsmith.artifacts.tracking.runs import Tracking
         tracking = Tracking(Path(sys.argv[1]))
         tracking.check()
-        parent = tracking.open_refresh(sys.argv[2], {"a": 1})
+        refresh = RefreshRun(tracking, sys.argv[2], {"a": 1})
+        parent = refresh.open()
         run = tracking.stage_run(parent, "sft", sys.argv[2] * 64)
         for step in range(200):
             run.metrics(step, {"loss": 1.0})
         run.close("FINISHED")
-        tracking.close_refresh("FINISHED")
+        refresh.close("FINISHED")
         assert not tracking._warned
         """
     commands = [[sys.executable, "-c", textwrap.dedent(script), str(tmp_path), name] for name in "ab"]
@@ -242,8 +246,9 @@ def test_a_database_of_an_older_mlflow_is_migrated(tmp_path: Path, migrated: Pat
     tracking = Tracking(tmp_path)
     command.downgrade(_get_alembic_config(tracking.uri), "-1")
     tracking.check()
-    assert tracking.open_refresh("after", {}) is not None
-    tracking.close_refresh("FINISHED")
+    refresh = RefreshRun(tracking, "after", {})
+    assert refresh.open() is not None
+    refresh.close("FINISHED")
 
 
 @pytest.fixture
@@ -332,7 +337,7 @@ def test_a_failure_during_the_work_is_one_warning_and_loses_nothing(
 ) -> None:
     (tmp_path / "mlflow.db").write_bytes((migrated / "mlflow.db").read_bytes())
     broken = Tracking(tmp_path)
-    parent = broken.open_refresh("r", {})
+    parent = (refresh := RefreshRun(broken, "r", {})).open()
     run = broken.stage_run(parent, "sft", KEY)
     with sqlite3.connect(tmp_path / "mlflow.db") as database:
         for table in ("metrics", "latest_metrics", "tags", "runs"):
@@ -342,7 +347,7 @@ def test_a_failure_during_the_work_is_one_warning_and_loses_nothing(
         run.close("FINISHED")
         later = broken.stage_run(parent, "opd", "cd" * 32)
         later.close("FINISHED")
-        broken.close_refresh("FINISHED")
+        refresh.close("FINISHED")
     warnings = [record for record in caplog.records if record.name == "draftsmith.artifacts.tracking.runs"]
     assert len(warnings) == 1
     assert "Results are safe in the store" in warnings[0].getMessage()
@@ -403,12 +408,12 @@ def test_a_run_ends_even_if_mlflow_refuses_its_files(
     """As in a moved home, or with a server that cannot write to its bucket: metrics and tags are still set."""
     page = tmp_path / "report.html"
     page.write_text("a page")
-    parent = tracking.open_refresh("weekly", {})
+    parent = (refresh := RefreshRun(tracking, "weekly", {})).open()
     run = tracking.stage_run(parent, "sft", KEY)
     client, _ = tracking.connect()
     monkeypatch.setattr(client, "log_artifact", lambda *_: (_ for _ in ()).throw(PermissionError("/home/old")))
     run.close("FINISHED", artifact(tmp_path / "made").path)
-    tracking.close_refresh("FINISHED", {"tau": 2.5}, [page], {"outcome": "promoted"})
+    refresh.close("FINISHED", metrics={"tau": 2.5}, files=[page], tags={"outcome": "promoted"})
     assert {run_of(tracking, each).info.status for each in (parent, run.run_id)} == {"FINISHED"}
     assert run_of(tracking, parent).data.metrics == {"tau": 2.5}
     assert run_of(tracking, parent).data.tags["outcome"] == "promoted"

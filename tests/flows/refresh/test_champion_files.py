@@ -14,6 +14,7 @@ import pytest
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.store.local import Store
 from draftsmith.artifacts.store.manifest import Artifact
+from draftsmith.artifacts.tracking.refresh_runs import RefreshRun
 from draftsmith.artifacts.tracking.registry import note_tracker
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.cli import commands
@@ -40,11 +41,11 @@ def test_an_uploaded_champion_is_used_without_the_store(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    tracking = Tracking(home)
-    run_id = tracking.open_refresh("week 1", {})
+    refresh = RefreshRun(Tracking(home), "week 1", {})
+    run_id = refresh.open()
     config = config_of(line, registry={"name": line, "upload": True})
     finished(config, gated(Store(home / "store"), drafters[0]), run_id)
-    tracking.close_refresh("FINISHED")
+    refresh.close("FINISHED")
     digest = drafter_digest(drafters[0].path / DRAFTER_FOLDER)
     shutil.rmtree(home / "store")  # as on a machine that only has MLflow
     upload, gone = registry().version(line, 1).uploaded, str(home / "store")
@@ -78,8 +79,9 @@ def test_adapters_that_an_earlier_release_uploaded_are_no_upload(
     line: str, home: Path, drafters: list[Artifact], plain_artifact: Path, tmp_path: Path
 ) -> None:
     """Their store is needed. Without it the champion is neither missing nor another one, and can be replaced."""
-    tracking, config = Tracking(home), config_of(line, registry={"name": line, "upload": True})
-    made, run_id = gated(Store(home / "store"), drafters[0]), tracking.open_refresh("week 1", {})
+    refresh = RefreshRun(Tracking(home), "week 1", {})
+    config = config_of(line, registry={"name": line, "upload": True})
+    made, run_id = gated(Store(home / "store"), drafters[0]), refresh.open()
     finished(config, made, run_id)
     address = registry().version(line, 1).uploaded
     earlier = {"uploaded": f"{address} {address}", "base": "a" * 64}
@@ -96,7 +98,7 @@ def test_adapters_that_an_earlier_release_uploaded_are_no_upload(
     (tmp_path / "elsewhere").rename(home / "store")
     finished(config, made, run_id)
     assert registry().version(line, 1).uploaded == address, "its refresh uploads it whole"
-    tracking.close_refresh("FINISHED")
+    refresh.close("FINISHED")
 
 
 @pytest.mark.parametrize("upload", [True, False])
@@ -104,13 +106,13 @@ def test_a_damaged_drafter_is_replaced_by_its_upload_or_is_an_error(
     upload: bool, line: str, home: Path, drafters: list[Artifact], plain_artifact: Path, tmp_path: Path
 ) -> None:
     """For a rollback, whose error must not advise `--force`, and for the next refresh."""
-    tracking = Tracking(home)
     config = config_of(line, registry={"name": line, "upload": upload})
     digest = drafter_digest(drafters[0].path / DRAFTER_FOLDER)
     for drafter in drafters:
         made = gated(Store(home / "store"), drafter)
-        finished(config, made, tracking.open_refresh("weekly", {}))
-        tracking.close_refresh("FINISHED")
+        refresh = RefreshRun(Tracking(home), "weekly", {})
+        finished(config, made, refresh.open())
+        refresh.close("FINISHED")
     weights = drafters[0].path / DRAFTER_FOLDER / "model.safetensors"
     weights.chmod(0o600)
     weights.write_bytes(b"other")
@@ -148,9 +150,10 @@ def test_a_line_that_another_mlflow_has_is_an_error(
 
 def test_no_tag_leads_out_of_the_home(line: str, home: Path, drafters: list[Artifact], tmp_path: Path) -> None:
     """An exported drafter lies beside the home, where the folder of a digest `../..` would be."""
-    tracking, config = Tracking(home), config_of(line, registry={"name": line, "upload": True})
-    finished(config, gated(Store(home / "store"), drafters[0]), tracking.open_refresh("week 1", {}))
-    tracking.close_refresh("FINISHED")
+    refresh = RefreshRun(Tracking(home), "week 1", {})
+    config = config_of(line, registry={"name": line, "upload": True})
+    finished(config, gated(Store(home / "store"), drafters[0]), refresh.open())
+    refresh.close("FINISHED")
     registry_commands.export(Display(), line, home.parent / DRAFTER_FOLDER)
     shutil.rmtree(home / "store")  # as on a machine that only has MLflow
 
@@ -163,7 +166,7 @@ def test_no_tag_leads_out_of_the_home(line: str, home: Path, drafters: list[Arti
         lambda: download_upload(version),
         lambda: registry_commands.export(Display(), line, tmp_path / "again"),
     ]
-    client, version, before = tracking.connect()[0], registry().version(line, 1), outside()
+    client, version, before = Tracking(home).connect()[0], registry().version(line, 1), outside()
     record = json.loads(client.get_model_version(line, "1").tags["draftsmith.version_record"])
     assert home.parent / DRAFTER_FOLDER / "model.safetensors" in before
 

@@ -12,7 +12,7 @@ import draftsmith
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.store.local import Store
 from draftsmith.artifacts.store.manifest import Artifact
-from draftsmith.artifacts.tracking.refresh_runs import RunRecord
+from draftsmith.artifacts.tracking.refresh_runs import RefreshRun
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.cli.main import main
 from tests.flows.refresh.line_runs import config_of, finished, gated
@@ -36,7 +36,7 @@ def reported(store: Store, line: str, number: int, since: str, newest: str, step
     refs = {
         node: committed(store, node, files, store.key(node, "c", {"n": number}, {}, 0)) for node, files in made.items()
     }
-    record = RunRecord(Tracking(store.root.parent, line), "weekly", {})
+    record = RefreshRun(Tracking(store.root.parent, line), "weekly", {})
     run_id = record.open()
     record.close("FINISHED", refs, {}, [], {})
     return run_id

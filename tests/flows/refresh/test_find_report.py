@@ -11,7 +11,7 @@ import pytest
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.store.local import Store
 from draftsmith.artifacts.store.manifest import Artifact
-from draftsmith.artifacts.tracking.refresh_runs import RunRecord
+from draftsmith.artifacts.tracking.refresh_runs import RefreshRun
 from draftsmith.artifacts.tracking.registry import Registry
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.cli.main import main
@@ -33,7 +33,7 @@ def made(store: Store, name: str) -> Artifact:
 
 def run_of(home: Path, experiment: str | None, name: str, **artifacts: Artifact) -> str | None:
     """Return the id of a finished run in MLflow with these artifacts."""
-    record = RunRecord(Tracking(home, experiment), name, {})
+    record = RefreshRun(Tracking(home, experiment), name, {})
     run_id = record.open()
     record.close("FINISHED", artifacts, {}, [], {}, name=f"1 Dec: promoted {name}")
     return run_id
@@ -66,7 +66,7 @@ def test_a_report_is_found_by_run_and_by_artifact(store: Store, home: Path, caps
 
 def test_the_report_of_a_version_is_found_also_when_the_store_has_it_no_more(store: Store, home: Path) -> None:
     report = made(store, "week 3")
-    record = RunRecord(Tracking(home, "b-line"), "weekly", {})
+    record = RefreshRun(Tracking(home, "b-line"), "weekly", {})
     run_id = record.open()
     record.close("FINISHED", {"report": report}, {}, [report.path / "report.html"], {})
     drafter = committed(store, "opd", {"drafter/config.json": "{}"}, "ef")

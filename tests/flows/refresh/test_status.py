@@ -15,7 +15,7 @@ import yaml
 
 from draftsmith.artifacts.store.local import Store
 from draftsmith.artifacts.store.manifest import Artifact
-from draftsmith.artifacts.tracking.refresh_runs import CONTINUE, OUTCOME, RunRecord
+from draftsmith.artifacts.tracking.refresh_runs import CONTINUE, OUTCOME, RefreshRun
 from draftsmith.artifacts.tracking.runs import NOTE, Tracking
 from draftsmith.artifacts.tracking.terms import Status as Ended
 from draftsmith.flows.cli.main import main
@@ -46,7 +46,7 @@ def shown(home: Path, capsys: pytest.CaptureFixture[str]) -> Shown:
 
 def ended(home: Path, line: str, status: Ended, note: str, outcome: str = "") -> None:
     """Write the run of a refresh to MLflow as a refresh does."""
-    record = RunRecord(Tracking(home, line), "weekly", {})
+    record = RefreshRun(Tracking(home, line), "weekly", {})
     record.open()
     record.close(status, {}, {}, [], {NOTE: note, **({OUTCOME: outcome} if outcome else {})})
 
@@ -105,8 +105,10 @@ def test_the_last_outcome_is_the_refreshs_or_what_a_person_did_since(
 def test_a_lines_first_refresh_that_was_killed_tells_its_command(line: str, home: Path, shown: Shown) -> None:
     program = (
         "import os, signal; from draftsmith.artifacts.home import home; "
+        "from draftsmith.artifacts.tracking.refresh_runs import RefreshRun; "
         "from draftsmith.artifacts.tracking.runs import Tracking; "
-        f"assert Tracking(home(), {line!r}).open_refresh('weekly', {{}}); os.kill(os.getpid(), signal.SIGKILL)"
+        f"run = RefreshRun(Tracking(home(), {line!r}), 'weekly', {{}}); "
+        "assert run.open(); os.kill(os.getpid(), signal.SIGKILL)"
     )
     variables = environment(home, MLFLOW_TRACKING_URI=os.environ["MLFLOW_TRACKING_URI"])
     killed = subprocess.run(

@@ -13,6 +13,7 @@ import pytest
 
 from draftsmith.artifacts.store.local import Store
 from draftsmith.artifacts.store.manifest import Artifact
+from draftsmith.artifacts.tracking.refresh_runs import RefreshRun
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.cli.main import main
 from draftsmith.flows.refresh.champion import resolve
@@ -59,12 +60,12 @@ def serving_swaps(server: SwapServer) -> Iterator[HttpServer]:
 @pytest.fixture(params=[False], ids=["store"])
 def of_two(request: pytest.FixtureRequest, line: str, home: Path, drafters: list[Artifact]) -> Iterator[Line]:
     """A parameter: whether its drafters are uploaded."""
-    tracking, config = Tracking(home), config_of(line, registry={"name": line, "upload": request.param})
+    config = config_of(line, registry={"name": line, "upload": request.param})
     checkpoints = [drafter.path / DRAFTER_FOLDER for drafter in drafters]
     for drafter in drafters:
-        run_id = tracking.open_refresh("weekly", {}) if request.param else None
-        finished(config, gated(Store(home / "store"), drafter), run_id)
-        tracking.close_refresh("FINISHED")
+        refresh = RefreshRun(Tracking(home), "weekly", {})
+        finished(config, gated(Store(home / "store"), drafter), refresh.open() if request.param else None)
+        refresh.close("FINISHED")
     digests = [drafter_digest(each) for each in checkpoints]
     server = SwapServer(digests[1], served_block_size(checkpoints[1], DraftingConfig(), "DFLASH"))
     with serving_swaps(server) as http:
