@@ -12,7 +12,12 @@ _OURS = (
 )
 
 
+def is_ours(file: str) -> bool:
+    """Return whether a file is one of ours."""
+    return file.startswith(_OURS)
+
+
 def frames_of_ours() -> list[str]:
     """Return the functions of ours that are running in this thread, the outermost first."""
     found = traceback.extract_stack()
-    return [f"{Path(each.filename).stem}.{each.name}" for each in found if each.filename.startswith(_OURS)]
+    return [f"{Path(each.filename).stem}.{each.name}" for each in found if is_ours(each.filename)]

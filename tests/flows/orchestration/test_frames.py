@@ -1,4 +1,4 @@
-"""How many functions of ours are running when a stage's body begins."""
+"""How many functions of ours are running when a stage's body begins, and how many a run without work calls."""
 
 from __future__ import annotations
 
@@ -40,3 +40,26 @@ def test_few_functions_lie_above_a_stages_body(tmp_path: Path) -> None:
     above = [*json.loads(flow.read_text()), *json.loads(stage.read_text())]
     assert above[0] == "main.main" and above[-1] == "stage.run"
     assert len(above) <= MOST, "\n".join(above)
+
+
+UNCHANGED = 240  # functions of the runner: the toy's stages, checks and results are few
+_PROFILED = """
+import cProfile, inspect
+from draftsmith.flows.cli.main import main
+from tests.flows.frames import is_ours
+from tests.flows.toy import TOY
+
+with cProfile.Profile() as profile:
+    assert main(["run", {config!r}], TOY) == 0
+codes = [each.code for each in profile.getstats() if not isinstance(each.code, str) and is_ours(each.code.co_filename)]
+functions = [code for code in codes if code.co_flags & inspect.CO_OPTIMIZED and not code.co_name.startswith("<")]
+print(len(functions))
+"""
+
+
+def test_a_run_that_changes_nothing_calls_few_functions(tmp_path: Path) -> None:
+    home, config = tmp_path / "home", write_config(tmp_path / "toy.yaml")
+    run_python(home, _PROFILED.format(config=str(config)))
+    again = run_python(home, _PROFILED.format(config=str(config)))
+    assert "total: reused" in again
+    assert int(again.splitlines()[-1]) <= UNCHANGED, again
