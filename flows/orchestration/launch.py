@@ -11,7 +11,7 @@ from draftsmith.artifacts.home import home
 from draftsmith.flows.config.options import RunOptions
 from draftsmith.flows.orchestration.server import start_prefect_server
 from draftsmith.flows.planning.graph import Selection
-from draftsmith.flows.planning.plan import Pipeline, load_attribute
+from draftsmith.flows.planning.plan import Pipeline, early_end, load_attribute
 from draftsmith.stages.runtime.memory import restore_gc
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def launch(
 
     run = Run(pipeline, config, selection)
     run.prepare()
-    run.display.plan(run.plan, run.early_end)
+    run.display.plan(run.plan, early_end(pipeline, run.config, run.plan, run.store, selection))
     flow = load_attribute(pipeline.flow)
     run.retry(lambda: wait_for_server(run.display.line))
     restore_gc()

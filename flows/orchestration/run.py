@@ -56,10 +56,8 @@ from draftsmith.flows.planning.inputs import forget_listings, note_listings, rea
 from draftsmith.flows.planning.plan import (
     Build,
     Conclusion,
-    EarlyEnd,
     Pipeline,
     RunReview,
-    early_end,
     plan,
     planned_listings,
 )
@@ -80,6 +78,7 @@ class Run(RunContext):
         self.pipeline, self.selection = pipeline, selection
         self.pool = run_shards
         self.plan: list[Build] = []
+        self.forced: set[str] = set()  # nodes to make although the store has them
         self.made: dict[str, Artifact] = {}  # by node
         self.conclusion: Conclusion | None = None
         self.error: BaseException | None = None  # of the body, or of the conclusion
@@ -116,12 +115,10 @@ class Run(RunContext):
         if (warning := describe_misplaced_files(self.tracking)) is not None:
             self.display.line(f"warning: {warning}")
         self.config = self.retry(lambda: self.pipeline.resolve(self.config))
-        self.plan = self.retry(lambda: plan(self.config, self.store, self.pipeline, self._to_make))
-
-    @property
-    def _to_make(self) -> Selection:
-        """Return the selection, after a suspension without `--force`: forced nodes were made before it."""
-        return replace(self.selection, force=()) if resumed() else self.selection
+        # after a suspension without `--force`: forced nodes were made before it
+        selection = replace(self.selection, force=()) if resumed() else self.selection
+        self.plan = self.retry(lambda: plan(self.config, self.store, self.pipeline, selection))
+        self.forced = selection.forced([build.node for build in self.plan])
 
     @property
     def whole(self) -> bool:
@@ -129,19 +126,9 @@ class Run(RunContext):
         return not self.selection.until
 
     @property
-    def forced(self) -> set[str]:
-        """Return the nodes to make although the store has them."""
-        return self._to_make.forced([build.node for build in self.plan])
-
-    @property
     def asked(self) -> set[str]:
         """Return the nodes that a person asked for, by `--force` and `--from`."""
         return {*self.selection.forced([build.node for build in self.plan]), *self.selection.start}
-
-    @property
-    def early_end(self) -> EarlyEnd | None:
-        """Return where the run may end before its last node."""
-        return early_end(self.pipeline, self.config, self.plan, self.store, self.selection)
 
     @property
     def folders(self) -> Mapping[str, Path]:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from draftsmith.artifacts.store.manifest import Manifest
-from draftsmith.artifacts.tracking.refresh_runs import Metrics
 from draftsmith.flows.checks.check import RunChecks
-from draftsmith.flows.execution.display import Display, EndedRun
 from draftsmith.flows.planning.graph import Node
-from draftsmith.flows.planning.plan import Build, EarlyEnd, Pipeline, RunReview
+from draftsmith.flows.planning.plan import Build, Pipeline
 from draftsmith.flows.refresh.champion import resolve
 from draftsmith.flows.refresh.config import (
     RefreshConfig,
@@ -108,11 +105,13 @@ class RefreshPipeline(Pipeline):
     data = ("prompts", "logs", "rollout", "assisted", "heldout")
     report = ("report", "report.html")
 
-    def nodes(self, config: RefreshConfig) -> list[Node]:
-        return refresh_nodes(config)
-
-    def resolve(self, config: RefreshConfig) -> RefreshConfig:
-        return resolve(config)
+    nodes = staticmethod(refresh_nodes)
+    resolve = staticmethod(resolve)
+    early_end = staticmethod(early_end)
+    sticky_force = staticmethod(sticky_force)
+    compared = staticmethod(compared)
+    review = staticmethod(review)
+    show = staticmethod(show_results)
 
     def check(self, builds: Sequence[Build]) -> list[str]:
         return RunChecks(builds).before()
@@ -122,21 +121,6 @@ class RefreshPipeline(Pipeline):
 
     def concludes(self, config: RefreshConfig) -> bool:
         return config.registry is not None
-
-    def early_end(self, config: RefreshConfig, asked: Collection[str], folders: Mapping[str, Path]) -> EarlyEnd | None:
-        return early_end(config, asked, folders)
-
-    def sticky_force(self, config: RefreshConfig, asked: Collection[str]) -> Collection[str]:
-        return sticky_force(config, asked)
-
-    def compared(self, folders: Mapping[str, Path]) -> Mapping[str, tuple[Manifest, Metrics]]:
-        return compared(folders)
-
-    def review(self, folders: Mapping[str, Path]) -> RunReview | None:
-        return review(folders)
-
-    def show(self, display: Display, folders: Mapping[str, Path], ended: EndedRun) -> None:
-        show_results(display, folders, ended)
 
 
 class WatchPipeline(RefreshPipeline):

@@ -11,8 +11,6 @@ from pydantic import Field, ValidationError
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.identifiers import PlainName, server_url
 from draftsmith.artifacts.results.evaluation import DiagnosisResult
-from draftsmith.artifacts.store.manifest import Manifest
-from draftsmith.artifacts.tracking.refresh_runs import Metrics
 from draftsmith.flows.checks.check import RunChecks
 from draftsmith.flows.config.options import RunOptions
 from draftsmith.flows.execution.display import Display, EndedRun
@@ -67,20 +65,15 @@ class EvaluatePipeline(Pipeline):
     flow = "draftsmith.flows.refresh.flow:evaluate"
     headline = "evaluation"
 
-    def nodes(self, config: EvaluateConfig) -> list[Node]:
-        return evaluate_nodes(config)
+    nodes = staticmethod(evaluate_nodes)
+    compared = staticmethod(compared)
+    show = staticmethod(show_results)
 
     def check(self, builds: Sequence[Build]) -> list[str]:
         return RunChecks(builds).before()
 
     def check_after(self, node: Node, builds: Sequence[Build], folders: Mapping[str, Path]) -> list[str]:
         return RunChecks(builds).after(node, folders)
-
-    def compared(self, folders: Mapping[str, Path]) -> Mapping[str, tuple[Manifest, Metrics]]:
-        return compared(folders)
-
-    def show(self, display: Display, folders: Mapping[str, Path], ended: EndedRun) -> None:
-        show_results(display, folders, ended)
 
 
 EVALUATE = EvaluatePipeline()
@@ -143,7 +136,7 @@ def diagnose_nodes(config: DiagnoseConfig) -> list[Node]:
     ]
 
 
-def show_diagnosis(display: Display, folders: Mapping[str, Path]) -> None:
+def show_diagnosis(display: Display, folders: Mapping[str, Path], ended: EndedRun) -> None:  # noqa: ARG001
     """Print the diagnosis: a table of the changes of replay that were tried, and a sentence."""
     result = DiagnosisResult.read(folders[DIAGNOSIS])
     if result.as_it_is is not None and result.tried:
@@ -162,17 +155,14 @@ class DiagnosePipeline(Pipeline):
     config = DiagnoseConfig
     flow = "draftsmith.flows.refresh.flow:diagnose"
 
-    def nodes(self, config: DiagnoseConfig) -> list[Node]:
-        return diagnose_nodes(config)
+    nodes = staticmethod(diagnose_nodes)
+    show = staticmethod(show_diagnosis)
 
     def check(self, builds: Sequence[Build]) -> list[str]:
         return RunChecks(builds).before()
 
     def check_after(self, node: Node, builds: Sequence[Build], folders: Mapping[str, Path]) -> list[str]:
         return RunChecks(builds).after(node, folders)
-
-    def show(self, display: Display, folders: Mapping[str, Path], ended: EndedRun) -> None:  # noqa: ARG002
-        show_diagnosis(display, folders)
 
 
 DIAGNOSE = DiagnosePipeline()

@@ -34,10 +34,10 @@ _VERDICTS = {
 _NOTHING_BROKEN = "Nothing is broken. Drafters, answers and acceptance lengths are valid."
 
 
-def show_results(display: Display, folders: Mapping[str, Path], ending: EndedRun) -> None:
+def show_results(display: Display, folders: Mapping[str, Path], ended: EndedRun) -> None:
     """Print the screen at the end of a run. folders: node -> folder of its artifact."""
     display.line("")
-    for line in screen(folders, ending):
+    for line in screen(folders, ended):
         display.line(line)
 
 
