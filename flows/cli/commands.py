@@ -15,7 +15,6 @@ import time
 import webbrowser
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,61 +54,22 @@ from draftsmith.flows.refresh.config import RefreshConfig
 from draftsmith.flows.refresh.diff import version_diff
 from draftsmith.flows.refresh.graph import REFRESH, WATCH
 from draftsmith.flows.refresh.init import QUESTIONS, SIZES, write_first_config
-from draftsmith.flows.refresh.measurements import DIAGNOSE, DIAGNOSIS, EVALUATE, diagnose_config, evaluate_config
+from draftsmith.flows.refresh.measurements import DIAGNOSE, EVALUATE, diagnose_config, evaluate_config
 from draftsmith.stages.evaluation.drift import DriftConfig
 from draftsmith.stages.runtime.invocation import COMMAND
 
 if TYPE_CHECKING:
-    from draftsmith.flows.orchestration.run import Run
+    pass
 
 
 def _run(options: argparse.Namespace, pipeline: Pipeline) -> None:
-    typed = {"config": str(options.config), "overrides": options.overrides, "mlflow": Tracking(home()).ui_command}
-    os.environ[COMMAND] = json.dumps(typed)
-    began, config = time.monotonic(), _read_unresolved(options, pipeline)
+    """Run the flow of a refresh, an evaluation or a diagnosis and print its results, or only print its plan."""
+    began, selection = time.monotonic(), Selection.from_options(options.force, options.start, options.until)
+    kind, config = _KINDS.get(options.command, _of_file)(options, pipeline)
     if options.plan:
-        _show_plan(options, pipeline, pipeline.resolve(config))
-    else:
-        _show_end(options, began, launch(config, pipeline, _selection(options), partial(_lose_prefect, options)))
-
-
-def _evaluate(options: argparse.Namespace, _pipeline: Pipeline) -> None:
-    began, config = time.monotonic(), evaluate_config(_read_refresh(options), options.drafters)
-    if options.plan:
-        _show_plan(options, EVALUATE, config)
-    else:
-        _show_end(options, began, launch(config, EVALUATE, _selection(options), partial(_lose_prefect, options)))
-
-
-def _diagnose(options: argparse.Namespace, _pipeline: Pipeline) -> None:
-    began, refresh = time.monotonic(), _read_refresh(options)
-    options.force = [*options.force, DIAGNOSIS]  # the server may answer differently from last time
-    config = diagnose_config(refresh, options.url, options.drafter, options.prompts, options.api_key_env)
-    if options.plan:
-        _show_plan(options, DIAGNOSE, config)
-    else:
-        _show_end(options, began, launch(config, DIAGNOSE, _selection(options), partial(_lose_prefect, options)))
-
-
-def _selection(options: argparse.Namespace) -> Selection:
-    return Selection.from_options(options.force, options.start, options.until)
-
-
-def _lose_prefect(options: argparse.Namespace) -> None:
-    options.lost_prefect = True
-
-
-def _show_plan(options: argparse.Namespace, pipeline: Pipeline, config: RunOptions) -> None:
-    """Print what a run of a resolved config would do."""
-    display, store, selection = Display(), open_store(home()), _selection(options)
-    builds = with_retries(lambda: plan(config, store, pipeline, selection), config.stages, display.line)
-    display.plan(builds, early_end(pipeline, config, builds, store, selection))
-    display.newer_files(builds)
-    display.lines(pipeline.check(builds))
-
-
-def _show_end(options: argparse.Namespace, began: float, run: Run) -> None:
-    """Print the results of a run that has ended, or raise why it is not promoted or served. began: its start."""
+        _show_plan(kind, kind.resolve(config), selection)
+        return
+    run = launch(config, kind, selection, lambda: setattr(options, "lost_prefect", True))
     refusal = run.conclusion.error if run.conclusion is not None else None
     if options.until:
         for name, folder in run.folders.items():
@@ -117,9 +77,39 @@ def _show_end(options: argparse.Namespace, began: float, run: Run) -> None:
     else:
         outcome = run.conclusion.name if run.conclusion is not None else None
         command, seconds = (str(options.config), options.overrides, run.tracking.ui_command), time.monotonic() - began
-        run.pipeline.show(run.display, run.folders, EndedRun(run.config, *command, seconds, outcome, refusal))
+        kind.show(run.display, run.folders, EndedRun(run.config, *command, seconds, outcome, refusal))
     if refusal is not None:
         raise refusal
+
+
+def _of_file(options: argparse.Namespace, pipeline: Pipeline) -> tuple[Pipeline, RunOptions]:
+    typed = {"config": str(options.config), "overrides": options.overrides, "mlflow": Tracking(home()).ui_command}
+    os.environ[COMMAND] = json.dumps(typed)
+    return pipeline, _read_unresolved(options, pipeline)
+
+
+def _evaluation(options: argparse.Namespace, _pipeline: Pipeline) -> tuple[Pipeline, RunOptions]:
+    return EVALUATE, evaluate_config(_read_refresh(options), options.drafters)
+
+
+def _diagnosis(options: argparse.Namespace, _pipeline: Pipeline) -> tuple[Pipeline, RunOptions]:
+    refresh = _read_refresh(options)
+    return DIAGNOSE, diagnose_config(refresh, options.url, options.drafter, options.prompts, options.api_key_env)
+
+
+_KINDS: Mapping[str, Callable[[argparse.Namespace, Pipeline], tuple[Pipeline, RunOptions]]] = {
+    "evaluate": _evaluation,
+    "diagnose": _diagnosis,
+}
+
+
+def _show_plan(pipeline: Pipeline, config: RunOptions, selection: Selection) -> None:
+    """Print what a run of a resolved config would do."""
+    display, store = Display(), open_store(home())
+    builds = with_retries(lambda: plan(config, store, pipeline, selection), config.stages, display.line)
+    display.plan(builds, early_end(pipeline, config, builds, store, selection))
+    display.newer_files(builds)
+    display.lines(pipeline.check(builds))
 
 
 def _init(options: argparse.Namespace, pipeline: Pipeline) -> None:
@@ -331,8 +321,8 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace, Pipeline], None]] = {
     "export": lambda options, _: registry_commands.export(
         Display(), options.version, options.folder, options.format, calibrated=options.calibrated
     ),
-    "evaluate": _evaluate,
-    "diagnose": _diagnose,
+    "evaluate": _run,
+    "diagnose": _run,
     "deploy": _deploy,
     "prune": _prune,
 }

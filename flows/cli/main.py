@@ -162,6 +162,7 @@ def parser() -> argparse.ArgumentParser:
     diagnose.add_argument("--drafter", required=True, help="the drafter it should serve: a folder, or NAME@champion")
     diagnose.add_argument("--prompts", type=_positive, help="number of prompts to send (default: 16)")
     _add_run_options(diagnose)
+    diagnose.set_defaults(force=["diagnosis"])  # the server may answer differently from last time
 
     deploy = commands.add_parser("deploy", help="deploy a config on a Prefect server: schedule, pool")
     _add_config(deploy, restart=False)
