@@ -8,8 +8,8 @@ from __future__ import annotations
 
 STAGES = {
     "target": "draftsmith.stages.targets.stage",
-    "prompts": "draftsmith.stages.data.prompts",
-    "champion": "draftsmith.stages.drafters.stage",
+    "prompts": "draftsmith.stages.data.prompts.stage",
+    "champion": "draftsmith.stages.drafters.champion",
     "drift": "draftsmith.stages.evaluation.drift",
     "earlier": "draftsmith.stages.data.logs.earlier",
     "logs": "draftsmith.stages.data.logs.stage",
@@ -20,5 +20,5 @@ STAGES = {
     "evaluation": "draftsmith.stages.evaluation.stage",
     "gate": "draftsmith.stages.evaluation.gate",
     "report": "draftsmith.stages.report.stage",
-    "diagnosis": "draftsmith.stages.evaluation.diagnosis",
+    "diagnosis": "draftsmith.stages.evaluation.diagnosis.stage",
 }

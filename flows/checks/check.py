@@ -52,7 +52,7 @@ from draftsmith.flows.planning.graph import Node, topological_order
 from draftsmith.flows.planning.plan import Build, Pipeline, Status, plan
 from draftsmith.stages.data.logs.earlier import EarlierConfig, is_available
 from draftsmith.stages.data.logs.stage import LogsConfig
-from draftsmith.stages.data.prompts import PromptsConfig
+from draftsmith.stages.data.prompts.stage import PromptsConfig
 from draftsmith.stages.targets.info import read_target_info
 
 

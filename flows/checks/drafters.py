@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from draftsmith.flows.checks.findings import Findings
 from draftsmith.flows.planning.graph import Node
 from draftsmith.stages.data.logs.stage import LogsConfig
-from draftsmith.stages.data.prompts import PromptsConfig
-from draftsmith.stages.drafters.stage import ChampionConfig
+from draftsmith.stages.data.prompts.stage import PromptsConfig
+from draftsmith.stages.drafters.champion import ChampionConfig
 from draftsmith.stages.engines.config import ServerEngineConfig, SGLangEngineConfig
 from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.evaluation.config import DRAFTERS, EvaluationConfig

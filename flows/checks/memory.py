@@ -21,7 +21,7 @@ from draftsmith.flows.execution.display import format_bytes
 from draftsmith.flows.execution.machine import free_disk_bytes, gpu_names
 from draftsmith.flows.planning.graph import Node
 from draftsmith.stages.data.logs.stage import LogsConfig
-from draftsmith.stages.data.prompts import SPLITS, PromptsConfig
+from draftsmith.stages.data.prompts.stage import SPLITS, PromptsConfig
 from draftsmith.stages.engines.config import EmbeddedEngineConfig, ServerEngineConfig
 from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.evaluation.config import EvaluationConfig

@@ -15,10 +15,10 @@ from draftsmith.flows.checks.findings import Findings
 from draftsmith.flows.execution.display import format_bytes
 from draftsmith.flows.planning.graph import Node
 from draftsmith.stages.data.chat_template import token_ids
-from draftsmith.stages.data.prompts import PromptsConfig
+from draftsmith.stages.data.prompts.stage import PromptsConfig
+from draftsmith.stages.drafters.champion import ChampionConfig
 from draftsmith.stages.drafters.registry import KINDS, DrafterConfig
 from draftsmith.stages.drafters.spec import DraftingConfig
-from draftsmith.stages.drafters.stage import ChampionConfig
 from draftsmith.stages.targets.config import TargetConfig, check_weights, gguf_file, model_folder, source_kind
 from draftsmith.stages.targets.estimate import DTYPE_BYTES, target_size
 from draftsmith.stages.targets.hub import hub_snapshot
@@ -58,7 +58,7 @@ def fetch_weights(nodes: Sequence[Node], metadata: Path, stored: Path | None) ->
     metadata: that of `fetch_target_metadata`, in which a new one is written. stored: the one in the store, if any.
     """
     # imports torch, and planning imports this module
-    from draftsmith.stages.targets.resolve import resolve_target
+    from draftsmith.stages.targets.body import resolve_target
 
     info, folder = read_target_info(metadata), model_path(metadata)
     size = target_size(folder).parameters * DTYPE_BYTES[info.dtype]
@@ -83,8 +83,8 @@ def metadata_artifact(config: TargetConfig, out: Path) -> TargetInfo:
     tokenizer of a GGUF file are written to `out/model`.
     """
     # imports torch, and planning imports this module
+    from draftsmith.stages.targets.body import extract_metadata
     from draftsmith.stages.targets.describe import describe_metadata
-    from draftsmith.stages.targets.resolve import extract_metadata
 
     kind, revision = source_kind(config.source), None
     if kind == "hub":

@@ -15,8 +15,7 @@ from draftsmith.flows.planning.graph import Node
 from draftsmith.stages.data.held_out import HeldOut, hash_fraction, prompt_identity
 from draftsmith.stages.data.logs.filter import AcceptedAnswer, LogFilter, SchemaFilter
 from draftsmith.stages.data.logs.stage import LogsConfig
-from draftsmith.stages.data.prompt_streams import load_rows, open_streams, prompt_rows
-from draftsmith.stages.data.prompts import (
+from draftsmith.stages.data.prompts.stage import (
     MORE_LOGS,
     SPLITS,
     HuggingFaceSource,
@@ -26,6 +25,7 @@ from draftsmith.stages.data.prompts import (
     ReasoningGymSource,
     Split,
 )
+from draftsmith.stages.data.prompts.streams import load_rows, open_streams, prompt_rows
 from draftsmith.stages.data.row_files import UNREADABLE, RejectLog, is_remote, match_files, no_rows_error, read_rows
 from draftsmith.stages.data.row_formats import RejectedRow, row_messages
 from draftsmith.stages.data.trajectories import Prompt, positions_needed

@@ -25,7 +25,7 @@ from draftsmith.flows.refresh.versions import (
     registry,
 )
 from draftsmith.stages.data.logs.earlier import EarlierConfig, is_available
-from draftsmith.stages.data.prompts import (
+from draftsmith.stages.data.prompts.stage import (
     HuggingFaceSource,
     JsonlSource,
     PromptsConfig,
@@ -33,7 +33,7 @@ from draftsmith.stages.data.prompts import (
     ReasoningGymSource,
 )
 from draftsmith.stages.data.time_window import LAST
-from draftsmith.stages.drafters.stage import ChampionConfig
+from draftsmith.stages.drafters.champion import ChampionConfig
 from draftsmith.stages.runtime.stage import Config
 
 _MAX_POINTS = 300  # of a line's history

@@ -12,9 +12,9 @@ from draftsmith.flows.config.load import FROM_FILE
 from draftsmith.flows.config.options import RunOptions
 from draftsmith.stages.data.logs.earlier import EarlierConfig
 from draftsmith.stages.data.logs.stage import LogsConfig
-from draftsmith.stages.data.prompts import SPLITS, JsonlSource, PromptsConfig
+from draftsmith.stages.data.prompts.stage import SPLITS, JsonlSource, PromptsConfig
 from draftsmith.stages.data.time_window import LAST
-from draftsmith.stages.drafters.stage import ChampionConfig
+from draftsmith.stages.drafters.champion import ChampionConfig
 from draftsmith.stages.engines.config import ServerEngineConfig
 from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.evaluation.config import EvaluationConfig

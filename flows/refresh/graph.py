@@ -20,9 +20,9 @@ from draftsmith.flows.refresh.config import (
     starts_from_champion,
 )
 from draftsmith.flows.refresh.drift import early_end, sticky_force
-from draftsmith.flows.refresh.summary import compared, review, show_results
+from draftsmith.flows.refresh.screen import compared, review, show_results
 from draftsmith.stages.catalog import STAGES
-from draftsmith.stages.data.prompts import PromptsConfig
+from draftsmith.stages.data.prompts.stage import PromptsConfig
 from draftsmith.stages.targets.config import TargetConfig
 
 

@@ -16,8 +16,8 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.host import visible_gpus
 from draftsmith.flows.checks.models import fetch_metadata, metadata_artifact
 from draftsmith.stages.data.held_out import HELDOUT_SHARE, hash_fraction, prompt_identity
-from draftsmith.stages.data.prompt_streams import prompt_rows
-from draftsmith.stages.data.prompts import JsonlSource
+from draftsmith.stages.data.prompts.stage import JsonlSource
+from draftsmith.stages.data.prompts.streams import prompt_rows
 from draftsmith.stages.data.row_files import RejectLog, match_files, read_rows
 from draftsmith.stages.targets.config import TargetConfig
 from draftsmith.stages.targets.info import TargetInfo, model_path

@@ -19,14 +19,14 @@ from draftsmith.flows.planning.plan import Build, Pipeline
 from draftsmith.flows.refresh.config import RefreshConfig
 from draftsmith.flows.refresh.graph import first_nodes
 from draftsmith.flows.refresh.registry_commands import verify_checkpoint
-from draftsmith.flows.refresh.summary import compared, show_results
+from draftsmith.flows.refresh.screen import compared, show_results
 from draftsmith.flows.refresh.versions import registry
 from draftsmith.stages.catalog import STAGES
-from draftsmith.stages.data.prompts import PromptsConfig
+from draftsmith.stages.data.prompts.stage import PromptsConfig
 from draftsmith.stages.engines.config import SGLangEngineConfig
 from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.evaluation.config import DRAFTERS, PREFIX, EvaluationConfig
-from draftsmith.stages.evaluation.diagnosis import DiagnosisConfig
+from draftsmith.stages.evaluation.diagnosis.stage import DiagnosisConfig
 from draftsmith.stages.targets.config import TargetConfig
 from draftsmith.stages.training.config import SftConfig
 

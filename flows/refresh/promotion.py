@@ -36,7 +36,7 @@ from draftsmith.flows.refresh.versions import (
     registry,
 )
 from draftsmith.stages.data.logs.earlier import TABLE, EarlierConfig
-from draftsmith.stages.data.prompts import PromptsConfig
+from draftsmith.stages.data.prompts.stage import PromptsConfig
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.drafters.digest import drafter_digest
 

@@ -11,9 +11,9 @@ import httpx
 
 from draftsmith.stages.engines.config import ServerEngineConfig, SGLangEngineConfig, VLLMEngineConfig
 from draftsmith.stages.engines.servers.api import ServerApi
-from draftsmith.stages.engines.servers.client import key_header, reachable
 from draftsmith.stages.engines.servers.engine import LoopThread, ServerEngine, proceed
 from draftsmith.stages.engines.servers.fleet import Fleet
+from draftsmith.stages.engines.servers.http import key_header, reachable
 from draftsmith.stages.engines.servers.identity import ServedTarget, launched_target
 from draftsmith.stages.engines.servers.requirements import ServerRequirements
 from draftsmith.stages.engines.sglang.api import SGLangApi

@@ -13,7 +13,7 @@ import numpy as np
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.results.base import SetMetrics
-from draftsmith.stages.engines.servers.client import (
+from draftsmith.stages.engines.servers.http import (
     check_status,
     key_header,
     query,

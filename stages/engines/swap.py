@@ -17,7 +17,7 @@ import httpx
 from draftsmith.artifacts.errors import DraftsmithError, RefusedError
 from draftsmith.artifacts.identifiers import Digest, ServerUrl
 from draftsmith.stages.engines.server_state import ask_servers, from_servers
-from draftsmith.stages.engines.servers.client import Json
+from draftsmith.stages.engines.servers.http import Json
 from draftsmith.stages.engines.servers.state import NewDrafter, ServerState, Time
 from draftsmith.stages.engines.sglang.swap import write_drafter as write_sglang
 from draftsmith.stages.engines.vllm.plugin import BACKEND

@@ -1,4 +1,4 @@
-"""Declares stage `mining`: the verification trace of the drafter on stored answers. Its body is `mining.py`.
+"""Declares stage `mining`: the verification trace of the drafter on stored answers. Its body is `body.py`.
 
 If OPD takes its anchors from the table, all answers are mined. Otherwise a sample is enough for the review and for the
 parity gate.
@@ -37,7 +37,7 @@ STAGE = Stage(
     name="mining",
     config=MiningConfig,
     inputs=("target", "drafter", "trajectories"),
-    body="draftsmith.stages.replay.mining",
+    body="draftsmith.stages.replay.body",
     compute=Compute.HEAVY,
     sharded=True,
     join_compute=Compute.LIGHT,

@@ -50,7 +50,7 @@ STAGE = Stage(
     name="report",
     config=ReportConfig,
     inputs=("mining", "evaluation", "sft", "opd", "control?", "gate?", "drift?"),
-    body="draftsmith.stages.report.build",
+    body="draftsmith.stages.report.body",
     volatile=("metrics.jsonl", "report.html", ReviewResult.FILE),  # they show durations and tokens/s
     reads_volatile=("evaluation", "gate"),
 )

@@ -20,6 +20,7 @@ from draftsmith.stages.runtime.facts import Facts
 from draftsmith.stages.runtime.memory import out_of_memory, to_device
 from draftsmith.stages.runtime.ranks import ALONE, Ranks
 from draftsmith.stages.targets.attention import register
+from draftsmith.stages.targets.body import resolve_target
 from draftsmith.stages.targets.config import Dtype, TargetConfig
 from draftsmith.stages.targets.describe import embedding_scale
 from draftsmith.stages.targets.fast_decoder import FastDecoder
@@ -28,7 +29,6 @@ from draftsmith.stages.targets.kv_cache import Address, Rows, SlotCache
 from draftsmith.stages.targets.layers import CHOOSING, Layers, causal_lm_of, decoder_of, model_class, stable_positions
 from draftsmith.stages.targets.loading import load_slice, load_weights
 from draftsmith.stages.targets.packed_linear import PackedLinear, can_pack, pack
-from draftsmith.stages.targets.resolve import resolve_target
 from draftsmith.stages.targets.self_check import check_agreement
 
 

@@ -9,6 +9,6 @@ STAGE = Stage(
     name="target",
     config=TargetConfig,
     inputs=(),
-    body="draftsmith.stages.targets.resolve",
+    body="draftsmith.stages.targets.body",
     volatile=("metrics.jsonl", "origin.json", "elsewhere.json"),  # a model that moves is the same model
 )

@@ -12,7 +12,7 @@ from draftsmith.stages.drafters.dflash.config import DFlashConfig
 from draftsmith.stages.drafters.registry import DrafterConfig
 from draftsmith.stages.replay.options import TokensPerForward
 from draftsmith.stages.runtime.stage import NOT_FETCHED, Config, NotInKey, ParallelConfig
-from draftsmith.stages.training.loss_config import LossConfig, LossName, PositionWeights, ResponseStream, loss_file
+from draftsmith.stages.training.loss_registry import LossConfig, LossName, PositionWeights, ResponseStream, loss_file
 
 if TYPE_CHECKING:
     from draftsmith.stages.drafters.spec import TrainingRecipe

@@ -15,7 +15,7 @@ from draftsmith.stages.drafters.registry import KINDS
 from draftsmith.stages.replay.options import POSITIONS_PER_CHUNK, TREE_TOKENS
 from draftsmith.stages.targets.estimate import DTYPE_BYTES, PROCESS_BYTES, ModelSize, Sizes, StageUse
 from draftsmith.stages.training.config import OpdConfig, SftConfig, TrainingConfig
-from draftsmith.stages.training.loss_config import loss_traits
+from draftsmith.stages.training.loss_registry import loss_traits
 
 USABLE = 0.85  # of a device's memory: the rest is for what the allocator leaves unused
 

@@ -32,7 +32,7 @@ from draftsmith.stages.drafters.sampling import truncation_mask
 from draftsmith.stages.training import losses
 from draftsmith.stages.training.batches import Batch
 from draftsmith.stages.training.drafted_blocks import DraftedBlocks, block_labels, tokens_at
-from draftsmith.stages.training.loss_config import PositionWeights, ResponseStream, loss_traits
+from draftsmith.stages.training.loss_registry import PositionWeights, ResponseStream, loss_traits
 from draftsmith.stages.training.loss_report import Ratio, WeightedMean
 from draftsmith.stages.training.softmax_heads import LossContext
 
@@ -124,7 +124,7 @@ def _ce_l1(logits: torch.Tensor, p: TargetSignal | CandidateSignal) -> torch.Ten
     return losses.ce_l1(of_token, p.rejected(logits))
 
 
-FUNCTIONS: dict[str, LossFunction] = {  # of every name in `loss_config.LOSSES`, by the drafter's logits
+FUNCTIONS: dict[str, LossFunction] = {  # of every name in `loss_registry.LOSSES`, by the drafter's logits
     "cross_entropy": lambda logits, p: losses.cross_entropy(logits, p.columns),
     "bernoulli_kl": lambda logits, p: losses.bernoulli_forward_kl(
         -losses.cross_entropy(logits, p.columns), p.token_logprob

@@ -35,8 +35,8 @@ from draftsmith.stages.targets.sampling import GREEDY, SamplingParams
 from draftsmith.stages.training.batches import FeatureSource, RankSlice, split_rows, trajectories_of_step
 from draftsmith.stages.training.config import TrainingConfig
 from draftsmith.stages.training.estimate import fixed_memory, row_tokens, rows_at_once, rows_of_process
-from draftsmith.stages.training.loop import MicroBatches, Resumable, train
 from draftsmith.stages.training.loss_report import LossReport
+from draftsmith.stages.training.optimiser import MicroBatches, Resumable, train
 
 if TYPE_CHECKING:
     from draftsmith.stages.training.lora import Adapter

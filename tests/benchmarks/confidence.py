@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from scipy.special import expit
 
-from draftsmith.stages.data.prompts import STAGE as PROMPTS
-from draftsmith.stages.data.prompts import PromptsConfig
+from draftsmith.stages.data.prompts.stage import STAGE as PROMPTS
+from draftsmith.stages.data.prompts.stage import PromptsConfig
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, load_trajectories
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.engines.stage import STAGE as ROLLOUT

@@ -22,9 +22,9 @@ from draftsmith.stages.data.logs.stage import LogsConfig
 from draftsmith.stages.data.row_formats import Message
 from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.embedded import EmbeddedEngine
+from draftsmith.stages.targets.body import resolve_target
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.config import TargetConfig
-from draftsmith.stages.targets.resolve import resolve_target
 from draftsmith.stages.targets.sampling import SamplingParams
 from tests.benchmarks.harness import SMOLLM2
 from tests.lab.seasons import copy_target, rounded

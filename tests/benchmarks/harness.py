@@ -70,9 +70,9 @@ def load_target(folder: Path | None) -> Target:
 
 def smollm2_folder() -> Path:
     """Return the folder of the resolved SmolLM2-135M, made at the first call."""
+    from draftsmith.stages.targets.body import resolve_target
     from draftsmith.stages.targets.config import TargetConfig
     from draftsmith.stages.targets.info import INFO_FILE
-    from draftsmith.stages.targets.resolve import resolve_target
 
     folder = home() / "benchmarks" / "smollm2"
     folder.mkdir(parents=True, exist_ok=True)

@@ -42,12 +42,12 @@ from draftsmith.stages.training import losses
 from draftsmith.stages.training.batches import Batch, FeatureSource, frequent_tokens, step_rng, token_counts
 from draftsmith.stages.training.config import OpdConfig, SftConfig, TrainingConfig
 from draftsmith.stages.training.drafted_blocks import block_labels, draft_blocks, encode_batch, position_anchors
-from draftsmith.stages.training.loop import make_optimiser
 from draftsmith.stages.training.loss_report import LossReport
+from draftsmith.stages.training.opd.body import anchor_source
 from draftsmith.stages.training.opd.step import OpdStep, StepOptions
-from draftsmith.stages.training.opd.trainer import anchor_source
 from draftsmith.stages.training.opd.verify_steps import MinedTable
-from draftsmith.stages.training.sft.trainer import sft_loss
+from draftsmith.stages.training.optimiser import make_optimiser
+from draftsmith.stages.training.sft.body import sft_loss
 from draftsmith.stages.training.softmax_heads import HeadSource, LossContext
 from tests.benchmarks import harness, machine
 from tests.stages.drafters.dense import dense_attention

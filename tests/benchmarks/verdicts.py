@@ -26,10 +26,10 @@ from draftsmith.stages.data.held_out import independent_units
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, load_prompts
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.evaluation import speed_embedded as embedded
+from draftsmith.stages.evaluation.body import speed_comparisons
 from draftsmith.stages.evaluation.config import DRAFTERS, EvaluationConfig
 from draftsmith.stages.evaluation.gate import GateConfig, decide
 from draftsmith.stages.evaluation.looks import open_look
-from draftsmith.stages.evaluation.measure import speed_comparisons
 from draftsmith.stages.evaluation.speed_embedded import Decoder, EmbeddedSpeedTest, choose_block_sizes, one_thread
 from draftsmith.stages.evaluation.speed_table import log_ratios
 from draftsmith.stages.evaluation.timed_runs import Row, SpeedMeasurement, settings_of

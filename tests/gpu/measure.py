@@ -22,8 +22,8 @@ from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.estimate import PROCESS_BYTES, AnswerCounts, StageUse
 from draftsmith.stages.training.estimate import row_tokens, training_memory
-from draftsmith.stages.training.loop import MicroBatches, train
-from draftsmith.stages.training.opd.trainer import OpdTraining
+from draftsmith.stages.training.opd.body import OpdTraining
+from draftsmith.stages.training.optimiser import MicroBatches, train
 from draftsmith.stages.training.trainer import loaded_sizes, micro_batch_tokens
 from tests.benchmarks import harness, machine
 from tests.gpu.trainings import KINDS, make_training

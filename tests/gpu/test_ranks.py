@@ -18,7 +18,7 @@ from draftsmith.stages.runtime.launch import launch
 from draftsmith.stages.runtime.ranks import Ranks, process_group
 from draftsmith.stages.runtime.stage import ParallelConfig
 from draftsmith.stages.training.config import TrainingConfig
-from draftsmith.stages.training.loop import make_optimiser, restore, whole_state
+from draftsmith.stages.training.optimiser import make_optimiser, restore, whole_state
 from tests.stages.runtime.trainings import Training, run_all
 from tests.testbed import random_target
 from tests.testbed.context import RecordingContext

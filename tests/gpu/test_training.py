@@ -15,7 +15,7 @@ from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.registry import DrafterConfig
 from draftsmith.stages.training.batches import FeatureSource
 from draftsmith.stages.training.config import TrainingConfig
-from draftsmith.stages.training.loop import train
+from draftsmith.stages.training.optimiser import train
 from tests.gpu.trainings import KINDS, Training, make_training
 from tests.gpu.world import EAGLE3, TINY, make_drafter, make_target, make_trajectories
 from tests.testbed import random_target

@@ -11,8 +11,8 @@ from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training.config import OpdConfig, SftConfig
-from draftsmith.stages.training.opd.trainer import MinedData, OpdTraining
-from draftsmith.stages.training.sft.trainer import SftTraining
+from draftsmith.stages.training.opd.body import MinedData, OpdTraining
+from draftsmith.stages.training.sft.body import SftTraining
 from draftsmith.stages.training.trainer import TrainingData
 from tests.benchmarks.sft_step import invented_steps
 from tests.stages.training.case import mined_table

@@ -27,7 +27,7 @@ from draftsmith.stages.drafters.dflash2.config import DFlash2Config
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.dspark.config import DSparkConfig
 from draftsmith.stages.engines import swap
-from draftsmith.stages.engines.servers.client import Json
+from draftsmith.stages.engines.servers.http import Json
 from draftsmith.stages.engines.servers.state import NewDrafter
 from draftsmith.stages.engines.sglang.protocol import KEY
 from draftsmith.stages.replay.steps import Steps

@@ -31,7 +31,7 @@ from draftsmith.stages.engines.servers.identity import ServedTarget, check_weigh
 from draftsmith.stages.engines.servers.requirements import server_requirements
 from draftsmith.stages.engines.sglang.handshake import served_logprobs, verifies_greedily
 from draftsmith.stages.engines.stage import STAGE
-from draftsmith.stages.evaluation.diagnosis import STAGE as DIAGNOSIS
+from draftsmith.stages.evaluation.diagnosis.stage import STAGE as DIAGNOSIS
 from draftsmith.stages.replay.stage import STAGE as MINING
 from draftsmith.stages.targets.info import read_target_info
 from tests.sglang_cpu.fixtures import ServingTarget

@@ -32,7 +32,7 @@ from draftsmith.stages.engines.base import Completion
 from draftsmith.stages.engines.config import VLLMEngineConfig
 from draftsmith.stages.engines.registry import open_servers
 from draftsmith.stages.engines.servers.api import BadAnswerError
-from draftsmith.stages.engines.servers.client import ServerAnswer, key_header
+from draftsmith.stages.engines.servers.http import ServerAnswer, key_header
 from draftsmith.stages.engines.servers.identity import QUANTISED_TOLERANCE
 from draftsmith.stages.engines.servers.process import free_ports
 from draftsmith.stages.engines.servers.requirements import server_requirements, speculative_algorithm
@@ -40,7 +40,7 @@ from draftsmith.stages.engines.servers.state import NewDrafter
 from draftsmith.stages.engines.stage import STAGE as ROLLOUT
 from draftsmith.stages.engines.vllm.records import completion_payload, read_completion
 from draftsmith.stages.engines.vllm.server import drafting_options
-from draftsmith.stages.evaluation.diagnosis import STAGE as DIAGNOSIS
+from draftsmith.stages.evaluation.diagnosis.stage import STAGE as DIAGNOSIS
 from draftsmith.stages.evaluation.stage import STAGE as EVALUATION
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.proof import Proof, chances, log_probabilities, misfit, step_evidence

@@ -46,8 +46,8 @@ from draftsmith.stages.runtime.statistics import jackknife, ratio_gain
 from draftsmith.stages.training import losses, response_loss, trainer
 from draftsmith.stages.training.config import SftConfig
 from draftsmith.stages.training.opd import anchor_sources, step
-from draftsmith.stages.training.opd import trainer as opd_trainer
-from draftsmith.stages.training.sft import trainer as sft_trainer
+from draftsmith.stages.training.opd import body as opd_trainer
+from draftsmith.stages.training.sft import body as sft_trainer
 from tests.lab import rivals
 from tests.lab.results import mean_difference
 from tests.lab.seasons import PROCEDURAL, SEASONS, SMOLLM2, Season

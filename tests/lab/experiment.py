@@ -32,7 +32,7 @@ from draftsmith.flows.planning.graph import Node
 from draftsmith.flows.planning.plan import Build, Pipeline, load_attribute
 from draftsmith.flows.refresh.flow import make_all
 from draftsmith.stages.catalog import STAGES
-from draftsmith.stages.data.prompts import PromptsConfig
+from draftsmith.stages.data.prompts.stage import PromptsConfig
 from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.replay.stage import MiningConfig
 from draftsmith.stages.runtime.stage import Config
@@ -127,7 +127,7 @@ def lab_nodes(config: LabConfig) -> list[Node]:
     asked = {"target": "target", "prompts": "prompts"}
     nodes = [
         Node("target", "draftsmith.stages.targets.stage", _target(folder)),
-        Node("prompts", "draftsmith.stages.data.prompts", _prompts(config, config.prompts), {"target": "target"}),
+        Node("prompts", "draftsmith.stages.data.prompts.stage", _prompts(config, config.prompts), {"target": "target"}),
         Node("rollout", "draftsmith.stages.engines.stage", config.rollout, asked),
         Node(
             "sft", "draftsmith.stages.training.sft.stage", config.sft, {"target": "target", "trajectories": "rollout"}
@@ -144,7 +144,7 @@ def lab_nodes(config: LabConfig) -> list[Node]:
     if config.fresh_prompts is not None:
         prompts = "fresh_prompts"
         asked_anew = _prompts(config, config.fresh_prompts)
-        nodes.append(Node(prompts, "draftsmith.stages.data.prompts", asked_anew, {"target": current}))
+        nodes.append(Node(prompts, "draftsmith.stages.data.prompts.stage", asked_anew, {"target": current}))
     asked = {"target": current, "prompts": prompts}
     learned = {"target": current, "trajectories": "fresh"}
     mined = {**learned, "drafter": base}

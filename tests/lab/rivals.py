@@ -38,11 +38,11 @@ from draftsmith.stages.training.drafted_blocks import (
 )
 from draftsmith.stages.training.loss_report import LossReport, WeightedMean
 from draftsmith.stages.training.opd.anchor_sources import RandomAnchors
+from draftsmith.stages.training.opd.body import MinedData, OpdTraining
 from draftsmith.stages.training.opd.step import OpdStep
-from draftsmith.stages.training.opd.trainer import MinedData, OpdTraining
 from draftsmith.stages.training.opd.verify_steps import StepAnchors, load_mined
 from draftsmith.stages.training.response_loss import TargetSignal, head_loss
-from draftsmith.stages.training.sft.trainer import SftTraining
+from draftsmith.stages.training.sft.body import SftTraining
 from draftsmith.stages.training.softmax_heads import LossContext
 from draftsmith.stages.training.trainer import TrainingData, load_answers
 

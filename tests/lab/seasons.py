@@ -28,9 +28,9 @@ from draftsmith.stages.data.chat_template import token_ids
 from draftsmith.stages.data.trajectories import request_seed
 from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.embedded import EmbeddedEngine
+from draftsmith.stages.targets.body import resolve_target
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.config import TOKENIZER_PARTS, TargetConfig
-from draftsmith.stages.targets.resolve import resolve_target
 from draftsmith.stages.targets.sampling import SamplingParams
 from tests.testbed import cache as folders
 from tests.testbed.procedural.text import examples

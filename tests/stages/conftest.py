@@ -13,8 +13,8 @@ from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, load_trajectorie
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import create_drafter, load_drafter
 from draftsmith.stages.drafters.eagle3.config import Eagle3Config
+from draftsmith.stages.targets.body import resolve_target
 from draftsmith.stages.targets.config import TargetConfig
-from draftsmith.stages.targets.resolve import resolve_target
 from draftsmith.stages.training.batches import frequent_tokens, token_counts
 from tests.stages.bench import Bench, cached_answers
 from tests.stages.data.logs.logs_run import Logs

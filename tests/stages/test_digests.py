@@ -16,7 +16,7 @@ _RESULTS = "artifacts.results"
 PACKAGES = {
     "target": {"artifacts", "artifacts.store", "runtime", "targets"},
     "sources": {"artifacts", "data", "runtime"},
-    "prompts": {*_MODEL, _RESULTS} - {"artifacts.store"},
+    "prompts": {*_MODEL, _RESULTS, "data.prompts"} - {"artifacts.store"},
     "champion": {*_MODEL, *_DRAFTERS, _RESULTS},
     "drift": {*_MODEL, *_DRAFTERS, _RESULTS, "evaluation", "replay"},
     "earlier": {*_MODEL, _RESULTS, "data.logs"},
@@ -28,7 +28,7 @@ PACKAGES = {
     "evaluation": {*_MODEL, *_DRAFTERS, *_ENGINES, _RESULTS, "evaluation", "replay"},
     "gate": {*_MODEL, _RESULTS, "engines", "drafters", "evaluation", "replay"},
     "report": {*_MODEL, _RESULTS, "engines", "drafters", "evaluation", "replay", "report"},
-    "diagnosis": {*_MODEL, *_DRAFTERS, *_ENGINES, _RESULTS, "evaluation", "replay"},
+    "diagnosis": {*_MODEL, *_DRAFTERS, *_ENGINES, _RESULTS, "evaluation", "evaluation.diagnosis", "replay"},
 }
 # of a training, which chooses its micro-batch by its memory
 _ESTIMATES = {"targets.estimate", "training.estimate"}

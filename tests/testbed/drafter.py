@@ -72,12 +72,12 @@ def keep_prompts(prompts: Path, folder: Path, heldout: set[str]) -> Path:
 
 def drafter_artifacts() -> DrafterArtifacts:
     """Return the shipped artifacts in the cache, where that of the target is added: it names the model's folder."""
-    from draftsmith.stages.targets import config, info, resolve, stage
+    from draftsmith.stages.targets import body, config, info, stage
     from tests.testbed import drafter
 
     def build(folder: Path) -> None:
         shutil.copytree(target.shipped() / target.ARTIFACTS, folder, dirs_exist_ok=True)
         write_target(DrafterArtifacts(folder), target.target_folder())
 
-    code, made_from = (config, info, resolve, stage, drafter), f"{target.shipped()} {target.sums()}"
+    code, made_from = (config, info, body, stage, drafter), f"{target.shipped()} {target.sums()}"
     return DrafterArtifacts(cache.cached("artifacts-tiny", build, code=code, extra=made_from))

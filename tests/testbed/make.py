@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from draftsmith.artifacts.tables.parquet import read_table, write_table
 from draftsmith.artifacts.tables.schemas import TIMINGS, TRAJECTORIES
-from draftsmith.stages.data.prompts import STAGE as PROMPTS
+from draftsmith.stages.data.prompts.stage import STAGE as PROMPTS
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, load_trajectories
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.engines.stage import STAGE as ROLLOUT

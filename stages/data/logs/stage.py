@@ -170,7 +170,7 @@ STAGE = Stage(
     name="logs",
     config=LogsConfig,
     inputs=("target", "prompts?", "earlier?"),
-    body="draftsmith.stages.data.logs.collect",
+    body="draftsmith.stages.data.logs.body",
     preflight=preflight,
     compute=Compute.HEAVY,
 )

@@ -12,7 +12,7 @@ import httpx
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.results.evaluation import TargetDifference
 from draftsmith.stages.engines.base import Completion, Request
-from draftsmith.stages.engines.servers.client import Json, ServerAnswer
+from draftsmith.stages.engines.servers.http import Json, ServerAnswer
 from draftsmith.stages.engines.servers.process import ServerProcess
 from draftsmith.stages.targets.info import TargetInfo
 

@@ -21,7 +21,7 @@ from draftsmith.artifacts.retry import backoff_s, retry_on
 from draftsmith.stages.engines.base import Completion
 from draftsmith.stages.engines.config import ServerEngineConfig
 from draftsmith.stages.engines.servers.api import BadAnswerError, ServerApi
-from draftsmith.stages.engines.servers.client import (
+from draftsmith.stages.engines.servers.http import (
     Json,
     RequestLostError,
     ServerAnswer,

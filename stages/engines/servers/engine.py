@@ -14,9 +14,9 @@ from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.engines.config import GREEDY_ONLY
 from draftsmith.stages.engines.servers.api import BadAnswerError
-from draftsmith.stages.engines.servers.client import RefusedRequestError
 from draftsmith.stages.engines.servers.dispatch import LostTooOftenError, PoisonRequestError, TimedOutError
 from draftsmith.stages.engines.servers.fleet import Fleet
+from draftsmith.stages.engines.servers.http import RefusedRequestError
 
 T = TypeVar("T")
 _CHECK_S = 0.5  # between two calls of `check` while waiting for servers

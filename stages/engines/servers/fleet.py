@@ -15,8 +15,8 @@ from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.artifacts.results.evaluation import TargetDifference
 from draftsmith.stages.engines.config import ServerEngineConfig
 from draftsmith.stages.engines.servers.api import ServerApi, ServerInfo
-from draftsmith.stages.engines.servers.client import key_header
 from draftsmith.stages.engines.servers.dispatch import DeathLog, Server, ServerPool
+from draftsmith.stages.engines.servers.http import key_header
 from draftsmith.stages.engines.servers.process import ServerProcess
 from draftsmith.stages.engines.servers.requirements import ServerRequirements
 

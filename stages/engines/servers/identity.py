@@ -18,7 +18,7 @@ import torch
 from draftsmith.artifacts.host import free_memory_bytes
 from draftsmith.artifacts.results.evaluation import TargetDifference
 from draftsmith.stages.engines.config import Options, option_name
-from draftsmith.stages.engines.servers.client import json_object, query, wrong_server
+from draftsmith.stages.engines.servers.http import json_object, query, wrong_server
 from draftsmith.stages.engines.servers.requirements import PROBE_TEXT, ServerRequirements
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.info import TargetInfo, model_path, read_target_info

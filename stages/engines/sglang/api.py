@@ -13,7 +13,7 @@ from draftsmith.artifacts.retry import retry_on
 from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.engines.config import SGLangEngineConfig
 from draftsmith.stages.engines.servers.api import ServerApi, ServerInfo
-from draftsmith.stages.engines.servers.client import (
+from draftsmith.stages.engines.servers.http import (
     Json,
     ServerAnswer,
     ServerStalledError,

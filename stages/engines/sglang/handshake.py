@@ -21,7 +21,7 @@ import httpx
 
 from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.servers.api import ServerInfo
-from draftsmith.stages.engines.servers.client import (
+from draftsmith.stages.engines.servers.http import (
     ServerAnswer,
     check_status,
     get_json,

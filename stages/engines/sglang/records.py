@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.engines.servers.api import BadAnswerError, wrong_tokens
-from draftsmith.stages.engines.servers.client import ServerAnswer
+from draftsmith.stages.engines.servers.http import ServerAnswer
 from draftsmith.stages.engines.sglang.protocol import KEY, PROTOCOL, Json
 from draftsmith.stages.replay.steps import Steps, recorded_steps
 from draftsmith.stages.targets.info import TargetInfo

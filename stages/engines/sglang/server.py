@@ -21,7 +21,7 @@ from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.engines.config import LaunchConfig, SGLangEngineConfig
 from draftsmith.stages.engines.environment import PLUGIN, PLUGIN_GROUPS, EngineEnvironment
-from draftsmith.stages.engines.servers.client import (
+from draftsmith.stages.engines.servers.http import (
     RefusedRequestError,
     check_status,
     query,

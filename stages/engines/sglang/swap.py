@@ -15,7 +15,7 @@ from http import HTTPStatus
 import httpx
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
-from draftsmith.stages.engines.servers.client import check_status, get_json, json_object, query
+from draftsmith.stages.engines.servers.http import check_status, get_json, json_object, query
 from draftsmith.stages.engines.servers.state import (
     Finished,
     NewDrafter,

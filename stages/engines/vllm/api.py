@@ -14,7 +14,7 @@ import httpx
 from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.engines.config import VLLMEngineConfig
 from draftsmith.stages.engines.servers.api import ServerApi, ServerInfo
-from draftsmith.stages.engines.servers.client import (
+from draftsmith.stages.engines.servers.http import (
     Json,
     ServerAnswer,
     check_status,

@@ -16,7 +16,7 @@ import httpx
 from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.config import Options
 from draftsmith.stages.engines.servers.api import ServerInfo
-from draftsmith.stages.engines.servers.client import (
+from draftsmith.stages.engines.servers.http import (
     Json,
     RefusedRequestError,
     ServerAnswer,

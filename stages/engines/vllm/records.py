@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.engines.servers.api import BadAnswerError, wrong_tokens
-from draftsmith.stages.engines.servers.client import Json, ServerAnswer
+from draftsmith.stages.engines.servers.http import Json, ServerAnswer
 from draftsmith.stages.replay.steps import Steps, recorded_steps
 from draftsmith.stages.targets.info import TargetInfo
 

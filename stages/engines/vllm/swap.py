@@ -19,7 +19,7 @@ import httpx
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.digest import served_digest
-from draftsmith.stages.engines.servers.client import Json, get_json, query
+from draftsmith.stages.engines.servers.http import Json, get_json, query
 from draftsmith.stages.engines.servers.state import (
     STATE_VERSION,
     Finished,

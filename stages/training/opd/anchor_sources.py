@@ -18,9 +18,9 @@ from draftsmith.stages.replay.steps import Steps
 from draftsmith.stages.runtime.memory import to_device
 from draftsmith.stages.runtime.ranks import Ranks
 from draftsmith.stages.training.drafted_blocks import DraftingView, position_anchors, systematic_sample
-from draftsmith.stages.training.loop import StateDict
 from draftsmith.stages.training.loss_report import Ratio
 from draftsmith.stages.training.opd.verify_steps import MinedTable, StepAnchors, StepKind, sample_steps
+from draftsmith.stages.training.optimiser import StateDict
 
 
 class AnchorSource(ABC):

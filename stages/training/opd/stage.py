@@ -14,7 +14,7 @@ STAGE = Stage(
     name="opd",
     config=OpdConfig,
     inputs=("target", "drafter", "trajectories", "mined"),
-    body="draftsmith.stages.training.opd.trainer",
+    body="draftsmith.stages.training.opd.body",
     compute=Compute.HEAVY,
     parallel=lambda config: config.parallel,
 )

@@ -31,7 +31,7 @@ from draftsmith.stages.training.drafted_blocks import (
     hidden_on_proposals,
     tokens_at,
 )
-from draftsmith.stages.training.loss_config import LossConfig
+from draftsmith.stages.training.loss_registry import LossConfig
 from draftsmith.stages.training.loss_report import LossReport, Ratio, WeightedMean
 from draftsmith.stages.training.opd.anchor_sources import AnchorSource
 from draftsmith.stages.training.opd.verify_steps import StepAnchors, score_steps, verify_blocks

@@ -12,7 +12,7 @@ STAGE = Stage(
     name="sft",
     config=SftConfig,
     inputs=("target", "trajectories", "drafter?"),
-    body="draftsmith.stages.training.sft.trainer",
+    body="draftsmith.stages.training.sft.body",
     compute=Compute.HEAVY,
     parallel=lambda config: config.parallel if config.steps else ParallelConfig(),
 )

@@ -12,7 +12,7 @@ from draftsmith.artifacts.store.code_digest import code_digest
 
 SOURCES = {
     "stages/__init__.py": "",
-    "stages/engines/rollout.py": '"""Rollout."""\nimport json\nfrom draftsmith.artifacts import tables\n\n\n'
+    "stages/engines/body.py": '"""Rollout."""\nimport json\nfrom draftsmith.artifacts import tables\n\n\n'
     'def run(x):\n    """Do."""\n'
     "    from draftsmith.stages.engines import embedded\n    return embedded.go(tables.N, x)  # a comment\n",
     "stages/engines/__init__.py": "KINDS = ['draftsmith.stages.engines.remote', 'draftsmith.stages.engines.absent']\n",
@@ -34,23 +34,23 @@ def project(tmp_path: Path) -> Path:
 
 
 def digest_after(project: Path, name: str, old: str, new: str) -> tuple[str, str]:
-    before = code_digest("draftsmith.stages.engines.rollout", project)
+    before = code_digest("draftsmith.stages.engines.body", project)
     text = (project / name).read_text()
     assert old in text
     (project / name).write_text(text.replace(old, new, 1))
-    return before, code_digest("draftsmith.stages.engines.rollout", project)
+    return before, code_digest("draftsmith.stages.engines.body", project)
 
 
 @pytest.mark.parametrize(
     ("changes", "name", "old", "new"),
     [
-        (False, "stages/engines/rollout.py", "# a comment", "# another"),
-        (False, "stages/engines/rollout.py", '"""Do."""', '"""Do it, with care."""'),
-        (False, "stages/engines/rollout.py", '"""Rollout."""', ""),
-        (False, "stages/engines/rollout.py", "    return", "\n\n    return"),
+        (False, "stages/engines/body.py", "# a comment", "# another"),
+        (False, "stages/engines/body.py", '"""Do."""', '"""Do it, with care."""'),
+        (False, "stages/engines/body.py", '"""Rollout."""', ""),
+        (False, "stages/engines/body.py", "    return", "\n\n    return"),
         (False, "stages/sampling.py", "x + 1", "(x  +  1)"),
         (False, "stages/unrelated.py", "X = 1", "X = 2"),
-        (True, "stages/engines/rollout.py", "tables.N, x", "tables.N, x + 1"),
+        (True, "stages/engines/body.py", "tables.N, x", "tables.N, x + 1"),
         (True, "artifacts/tables.py", "N = 1", "N = 2"),  # from package import module
         (True, "stages/engines/embedded.py", "n + x", "n - x"),  # imported inside a function
         (True, "stages/sampling.py", "x + 1", "x + 2"),  # a helper, through a relative import
@@ -68,7 +68,7 @@ def test_only_a_change_of_imported_code_changes_the_digest(
 
 
 def test_moving_modules_does_not_change_the_digest(project: Path) -> None:
-    before = code_digest("draftsmith.stages.engines.rollout", project)
+    before = code_digest("draftsmith.stages.engines.body", project)
     (project / "stages/engines/sampling").mkdir()
     (project / "stages/engines/sampling/__init__.py").write_text('"""Sampling."""\n')
     (project / "stages/sampling.py").rename(project / "stages/engines/sampling/draw.py")
@@ -77,7 +77,7 @@ def test_moving_modules_does_not_change_the_digest(project: Path) -> None:
     (project / "stages/engines/remote.py").rename(project / "stages/remote.py")
     registry = project / "stages/engines/__init__.py"
     registry.write_text(registry.read_text().replace("stages.engines.remote", "stages.remote"))
-    (project / "stages/engines/rollout.py").rename(project / "stages/collect.py")
+    (project / "stages/engines/body.py").rename(project / "stages/collect.py")
     assert code_digest("draftsmith.stages.collect", project) == before
 
 
@@ -103,7 +103,7 @@ def test_parsed_sources_are_cached_beside_compiled_modules_and_damage_is_detecte
 ) -> None:
     def digest() -> str:
         code_digest_module._source.cache_clear()  # as in a new process
-        return code_digest("draftsmith.stages.engines.rollout", project)
+        return code_digest("draftsmith.stages.engines.body", project)
 
     monkeypatch.setattr("sys.dont_write_bytecode", True)
     plain = digest()

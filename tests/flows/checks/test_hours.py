@@ -21,10 +21,10 @@ from draftsmith.stages.drafters.dflash.config import DFlashConfig
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.estimate import AnswerCounts, StageUse
 from draftsmith.stages.training.config import OpdConfig
-from draftsmith.stages.training.loop import Accumulation
 from draftsmith.stages.training.lora import Adapter
 from draftsmith.stages.training.opd.anchor_sources import TableAnchors
-from draftsmith.stages.training.opd.trainer import MinedData, OpdTraining
+from draftsmith.stages.training.opd.body import MinedData, OpdTraining
+from draftsmith.stages.training.optimiser import Accumulation
 from draftsmith.stages.training.trainer import loaded_sizes
 from tests.benchmarks.sft_step import invented_steps
 from tests.flows.checks.test_memory import qwen_sizes

@@ -29,7 +29,7 @@ from draftsmith.flows.planning.inputs import external_digests, note_listings, re
 from draftsmith.flows.planning.plan import Build, Status, plan
 from draftsmith.stages.data import listing, time_window
 from draftsmith.stages.data.logs.stage import LogsConfig
-from draftsmith.stages.data.prompts import PromptsConfig
+from draftsmith.stages.data.prompts.stage import PromptsConfig
 from draftsmith.stages.runtime.stage import StageRequest
 from tests.flows.toy import TOY, ToyConfig, write_config
 from tests.flows.toy_flow import make_and_conclude

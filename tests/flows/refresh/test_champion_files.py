@@ -25,8 +25,8 @@ from draftsmith.flows.refresh.champion import resolve, restarted
 from draftsmith.flows.refresh.graph import REFRESH
 from draftsmith.flows.refresh.versions import download_upload, registry
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
+from draftsmith.stages.drafters.champion import STAGE as CHAMPION
 from draftsmith.stages.drafters.digest import drafter_digest
-from draftsmith.stages.drafters.stage import STAGE as CHAMPION
 from draftsmith.stages.engines.servers import drafter_files
 from draftsmith.stages.engines.servers.drafter_files import WantedDrafter, read_drafter
 from tests.flows.refresh.line_runs import config_of, finished, gated, serving

@@ -27,7 +27,7 @@ from draftsmith.flows.execution.display import Display
 from draftsmith.flows.refresh import registry_commands
 from draftsmith.flows.refresh.promotion import version_tags
 from draftsmith.flows.refresh.versions import CONFIDENCE, FASTEST_BLOCK
-from draftsmith.stages.data.prompts import PromptsConfig
+from draftsmith.stages.data.prompts.stage import PromptsConfig
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import load_drafter, read_info, save_drafter

@@ -18,7 +18,7 @@ from draftsmith.flows.cli.main import main
 from draftsmith.flows.cli.status import find_report, report_of_config
 from draftsmith.flows.planning.plan import plan
 from draftsmith.flows.refresh.graph import REFRESH
-from draftsmith.flows.refresh.summary import review
+from draftsmith.flows.refresh.screen import review
 from tests.flows.processes import ROOT
 from tests.testbed.artifacts import committed, fake_artifact
 from tests.testbed.refresh import load_config

@@ -13,7 +13,7 @@ from draftsmith.flows.planning.inputs import external_digests
 from draftsmith.flows.refresh.champion import restarted
 from draftsmith.flows.refresh.config import RefreshConfig, control_config, prompts_since
 from draftsmith.flows.refresh.graph import refresh_nodes
-from draftsmith.stages.drafters.stage import ChampionConfig
+from draftsmith.stages.drafters.champion import ChampionConfig
 from draftsmith.stages.report.stage import ReportConfig
 from draftsmith.stages.targets.sampling import GREEDY, SamplingParams
 from draftsmith.stages.training.config import OpdConfig

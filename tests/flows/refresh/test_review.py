@@ -19,7 +19,7 @@ from draftsmith.flows.orchestration.run import Run
 from draftsmith.flows.planning.graph import ALL_NODES
 from draftsmith.flows.planning.plan import Conclusion
 from draftsmith.flows.refresh.graph import REFRESH
-from draftsmith.flows.refresh.summary import compared
+from draftsmith.flows.refresh.screen import compared
 from draftsmith.stages.report.review import name_of, outcome_of
 from tests.flows.refresh.line_runs import config_of
 from tests.stages.report.sample_report import OF_A_LINE

@@ -13,7 +13,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.tables.parquet import read_table
 from draftsmith.artifacts.tables.schemas import PROMPTS
 from draftsmith.stages.data.held_out import HELDOUT_SHARE, hash_fraction, prompt_identity
-from draftsmith.stages.data.prompts import STAGE, PromptsConfig
+from draftsmith.stages.data.prompts.stage import STAGE, PromptsConfig
 from tests.stages.data.row_files import write
 from tests.testbed.context import RecordingContext
 

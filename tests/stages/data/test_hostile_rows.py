@@ -17,7 +17,7 @@ from draftsmith.artifacts.redaction import MAX_SHOWN, printable
 from draftsmith.artifacts.tables.parquet import read_table
 from draftsmith.artifacts.tables.schemas import PROMPTS, TRAJECTORIES
 from draftsmith.stages.data.logs.stage import STAGE as LOGS
-from draftsmith.stages.data.prompts import STAGE as ALL_PROMPTS
+from draftsmith.stages.data.prompts.stage import STAGE as ALL_PROMPTS
 from draftsmith.stages.runtime.process import EventStream, ProcessContext
 from draftsmith.stages.runtime.stage import Stage, StageRequest
 from tests.stages.data.logs.logs_run import as_ids

@@ -18,8 +18,8 @@ from draftsmith.artifacts.results.data import PromptsSummary
 from draftsmith.artifacts.tables.parquet import read_table
 from draftsmith.artifacts.tables.schemas import QUESTIONS
 from draftsmith.stages.data.logs.rows import LoggedRow, logged_text
-from draftsmith.stages.data.prompt_streams import open_streams, prompt_rows
-from draftsmith.stages.data.prompts import SPLITS, JsonlSource, PromptsConfig
+from draftsmith.stages.data.prompts.stage import SPLITS, JsonlSource, PromptsConfig
+from draftsmith.stages.data.prompts.streams import open_streams, prompt_rows
 from draftsmith.stages.data.row_files import RejectLog, read_rows
 from draftsmith.stages.data.row_formats import (
     NOT_TEXT,
@@ -157,7 +157,7 @@ def test_reasoning_gym_splits_have_different_prompts(target: Path, tmp_path: Pat
 
 def test_a_task_gives_no_more_prompts_than_its_seeds_allow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Even if so many are needed that a split would run into the seeds of the next one."""
-    monkeypatch.setattr("draftsmith.stages.data.prompt_streams._SEEDS_PER_SPLIT", 50)
+    monkeypatch.setattr("draftsmith.stages.data.prompts.streams._SEEDS_PER_SPLIT", 50)
     source = {"kind": "reasoning_gym", "tasks": ["chain_sum"]}
     config = PromptsConfig.model_validate({"sources": [source], "train": 0, "heldout": 1})
     (stream,) = open_streams(config.sources[0], config)

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from draftsmith.stages.data import prompt_streams
 from draftsmith.stages.data.chat_template import PromptCandidate
 from draftsmith.stages.data.held_out import HELDOUT_SHARE, hash_fraction, prompt_identity
-from draftsmith.stages.data.prompt_streams import PromptStream, open_streams
-from draftsmith.stages.data.prompts import SPLITS, PromptsConfig
+from draftsmith.stages.data.prompts import streams as prompt_streams
+from draftsmith.stages.data.prompts.stage import SPLITS, PromptsConfig
+from draftsmith.stages.data.prompts.streams import PromptStream, open_streams
 from tests.stages.data.prompts_run import Row, error, of_classes, questions, run, run_with_context, texts
 from tests.stages.data.row_files import write
 

@@ -19,7 +19,7 @@ from draftsmith.artifacts.tables.parquet import read_table
 from draftsmith.artifacts.tables.schemas import PROMPTS
 from draftsmith.stages.data.chat_template import TemplateInverter
 from draftsmith.stages.data.held_out import HELDOUT_SHARE, HeldOut, hash_fraction, prompt_identity, read_held_out
-from draftsmith.stages.data.prompts import PromptsConfig
+from draftsmith.stages.data.prompts.stage import PromptsConfig
 from draftsmith.stages.data.row_formats import NOT_TEXT, TOOLS, Message
 from draftsmith.stages.targets.info import load_tokenizer, model_path
 from tests.stages.data import templates

@@ -13,10 +13,10 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.results.drafting import AdoptedChampion
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.drafters.base import DrafterInfo
+from draftsmith.stages.drafters.champion import STAGE as CHAMPION
+from draftsmith.stages.drafters.champion import ChampionConfig
 from draftsmith.stages.drafters.checkpoint import check_drafter, read_info, save_drafter, write_info
 from draftsmith.stages.drafters.digest import WEIGHTS_FILE, drafter_digest
-from draftsmith.stages.drafters.stage import STAGE as CHAMPION
-from draftsmith.stages.drafters.stage import ChampionConfig
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.info import read_target_info, write_target_info
 from draftsmith.stages.training.config import SftConfig

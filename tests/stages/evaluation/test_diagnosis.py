@@ -10,8 +10,8 @@ import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.stages.engines.config import SGLangEngineConfig
-from draftsmith.stages.evaluation import step_differences
-from draftsmith.stages.evaluation.diagnosis import STAGE, DiagnosisConfig, preflight
+from draftsmith.stages.evaluation.diagnosis import body as step_differences
+from draftsmith.stages.evaluation.diagnosis.stage import STAGE, DiagnosisConfig, preflight
 from tests.stages.drafters.edits import cut, edit_config
 from tests.stages.engines.http_server import Refusal, serving
 from tests.testbed.context import RecordingContext

@@ -14,7 +14,7 @@ from draftsmith.artifacts.results.evaluation import DiagnosisResult
 from draftsmith.stages.drafters.base import Context, Drafter
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter, FeatureContext
 from draftsmith.stages.engines.base import recorded_table
-from draftsmith.stages.evaluation.step_differences import ServedAnswers, diagnose
+from draftsmith.stages.evaluation.diagnosis.body import ServedAnswers, diagnose
 from tests.stages.bench import Bench
 
 ALLOWED = 0.1

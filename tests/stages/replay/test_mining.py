@@ -173,7 +173,7 @@ def test_only_as_much_is_mined_as_is_read(
     how: str, mine: Mine, mined: RecordingContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The group size does not matter. The sample is always the same, and passes the parity gate."""
-    monkeypatch.setattr("draftsmith.stages.replay.mining.SAMPLE", 7)
+    monkeypatch.setattr("draftsmith.stages.replay.body.SAMPLE", 7)
     other = mine(table=how, tokens_per_target_forward=4000)
     names = {row["trajectory_id"] for row in table(other)}
     counted = summary(other)["trajectories"], summary(other)["parity"]["answers"]

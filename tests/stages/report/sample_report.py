@@ -11,8 +11,8 @@ from draftsmith.artifacts.results.gate import GateDecision
 from draftsmith.artifacts.store.manifest import Manifest
 from draftsmith.stages.report.metrics import LineageEntry
 from draftsmith.stages.report.page import ReportData
-from draftsmith.stages.report.presentation import Step
 from draftsmith.stages.report.stage import HistoryPoint
+from draftsmith.stages.report.tables import Step
 
 
 def _around(value: float, reach: float) -> dict[str, float]:

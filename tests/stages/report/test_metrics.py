@@ -8,7 +8,7 @@ from draftsmith.artifacts.results.data import PromptsSummary
 from draftsmith.artifacts.results.evaluation import EvaluationResult
 from draftsmith.artifacts.results.gate import GateDecision
 from draftsmith.stages.report.metrics import report_metrics
-from draftsmith.stages.report.presentation import stages
+from draftsmith.stages.report.tables import stages
 from tests.stages.report.sample_report import DECISION, EVALUATION, OF_A_LINE, entry
 
 

@@ -12,8 +12,8 @@ from draftsmith.artifacts.results.evaluation import PLAIN, AnswerContext, Evalua
 from draftsmith.artifacts.results.gate import GateDecision
 from draftsmith.stages.report.metrics import report_metrics
 from draftsmith.stages.report.page import ReportData, render_report
-from draftsmith.stages.report.presentation import by_offset, confidence
 from draftsmith.stages.report.review import ABSENT
+from draftsmith.stages.report.tables import by_offset, confidence
 from tests.stages.report.sample_report import (
     CONTEXTS,
     DECISION,

@@ -10,8 +10,8 @@ import torch
 
 from draftsmith.stages.runtime.stage import StageContext
 from draftsmith.stages.training.loss_report import LossReport
+from draftsmith.stages.training.sft import body as supervised
 from draftsmith.stages.training.sft import stage as sft
-from draftsmith.stages.training.sft import trainer as supervised
 
 FITTING = 40
 REFUSED_AT = 5  # step

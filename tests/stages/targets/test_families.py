@@ -42,7 +42,7 @@ from draftsmith.stages.targets.layers import Layers
 from draftsmith.stages.targets.sampling import SamplingParams
 from draftsmith.stages.targets.self_check import check_agreement
 from draftsmith.stages.training.config import OpdConfig, TrainingConfig
-from draftsmith.stages.training.opd.trainer import MinedData, OpdTraining
+from draftsmith.stages.training.opd.body import MinedData, OpdTraining
 from draftsmith.stages.training.response_loss import TargetSignal
 from draftsmith.stages.training.softmax_heads import HeadSource, LossContext
 from tests.stages.bench import step_rows

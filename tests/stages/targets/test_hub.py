@@ -20,8 +20,8 @@ import pytest
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.store.manifest import ELSEWHERE, sha256_file
 from draftsmith.flows.planning.inputs import external_digests
-from draftsmith.stages.data.prompt_streams import load_rows
-from draftsmith.stages.data.prompts import HuggingFaceSource, PromptsConfig
+from draftsmith.stages.data.prompts.stage import HuggingFaceSource, PromptsConfig
+from draftsmith.stages.data.prompts.streams import load_rows
 from draftsmith.stages.drafters.checkpoint import drafter_source
 from draftsmith.stages.runtime.stage import NOT_FETCHED
 from draftsmith.stages.targets.config import TargetConfig
@@ -194,10 +194,10 @@ PROGRAM = textwrap.dedent(
 
     from draftsmith.artifacts.errors import DraftsmithError
     from draftsmith.stages.drafters.checkpoint import drafter_source
-    from draftsmith.stages.data.prompts import HuggingFaceSource
-    from draftsmith.stages.data.prompt_streams import load_rows
+    from draftsmith.stages.data.prompts.stage import HuggingFaceSource
+    from draftsmith.stages.data.prompts.streams import load_rows
     from draftsmith.stages.targets.config import TargetConfig
-    from draftsmith.stages.targets.resolve import resolve_target
+    from draftsmith.stages.targets.body import resolve_target
 
     for name in ("org/ill", "org/hangs", "org/absent"):
         rows = HuggingFaceSource.model_validate({"kind": "huggingface", "id": name, "split": "train", "field": "x"})

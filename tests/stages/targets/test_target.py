@@ -16,9 +16,9 @@ import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.checkpoint import ARCHITECTURES
+from draftsmith.stages.targets.body import resolve_target
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.info import TargetInfo, model_path, read_target_info
-from draftsmith.stages.targets.resolve import resolve_target
 from draftsmith.stages.targets.stage import STAGE, TargetConfig
 from tests.stages.drafters.edits import Edit, remove, set_fields, write
 from tests.testbed.context import RecordingContext

@@ -35,13 +35,13 @@ from draftsmith.stages.targets.sampling import GREEDY, SamplingParams
 from draftsmith.stages.training.batches import Batch
 from draftsmith.stages.training.config import OpdConfig, SftConfig, TrainingConfig
 from draftsmith.stages.training.drafted_blocks import position_anchors
-from draftsmith.stages.training.loop import Accumulation
 from draftsmith.stages.training.lora import Adapter
 from draftsmith.stages.training.loss_report import LossReport, Ratio, WeightedMean
 from draftsmith.stages.training.opd.anchor_sources import RandomAnchors
 from draftsmith.stages.training.opd.step import OpdStep, StepOptions
 from draftsmith.stages.training.opd.verify_steps import StepAnchors
-from draftsmith.stages.training.sft.trainer import sft_loss
+from draftsmith.stages.training.optimiser import Accumulation
+from draftsmith.stages.training.sft.body import sft_loss
 from draftsmith.stages.training.softmax_heads import HeadSource, LossContext
 from tests.stages.training.case import whole_step
 

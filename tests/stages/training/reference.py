@@ -15,7 +15,7 @@ import torch
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.dflash2.model import DFlash2Drafter
 from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter
-from draftsmith.stages.training.loss_config import LossConfig, PositionWeights
+from draftsmith.stages.training.loss_registry import LossConfig, PositionWeights
 from draftsmith.stages.training.loss_report import LossReport
 from tests.stages.training.case import Case, K, hidden_of
 

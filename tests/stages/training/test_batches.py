@@ -21,7 +21,7 @@ from draftsmith.stages.training.batches import (
     trajectories_of_step,
 )
 from draftsmith.stages.training.config import SftConfig, TrainingConfig
-from draftsmith.stages.training.sft.trainer import SftTraining
+from draftsmith.stages.training.sft.body import SftTraining
 from draftsmith.stages.training.softmax_heads import HeadSource
 from draftsmith.stages.training.trainer import TrainingData
 from tests.stages.training.case import hidden_of

@@ -24,11 +24,11 @@ from draftsmith.stages.targets.sampling import GREEDY, SamplingParams
 from draftsmith.stages.training.batches import Batch
 from draftsmith.stages.training.config import SftConfig
 from draftsmith.stages.training.drafted_blocks import draft_blocks, encode_batch, hidden_on_proposals
-from draftsmith.stages.training.loss_config import LossConfig, PositionWeights
+from draftsmith.stages.training.loss_registry import LossConfig, PositionWeights
 from draftsmith.stages.training.loss_report import LossReport
 from draftsmith.stages.training.opd.step import opd_loss
 from draftsmith.stages.training.opd.verify_steps import verify_blocks
-from draftsmith.stages.training.sft.trainer import sft_loss
+from draftsmith.stages.training.sft.body import sft_loss
 from draftsmith.stages.training.softmax_heads import SoftmaxHeads
 from tests.stages.training.case import Case, K, blocks_of, heads_of, loss_context, make_case
 from tests.stages.training.reference import LK, TV, Slow, assert_equal, slow_opd, slow_sft

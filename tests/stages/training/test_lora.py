@@ -17,9 +17,9 @@ from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training.batches import Batch, FeatureSource, step_rng
 from draftsmith.stages.training.config import LoraOptions, SftConfig, TrainingConfig
 from draftsmith.stages.training.drafted_blocks import draft_blocks, encode_batch, position_anchors
-from draftsmith.stages.training.loop import cosine
 from draftsmith.stages.training.lora import Adapter
-from draftsmith.stages.training.sft.trainer import SftTraining
+from draftsmith.stages.training.optimiser import cosine
+from draftsmith.stages.training.sft.body import SftTraining
 from draftsmith.stages.training.trainer import TrainingData
 from tests.testbed import random_target
 from tests.testbed.architectures import RANDOM

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from draftsmith.stages.training import losses
-from draftsmith.stages.training.loss_config import LOSSES
+from draftsmith.stages.training.loss_registry import LOSSES
 from draftsmith.stages.training.response_loss import FUNCTIONS
 from tests.stages.training.reference import plain_bernoulli, plain_k3
 

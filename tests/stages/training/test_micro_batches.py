@@ -16,11 +16,11 @@ from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.sampling import GREEDY, SamplingParams
 from draftsmith.stages.training.batches import FeatureSource, split_rows
 from draftsmith.stages.training.config import OpdConfig, SftConfig, TrainingConfig
-from draftsmith.stages.training.loop import Accumulation
 from draftsmith.stages.training.loss_report import LossReport
-from draftsmith.stages.training.opd.trainer import MinedData, OpdTraining
+from draftsmith.stages.training.opd.body import MinedData, OpdTraining
 from draftsmith.stages.training.opd.verify_steps import MinedTable
-from draftsmith.stages.training.sft.trainer import SftTraining
+from draftsmith.stages.training.optimiser import Accumulation
+from draftsmith.stages.training.sft.body import SftTraining
 from draftsmith.stages.training.trainer import TrainingData
 from tests.stages.training.case import mined_table
 from tests.testbed import random_target

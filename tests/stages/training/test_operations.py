@@ -14,7 +14,7 @@ from draftsmith.stages.training.config import LoraOptions, SftConfig, TrainingCo
 from draftsmith.stages.training.drafted_blocks import position_anchors
 from draftsmith.stages.training.lora import Adapter
 from draftsmith.stages.training.loss_report import LossReport
-from draftsmith.stages.training.sft.trainer import sft_loss
+from draftsmith.stages.training.sft.body import sft_loss
 from draftsmith.stages.training.softmax_heads import LossContext
 from tests.stages.kernel_flops import KERNEL_FLOPS
 from tests.stages.training.case import heads_of

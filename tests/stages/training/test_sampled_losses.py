@@ -21,12 +21,12 @@ from draftsmith.stages.targets.sampling import SamplingParams
 from draftsmith.stages.training.batches import FeatureSource, step_rng
 from draftsmith.stages.training.config import OpdConfig, SftConfig, TrainingConfig
 from draftsmith.stages.training.drafted_blocks import draft_blocks, encode_batch, position_anchors
-from draftsmith.stages.training.loss_config import PositionWeights, ResponseStream
+from draftsmith.stages.training.loss_registry import PositionWeights, ResponseStream
 from draftsmith.stages.training.opd import verify_steps
-from draftsmith.stages.training.opd.trainer import MinedData, OpdTraining
+from draftsmith.stages.training.opd.body import MinedData, OpdTraining
 from draftsmith.stages.training.opd.verify_steps import verify_blocks
 from draftsmith.stages.training.response_loss import TargetSignal, head_loss
-from draftsmith.stages.training.sft.trainer import SftTraining
+from draftsmith.stages.training.sft.body import SftTraining
 from draftsmith.stages.training.softmax_heads import LossContext, SoftmaxHeads
 from draftsmith.stages.training.trainer import Trainer, TrainingData
 from tests.stages.training.case import heads_of, hidden_of

@@ -13,7 +13,7 @@ from draftsmith.stages.training.batches import FeatureSource, step_rng
 from draftsmith.stages.training.config import SftConfig, TrainingConfig
 from draftsmith.stages.training.drafted_blocks import block_labels, draft_blocks, encode_batch, position_anchors
 from draftsmith.stages.training.loss_report import LossReport
-from draftsmith.stages.training.sft.trainer import sft_loss
+from draftsmith.stages.training.sft.body import sft_loss
 from draftsmith.stages.training.softmax_heads import LossContext
 from tests.stages.drafters.dflash import reference
 from tests.stages.drafters.texts import Texts

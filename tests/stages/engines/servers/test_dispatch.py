@@ -19,7 +19,6 @@ from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.engines.config import SGLangEngineConfig
 from draftsmith.stages.engines.servers import dispatch
 from draftsmith.stages.engines.servers.api import BadAnswerError
-from draftsmith.stages.engines.servers.client import RequestLostError, ServerAnswer, ServerFullError, check_status
 from draftsmith.stages.engines.servers.dispatch import (
     DeathLog,
     LostTooOftenError,
@@ -28,6 +27,7 @@ from draftsmith.stages.engines.servers.dispatch import (
     ServerPool,
     TimedOutError,
 )
+from draftsmith.stages.engines.servers.http import RequestLostError, ServerAnswer, ServerFullError, check_status
 from draftsmith.stages.engines.servers.requirements import ServerRequirements
 from draftsmith.stages.engines.sglang import api
 from tests.stages.engines.http_server import HttpServer, Refusal, Reply, answer, is_probe, serving

@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from draftsmith.stages.engines.config import SGLangLaunchConfig
-from draftsmith.stages.engines.servers.client import key_header
+from draftsmith.stages.engines.servers.http import key_header
 from draftsmith.stages.engines.servers.process import ServerProcess, free_ports, server_processes
 from draftsmith.stages.engines.sglang.server import cuda_environment as variables_on_cuda
 from draftsmith.stages.runtime.process import use_expandable_segments

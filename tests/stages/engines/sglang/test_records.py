@@ -9,7 +9,7 @@ import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.engines.base import Completion, Request
-from draftsmith.stages.engines.servers.client import ServerAnswer
+from draftsmith.stages.engines.servers.http import ServerAnswer
 from draftsmith.stages.engines.sglang.records import (
     BadAnswerError,
     generate_payload,

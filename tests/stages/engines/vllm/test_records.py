@@ -9,7 +9,7 @@ import pytest
 
 from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.engines.servers.api import BadAnswerError
-from draftsmith.stages.engines.servers.client import ServerAnswer
+from draftsmith.stages.engines.servers.http import ServerAnswer
 from draftsmith.stages.engines.vllm.records import (
     UnreadStepsError,
     completion_payload,

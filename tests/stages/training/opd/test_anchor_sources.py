@@ -17,7 +17,7 @@ from draftsmith.stages.replay.sampled import VerifiedBlocks
 from draftsmith.stages.training.batches import FeatureSource
 from draftsmith.stages.training.config import TrainingConfig
 from draftsmith.stages.training.drafted_blocks import draft_blocks, encode_batch, hidden_on_proposals, position_anchors
-from draftsmith.stages.training.loss_config import LossConfig
+from draftsmith.stages.training.loss_registry import LossConfig
 from draftsmith.stages.training.opd import step as opd_step
 from draftsmith.stages.training.opd import verify_steps
 from draftsmith.stages.training.opd.anchor_sources import RandomAnchors, TableAnchors

@@ -18,7 +18,7 @@ from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training.batches import Batch, FeatureSource, step_rng
 from draftsmith.stages.training.config import TrainingConfig
 from draftsmith.stages.training.drafted_blocks import DraftingView, encode_batch
-from draftsmith.stages.training.loss_config import LossConfig
+from draftsmith.stages.training.loss_registry import LossConfig
 from draftsmith.stages.training.loss_report import LossReport
 from draftsmith.stages.training.opd.anchor_sources import AnchorSource, RandomAnchors, SuccessorAnchors, TableAnchors
 from draftsmith.stages.training.opd.step import OpdStep, StepOptions

@@ -20,9 +20,9 @@ from draftsmith.artifacts.store.manifest import Artifact, read_manifest
 from draftsmith.artifacts.store.mirror import open_store
 from draftsmith.stages.report.metrics import LineageEntry, read_lineage, report_metrics
 from draftsmith.stages.report.page import ReportData, render_report
-from draftsmith.stages.report.presentation import next_steps
 from draftsmith.stages.report.review import machine_text, review_of, target_name
 from draftsmith.stages.report.stage import HistoryPoint, ReportConfig
+from draftsmith.stages.report.tables import next_steps
 from draftsmith.stages.runtime.invocation import COMMAND, invocation
 from draftsmith.stages.runtime.stage import StageContext
 

@@ -73,4 +73,4 @@ def run(ctx: StageContext, config: ChampionConfig) -> None:
     AdoptedChampion(target=target.digest, target_changed=changed, trained_for=info.target_digest).write(ctx.out)
 
 
-STAGE = Stage(name="champion", config=ChampionConfig, inputs=("target",), body="draftsmith.stages.drafters.stage")
+STAGE = Stage(name="champion", config=ChampionConfig, inputs=("target",), body="draftsmith.stages.drafters.champion")

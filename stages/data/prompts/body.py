@@ -16,8 +16,8 @@ from draftsmith.artifacts.results.data import PromptsSummary
 from draftsmith.artifacts.tables.parquet import TableWriter, write_table
 from draftsmith.artifacts.tables.schemas import LABELS, PROMPTS, QUESTIONS
 from draftsmith.stages.data.chat_template import PromptCandidate, TemplateInverter, token_ids
-from draftsmith.stages.data.prompt_streams import PromptStream, ReadIds, open_streams
-from draftsmith.stages.data.prompts import MORE_LOGS, SPLITS, PromptsConfig, Split
+from draftsmith.stages.data.prompts.stage import MORE_LOGS, SPLITS, PromptsConfig, Split
+from draftsmith.stages.data.prompts.streams import PromptStream, ReadIds, open_streams
 from draftsmith.stages.data.row_files import Throttle, describe_counts
 from draftsmith.stages.data.row_formats import Message
 from draftsmith.stages.runtime.stage import StageContext

@@ -47,7 +47,7 @@ STAGE = Stage(
     name="diagnosis",
     config=DiagnosisConfig,
     inputs=("target", "prompts"),
-    body="draftsmith.stages.evaluation.step_differences",
+    body="draftsmith.stages.evaluation.diagnosis.body",
     compute=Compute.HEAVY,
     preflight=preflight,
 )

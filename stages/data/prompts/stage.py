@@ -282,6 +282,6 @@ STAGE = Stage(
     name="prompts",
     config=PromptsConfig,
     inputs=("target",),
-    body="draftsmith.stages.data.prompt_selection",
+    body="draftsmith.stages.data.prompts.body",
     preflight=preflight,
 )

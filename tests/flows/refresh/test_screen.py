@@ -13,9 +13,9 @@ from rich.console import Console
 from draftsmith.artifacts.store.manifest import Artifact
 from draftsmith.flows.execution.display import Display, EndedRun
 from draftsmith.flows.refresh.config import RefreshConfig
-from draftsmith.flows.refresh.summary import LINES, WIDTH, screen, show_results
+from draftsmith.flows.refresh.screen import LINES, WIDTH, screen, show_results
 from draftsmith.flows.refresh.versions import registry
-from draftsmith.stages.drafters.stage import ChampionConfig
+from draftsmith.stages.drafters.champion import ChampionConfig
 from tests.flows.refresh.line_runs import config_of
 from tests.stages.report.sample_report import DECISION, EVALUATION, HOSTILE, OF_A_LINE
 

@@ -20,7 +20,7 @@ import httpx
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError, one_line
 from draftsmith.stages.data.chat_template import PromptCandidate
 from draftsmith.stages.data.held_out import hash_fraction, prompt_identity
-from draftsmith.stages.data.prompts import (
+from draftsmith.stages.data.prompts.stage import (
     SPLITS,
     HuggingFaceSource,
     JsonlSource,

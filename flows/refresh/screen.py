@@ -19,9 +19,9 @@ from draftsmith.flows.execution.display import Display, EndedRun
 from draftsmith.flows.planning.plan import UNSERVED, RunReview
 from draftsmith.flows.refresh.versions import registry
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
-from draftsmith.stages.report.presentation import Step, choice_sentence, next_steps, refresh_anyway
-from draftsmith.stages.report.presentation import drafters as drafter_table
 from draftsmith.stages.report.review import Review, duration, name_of, number, review_of, target_name
+from draftsmith.stages.report.tables import Step, choice_sentence, next_steps, refresh_anyway
+from draftsmith.stages.report.tables import drafters as drafter_table
 from draftsmith.stages.runtime.invocation import Invocation
 
 WIDTH, LINES = 80, 25

@@ -29,7 +29,7 @@ from draftsmith.stages.targets.sampling import GREEDY
 from draftsmith.stages.training.batches import Batch, frequent_tokens, step_rng, token_counts
 from draftsmith.stages.training.config import SftConfig
 from draftsmith.stages.training.drafted_blocks import count_operations, draft_blocks, encode_batch, position_anchors
-from draftsmith.stages.training.loss_config import ResponseStream
+from draftsmith.stages.training.loss_registry import ResponseStream
 from draftsmith.stages.training.loss_report import LossReport
 from draftsmith.stages.training.response_loss import response_loss
 from draftsmith.stages.training.softmax_heads import HeadSource, LossContext

@@ -19,9 +19,9 @@ from draftsmith.stages.runtime.checkpoint import list_checkpoints, load_checkpoi
 from draftsmith.stages.runtime.ranks import Ranks
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training.config import OptimiserConfig, SftConfig
-from draftsmith.stages.training.loop import MicroBatches, cosine, train
 from draftsmith.stages.training.loss_report import LossReport
-from draftsmith.stages.training.sft.trainer import SftTraining
+from draftsmith.stages.training.optimiser import MicroBatches, cosine, train
+from draftsmith.stages.training.sft.body import SftTraining
 from draftsmith.stages.training.trainer import TrainingData
 from tests.testbed import random_target
 from tests.testbed.context import RecordingContext

@@ -30,7 +30,7 @@ from draftsmith.stages.engines.base import Completion, Request, recorded_table
 from draftsmith.stages.engines.config import ServerEngineConfig
 from draftsmith.stages.engines.registry import identify, open_servers
 from draftsmith.stages.engines.servers.requirements import server_requirements
-from draftsmith.stages.evaluation.diagnosis import DiagnosisConfig
+from draftsmith.stages.evaluation.diagnosis.stage import DiagnosisConfig
 from draftsmith.stages.replay.chains import replay_sequentially
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.parity import ParityTolerance, check_steps

@@ -11,8 +11,8 @@ import pytest
 from draftsmith.artifacts.results.evaluation import EvaluationResult
 from draftsmith.artifacts.results.gate import GateDecision
 from draftsmith.flows.cli.main import parser
-from draftsmith.stages.report.presentation import Step, next_steps, refresh_anyway
 from draftsmith.stages.report.review import review_of
+from draftsmith.stages.report.tables import Step, next_steps, refresh_anyway
 from draftsmith.stages.runtime.invocation import Invocation, invocation
 from tests.stages.report.sample_report import DECISION, OF_A_LINE, rule, verdict
 

@@ -1,0 +1,1 @@
+"""Selects prompts with token ids, in splits (train, validation, held-out)."""

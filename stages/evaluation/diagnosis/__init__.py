@@ -1,0 +1,1 @@
+"""Compares an engine's verify steps with replay, and names what differs."""
