@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from draftsmith.artifacts.errors import RetryableError
 from draftsmith.artifacts.home import home
 from draftsmith.flows.config.options import RunOptions
-from draftsmith.flows.orchestration.server import start_prefect_server
+from draftsmith.flows.orchestration.server import prefect_server
 from draftsmith.flows.planning.graph import Selection
 from draftsmith.flows.planning.plan import Pipeline, early_end, load_attribute
 from draftsmith.stages.runtime.memory import restore_gc
@@ -27,14 +27,14 @@ def launch(
 
     Raises DraftsmithError for all failures. A drafter that is not promoted, or not served, is no failure.
     """
-    wait_for_server = start_prefect_server(home())
-    from draftsmith.flows.orchestration.run import Run  # imports Prefect, which reads the server's environment
+    with prefect_server(home()) as wait_for_server:
+        from draftsmith.flows.orchestration.run import Run  # imports Prefect, which reads the server's environment
 
-    run = Run(pipeline, config, selection)
-    run.prepare()
-    run.display.plan(run.plan, early_end(pipeline, run.config, run.plan, run.store, selection))
-    flow = load_attribute(pipeline.flow)
-    run.retry(lambda: wait_for_server(run.display.line))
+        run = Run(pipeline, config, selection)
+        run.prepare()
+        run.display.plan(run.plan, early_end(pipeline, run.config, run.plan, run.store, selection))
+        flow = load_attribute(pipeline.flow)
+        run.retry(lambda: wait_for_server(run.display.line))
     restore_gc()
 
     def warn(what: str) -> None:

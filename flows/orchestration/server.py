@@ -12,7 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, NoReturn
 
@@ -63,10 +63,11 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def start_prefect_server(home: Path) -> Callable[[Say], None]:
-    """Start a server that ends with this process, unless `PREFECT_API_URL` names one. Return a function to wait for it.
+@contextlib.contextmanager
+def prefect_server(home: Path) -> Iterator[Callable[[Say], None]]:
+    """Start a server that ends with this process, unless `PREFECT_API_URL` names one. Yield a function to wait for it.
 
-    Call this before Prefect is imported, and the function before the flow. The function calls its argument if the wait
+    Begin this before Prefect is imported, and call the function before the flow. It calls its argument if the wait
     takes a while. It raises DraftsmithError if the server has ended, RetryableError if it may answer later.
 
     The temporary server has its own session, so Ctrl-C does not reach it and a flow can still report its end. It stops
@@ -75,7 +76,8 @@ def start_prefect_server(home: Path) -> Callable[[Say], None]:
     """
     prepare(home)
     if existing := os.environ.get("PREFECT_API_URL"):
-        return lambda _say: _must_answer(existing)
+        yield lambda _say: _must_answer(existing)
+        return
     folder, log_path = home / "prefect", home / "logs" / "prefect-server.log"
     check_database_location(home)
     with contextlib.ExitStack() as starting:
@@ -89,16 +91,10 @@ def start_prefect_server(home: Path) -> Callable[[Say], None]:
         port, user = _free_port(), f"draftsmith:{secrets.token_urlsafe(32)}"
         server = _start(port, user, log)
         atexit.register(server.end, _STOP_LIMIT_S)
-        until_healthy = starting.pop_all()
-    url = f"http://127.0.0.1:{port}/api"
-    os.environ |= {"PREFECT_API_URL": url, "PREFECT_API_AUTH_STRING": user}
-    _temporary[url] = server
-
-    def wait(say: Say) -> None:
-        with until_healthy:
-            _wait_until_healthy(server.process, url, log_path, say)
-
-    return wait
+        url = f"http://127.0.0.1:{port}/api"
+        os.environ |= {"PREFECT_API_URL": url, "PREFECT_API_AUTH_STRING": user}
+        _temporary[url] = server
+        yield lambda say: _wait_until_healthy(server.process, url, log_path, say)
 
 
 def permanent_server(home: Path) -> str:

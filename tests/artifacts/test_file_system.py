@@ -12,7 +12,7 @@ import pytest
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.host import network_file_system
 from draftsmith.artifacts.tracking.runs import Tracking
-from draftsmith.flows.orchestration.server import check_database_location, start_prefect_server
+from draftsmith.flows.orchestration.server import check_database_location, prefect_server
 
 Mount = Callable[..., None]
 
@@ -64,10 +64,11 @@ def test_prefects_database_is_refused_on_a_network_file_system(
     mount((tmp_path / "home", "lustre"))
     (tmp_path / "home").mkdir()
     for name in ("PREFECT_API_URL", "PREFECT_HOME", "PREFECT_API_DATABASE_CONNECTION_URL"):
-        monkeypatch.setenv(name, "")  # so that what `start_prefect_server` sets is undone too
+        monkeypatch.setenv(name, "")  # so that what `prefect_server` sets is undone too
         monkeypatch.delenv(name)
-    with pytest.raises(DraftsmithError, match=r"Prefect's database .* \(lustre at .*set PREFECT_API_URL"):
-        start_prefect_server(tmp_path / "home")
+    refused = pytest.raises(DraftsmithError, match=r"Prefect's database .* \(lustre at .*set PREFECT_API_URL")
+    with refused, prefect_server(tmp_path / "home"):
+        pass
     assert not list((tmp_path / "home").iterdir())
     monkeypatch.setenv("PREFECT_API_DATABASE_CONNECTION_URL", "postgresql+asyncpg://host/prefect")
     check_database_location(tmp_path / "home")

@@ -94,7 +94,8 @@ import os
 from pathlib import Path
 from draftsmith.flows.orchestration import server as prefect
 
-prefect.start_prefect_server(Path(os.environ["DRAFTSMITH_HOME"]))(lambda _line: None)
+with prefect.prefect_server(Path(os.environ["DRAFTSMITH_HOME"])) as wait:
+    wait(lambda _line: None)
 prefect._temporary.clear()
 """
 

@@ -23,9 +23,9 @@ from tests.testbed.cache import cached
 _PREFECT = Path("prefect", "prefect.db")
 _MLFLOW = Path("mlflow.db")
 _START_PREFECT = (
-    "import sys; from pathlib import Path; "
-    "from draftsmith.flows.orchestration.server import start_prefect_server; "
-    "start_prefect_server(Path(sys.argv[1]))(print)"
+    "import sys\nfrom pathlib import Path\n"
+    "from draftsmith.flows.orchestration.server import prefect_server\n"
+    "with prefect_server(Path(sys.argv[1])) as wait:\n    wait(print)\n"
 )
 _OPEN_MLFLOW = "import sys; from mlflow import MlflowClient; MlflowClient(f'sqlite:///{sys.argv[1]}/mlflow.db').search_experiments()"
 

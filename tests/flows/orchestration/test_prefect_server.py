@@ -52,8 +52,8 @@ def test_a_damaged_database_is_an_error_that_names_the_file(tmp_path: Path) -> N
     database = tmp_path / "prefect" / "prefect.db"
     database.parent.mkdir(parents=True)
     database.write_bytes(b"no database" * 1000)
-    with pytest.raises(DraftsmithError, match=f"{database} away") as caught:
-        server.start_prefect_server(tmp_path)(print)
+    with pytest.raises(DraftsmithError, match=f"{database} away") as caught, server.prefect_server(tmp_path) as wait:
+        wait(print)
     assert caught.value.exit_code == 2
     assert not processes_of(tmp_path)
 
@@ -63,8 +63,9 @@ def test_a_server_that_does_not_answer_is_a_retryable_error(tmp_path: Path) -> N
 
     os.environ["PREFECT_API_URL"] = url = "http://127.0.0.1:9/api"
     settings = {PREFECT_API_URL: url, PREFECT_CLIENT_MAX_RETRIES: 0}  # as if imported with this environment
-    with temporary_settings(settings), pytest.raises(RetryableError, match=f"PREFECT_API_URL: {url}") as caught:
-        server.start_prefect_server(tmp_path)(print)
+    refused = pytest.raises(RetryableError, match=f"PREFECT_API_URL: {url}")
+    with temporary_settings(settings), refused as caught, server.prefect_server(tmp_path) as wait:
+        wait(print)
     assert caught.value.exit_code == EXIT_RETRYABLE
 
 
