@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from draftsmith.artifacts.errors import RetryableError
 from draftsmith.artifacts.home import home
 from draftsmith.flows.config.options import RunOptions
+from draftsmith.flows.execution.machine import check_home
 from draftsmith.flows.orchestration.server import prefect_server
 from draftsmith.flows.planning.graph import Selection
 from draftsmith.flows.planning.plan import Pipeline, early_end, load_attribute
@@ -27,6 +28,7 @@ def launch(
 
     Raises DraftsmithError for all failures. A drafter that is not promoted, or not served, is no failure.
     """
+    check_home(home(), config)
     with prefect_server(home()) as wait_for_server:
         from draftsmith.flows.orchestration.run import Run  # imports Prefect, which reads the server's environment
 

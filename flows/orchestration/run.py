@@ -107,8 +107,7 @@ class Run(RunContext):
     # -- before ------------------------------------------------------------------------------------------------------
 
     def prepare(self) -> None:
-        """Check home, store and MLflow, resolve the config, and plan. Raises DraftsmithError if it cannot be run."""
-        check_home(self.home, self.config)
+        """Check store and MLflow, resolve the config, and plan. Raises DraftsmithError if it cannot be run."""
         check_runner(self.config.stages)
         for check in (self.store.check, self.tracking.check):
             self.retry(check)
@@ -176,6 +175,7 @@ class Run(RunContext):
         if (page := page_url()) is not None:
             self.display.line(f"Prefect: {page}")
         if not self.plan:
+            check_home(self.home, self.config)
             self.prepare()
         close_dead_runs(self.tracking, self.store)
         self.display.newer_files(self.plan)
