@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from draftsmith.artifacts.errors import EXIT_RETRYABLE
-from draftsmith.flows.cli.main import main
+from draftsmith.flows.cli.main import main, parser
+from draftsmith.flows.refresh.measurements import DIAGNOSIS
 from tests.flows.processes import ROOT, assert_gone, pid_in, processes_of, run_toy, toy_command, wait_until
 from tests.flows.toy import TOY, write_config
 
@@ -173,3 +174,10 @@ def test_a_second_interrupt_ends_the_command_immediately_and_silently(tmp_path: 
         assert command.stderr.readline().startswith("draftsmith: error: interrupted.")
         command.send_signal(signal.SIGINT)
         assert command.wait(20) == 130 and command.stderr.read() == ""
+
+
+def test_a_diagnosis_is_made_anew_by_every_command() -> None:
+    """The server may answer differently from last time."""
+    words = ["diagnose", "--url", "http://localhost:30000", "--drafter", "line@champion", "line.yaml"]
+    assert parser().parse_args(words).force == [DIAGNOSIS]
+    assert parser().parse_args([*words, "--force", "target"]).force == [DIAGNOSIS, "target"]
