@@ -16,7 +16,6 @@ import webbrowser
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from draftsmith.artifacts.errors import DraftsmithError, RefusedError, RetryableError
 from draftsmith.artifacts.home import home
@@ -57,9 +56,6 @@ from draftsmith.flows.refresh.init import QUESTIONS, SIZES, write_first_config
 from draftsmith.flows.refresh.measurements import DIAGNOSE, EVALUATE, diagnose_config, evaluate_config
 from draftsmith.stages.evaluation.drift import DriftConfig
 from draftsmith.stages.runtime.invocation import COMMAND
-
-if TYPE_CHECKING:
-    pass
 
 
 def _run(options: argparse.Namespace, pipeline: Pipeline) -> None:
