@@ -165,35 +165,38 @@ def _with_target(
     return plans
 
 
-class RunChecks:
-    """Makes the same checks while a run proceeds. Raises the first error as DraftsmithError."""
+def check_before(builds: Sequence[Build]) -> list[str]:
+    """Make the checks of a plan before its first stage. Return warnings and skipped checks, one line each.
 
-    def __init__(self, builds: Sequence[Build]) -> None:
-        """Check the run with this plan."""
-        self._nodes = [build.node for build in builds]
-        self._to_make = [build.node for build in builds if build.status is not Status.HIT]
+    Raises the first error as DraftsmithError.
+    """
+    findings, to_make = RaisingFindings(), _to_make(builds)
+    _without_target(findings, [build.node for build in builds], to_make)
+    check_initial_drafters(findings, to_make)
+    return findings.remarks
 
-    def before(self) -> list[str]:
-        """Check before the first stage. Return warnings and skipped checks, one line each."""
-        findings = RaisingFindings()
-        _without_target(findings, self._nodes, self._to_make)
-        check_initial_drafters(findings, self._to_make)
-        return findings.remarks
 
-    def after(self, node: Node, made: Mapping[str, Path]) -> list[str]:
-        """Check after a node. made: artifacts by node. Return lines as `before`."""
-        findings = RaisingFindings()
-        if not self._to_make:
-            return []
-        if node.stage.name == "target":
-            target = made[node.name]
-            plans = _with_target(findings, self._nodes, self._to_make, target, whole=True)
-            with findings.check("resources"):
-                check_memory(findings, self._nodes, self._to_make, target, plans, home(), Hardware.here())
-        elif isinstance(node.config, PromptsConfig):
-            positions = read_target_info(made[node.inputs["target"]]).max_positions
-            check_lengths(findings, self._to_make, node.name, made[node.name], positions)
-        return findings.remarks
+def check_after(node: Node, builds: Sequence[Build], folders: Mapping[str, Path]) -> list[str]:
+    """Make the checks that a node allows which was just made. Returns and raises like `check_before`.
+
+    builds: the plan. folders: node -> folder of its artifact.
+    """
+    findings, nodes, to_make = RaisingFindings(), [build.node for build in builds], _to_make(builds)
+    if not to_make:
+        return []
+    if node.stage.name == "target":
+        target = folders[node.name]
+        plans = _with_target(findings, nodes, to_make, target, whole=True)
+        with findings.check("resources"):
+            check_memory(findings, nodes, to_make, target, plans, home(), Hardware.here())
+    elif isinstance(node.config, PromptsConfig):
+        positions = read_target_info(folders[node.inputs["target"]]).max_positions
+        check_lengths(findings, to_make, node.name, folders[node.name], positions)
+    return findings.remarks
+
+
+def _to_make(builds: Sequence[Build]) -> list[Node]:
+    return [build.node for build in builds if build.status is not Status.HIT]
 
 
 def check_node(node: Node, inputs: Mapping[str, Path]) -> list[str]:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-
-from draftsmith.flows.checks.check import RunChecks
+from draftsmith.flows.checks.check import check_after, check_before
 from draftsmith.flows.planning.graph import Node
-from draftsmith.flows.planning.plan import Build, Pipeline
+from draftsmith.flows.planning.plan import Pipeline
 from draftsmith.flows.refresh.champion import resolve
 from draftsmith.flows.refresh.config import (
     RefreshConfig,
@@ -112,12 +109,8 @@ class RefreshPipeline(Pipeline):
     compared = staticmethod(compared)
     review = staticmethod(review)
     show = staticmethod(show_results)
-
-    def check(self, builds: Sequence[Build]) -> list[str]:
-        return RunChecks(builds).before()
-
-    def check_after(self, node: Node, builds: Sequence[Build], folders: Mapping[str, Path]) -> list[str]:
-        return RunChecks(builds).after(node, folders)
+    check = staticmethod(check_before)
+    check_after = staticmethod(check_after)
 
     def concludes(self, config: RefreshConfig) -> bool:
         return config.registry is not None

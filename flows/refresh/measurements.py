@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import Field, ValidationError
@@ -11,11 +11,11 @@ from pydantic import Field, ValidationError
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.identifiers import PlainName, server_url
 from draftsmith.artifacts.results.evaluation import DiagnosisResult
-from draftsmith.flows.checks.check import RunChecks
+from draftsmith.flows.checks.check import check_after, check_before
 from draftsmith.flows.config.options import RunOptions
 from draftsmith.flows.execution.display import Display, EndedRun
 from draftsmith.flows.planning.graph import Node
-from draftsmith.flows.planning.plan import Build, Pipeline
+from draftsmith.flows.planning.plan import Pipeline
 from draftsmith.flows.refresh.config import RefreshConfig
 from draftsmith.flows.refresh.graph import first_nodes
 from draftsmith.flows.refresh.registry_commands import verify_checkpoint
@@ -68,12 +68,8 @@ class EvaluatePipeline(Pipeline):
     nodes = staticmethod(evaluate_nodes)
     compared = staticmethod(compared)
     show = staticmethod(show_results)
-
-    def check(self, builds: Sequence[Build]) -> list[str]:
-        return RunChecks(builds).before()
-
-    def check_after(self, node: Node, builds: Sequence[Build], folders: Mapping[str, Path]) -> list[str]:
-        return RunChecks(builds).after(node, folders)
+    check = staticmethod(check_before)
+    check_after = staticmethod(check_after)
 
 
 EVALUATE = EvaluatePipeline()
@@ -157,12 +153,8 @@ class DiagnosePipeline(Pipeline):
 
     nodes = staticmethod(diagnose_nodes)
     show = staticmethod(show_diagnosis)
-
-    def check(self, builds: Sequence[Build]) -> list[str]:
-        return RunChecks(builds).before()
-
-    def check_after(self, node: Node, builds: Sequence[Build], folders: Mapping[str, Path]) -> list[str]:
-        return RunChecks(builds).after(node, folders)
+    check = staticmethod(check_before)
+    check_after = staticmethod(check_after)
 
 
 DIAGNOSE = DiagnosePipeline()

@@ -23,13 +23,13 @@ from prefect import flow
 from pydantic import Field, field_validator, model_validator
 
 from draftsmith.artifacts.identifiers import PlainName
-from draftsmith.flows.checks.check import RunChecks
+from draftsmith.flows.checks.check import check_after, check_before
 from draftsmith.flows.config.load import merge_configs
 from draftsmith.flows.config.options import RunOptions
 from draftsmith.flows.execution.display import Display, EndedRun
 from draftsmith.flows.orchestration.run import Run
 from draftsmith.flows.planning.graph import Node
-from draftsmith.flows.planning.plan import Build, Pipeline, load_attribute
+from draftsmith.flows.planning.plan import Pipeline, load_attribute
 from draftsmith.flows.refresh.flow import make_all
 from draftsmith.stages.catalog import STAGES
 from draftsmith.stages.data.prompts.stage import PromptsConfig
@@ -196,11 +196,8 @@ class LabPipeline(Pipeline):
     def nodes(self, config: LabConfig) -> list[Node]:
         return lab_nodes(config)
 
-    def check(self, builds: Sequence[Build]) -> list[str]:
-        return RunChecks(builds).before()
-
-    def check_after(self, node: Node, builds: Sequence[Build], folders: Mapping[str, Path]) -> list[str]:
-        return RunChecks(builds).after(node, folders)
+    check = staticmethod(check_before)
+    check_after = staticmethod(check_after)
 
     def show(self, display: Display, folders: Mapping[str, Path], ended: EndedRun) -> None:
         load_attribute("tests.lab.results:show_results")(display, folders, ended)  # imports torch

@@ -14,7 +14,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.store.mirror import STORE_VARIABLE, open_store
 from draftsmith.artifacts.tracking.registry import Version
-from draftsmith.flows.checks.check import RunChecks
+from draftsmith.flows.checks.check import check_before
 from draftsmith.flows.planning.plan import Build, Status
 from draftsmith.flows.refresh.champion import resolve
 from draftsmith.flows.refresh.config import RefreshConfig
@@ -161,7 +161,7 @@ def test_the_champions_answers_are_found_in_a_bucket_and_in_a_moved_home(
 def planned_checks(config: RefreshConfig) -> list[str]:
     """Return the warnings of the checks before a run's first stage."""
     nodes = refresh_nodes(config)
-    return RunChecks([Build(REFRESH, config, node, status=Status.RUN) for node in nodes]).before()
+    return check_before([Build(REFRESH, config, node, status=Status.RUN) for node in nodes])
 
 
 def _answers(folder: Path, made: DrafterArtifacts) -> Path:
