@@ -219,7 +219,7 @@ class Store:
     def claim(
         self, stage: str, key: str, *, force: bool = False, run: str = "", node: str = "", wait: LockWait = _FOREVER
     ) -> Iterator[Attempt | Artifact]:
-        """Take the key's lock and yield an `Attempt`, or the artifact if it is complete by then.
+        """Take the key's lock and yield an `Attempt`, or the artifact if another run has completed it.
 
         Commits what an earlier attempt made but could not commit. The kernel releases the lock of a dead process.
 

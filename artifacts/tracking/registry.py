@@ -417,7 +417,7 @@ class Registry:
         champion = _champion(model)
         if champion != expected and not (resumed and champion == version.number):
             raise ChampionMovedError(
-                f"{version.line}: version {champion} is the champion by now, but the decision was made against "
+                f"{version.line}: version {champion} is now the champion, but the decision was made against "
                 f"{'none' if expected is None else f'version {expected}'}. Decide again."
             )
 

@@ -1,9 +1,9 @@
 """Estimates how long a run's nodes take: as long as in its last run, or else by the FLOP of their matrix products.
 
-Only trainings and mining have an estimate by FLOP, which are divided by the GPU's rate in `GPU_MODELS`. Those of a
-drafter are what a training counts (`tflop` in its metrics). Decoding waits for memory more than for products, so the
-time of rollouts and evaluations is known after their first run. Compared with torch's counts of real steps in
-`tests/flows/checks/test_hours.py`. Letters as in `targets/estimate.py`; also q, k widths of queries and keys.
+Only trainings and mining have an estimate: their FLOP, divided by the GPU's rate in `GPU_MODELS`. A drafter's FLOP are
+those that a training counts (`tflop` in its metrics). Decoding waits for memory more than for products, so the time of
+rollouts and evaluations is known after their first run. Tests compare the FLOP with torch's counts of real steps
+(`tests/flows/checks/test_hours.py`). Letters as in `targets/estimate.py`; also q, k widths of queries and keys.
 """
 
 from __future__ import annotations

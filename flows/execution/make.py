@@ -1,7 +1,7 @@
 """Makes the artifact of a build: the store decides, a process does the work, the display and MLflow follow it.
 
-A node may be made in shards: each is an artifact and a separate process, on this host or another. A lost shard is made
-again alone. The node's artifact is joined from all shards, and does not depend on their number. The shards' keys follow
+A node may be made in shards: each is an artifact and a separate process, on this host or another. Only a lost shard is
+made again. The node's artifact is joined from all shards, and does not depend on their number. The shards' keys follow
 from the node's key, which does not mention shards.
 """
 
@@ -233,7 +233,7 @@ def make_shard(
 ) -> Artifact:
     """Return a shard's artifact: from the store, or made by a stage process on one device of this host.
 
-    Raises as `make` does.
+    Raises the same errors as `make`.
     """
     store, waiting = open_store(home), build.config.stages.lock_wait(check)
     inputs = {name: replace(made, path=store.path(made.stage, made.key)) for name, made in build.inputs.items()}
@@ -275,7 +275,7 @@ def run_attempt(
     shards of the node, which the process joins; empty: it does all the work. earlier: the inconclusive artifact that
     this one replaces.
 
-    Raises the stage's own `DraftsmithError`, and as `unchanged` does.
+    Raises the stage's own `DraftsmithError`, or an error of `unchanged`.
     """
     node, options = build.node, build.config.stages
 

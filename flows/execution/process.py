@@ -72,7 +72,7 @@ def run_stage(
         arrived += [lines.get_nowait() for _ in range(lines.qsize())]
         for event in filter(None, map(_parse, arrived)):
             last[event["event"]] = event
-            if event["event"] == "summary":  # a manifest is JSON, which has no NaN: such a metric is left out
+            if event["event"] == "summary":  # a manifest is JSON, which has no NaN
                 summary.update({name: value for name, value in event["values"].items() if math.isfinite(value)})
             follow(event)
 

@@ -82,7 +82,7 @@ class Pipeline:
     report: tuple[str, str] = ("", "")  # node and file of the report
 
     def nodes(self, config: Any) -> list[Node]:
-        """Return the nodes of a resolved config in any order."""
+        """Return the nodes of a resolved config in any order. Every pipeline has its own."""
         raise NotImplementedError
 
     def resolve(self, config: Any) -> Any:
@@ -107,7 +107,7 @@ class Pipeline:
         builds: Sequence[Build],  # noqa: ARG002
         folders: Mapping[str, Path],  # noqa: ARG002
     ) -> list[str]:
-        """Check what a node that was just made allows to check. Returns and raises as `check`. builds: the plan."""
+        """Check what a node that was just made allows to check. Returns and raises like `check`. builds: the plan."""
         return []
 
     def concludes(self, config: Any) -> bool:  # noqa: ARG002
@@ -260,7 +260,7 @@ class Build:
 
     @property
     def newer_files_notice(self) -> str | None:
-        """Return a line about the files that the reused listing leaves out, or None if there are none."""
+        """Return a line about the files that are newer than the reused listing, or None if there are none."""
         if not self.newer_files:
             return None
         return (

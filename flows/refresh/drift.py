@@ -124,7 +124,7 @@ def _changed_settings(config: RefreshConfig) -> list[str]:
     return [
         f"{name} {_describe(now[name])}, was {_describe(before)}"
         for name, before in stored.items()
-        if now.get(name, before) != before and name != BLOCK_SIZE  # left out: the trained one, as then
+        if now.get(name, before) != before and name != BLOCK_SIZE  # by default the trained one, as it was
     ]
 
 
@@ -136,7 +136,7 @@ def age_days(refreshed_at: str | None) -> float:
 
 
 def _describe(value: Any) -> str:
-    return "left out" if value is None else f"{value}"
+    return "not set" if value is None else f"{value}"
 
 
 def _set_metrics(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, SetMetrics]:

@@ -156,13 +156,13 @@ def promote(
 
 @flow(name="evaluate", flow_run_name="{config.name}", persist_result=False)
 def evaluate(config: EvaluateConfig, force: Names = None, start: Names = None, until: Names = None) -> Any:
-    """Compare drafters on held-out prompts, without training any; arguments as of `refresh`."""
+    """Compare drafters on held-out prompts, without training any; same arguments as `refresh`."""
     return Run.of(EVALUATE, config, force, start, until).do(make_all)
 
 
 @flow(name="diagnose", flow_run_name="{config.name}", persist_result=False)
 def diagnose(config: DiagnoseConfig, force: Names = None, start: Names = None, until: Names = None) -> Any:
-    """Check whether a running server drafts as replay does, and if not, why; arguments as of `refresh`."""
+    """Check whether a running server drafts as replay does, and if not, why; same arguments as `refresh`."""
     return Run.of(DIAGNOSE, config, force, start, until).do(make_all)
 
 

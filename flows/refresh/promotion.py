@@ -1,4 +1,4 @@
-"""What a promotion writes and does beside moving the alias: a version's tags, the servers, and the conclusion."""
+"""The steps of a promotion: a version's tags, the alias, the servers, and the conclusion."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ NO_SERVERS: Swapped = ("", None)
 def expected_champion(line: RegistryConfig, gate: GateDecision, challenger: Artifact) -> Version | None:
     """Return the champion that the gate has judged against, as it is in the registry.
 
-    Raises OutdatedPlanError if another version serves by now, unless that is this challenger: MLflow may have been lost
-    after its promotion.
+    Raises OutdatedPlanError if another version became champion meanwhile. This challenger may be it: MLflow may have
+    been lost just after its promotion.
     """
     lines = registry()
     now = lines.champion(line.name)
@@ -61,7 +61,7 @@ def expected_champion(line: RegistryConfig, gate: GateDecision, challenger: Arti
     ours = gate.promote and now is not None and now.content_id == challenger.content_id
     if moved and not ours:
         serves = "no version" if now is None else f"version {now.number}"
-        raise OutdatedPlanError(f"{line.name}: {serves} is the champion by now. {_PLAN_AGAIN}")
+        raise OutdatedPlanError(f"{line.name}: {serves} is now the champion. {_PLAN_AGAIN}")
     return expected
 
 

@@ -32,7 +32,7 @@ class Steps(Generic[Array]):
     expected: Array | None = None  # float64 tokens committed, on average over samples; None: argmaxes
     confidence: Array | None = None  # float32 [..., K] logits, meaningful for proposals `on_trajectory`
     evaluated_blocks: int = 0  # work: blocks drafted to find the steps
-    outside_nucleus: int = 0  # committed tokens that the stated sampling leaves out; counted if proposals are sampled
+    outside_nucleus: int = 0  # committed tokens outside the stated sampling's nucleus; counted if proposals are sampled
 
     def __len__(self) -> int:
         return len(self.anchors)
@@ -163,7 +163,7 @@ class AcceptanceStats:
     def acceptance_by_offset(self, answers: np.ndarray | slice = EVERY, depths: slice = EVERY) -> list[float]:
         """Return for each offset the share of its proposals that are accepted, and all before them; at most [K].
 
-        Of all steps, or of those of some answers at some depths. Offsets that none of them reaches are left out.
+        Of all steps, or of those of some answers at some depths. Offsets that none of them reaches are dropped.
         """
         accepted, judged = (each[answers, depths].sum((0, 1)) for each in (self.accepted_at, self.judged_at))
         return [float(accepted[k:].sum() / judged[k:].sum()) for k in range(1, len(judged)) if judged[k:].any()]

@@ -1,6 +1,6 @@
 """The losses of SFT and OPD: streams, each with a loss, a weight and weights of its positions; and presets.
 
-Names and formulas are in `stages/training/losses.py`, their meaning in `response_loss.py` and `opd/step.py`.
+Formulas are in `losses.py`, what they are applied to in `response_loss.py` and `opd/step.py`.
 """
 
 from __future__ import annotations

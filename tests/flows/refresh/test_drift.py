@@ -123,7 +123,7 @@ def test_taus_measured_with_other_settings_are_not_compared(line: str, home: Pat
     shorter = {"splits": ["validation", "heldout"], "sampling": {"max_new_tokens": 256}}
     changed = "measured differently since its promotion: "
     assert decided(heldout=shorter) == f"{changed}heldout.sampling.max_new_tokens 256, was 512"
-    assert decided(evaluation={"head_tokens": 64}) == f"{changed}drafting.head_tokens 64, was left out"
+    assert decided(evaluation={"head_tokens": 64}) == f"{changed}drafting.head_tokens 64, was not set"
     (version,) = registry().versions(line)
     known = json.loads(version.tags["measured_with"])
     assert known.pop("heldout.sampling.top_k") == 0

@@ -134,7 +134,7 @@ def test_the_slower_of_two_refreshes_must_plan_again_against_the_new_champion(
     slow = resolve(config)
     finished(config, gated(store, drafters[0]))
     made = gated(store, drafters[1])
-    with pytest.raises(OutdatedPlanError, match="version 1 is the champion by now"):
+    with pytest.raises(OutdatedPlanError, match="version 1 is now the champion"):
         promote(slow, folders_of(made), None)
     assert [version.number for version in registry().versions(line)] == [1], "the challenger was not registered"
 
