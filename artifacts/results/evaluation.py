@@ -52,7 +52,6 @@ class Acceptance(Record):
     accepted_histogram: Sequence[int] = ()
     tau_without_loops: float | None = None
     differences: Mapping[str, Difference] = {}
-    tau_full_head: float | None = None
     confidence: ConfidenceCalibration | None = None  # of a drafter with a confidence head, given validation answers
     tau_replayed: float | None = None  # by replay, where `tau` is that of served answers
 

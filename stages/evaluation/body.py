@@ -41,7 +41,7 @@ from draftsmith.stages.data.trajectories import (
 )
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import load_drafter
-from draftsmith.stages.drafters.spec import NO_FREQUENT_TOKENS, DraftingConfig
+from draftsmith.stages.drafters.spec import NO_FREQUENT_TOKENS
 from draftsmith.stages.engines.config import ServerEngineConfig
 from draftsmith.stages.evaluation.acceptance import (
     ContextCollector,
@@ -83,7 +83,7 @@ from draftsmith.stages.targets.sampling import SamplingParams
 
 REPLAYED = "replayed"  # traces by replay, of an unfinished attempt or a shard
 VALIDATION = "validation"
-CONTEXT_VARIANT = "trained"  # the drafting variant whose contexts are shown
+HELDOUT = "heldout"
 _AS_SERVED = (
     "; of the verify steps that servers counted on the held-out prompts, because the target that they compute differs "
     "from that of replay (`tau_replayed`)"
@@ -290,13 +290,13 @@ class _Replays:
     target: Target
     drafters: Mapping[str, Drafter]
 
-    def replayer(self, variant: str, drafting: DraftingConfig, sampling: SamplingParams, shard: Shard) -> Replayer:
-        """Return the replayer of one drafting variant. sampling: what the answers were sampled with."""
+    def replayer(self, split: str, sampling: SamplingParams, shard: Shard) -> Replayer:
+        """Return the replayer of a split's answers. sampling: what they were sampled with."""
         options = ReplayOptions(
-            drafting,
+            self.config.drafted(),
             sampling,
-            with_proposals=variant == CONTEXT_VARIANT,
-            with_confidence=variant in (CONTEXT_VARIANT, VALIDATION),
+            with_proposals=split == HELDOUT,
+            with_confidence=True,
             tokens_per_group=self.config.tokens_per_target_forward,
             shard=shard,
         )
@@ -305,22 +305,19 @@ class _Replays:
     def acceptance(self) -> tuple[EvaluationResult, _Replayed]:
         """Replay every drafter on the same held-out answers."""
         ctx, prompts = self.ctx, self.ctx.inputs["prompts"]
-        stored = load_trajectories(ctx.inputs["trajectories"], ["heldout"])
+        stored = load_trajectories(ctx.inputs["trajectories"], [HELDOUT])
         ctx.log(f"replaying {len(self.drafters)} drafters on {len(stored.trajectories)} held-out answers")
         looping = [has_loop(t.tokens[t.prompt_length :]) for t in stored.trajectories]
-        tallies = {}
         units, labels = independent_units(prompts, stored.prompts), prompt_labels(prompts, stored.prompts)
         collectors = {arm: ContextCollector(labels) for arm in self.drafters}
-        for variant, drafting in _drafting_variants(self.config).items():
-            tallies[variant] = self.replayer(variant, drafting, stored.sampling, WHOLE).acceptance(
-                self.drafters,
-                stored.trajectories,
-                also=collectors if variant == CONTEXT_VARIANT else {},
-                progress=progress_callback(ctx, "trajectories"),
-                cache=ctx.work / REPLAYED / variant,
-                shards=[folder / REPLAYED / variant for folder in ctx.shards],
-            )
-        trained = tallies[CONTEXT_VARIANT]
+        trained = self.replayer(HELDOUT, stored.sampling, WHOLE).acceptance(
+            self.drafters,
+            stored.trajectories,
+            also=collectors,
+            progress=progress_callback(ctx, "trajectories"),
+            cache=ctx.work / REPLAYED / HELDOUT,
+            shards=[folder / REPLAYED / HELDOUT for folder in ctx.shards],
+        )
         # a share of the answers' tokens: the same for all drafters that sample
         shares = [tally.outside_nucleus_share for tally in trained.values()]
         outside = next((share for share in shares if share is not None), None)
@@ -329,8 +326,6 @@ class _Replays:
         decode = self.target.tokenizer.decode
         Contexts({arm: each.contexts(stored.trajectories, decode) for arm, each in collectors.items()}).write(ctx.out)
         drafters: dict[str, Acceptance] = acceptance_table(trained, units, looping)
-        for arm, tally in tallies.get("full_head", {}).items():
-            drafters[arm] = drafters[arm].model_copy(update={"tau_full_head": tally.tau})
         validation, chosen_on = self.validation()
         for arm, tally in validation.items():
             if (found := calibration(tally.decisions, trained[arm].decisions)) is not None:
@@ -358,7 +353,7 @@ class _Replays:
         if VALIDATION not in stored_splits(ctx.inputs["trajectories"]):
             return {}, None
         stored = load_trajectories(ctx.inputs["trajectories"], [VALIDATION])
-        tallies = self.replayer(VALIDATION, self.config.drafted(), stored.sampling, WHOLE).acceptance(
+        tallies = self.replayer(VALIDATION, stored.sampling, WHOLE).acceptance(
             self.drafters,
             stored.trajectories,
             progress=progress_callback(ctx, "trajectories"),
@@ -368,30 +363,20 @@ class _Replays:
         return tallies, len(set(stored.prompts))
 
 
-def _drafting_variants(config: EvaluationConfig) -> dict[str, DraftingConfig]:
-    """Return how the drafters draft in the replays of held-out answers, by name."""
-    variants = {CONTEXT_VARIANT: config.drafted()}
-    if config.head_tokens is not None:
-        variants["full_head"] = DraftingConfig()
-    return variants
-
-
 def shard(ctx: StageContext, config: EvaluationConfig, part: Shard) -> None:
     """Replay one shard of the answers for the acceptance of `run`, which measures speed."""
     target = Target.load(ctx.inputs["target"])
     drafters = {arm: load_drafter(folder / DRAFTER_FOLDER, target) for arm, folder in _drafters(ctx).items()}
-    variants = {name: ("heldout", drafting) for name, drafting in _drafting_variants(config).items()}
-    if VALIDATION in stored_splits(ctx.inputs["trajectories"]):
-        variants[VALIDATION] = (VALIDATION, config.drafted())
     replays, counts = _Replays(ctx, config, target, drafters), {}
-    for variant, (split, drafting) in variants.items():
+    splits = [HELDOUT, *([VALIDATION] if VALIDATION in stored_splits(ctx.inputs["trajectories"]) else [])]
+    for split in splits:
         stored = load_trajectories(ctx.inputs["trajectories"], [split])
-        groups = replays.replayer(variant, drafting, stored.sampling, part).groups(
+        groups = replays.replayer(split, stored.sampling, part).groups(
             drafters,
             stored.trajectories,
             progress=progress_callback(ctx, "trajectories"),
-            cache=ctx.out / REPLAYED / variant,
+            cache=ctx.out / REPLAYED / split,
         )
-        counts[variant] = sum(len(indices) for indices, _ in groups)
+        counts[split] = sum(len(indices) for indices, _ in groups)
     write_text(ctx.out / "shard.json", json.dumps({"shard": part.index, "of": part.of, **counts}) + "\n")
     ctx.summary(trajectories=sum(counts.values()))

@@ -125,7 +125,7 @@ def test_acceptance_of_shards_is_that_of_one_process_and_measured_seconds_are_no
     content = joined.json("acceptance.json")
     assert content["drafters"] == metrics_of(evaluated)["drafters"]
     assert {each["kind"] for each in content["comparisons"]} <= {"tau"}
-    replayed = [part.json("shard.json")["trained"] for part in parts]
+    replayed = [part.json("shard.json")["heldout"] for part in parts]
     assert all(replayed) and sum(replayed) == metrics_of(joined)["heldout_trajectories"]
 
 
@@ -358,12 +358,12 @@ def test_replays_and_float32_answers_are_not_computed_twice(
     assert [len(answers) for answers in kept.values()] == [4, 4]
     kept["1"][2] = [0]
     (first.work / "exactness.json").write_text(json.dumps(kept))
-    (replayed,) = first.work.glob("replayed/trained/traces/*.parquet")
+    (replayed,) = first.work.glob("replayed/heldout/traces/*.parquet")
     touched = replayed.stat().st_mtime_ns
 
     again = RecordingContext.under(tmp_path, inputs(few)).run(STAGE, **config)
     assert metrics_of(again)["exactness"]["fp32_identical"] == 3
-    assert [path.stat().st_mtime_ns for path in first.work.glob("replayed/trained/traces/*.parquet")] == [touched]
+    assert [path.stat().st_mtime_ns for path in first.work.glob("replayed/heldout/traces/*.parquet")] == [touched]
     same = ("drafters", "sets", "validation_tau")
     assert {name: metrics_of(again)[name] for name in same} == {name: metrics_of(first)[name] for name in same}
 
@@ -394,9 +394,8 @@ def test_one_drafter_and_a_reduced_head(tmp_path: Path, few: DrafterArtifacts, b
     found = metrics_of(RecordingContext.under(tmp_path, inputs(few)).run(STAGE, **QUICK, head_tokens=150))
     assert found["drafters"].keys() == {"sft"}
     stored = load_trajectories(few.heldout, ["heldout"]).trajectories
-    for name, head_tokens in (("tau", 150), ("tau_full_head", None)):
-        traces = bench.sequential_traces(stored, "trained", head_tokens=head_tokens)
-        assert found["drafters"]["sft"][name] == pytest.approx(tau(traces))
+    traces = bench.sequential_traces(stored, "trained", head_tokens=150)
+    assert found["drafters"]["sft"]["tau"] == pytest.approx(tau(traces))
     assert found["block_size_candidates"] == {}
     assert found["speed"]["sft"]["block_size"] == 8
     assert found["exactness"]["fp32_prompts"] == 0 and found["exactness"]["identical_share"] == 1
