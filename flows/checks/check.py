@@ -26,6 +26,7 @@ from draftsmith.flows.checks.engines import (
 )
 from draftsmith.flows.checks.findings import Findings, RaisingFindings
 from draftsmith.flows.checks.hours import check_hours
+from draftsmith.flows.checks.logs import ReadSample, check_answers, check_logs
 from draftsmith.flows.checks.memory import Hardware, check_accelerators, check_memory
 from draftsmith.flows.checks.models import (
     DrafterPlans,
@@ -36,15 +37,7 @@ from draftsmith.flows.checks.models import (
     fetch_target_metadata,
     fetch_weights,
 )
-from draftsmith.flows.checks.prompts import (
-    ReadSample,
-    check_answers,
-    check_lengths,
-    check_logs,
-    check_max_lengths,
-    check_prompt_counts,
-    check_sources,
-)
+from draftsmith.flows.checks.prompts import check_lengths, check_max_lengths, check_prompt_counts, check_sources
 from draftsmith.flows.config.options import RunOptions, check_runner
 from draftsmith.flows.execution.machine import check_home, free_disk_bytes
 from draftsmith.flows.orchestration import server

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from draftsmith.flows.checks import prompts as checks
+from draftsmith.flows.checks import logs as checks
+from draftsmith.flows.checks import prompts
 from draftsmith.flows.checks.findings import Findings, Level
 from draftsmith.flows.checks.models import metadata_artifact
 from draftsmith.stages.targets.config import TargetConfig
@@ -44,7 +45,7 @@ def check_logs(metadata: Path | None, path: Path, rows: list[Any], **config: Any
 def check_sources(path: Path, rows: list[Any], **asked: Any) -> Findings:
     """Check prompts from these rows."""
     findings, source = Findings(), {"kind": "jsonl", "path": str(write(path, rows))}
-    checks.check_sources(findings, [node_of("prompts", sources=[source], **asked)])
+    prompts.check_sources(findings, [node_of("prompts", sources=[source], **asked)])
     return findings
 
 
