@@ -46,7 +46,7 @@ from draftsmith.flows.orchestration.launch import launch
 from draftsmith.flows.orchestration.server import permanent_server
 from draftsmith.flows.planning.graph import Selection
 from draftsmith.flows.planning.inputs import forget_listings, note_listings, read_listings
-from draftsmith.flows.planning.plan import Build, Pipeline, Status, early_end, plan
+from draftsmith.flows.planning.plan import Build, Pipeline, Status, early_end, plan, possible
 from draftsmith.flows.refresh import registry_commands
 from draftsmith.flows.refresh.champion import restarted
 from draftsmith.flows.refresh.config import RefreshConfig
@@ -103,9 +103,10 @@ def _show_plan(pipeline: Pipeline, config: RunOptions, selection: Selection) -> 
     """Print what a run of a resolved config would do."""
     display, store = Display(), open_store(home())
     builds = with_retries(lambda: plan(config, store, pipeline, selection), config.stages, display.line)
-    display.plan(builds, early_end(pipeline, config, builds, store, selection))
+    end = early_end(pipeline, config, builds, store, selection)
+    display.plan(builds, end)
     display.newer_files(builds)
-    display.lines(pipeline.check(builds))
+    display.lines(pipeline.check(possible(builds, end)))
 
 
 def _init(options: argparse.Namespace, pipeline: Pipeline) -> None:

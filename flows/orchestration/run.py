@@ -56,10 +56,13 @@ from draftsmith.flows.planning.inputs import forget_listings, note_listings, rea
 from draftsmith.flows.planning.plan import (
     Build,
     Conclusion,
+    EarlyEnd,
     Pipeline,
     RunReview,
+    early_end,
     plan,
     planned_listings,
+    possible,
 )
 from draftsmith.stages.runtime.invocation import COMMAND, invocation
 
@@ -78,6 +81,7 @@ class Run(RunContext):
         self.pipeline, self.selection = pipeline, selection
         self.pool = run_shards
         self.plan: list[Build] = []
+        self.end: EarlyEnd | None = None  # where it may end before the last node of the plan
         self.forced: set[str] = set()  # nodes to make although the store has them
         self.made: dict[str, Artifact] = {}  # by node
         self.conclusion: Conclusion | None = None
@@ -117,6 +121,7 @@ class Run(RunContext):
         # after a suspension without `--force`: forced nodes were made before it
         selection = replace(self.selection, force=()) if resumed() else self.selection
         self.plan = self.retry(lambda: plan(self.config, self.store, self.pipeline, selection))
+        self.end = early_end(self.pipeline, self.config, self.plan, self.store, selection)
         self.forced = selection.forced([build.node for build in self.plan])
 
     @property
@@ -179,7 +184,7 @@ class Run(RunContext):
             self.prepare()
         close_dead_runs(self.tracking, self.store)
         self.display.newer_files(self.plan)
-        self.display.lines(self.pipeline.check(self.plan))
+        self.display.lines(self.pipeline.check(possible(self.plan, self.end)))
         listings = {**read_listings(self.config.name), **planned_listings(self.plan)}
         note_listings(self.config.name, listings)
         try:
@@ -208,7 +213,7 @@ class Run(RunContext):
                 forget_listings(self.config.name, error)
             raise
         self.made[build.name], self._states[build.name] = made, state
-        self.display.lines(self.pipeline.check_after(build.node, self.plan, self.folders))
+        self.display.lines(self.pipeline.check_after(build.node, possible(self.plan, self.end), self.folders))
         return made
 
     def retry(self, work: Callable[[], T]) -> T:

@@ -354,6 +354,13 @@ def early_end(
     return pipeline.early_end(config, asked, store.folders(reused))
 
 
+def possible(builds: Sequence[Build], end: EarlyEnd | None) -> Sequence[Build]:
+    """Return the builds of a plan that its run may come to: all, or those up to where it certainly ends."""
+    if end is None or not end.certain:
+        return builds
+    return builds[: [build.name for build in builds].index(end.after) + 1]
+
+
 def planned_listings(builds: Sequence[Build]) -> dict[str, InputListing]:
     """Return the listing of each node that has one."""
     return {build.name: listing for build in builds if (listing := build.node.config.listing) is not None}
