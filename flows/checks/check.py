@@ -171,6 +171,8 @@ def check_before(builds: Sequence[Build]) -> list[str]:
     Raises the first error as DraftsmithError.
     """
     findings, to_make = RaisingFindings(), _to_make(builds)
+    if not to_make:
+        return []
     _without_target(findings, [build.node for build in builds], to_make)
     check_initial_drafters(findings, to_make)
     return findings.remarks

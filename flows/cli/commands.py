@@ -46,7 +46,7 @@ from draftsmith.flows.orchestration.launch import launch
 from draftsmith.flows.orchestration.server import permanent_server
 from draftsmith.flows.planning.graph import Selection
 from draftsmith.flows.planning.inputs import forget_listings, note_listings, read_listings
-from draftsmith.flows.planning.plan import Build, Pipeline, Status, early_end, plan, possible
+from draftsmith.flows.planning.plan import Build, Pipeline, Status, early_end, plan, to_check
 from draftsmith.flows.refresh import registry_commands
 from draftsmith.flows.refresh.champion import restarted
 from draftsmith.flows.refresh.config import RefreshConfig
@@ -106,7 +106,7 @@ def _show_plan(pipeline: Pipeline, config: RunOptions, selection: Selection) -> 
     end = early_end(pipeline, config, builds, store, selection)
     display.plan(builds, end)
     display.newer_files(builds)
-    display.lines(pipeline.check(possible(builds, end)))
+    display.lines(pipeline.check(to_check(builds, end)))
 
 
 def _init(options: argparse.Namespace, pipeline: Pipeline) -> None:

@@ -62,7 +62,7 @@ from draftsmith.flows.planning.plan import (
     early_end,
     plan,
     planned_listings,
-    possible,
+    to_check,
 )
 from draftsmith.stages.runtime.invocation import COMMAND, invocation
 
@@ -132,7 +132,7 @@ class Run(RunContext):
     @property
     def asked(self) -> set[str]:
         """Return the nodes that a person asked for, by `--force` and `--from`."""
-        return {*self.selection.forced([build.node for build in self.plan]), *self.selection.start}
+        return self.selection.asked([build.node for build in self.plan])
 
     @property
     def folders(self) -> Mapping[str, Path]:
@@ -184,7 +184,7 @@ class Run(RunContext):
             self.prepare()
         close_dead_runs(self.tracking, self.store)
         self.display.newer_files(self.plan)
-        self.display.lines(self.pipeline.check(possible(self.plan, self.end)))
+        self.display.lines(self.pipeline.check(to_check(self.plan, self.end)))
         listings = {**read_listings(self.config.name), **planned_listings(self.plan)}
         note_listings(self.config.name, listings)
         try:
@@ -213,7 +213,7 @@ class Run(RunContext):
                 forget_listings(self.config.name, error)
             raise
         self.made[build.name], self._states[build.name] = made, state
-        self.display.lines(self.pipeline.check_after(build.node, possible(self.plan, self.end), self.folders))
+        self.display.lines(self.pipeline.check_after(build.node, to_check(self.plan, self.end), self.folders))
         return made
 
     def retry(self, work: Callable[[], T]) -> T:

@@ -68,6 +68,10 @@ class Selection:
         """Return the names of the nodes to build again. Raises DraftsmithError for an unknown name."""
         return nodes_named(nodes, self.force, "--force")
 
+    def asked(self, nodes: Sequence[Node]) -> set[str]:
+        """Return the names of the nodes that a person asked for, by `--force` and `--from`."""
+        return {*self.forced(nodes), *self.start}
+
     def check_names(self, graph: Sequence[Node]) -> None:
         """Raise DraftsmithError for a name that the graph does not have."""
         nodes_named(nodes := self.nodes(graph), self.start, "--from")

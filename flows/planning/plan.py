@@ -349,16 +349,14 @@ def early_end(
     """Return where a run with this plan may end before its last node."""
     if selection.until:
         return None
-    asked = {*selection.forced([build.node for build in builds]), *selection.start}
+    asked = selection.asked([build.node for build in builds])
     reused = {build.name: build.artifact for build in builds if build.artifact is not None}
     return pipeline.early_end(config, asked, store.folders(reused))
 
 
-def possible(builds: Sequence[Build], end: EarlyEnd | None) -> Sequence[Build]:
-    """Return the builds of a plan that its run may come to: all, or those up to where it certainly ends."""
-    if end is None or not end.certain:
-        return builds
-    return builds[: [build.name for build in builds].index(end.after) + 1]
+def to_check(builds: Sequence[Build], end: EarlyEnd | None) -> Sequence[Build]:
+    """Return the builds that are checked before they are made: none if all are reused up to a certain end."""
+    return () if end is not None and end.certain else builds
 
 
 def planned_listings(builds: Sequence[Build]) -> dict[str, InputListing]:
