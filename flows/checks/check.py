@@ -199,18 +199,3 @@ def check_after(node: Node, builds: Sequence[Build], folders: Mapping[str, Path]
 
 def _to_make(builds: Sequence[Build]) -> list[Node]:
     return [build.node for build in builds if build.status is not Status.HIT]
-
-
-def check_node(node: Node, inputs: Mapping[str, Path]) -> list[str]:
-    """Check a node that is made alone. Return warnings and skipped checks, one line each.
-
-    inputs: artifacts by the names of the stage's inputs.
-    """
-    findings = RaisingFindings()
-    check_engines(findings, [node])
-    check_parallel(findings, [node])
-    if "target" in inputs:
-        check_drafters(findings, [node], inputs["target"], whole=True)
-        check_stage_settings(findings, [node], inputs["target"])
-        check_shared_target(findings, [node], inputs["target"])
-    return findings.remarks

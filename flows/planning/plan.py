@@ -336,6 +336,11 @@ def _check_start(selection: Selection, builds: Sequence[Build]) -> None:
         if built & set(node.inputs.values()):
             built.add(node.name)
     missing = [build.name for build in builds if build.status is not Status.HIT and build.name not in built]
+    if missing and selection.alone:
+        raise DraftsmithError(
+            f"stage {selection.start[0]}: {', '.join(missing)}: not in the store, though needed before. Make it with "
+            f"`draftsmith stage {missing[0]} CONFIG`, or all with `draftsmith run CONFIG`."
+        )
     if missing:
         raise DraftsmithError(
             f"--from {', '.join(selection.start)}: {', '.join(missing)}: not in the store, though needed before. Name "
