@@ -41,9 +41,8 @@ def run_node(
 ) -> tuple[Artifact, State[Any] | None]:
     """Make the node's artifact as a task of the current flow run, and return it with the task's state.
 
-    Outside of a flow it is a plain call, with the same retries, and has no state.
-
-    upstream: states of the tasks that Prefect shows as its inputs. Raises the error of the last attempt.
+    Outside of a flow it is a plain call with the same retries, and there is no state. upstream: states of the tasks
+    that Prefect shows as its inputs. Raises the error of the last attempt.
     """
     node, options = build.node, run.config.stages
     work = partial(make, run, build, force=force)  # Prefect looks for futures in whatever else a task is given
