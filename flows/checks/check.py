@@ -164,6 +164,8 @@ def check_before(builds: Sequence[Build]) -> list[str]:
     Raises the first error as DraftsmithError.
     """
     findings, to_make = RaisingFindings(), _to_make(builds)
+    if not to_make:
+        return []
     _without_target(findings, [build.node for build in builds], to_make)
     check_initial_drafters(findings, to_make)
     return findings.remarks
@@ -190,18 +192,3 @@ def check_after(node: Node, builds: Sequence[Build], folders: Mapping[str, Path]
 
 def _to_make(builds: Sequence[Build]) -> list[Node]:
     return [build.node for build in builds if build.status is not Status.HIT]
-
-
-def check_node(node: Node, inputs: Mapping[str, Path]) -> list[str]:
-    """Check a node that is made alone. Return warnings and skipped checks, one line each.
-
-    inputs: artifacts by the names of the stage's inputs.
-    """
-    findings = RaisingFindings()
-    check_engines(findings, [node])
-    check_parallel(findings, [node])
-    if "target" in inputs:
-        check_drafters(findings, [node], inputs["target"], whole=True)
-        check_stage_settings(findings, [node], inputs["target"])
-        check_shared_target(findings, [node], inputs["target"])
-    return findings.remarks

@@ -25,28 +25,24 @@ from draftsmith.artifacts.store.mirror import open_store
 from draftsmith.artifacts.store.retention import (
     REPLACED_ARTIFACT,
     Leftover,
-    artifacts_in_use,
     exclusive_for_prune,
     leftovers,
     unused_artifacts,
 )
 from draftsmith.artifacts.tracking.registry import Registry, describe_other_trackers
 from draftsmith.artifacts.tracking.runs import Tracking
-from draftsmith.flows.checks.check import check, check_node
+from draftsmith.flows.checks.check import check
 from draftsmith.flows.checks.findings import show
 from draftsmith.flows.cli.status import find_report, show_artifact, show_config_status, show_store_status
 from draftsmith.flows.cli.why import explain_key
 from draftsmith.flows.config.load import read_config
 from draftsmith.flows.config.options import RunOptions
 from draftsmith.flows.execution.display import Display, EndedRun, folded_table, format_bytes
-from draftsmith.flows.execution.machine import check_home
-from draftsmith.flows.execution.make import RunContext, make
 from draftsmith.flows.execution.retry import with_retries
 from draftsmith.flows.orchestration.launch import launch
-from draftsmith.flows.orchestration.server import permanent_server
+from draftsmith.flows.orchestration.server import permanent_server, prepare
 from draftsmith.flows.planning.graph import Selection
-from draftsmith.flows.planning.inputs import forget_listings, note_listings, read_listings
-from draftsmith.flows.planning.plan import Build, Pipeline, Status, early_end, plan
+from draftsmith.flows.planning.plan import Pipeline, early_end, plan, to_check
 from draftsmith.flows.refresh import registry_commands
 from draftsmith.flows.refresh.champion import restarted
 from draftsmith.flows.refresh.config import RefreshConfig
@@ -103,9 +99,10 @@ def _show_plan(pipeline: Pipeline, config: RunOptions, selection: Selection) -> 
     """Print what a run of a resolved config would do."""
     display, store = Display(), open_store(home())
     builds = with_retries(lambda: plan(config, store, pipeline, selection), config.stages, display.line)
-    display.plan(builds, early_end(pipeline, config, builds, store, selection))
+    end = early_end(pipeline, config, builds, store, selection)
+    display.plan(builds, end)
     display.newer_files(builds)
-    display.lines(pipeline.check(builds))
+    display.lines(pipeline.check(to_check(builds, end)))
 
 
 def _init(options: argparse.Namespace, pipeline: Pipeline) -> None:
@@ -137,53 +134,15 @@ def _check(options: argparse.Namespace, pipeline: Pipeline) -> None:
 
 
 def _stage(options: argparse.Namespace, pipeline: Pipeline) -> None:
-    config = _read_config(options, pipeline)
-    with artifacts_in_use(home(), config.name, Display().line):
-        _build_alone(options, pipeline, config)
+    """Build one node with its inputs from the store, without Prefect's server."""
+    prepare(home())
+    from draftsmith.flows.orchestration.run import Run  # imports Prefect, which reads its environment
 
-
-def _build_alone(options: argparse.Namespace, pipeline: Pipeline, config: RunOptions) -> None:
-    """Build one node with its inputs from the store, without Prefect."""
-    # A damaged artifact matters only if it is an input: it may be the one to build again.
-    store, forced = open_store(home()), (options.name,) if options.force else ()
-    plan_of_all = plan(config, store, pipeline, Selection(force=forced, reuse_listing=True), stop_at_damage=False)
-    builds = {build.name: build for build in plan_of_all}
-    if options.name not in builds:
-        raise DraftsmithError(f"no node {options.name!r}. Use one of {', '.join(builds)}.")
-    build = builds[options.name]
-    for name, source in build.node.inputs.items():
-        if (damage := builds[source].damage) is not None:
-            raise damage
-        if builds[source].artifact is None:
-            raise DraftsmithError(_missing_input(options, name, builds[source]))
-    check_home(home(), config)
-    context = RunContext(home(), config, Display(), Tracking(home(), config.experiment))
-    context.display.newer_files(plan_of_all)
-    context.display.lines(check_node(build.node, store.folders(build.inputs)))
-    for check_service in (store.check, context.tracking.check):
-        with_retries(check_service, config.stages, context.display.line)
-    listing = build.node.config.listing
-    try:
-        made = with_retries(lambda: make(context, build, force=options.force), config.stages, context.display.line)
-    except DraftsmithError as error:
-        if listing is not None:
-            forget_listings(config.name, error)
-        raise
-    if listing is not None:  # without beginning or ending a run
-        listings = {**read_listings(config.name, ended=True), build.name: listing}
-        note_listings(config.name, listings, ended=not read_listings(config.name))
-    context.display.line(f"{build.name}: {made.path}")
-
-
-def _missing_input(options: argparse.Namespace, name: str, source: Build) -> str:
-    rest = [str(options.config), *(word for override in options.overrides for word in ("--set", override))]
-    rest += ["--restart"] * options.restart
-    inputs_present = source.status is not Status.AFTER
-    command = ["draftsmith", "stage", source.node.name, *rest] if inputs_present else ["draftsmith", "run", *rest]
-    return (
-        f"stage {options.name}: its input {name!r} (node {source.node.name}) is not in the store. Build it with "
-        f"`{shlex.join(command)}`."
-    )
+    selection = Selection.of_stage(options.name, force=options.force)
+    run = Run(pipeline, _read_unresolved(options, pipeline), selection)
+    run.do(Run.make_all)
+    name = run.plan[-1].name  # its inputs come before
+    run.display.line(f"{name}: {run.made[name].path}")
 
 
 def _why(options: argparse.Namespace, pipeline: Pipeline) -> None:

@@ -86,10 +86,10 @@ class RunOptions(Config):
     @classmethod
     def _without_secrets(cls, data: Any) -> Any:
         """Reject secrets: a config is written to manifests, MLflow, Prefect's database and the report."""
-        numbers = {path.rpartition(".")[2] for path in field_paths(cls) if path.endswith("_tokens")}
         for field, why in find_secrets(data):
-            if f"{field.rpartition('.')[2]}s" in numbers:  # a misspelt field, which validation reports better
-                continue
+            number = f"{field.rpartition('.')[2]}s"
+            if number.endswith("_tokens") and any(path.rpartition(".")[2] == number for path in field_paths(cls)):
+                continue  # a misspelt field, which validation reports better
             raise ValueError(
                 f"{field}: {why}, and MLflow and the report show the config. Remove it, and set it in the environment "
                 "of the command (of a deployment: in a variable of the work pool, from a Prefect Secret block)."

@@ -12,7 +12,7 @@ from draftsmith.flows.config.options import RunOptions
 from draftsmith.flows.execution.machine import check_home
 from draftsmith.flows.orchestration.server import prefect_server
 from draftsmith.flows.planning.graph import Selection
-from draftsmith.flows.planning.plan import Pipeline, early_end, load_attribute
+from draftsmith.flows.planning.plan import Pipeline, load_attribute
 from draftsmith.stages.runtime.memory import restore_gc
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def launch(
 
         run = Run(pipeline, config, selection)
         run.prepare()
-        run.display.plan(run.plan, early_end(pipeline, run.config, run.plan, run.store, selection))
+        run.display.plan(run.plan, run.end)
         flow = load_attribute(pipeline.flow)
         run.retry(lambda: wait_for_server(run.display.line))
     restore_gc()

@@ -56,10 +56,13 @@ from draftsmith.flows.planning.inputs import forget_listings, note_listings, rea
 from draftsmith.flows.planning.plan import (
     Build,
     Conclusion,
+    EarlyEnd,
     Pipeline,
     RunReview,
+    early_end,
     plan,
     planned_listings,
+    to_check,
 )
 from draftsmith.stages.runtime.invocation import COMMAND, invocation
 
@@ -76,15 +79,17 @@ class Run(RunContext):
         """Begin a run. config: `prepare` resolves it."""
         super().__init__(home(), config, Display(), Tracking(home(), config.experiment))
         self.pipeline, self.selection = pipeline, selection
-        self.pool = run_shards
+        if not selection.alone:
+            self.pool = run_shards
         self.plan: list[Build] = []
+        self.end: EarlyEnd | None = None  # where it may end before the last node of the plan
         self.forced: set[str] = set()  # nodes to make although the store has them
         self.made: dict[str, Artifact] = {}  # by node
         self.conclusion: Conclusion | None = None
         self.error: BaseException | None = None  # of the body, or of the conclusion
         self.ended = False  # the body
         self._given = config.model_dump(mode="json", exclude_defaults=True, exclude={"stages"})
-        self._states: dict[str, State[Any]] = {}  # of the nodes' tasks
+        self._states: dict[str, State[Any] | None] = {}  # of the nodes' tasks
         self._cancellation = Cancellation()
         self._record = RefreshRun(self.tracking, config.name, self._given, pipeline.data)
 
@@ -117,6 +122,7 @@ class Run(RunContext):
         # after a suspension without `--force`: forced nodes were made before it
         selection = replace(self.selection, force=()) if resumed() else self.selection
         self.plan = self.retry(lambda: plan(self.config, self.store, self.pipeline, selection))
+        self.end = early_end(self.pipeline, self.config, self.plan, self.store, selection)
         self.forced = selection.forced([build.node for build in self.plan])
 
     @property
@@ -127,7 +133,7 @@ class Run(RunContext):
     @property
     def asked(self) -> set[str]:
         """Return the nodes that a person asked for, by `--force` and `--from`."""
-        return {*self.selection.forced([build.node for build in self.plan]), *self.selection.start}
+        return self.selection.asked([build.node for build in self.plan])
 
     @property
     def folders(self) -> Mapping[str, Path]:
@@ -139,8 +145,8 @@ class Run(RunContext):
     def do(self, body: Callable[[Run], Conclusion | None]) -> State[Any] | dict[str, Artifact]:
         """Run the body of a flow, and return its artifacts, or the flow's state if it has a conclusion.
 
-        A conclusion is also an event such as `draftsmith.promoted`. Raises the first DraftsmithError; finished nodes
-        stay in the store.
+        A conclusion is also an event such as `draftsmith.promoted`. `draftsmith stage` calls this outside of a flow.
+        Raises the first DraftsmithError; finished nodes stay in the store.
         """
         redact_logs()
         bypass_proxy_for_localhost()  # a deployment's run does not come through the command
@@ -169,9 +175,8 @@ class Run(RunContext):
             return Failed(name=self.conclusion.name, message=self.conclusion.message, data=self.conclusion.error)
         return Completed(name=self.conclusion.name, message=self.conclusion.message, data=self.made)
 
-    @contextmanager
-    def _recorded(self) -> Iterator[None]:
-        """Prepare the run, and end it in MLflow, however the body ends."""
+    def _begin(self) -> None:
+        """Prepare the run, unless its command has, and make the checks before its first stage."""
         if (page := page_url()) is not None:
             self.display.line(f"Prefect: {page}")
         if not self.plan:
@@ -179,9 +184,20 @@ class Run(RunContext):
             self.prepare()
         close_dead_runs(self.tracking, self.store)
         self.display.newer_files(self.plan)
-        self.display.lines(self.pipeline.check(self.plan))
-        listings = {**read_listings(self.config.name), **planned_listings(self.plan)}
-        note_listings(self.config.name, listings)
+        self.display.lines(self.pipeline.check(to_check(self.plan, self.end)))
+
+    @contextmanager
+    def _recorded(self) -> Iterator[None]:
+        """Begin the run, and end it in MLflow, however the body ends; but not one of `draftsmith stage`."""
+        self._begin()
+        run, planned = self.config.name, planned_listings(self.plan)
+        if self.selection.alone:
+            yield
+            if planned:
+                note_listings(run, {**read_listings(run, ended=True), **planned}, ended=not read_listings(run))
+            return
+        listings = {**read_listings(run), **planned}
+        note_listings(run, listings)
         try:
             yield
             self._record.find_or_open(self.made)
@@ -192,10 +208,15 @@ class Run(RunContext):
             self._end(*self._failure(error))
             raise
         if self.whole:
-            note_listings(self.config.name, listings, ended=True)
+            note_listings(run, listings, ended=True)
         self._end("FINISHED")
         if self.conclusion is not None:
             self.display.line(self.conclusion.message)
+
+    def make_all(self) -> None:
+        """Make every node, in order."""
+        for build in self.plan:
+            self.make(build)
 
     def make(self, build: Build) -> Artifact:
         """Make or reuse an artifact as a task of the flow run, from what is made so far, and check what it allows."""
@@ -208,7 +229,7 @@ class Run(RunContext):
                 forget_listings(self.config.name, error)
             raise
         self.made[build.name], self._states[build.name] = made, state
-        self.display.lines(self.pipeline.check_after(build.node, self.plan, self.folders))
+        self.display.lines(self.pipeline.check_after(build.node, to_check(self.plan, self.end), self.folders))
         return made
 
     def retry(self, work: Callable[[], T]) -> T:
@@ -222,8 +243,8 @@ class Run(RunContext):
     # -- MLflow ------------------------------------------------------------------------------------------------------
 
     def refresh_run(self) -> str | None:
-        """Return the id of the run in MLflow that encloses those of its stages."""
-        return self._record.open()
+        """Return the id of the run in MLflow that encloses those of its stages; None for `draftsmith stage`."""
+        return None if self.selection.alone else self._record.open()
 
     @property
     def mlflow_id(self) -> str | None:

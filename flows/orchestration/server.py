@@ -94,7 +94,11 @@ def prefect_server(home: Path) -> Iterator[Callable[[Say], None]]:
         url = f"http://127.0.0.1:{port}/api"
         os.environ |= {"PREFECT_API_URL": url, "PREFECT_API_AUTH_STRING": user}
         _temporary[url] = server
-        yield lambda say: _wait_until_healthy(server.process, url, log_path, say)
+        try:
+            yield lambda say: _wait_until_healthy(server.process, url, log_path, say)
+        except BaseException:  # an error of the plan does not wait for the server
+            server.end()
+            raise
 
 
 def permanent_server(home: Path) -> str:

@@ -20,7 +20,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.client.schemas.objects import TaskRun as PrefectTaskRun
-from prefect.context import TaskRunContext
+from prefect.context import FlowRunContext, TaskRunContext
 from prefect.futures import PrefectFuture
 from prefect.states import Completed
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
@@ -32,18 +32,22 @@ from draftsmith.artifacts.store.manifest import Artifact
 from draftsmith.artifacts.store.mirror import STORE_VARIABLE
 from draftsmith.flows.config.options import RETRY_JITTER, StageOptions
 from draftsmith.flows.execution.make import MakeShard, RunContext, local_parallelism, log, make, make_shard
-from draftsmith.flows.execution.retry import retry_notice
+from draftsmith.flows.execution.retry import retry_notice, with_retries
 from draftsmith.flows.planning.plan import Build
 
 
 def run_node(
-    run: RunContext, build: Build, upstream: Sequence[State[Any]], *, force: bool
-) -> tuple[Artifact, State[Any]]:
+    run: RunContext, build: Build, upstream: Sequence[State[Any] | None], *, force: bool
+) -> tuple[Artifact, State[Any] | None]:
     """Make the node's artifact as a task of the current flow run, and return it with the task's state.
 
-    upstream: states of the tasks that Prefect shows as its inputs. Raises the error of the last attempt.
+    Outside of a flow it is a plain call with the same retries, and there is no state. upstream: states of the tasks
+    that Prefect shows as its inputs. Raises the error of the last attempt.
     """
     node, options = build.node, run.config.stages
+    work = partial(make, run, build, force=force)  # Prefect looks for futures in whatever else a task is given
+    if FlowRunContext.get() is None:
+        return with_retries(work, options, run.display.line), None
     configured: Task[..., Any] = stage_task.with_options(
         name=node.stage.name,
         task_run_name=node.name,
@@ -53,7 +57,6 @@ def run_node(
         retry_jitter_factor=RETRY_JITTER,
         retry_condition_fn=_is_retryable,
     )
-    work = partial(make, run, build, force=force)  # Prefect looks for futures in whatever else a task is given
     state: State[Any] = configured(work, return_state=True, wait_for=list(upstream))
     result: Artifact = state.result()
     return result, state

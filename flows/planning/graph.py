@@ -35,6 +35,7 @@ class Selection:
     start: tuple[str, ...] = ()  # `--from`: the first nodes; what does not follow from them must be in the store
     until: tuple[str, ...] = ()  # nodes to build, with all that they need; empty: the whole graph
     reuse_listing: bool = False  # read the files that the last run listed, although that run has ended
+    alone: bool = False  # of `draftsmith stage`, which neither begins nor ends a run
 
     @classmethod
     def from_options(
@@ -53,12 +54,17 @@ class Selection:
         repeats = bool(start or force) and not deployed
         return cls(tuple(force or ()), tuple(start or ()), tuple(until or ()), reuse_listing=repeats)
 
+    @classmethod
+    def of_stage(cls, node: str, *, force: bool) -> Selection:
+        """Return the selection of `draftsmith stage`: one node, with its inputs from the store."""
+        return cls((node,) if force else (), (node,), (node,), reuse_listing=True, alone=True)
+
     def nodes(self, graph: Sequence[Node]) -> list[Node]:
         """Return the nodes of `until` and all that they need, in order."""
         ordered = topological_order(graph)
         if not self.until:
             return ordered
-        wanted = nodes_named(ordered, self.until, "--until")
+        wanted = nodes_named(ordered, self.until, "stage" if self.alone else "--until")
         for node in reversed(ordered):
             if node.name in wanted:
                 wanted |= set(node.inputs.values())
@@ -67,6 +73,10 @@ class Selection:
     def forced(self, nodes: Sequence[Node]) -> set[str]:
         """Return the names of the nodes to build again. Raises DraftsmithError for an unknown name."""
         return nodes_named(nodes, self.force, "--force")
+
+    def asked(self, nodes: Sequence[Node]) -> set[str]:
+        """Return the names of the nodes that a person asked for, by `--force` and `--from`."""
+        return {*self.forced(nodes), *self.start}
 
     def check_names(self, graph: Sequence[Node]) -> None:
         """Raise DraftsmithError for a name that the graph does not have."""

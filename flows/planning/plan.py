@@ -336,6 +336,11 @@ def _check_start(selection: Selection, builds: Sequence[Build]) -> None:
         if built & set(node.inputs.values()):
             built.add(node.name)
     missing = [build.name for build in builds if build.status is not Status.HIT and build.name not in built]
+    if missing and selection.alone:
+        raise DraftsmithError(
+            f"stage {selection.start[0]}: {', '.join(missing)}: not in the store, though needed before. Make it with "
+            f"`draftsmith stage {missing[0]} CONFIG`, or all with `draftsmith run CONFIG`."
+        )
     if missing:
         raise DraftsmithError(
             f"--from {', '.join(selection.start)}: {', '.join(missing)}: not in the store, though needed before. Name "
@@ -349,9 +354,14 @@ def early_end(
     """Return where a run with this plan may end before its last node."""
     if selection.until:
         return None
-    asked = {*selection.forced([build.node for build in builds]), *selection.start}
+    asked = selection.asked([build.node for build in builds])
     reused = {build.name: build.artifact for build in builds if build.artifact is not None}
     return pipeline.early_end(config, asked, store.folders(reused))
+
+
+def to_check(builds: Sequence[Build], end: EarlyEnd | None) -> Sequence[Build]:
+    """Return the builds that are checked before they are made: none if all are reused up to a certain end."""
+    return () if end is not None and end.certain else builds
 
 
 def planned_listings(builds: Sequence[Build]) -> dict[str, InputListing]:

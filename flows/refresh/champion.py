@@ -11,6 +11,7 @@ from pydantic import JsonValue, ValidationError
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.identifiers import absolute_path, sha256_digest
+from draftsmith.artifacts.tracking.registry import CHAMPION as ALIAS
 from draftsmith.artifacts.tracking.registry import PROMOTED, Version, describe_wrong_tracker
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.config.options import RunOptions
@@ -43,13 +44,14 @@ def resolve(config: RefreshConfig) -> RefreshConfig:
     """Return the config with the line's champion filled in, and with the time that `since: last` means."""
     if config.registry is None:
         return config
-    check_held_out(config.registry.name, config.prompts)
+    versions = registry().versions(config.registry.name)
+    check_held_out(versions, config.prompts)
     if config.registry.restart and _deployed():
         raise DraftsmithError(
             "registry.restart: a deployment's runs do not start a line again, since each would. Run the config once "
             "with `draftsmith run CONFIG --restart`."
         )
-    line = with_current_champion(config.registry)
+    line = with_current_champion(config.registry, versions)
     if line.restart and line.champion is not None and config.sft.init_from == CHAMPION:
         raise DraftsmithError(
             f"--restart: it contradicts sft.init_from `champion`, which is version {line.champion.version}. Leave the "
@@ -77,10 +79,9 @@ def _deployed() -> bool:
     return deployed()
 
 
-def with_current_champion(line: RegistryConfig) -> RegistryConfig:
-    """Return the section with the line's champion and what its refresh read, filled in from the registry."""
-    lines = registry()
-    version, versions = lines.champion(line.name), lines.versions(line.name)
+def with_current_champion(line: RegistryConfig, versions: Sequence[Version]) -> RegistryConfig:
+    """Return the section with the line's champion and what its refresh read, filled in from the line's versions."""
+    version = next((version for version in versions if ALIAS in version.aliases), None)
     current = RegistryConfig(**line.model_dump(exclude=set(line.filled_in()) - {"restart"}))
     if version is None:
         if not line.restart:
@@ -90,7 +91,7 @@ def with_current_champion(line: RegistryConfig) -> RegistryConfig:
         update={
             "champion": champion_config(version),
             "answers": earlier_answers(version),
-            "history": tuple(history(line.name)),
+            "history": tuple(history(line.name, versions)),
             "refreshed_at": max(
                 (at for other in versions if (at := other.tags.get(REFRESHED_AT))),
                 default=version.tags.get("promoted_at") or version.created_at,
@@ -154,14 +155,14 @@ def _check_starts(line: RegistryConfig, versions: Sequence[Version]) -> None:
         )
 
 
-def check_held_out(line: str, prompts: PromptsConfig) -> None:
-    """Raise DraftsmithError if prompts that measured a version of the line would now be training prompts.
+def check_held_out(versions: Sequence[Version], prompts: PromptsConfig) -> None:
+    """Raise DraftsmithError if prompts that measured one of the line's versions would now be training prompts.
 
     That happens if fewer prompts are held out than then, or if they are chosen by another text (prompt and suffix).
     """
     remedy = "prompts that measured it would be trained on. Set it back, or start another line (`registry.name`)."
     shares, suffixes = held_out_shares(prompts), suffix_digests(prompts)
-    for version in registry().versions(line):
+    for version in versions:
         by = version.tags.get(BY, prompts.heldout_by)  # a killed run may have left no tags
         if by != prompts.heldout_by:
             raise DraftsmithError(
@@ -209,20 +210,20 @@ def _source_name(source: PromptSource) -> str:
             return ", ".join(source.tasks)
 
 
-def history(line: str) -> list[dict[str, JsonValue]]:
+def history(line: str, versions: Sequence[Version]) -> list[dict[str, JsonValue]]:
     """Return tau on all prompts at each promotion, refusal and drift check of the line, oldest first."""
     lines = registry()
     # promotions by hand measure nothing; a version that was promoted again has the metrics of its last promotion
     measured_at = {event.version: event.at for event in lines.events(line) if event.what == PROMOTED}
-    versions = [
+    points = [
         {
             "at": measured_at.get(version.number) or version.created_at,
             "version": version.number,
             "what": "promoted" if version.tags.get("promoted_at") else "refused",
             **version.metrics()["all"],
         }
-        for version in lines.versions(line)
+        for version in versions
         if "all" in version.metrics()
     ]
     checks = [{"what": "checked"} | check.to_json() for check in lines.drift(line)]
-    return sorted(versions + checks, key=lambda point: str(point["at"]))[-_MAX_POINTS:]
+    return sorted(points + checks, key=lambda point: str(point["at"]))[-_MAX_POINTS:]

@@ -87,10 +87,9 @@ def make_and_promote(run: Run) -> Conclusion | None:
     return run.retry(lambda: promote(config, run.folders, run.mlflow_id, drift, swapped))
 
 
-def make_all(run: Run) -> None:
+def make_and_compare(run: Run) -> None:
     """Make every node in order, and compare what was measured."""
-    for build in run.plan:
-        run.make(build)
+    run.make_all()
     run.show_comparison()
 
 
@@ -157,13 +156,13 @@ def promote(
 @flow(name="evaluate", flow_run_name="{config.name}", persist_result=False)
 def evaluate(config: EvaluateConfig, force: Names = None, start: Names = None, until: Names = None) -> Any:
     """Compare drafters on held-out prompts, without training any; same arguments as `refresh`."""
-    return Run.of(EVALUATE, config, force, start, until).do(make_all)
+    return Run.of(EVALUATE, config, force, start, until).do(make_and_compare)
 
 
 @flow(name="diagnose", flow_run_name="{config.name}", persist_result=False)
 def diagnose(config: DiagnoseConfig, force: Names = None, start: Names = None, until: Names = None) -> Any:
     """Check whether a running server drafts as replay does, and if not, why; same arguments as `refresh`."""
-    return Run.of(DIAGNOSE, config, force, start, until).do(make_all)
+    return Run.of(DIAGNOSE, config, force, start, until).do(make_and_compare)
 
 
 @flow(name="watch", flow_run_name="{config.name}", persist_result=False)

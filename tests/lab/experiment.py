@@ -30,7 +30,7 @@ from draftsmith.flows.execution.display import Display, EndedRun
 from draftsmith.flows.orchestration.run import Run
 from draftsmith.flows.planning.graph import Node
 from draftsmith.flows.planning.plan import Pipeline, load_attribute
-from draftsmith.flows.refresh.flow import make_all
+from draftsmith.flows.refresh.flow import make_and_compare
 from draftsmith.stages.catalog import STAGES
 from draftsmith.stages.data.prompts.stage import PromptsConfig
 from draftsmith.stages.engines.stage import RolloutConfig
@@ -214,4 +214,4 @@ def experiment(
     until: list[str] | None = None,
 ) -> Any:
     """Continue training a drafter in several ways."""
-    return Run.of(LAB, config, force, start, until).do(make_all)
+    return Run.of(LAB, config, force, start, until).do(make_and_compare)

@@ -58,6 +58,14 @@ def test_a_damaged_database_is_an_error_that_names_the_file(tmp_path: Path) -> N
     assert not processes_of(tmp_path)
 
 
+@pytest.mark.integration
+def test_an_error_of_the_plan_does_not_wait_for_the_server(tmp_path: Path) -> None:
+    with pytest.raises(DraftsmithError, match="no such node"), server.prefect_server(tmp_path):
+        raise DraftsmithError("no such node")
+    (started,) = server._temporary.values()
+    assert started.ended() is not None
+
+
 def test_a_server_that_does_not_answer_is_a_retryable_error(tmp_path: Path) -> None:
     from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 

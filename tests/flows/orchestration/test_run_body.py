@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from draftsmith.artifacts.tracking.runs import NOTE
 from draftsmith.flows.config.options import StageOptions
 from draftsmith.flows.orchestration.run import Run
 from draftsmith.flows.planning.graph import Selection
-from draftsmith.flows.planning.plan import Conclusion, OutdatedPlanError
+from draftsmith.flows.planning.plan import Build, Conclusion, EarlyEnd, OutdatedPlanError
 from draftsmith.stages.runtime.invocation import COMMAND
 from tests.flows.toy import TOY, ToyConfig, ToyPipeline
 from tests.flows.toy_flow import make_and_conclude
@@ -111,6 +111,22 @@ def test_a_run_that_did_not_finish_ends_with_the_command_that_continues_it(
     assert caught.value.__notes__[-1] == command
     assert OUTCOME not in logged.data.tags and len(calls) == (not until), "an outdated plan is not retried"
     assert OutdatedPlanError.exit_code == EXIT_RETRYABLE
+
+
+@pytest.mark.parametrize("certain", [True, False])
+def test_nothing_is_checked_if_the_run_certainly_ends_with_what_is_reused(certain: bool) -> None:
+    checked: list[int] = []
+
+    class Ends(ToyPipeline):
+        def early_end(self, *_: object) -> EarlyEnd:
+            return EarlyEnd("target", "not made", certain=certain)
+
+        def check(self, builds: Sequence[Build]) -> list[str]:
+            checked.append(len(builds))
+            return []
+
+    ended(Ends())
+    assert checked == [0 if certain else 4]
 
 
 def test_the_conclusion_waits_until_mlflow_has_the_run(monkeypatch: pytest.MonkeyPatch) -> None:

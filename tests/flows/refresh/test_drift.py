@@ -158,7 +158,7 @@ def test_history_places_a_version_at_its_last_measurement(
     registry_commands.rollback(Display(), line, "it accepts nothing", dry_run=False)
     days = [event.model_copy(update={"at": f"2120-01-0{day}"}) for day, event in enumerate(registry().events(line), 1)]
     monkeypatch.setattr(Registry, "events", lambda _self, _line: days)
-    points = [(point["at"], point["version"], point["tau"]) for point in history(line)]
+    points = [(point["at"], point["version"], point["tau"]) for point in history(line, registry().versions(line))]
     assert points == [("2120-01-02", 2, 2.5), ("2120-01-03", 1, 3.5)], "not at the rollback"
 
 

@@ -124,8 +124,8 @@ def uses(folder: Path) -> dict[str, Callable[[], object]]:
         "needed": lines.needed_content_ids,
         "events": lambda: lines.events(LINE),
         "champions": lambda: registry_commands.champions(Display(), LINE),
-        "history": lambda: history(LINE),
-        "resolve": lambda: with_current_champion(RegistryConfig(name=LINE)),
+        "history": lambda: history(LINE, lines.versions(LINE)),
+        "resolve": lambda: with_current_champion(RegistryConfig(name=LINE), lines.versions(LINE)),
         "checkpoint": lambda: drafter_checkpoint(lines.version(LINE, 1)),
         "export": lambda: registry_commands.export(Display(), LINE, folder / "exported"),
         "report": lambda: artifact_folders(tracking, "weekly", "report"),
@@ -182,7 +182,7 @@ def test_an_honest_registry_is_read(place: Path) -> None:
         found = uses(place)
         assert [event.version for event in registry().events(LINE)] == [1]
         assert found["report"]() == {"report": "/srv/home/store/report/0123456789abcdef"}
-        resolved = with_current_champion(RegistryConfig(name=LINE))
+        resolved = with_current_champion(RegistryConfig(name=LINE), registry().versions(LINE))
     assert resolved.champion is not None and resolved.champion.drafter_digest == DIGEST
     assert resolved.answers is not None and resolved.answers.sha256 == DIGEST
 
