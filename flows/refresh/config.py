@@ -279,6 +279,11 @@ def mining_config(config: RefreshConfig) -> MiningConfig:
     return config.mining.model_copy(update={"table": table})
 
 
+def waits_for_mining(config: RefreshConfig) -> bool:
+    """Return whether OPD reads the mined table: its steps, or the size of its blocks where it is not the drafter's."""
+    return config.opd.reads_table or config.mining.drafting.block_size is not None
+
+
 def drift_config(config: RefreshConfig) -> DriftConfig:
     """Return the config of the drift check, in which the champion drafts as in an evaluation."""
     return config.drift.model_copy(update={"drafting": config.evaluation.drafted()})

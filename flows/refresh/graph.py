@@ -15,6 +15,7 @@ from draftsmith.flows.refresh.config import (
     report_config,
     sft_config,
     starts_from_champion,
+    waits_for_mining,
 )
 from draftsmith.flows.refresh.drift import early_end, sticky_force
 from draftsmith.flows.refresh.screen import compared, review, show_results
@@ -75,9 +76,10 @@ def refresh_nodes(config: RefreshConfig) -> list[Node]:
     seed = config.seed + 1000 if same_answers else None  # of the same answers, other batches than SFT's
     training = {**target, "trajectories": answers, "drafter": "sft"}
     drafters = {"sft": "sft", "opd": "opd"}
+    mined = {"mined": "mining"} if waits_for_mining(config) else {}
     nodes += [
+        Node("opd", STAGES["opd"], config.opd, {**training, **mined}, seed),
         Node("mining", STAGES["mining"], mining_config(config), training),
-        Node("opd", STAGES["opd"], config.opd, {**training, "mined": "mining"}, seed),
     ]
     if config.refresh.control:
         drafters["control"] = "control"

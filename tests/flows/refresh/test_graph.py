@@ -118,6 +118,24 @@ def test_mining_writes_the_table_that_opd_reads(opd: dict[str, str], table: str,
     assert mining.config.table == table  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize(
+    ("anchors", "overrides", "waits"),
+    [
+        ("errors", [], True),
+        ("visited", [], True),
+        ("successors", [], False),
+        ("random", [], False),
+        ("successors", ["mining.drafting.block_size=4"], True),
+    ],
+)
+def test_opd_waits_for_mining_only_where_it_reads_the_table(anchors: str, overrides: list[str], waits: bool) -> None:
+    config = load_config(QUICKSTART, ["opd.remine_every=0", f"opd.anchors={anchors}", *overrides])
+    nodes = {node.name: node for node in topological_order(refresh_nodes(config))}
+    assert ("mined" in nodes["opd"].inputs) == waits
+    assert (list(nodes).index("mining") < list(nodes).index("opd")) == waits
+    assert "mining" in nodes["report"].inputs, "it is made all the same, and its parity gate ends the run"
+
+
 def test_logged_answers_replace_both_rollouts(tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
     log.write_text("{}\n")
@@ -234,7 +252,7 @@ def test_held_out_prompts_come_from_the_logs_by_default(tmp_path: Path) -> None:
     assert config.prompts.prompt_count("train") == 0 and config.prompts.prompt_count("heldout") > 0
     assert config.heldout.sampling.temperature == config.evaluation.sampling.temperature == 0.7
     assert [node.name for node in topological_order(refresh_nodes(config))] == [
-        *("target", "prompts", "heldout", "logs", "sft", "mining", "opd", "control", "evaluation", "gate", "report"),
+        *("target", "prompts", "heldout", "logs", "sft", "opd", "mining", "control", "evaluation", "gate", "report"),
     ]
     text = path.read_text()
     more = "since: 2026-03-01, max_bad_share: 0.2, filter: {model: ours}, fields: {messages: question}"
