@@ -189,7 +189,7 @@ def test_anchors_of_the_table_need_every_trajectory_mined(
 def test_other_anchors_read_nothing_of_the_table(anchors: str, sampled: Answers, tmp_path: Path) -> None:
     """They train the same bits without it."""
     alone = {name: folder for name, folder in sampled.items() if name != "mined"}
-    fields = {"anchors": anchors, "steps": 4, "loss": "paper"}
+    fields: dict[str, Any] = {"anchors": anchors, "steps": 4, "loss": "paper"}
     ours, theirs = train(tmp_path / "alone", alone, **fields), train(tmp_path / "mined", sampled, **fields)
     name = f"{DRAFTER_FOLDER}/model.safetensors"
     assert (ours.out / name).read_bytes() == (theirs.out / name).read_bytes()
