@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from draftsmith.artifacts.results.evaluation import CHAMPION
 from draftsmith.flows.checks.findings import Findings
 from draftsmith.flows.planning.graph import Node
 from draftsmith.stages.data.logs.stage import LogsConfig
@@ -81,7 +82,8 @@ def check_gate(findings: Findings, nodes: Sequence[Node]) -> None:
         evaluation = by_name[node.inputs["evaluation"]]
         measured, prompts = evaluation.config, by_name[evaluation.inputs["prompts"]].config
         assert isinstance(measured, EvaluationConfig) and isinstance(prompts, PromptsConfig)
-        if (chosen_on := prompts.prompt_count("validation")) < FEWEST_RUNS:
+        chosen = [name for name in evaluation.inputs if is_drafter(name) and name != CHAMPION]
+        if len(chosen) > 1 and (chosen_on := prompts.prompt_count("validation")) < FEWEST_RUNS:
             findings.warn(
                 node.name,
                 f"the challenger is chosen by chance: prompts.validation is {chosen_on}, and with fewer than "
@@ -107,13 +109,15 @@ def check_gate(findings: Findings, nodes: Sequence[Node]) -> None:
 def check_sampling(findings: Findings, nodes: Sequence[Node]) -> None:
     """Warn if tau is measured on answers that were sampled differently from OPD's or from the first speed setting's.
 
-    Answers of OPD count only if it adapts to their sampling (`opd.verification: auto`).
+    Answers of OPD count only if it adapts to their sampling (`opd.verification: auto`). Without OPD, SFT's count.
     """
     configs = {node.name: node.config for node in nodes}
+    trainings = [node for node in nodes if isinstance(node.config, OpdConfig)]
+    trainings = trainings or [node for node in nodes if isinstance(node.config, SftConfig)]
     learned = {
         node.inputs["trajectories"]
-        for node in nodes
-        if isinstance(node.config, OpdConfig) and node.config.verification == "auto"
+        for node in trainings
+        if not isinstance(node.config, OpdConfig) or node.config.verification == "auto"
     }
     for node in nodes:
         if not isinstance(node.config, EvaluationConfig):

@@ -37,6 +37,8 @@ def check_hours(
 ) -> None:
     """Add a line with the time of the nodes in `to_make`, without those that only read and write files.
 
+    Another line has the nodes that the config leaves out, with the time that they took when they were last made.
+
     uses: of nodes with an estimate. made: artifacts of earlier runs, oldest first. gpu: None without a known one.
     """
     # of a training that was continued, the steps of all attempts
@@ -58,6 +60,10 @@ def check_hours(
         parts.append(f"known after a first run: {', '.join(unknown)}")
     if parts:
         findings.ok("time", "; ".join(parts))
+    if config.left_out:
+        saved = {name: last[name] for name in config.left_out if name in last}
+        took = f": about {format_duration(sum(saved.values()))} when last made ({_listed(saved)})" if saved else ""
+        findings.ok("saved", f"{', '.join(config.left_out)} are left out{took}")
 
 
 def node_flop(node: Node, use: StageUse) -> float:

@@ -107,7 +107,7 @@ def _show_plan(pipeline: Pipeline, config: RunOptions, selection: Selection) -> 
 
 def _init(options: argparse.Namespace, pipeline: Pipeline) -> None:
     given = {name: getattr(options, name) for name in QUESTIONS}
-    size = write_first_config(options.file, options.beginning, options.size, given)
+    size = write_first_config(options.file, options.beginning, options.size, options.training, given)
     command = shlex.join(["draftsmith", "run", str(options.file)])
     Display().line(f"{options.file}: written. If its check passes, run it: {command}")
     options.config, options.overrides = options.file, []

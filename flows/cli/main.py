@@ -64,6 +64,11 @@ def parser() -> argparse.ArgumentParser:
         choices=["laptop", "gpu", "node"],
         help="a CPU, one GPU, or 8 GPUs with SGLang servers. Left out: this machine",
     )
+    init.add_argument(
+        "--training",
+        choices=["opd", "sft"],
+        help="SFT and then OPD, or SFT alone, which leaves out stages. Left out: asked for; opd in a script",
+    )
     for option in ("--target", "--prompts", "--logs", "--temperature"):
         init.add_argument(option, metavar="VALUE", help="the answer to this question, for scripts")
 

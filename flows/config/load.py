@@ -19,6 +19,7 @@ Fields = dict[str, Any]  # of a config, as YAML gives them
 FROM_FILE = {"from_file": True}  # validation context: a person wrote this config, the run has filled in nothing
 _MAX_VALUES = 100_000  # of a file, with its aliases written out
 _DEFAULT_KINDS = {"drafter": "dflash", "engine": "embedded"}  # of sections that may leave `kind` out
+_OPTIONAL = ("opd",)  # sections that null leaves out of a run, although they have defaults
 
 _TEXT, _MERGE, _INTEGER = (f"tag:yaml.org,2002:{name}" for name in ("str", "merge", "int"))  # merge: of `<<`
 
@@ -129,12 +130,12 @@ def merge_configs(base: Fields, change: Fields) -> Fields:
     """Return `base` with the fields of `change`: mappings are merged field by field, everything else is replaced.
 
     A mapping with another `kind`, or a `preset`, replaces the old one as a whole, whose fields would not fit. Null
-    removes a mapping, so that its defaults hold again.
+    removes a mapping, so that its defaults hold again; of `opd` it stays, and leaves the section out.
     """
     result = dict(base)
     for name, value in change.items():
         old = result.get(name)
-        if isinstance(old, dict) and value is None:
+        if _restores_defaults(name, old, value):
             del result[name]
             continue
         if isinstance(old, dict) and isinstance(value, dict) and "preset" not in value:
@@ -142,6 +143,11 @@ def merge_configs(base: Fields, change: Fields) -> Fields:
             value = merge_configs(old, value) if value.get("kind", kind) == kind else value
         result[name] = value
     return result
+
+
+def _restores_defaults(name: str, old: Any, value: Any) -> bool:
+    """Return whether a value removes a section, so that its defaults hold again."""
+    return isinstance(old, dict) and value is None and name not in _OPTIONAL
 
 
 def shipped_configs() -> Path:
@@ -247,8 +253,8 @@ def _apply_override(data: Fields, override: str) -> PathKey:
                 f"{OVERRIDE} {override}: {section_name} is {show_value(section)} in the file, which has no fields."
             )
         path.append(key)
-        if last and value is None and isinstance(section, dict) and isinstance(section.get(key), dict):
-            del section[key]  # as `merge_configs` does
+        if last and isinstance(section, dict) and _restores_defaults(step, section.get(key), value):
+            del section[key]
         elif last:
             section[key] = value
         else:

@@ -82,6 +82,11 @@ class RunOptions(Config):
         """Return the experiment in MLflow; None: the common one."""
         return None
 
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Return the nodes that a run of its kind has by default, and this config leaves out to save their time."""
+        return ()
+
     @model_validator(mode="before")
     @classmethod
     def _without_secrets(cls, data: Any) -> Any:

@@ -99,7 +99,9 @@ class RefreshConfig(RunOptions):
     assisted: RolloutConfig | None = None
     """Rollout with the SFT drafter: the answers that are mined and that OPD is trained on."""
     mining: MiningConfig = MiningConfig()
-    opd: OpdConfig = OpdConfig()
+    opd: OpdConfig | None = OpdConfig()
+    """How OPD trains the SFT drafter. `opd: null`: SFT alone is the refresh, and its drafter is the challenger. Mining,
+    OPD and the control are left out; sections `assisted` and `mining` are not read."""
     heldout: RolloutConfig = RolloutConfig(splits=_MEASURED)
     """The target's answers to held-out prompts, on which drafters are compared."""
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -150,11 +152,17 @@ class RefreshConfig(RunOptions):
     @model_validator(mode="after")
     def _has_answers(self) -> RefreshConfig:
         if self.logs is None:
-            for name in ("rollout", "assisted"):
+            for name in ("rollout",) if self.opd is None else ("rollout", "assisted"):
                 if getattr(self, name) is None:
                     raise ValueError(f"{name} is required. Give this section, or logs with answers of the target.")
         if self.assisted is not None and self.assisted.answers is not None:
             raise ValueError("assisted.answers: logged answers have no verify steps. Remove it.")
+        return self
+
+    @model_validator(mode="after")
+    def _trains(self) -> RefreshConfig:
+        if self.opd is None and self.sft.steps == 0:
+            raise ValueError("opd: without it, sft.steps: 0 trains nothing. Set sft.steps, or keep section opd.")
         return self
 
     @model_validator(mode="after")
@@ -222,6 +230,14 @@ class RefreshConfig(RunOptions):
         return self.registry.name if self.registry is not None else None
 
     @property
+    def left_out(self) -> tuple[str, ...]:
+        """Return the nodes that `opd: null` leaves out."""
+        if self.opd is not None:
+            return ()
+        assisted, control = ("assisted",) * (self.logs is None), ("control",) * self.refresh.control
+        return (*assisted, "mining", "opd", *control)
+
+    @property
     def champion(self) -> ChampionConfig | None:
         """Return the champion of a resolved config."""
         return self.registry.champion if self.registry is not None else None
@@ -271,12 +287,17 @@ def sft_config(config: RefreshConfig) -> SftConfig:
     return config.sft.model_copy(update=start)
 
 
-def mining_config(config: RefreshConfig) -> MiningConfig:
+def mining_config(config: RefreshConfig, opd: OpdConfig) -> MiningConfig:
     """Return the config of mining with the table that OPD's anchors and loss read."""
     table = "sample"
-    if config.opd.reads_table:
-        table = "scored" if config.opd.loss.needs_scores else "full"
+    if opd.reads_table:
+        table = "scored" if opd.loss.needs_scores else "full"
     return config.mining.model_copy(update={"table": table})
+
+
+def waits_for_mining(config: RefreshConfig, opd: OpdConfig) -> bool:
+    """Return whether OPD reads the mined table: its steps, or the size of its blocks where it is not the drafter's."""
+    return opd.reads_table or config.mining.drafting.block_size is not None
 
 
 def drift_config(config: RefreshConfig) -> DriftConfig:
@@ -309,6 +330,6 @@ def report_config(config: RefreshConfig) -> ReportConfig:
     return config.report.model_copy(update={"champion": serves, "history": history, "line": config.registry.name})
 
 
-def control_config(config: RefreshConfig) -> SftConfig:
+def control_config(config: RefreshConfig, opd: OpdConfig) -> SftConfig:
     """Return the config of the control: SFT continued for as long as OPD."""
-    return config.sft.continued(config.opd)
+    return config.sft.continued(opd)

@@ -2,11 +2,11 @@
 
 A refresh makes the nodes of `refresh_nodes` in their order:
 
-    target -> prompts -> heldout -> champion -> drift -> rollout or logs -> sft -> assisted -> mining -> opd, control
+    target -> prompts -> heldout -> champion -> drift -> rollout or logs -> sft -> assisted -> opd, mining, control
     -> evaluation -> gate -> report
 
-A refresh of a line ends after `drift` if its champion is current. After the report it registers the challenger, and
-promotes it if the gate says so.
+Mining comes before an OPD that reads its table, else after it. A refresh of a line ends after `drift` if its champion
+is current. After the report it registers the challenger, and promotes it if the gate says so.
 """
 
 from __future__ import annotations

@@ -15,12 +15,14 @@ from draftsmith.flows.refresh.config import (
     report_config,
     sft_config,
     starts_from_champion,
+    waits_for_mining,
 )
 from draftsmith.flows.refresh.drift import early_end, sticky_force
 from draftsmith.flows.refresh.screen import compared, review, show_results
 from draftsmith.stages.catalog import STAGES
 from draftsmith.stages.data.prompts.stage import PromptsConfig
 from draftsmith.stages.targets.config import TargetConfig
+from draftsmith.stages.training.config import OpdConfig
 
 
 def first_nodes(target: TargetConfig, prompts: PromptsConfig) -> list[Node]:
@@ -66,24 +68,15 @@ def refresh_nodes(config: RefreshConfig) -> list[Node]:
             {**target, "trajectories": answers, **start},
         )
     )
-    if config.logs is None:
-        assert config.assisted is not None and config.rollout is not None  # RefreshConfig has checked it
-        same_answers, answers = config.sft.steps > 0 and config.assisted.skip == config.rollout.skip, "assisted"
-        nodes.append(Node(answers, STAGES["rollout"], config.assisted, {**asked, "drafter": "sft"}))
-    else:
-        same_answers = True
-    seed = config.seed + 1000 if same_answers else None  # of the same answers, other batches than SFT's
-    training = {**target, "trajectories": answers, "drafter": "sft"}
-    drafters = {"sft": "sft", "opd": "opd"}
-    nodes += [
-        Node("mining", STAGES["mining"], mining_config(config), training),
-        Node("opd", STAGES["opd"], config.opd, {**training, "mined": "mining"}, seed),
-    ]
-    if config.refresh.control:
-        drafters["control"] = "control"
-        nodes.append(Node("control", STAGES["sft"], control_config(config), training, seed))
+    drafters, mining = {"sft": "sft"}, {}
+    if config.opd is not None:
+        nodes += opd_nodes(config, config.opd)
+        drafters["opd"] = "opd"
+        if config.refresh.control:
+            drafters["control"] = "control"
+        mining = {"mining": "mining"}
     measured = {**asked, "trajectories": "heldout", **champion, **drafters}
-    reported = {"mining": "mining", "evaluation": "evaluation", **drafters}
+    reported = {**mining, "evaluation": "evaluation", **drafters}
     nodes.append(Node("evaluation", STAGES["evaluation"], evaluation_config(config), measured))
     if config.registry is not None:
         gated = {"evaluation": "evaluation", **champion, **drafters}
@@ -92,6 +85,26 @@ def refresh_nodes(config: RefreshConfig) -> list[Node]:
         if champion:
             reported["drift"] = "drift"
     return [*nodes, Node("report", STAGES["report"], report_config(config), reported)]
+
+
+def opd_nodes(config: RefreshConfig, opd: OpdConfig) -> list[Node]:
+    """Return the nodes that follow SFT where there is OPD: answers with its drafter, OPD, mining, and the control."""
+    nodes, answers, same_answers = list[Node](), "logs", True
+    if config.logs is None:
+        assert config.assisted is not None and config.rollout is not None  # RefreshConfig has checked it
+        same_answers, answers = config.sft.steps > 0 and config.assisted.skip == config.rollout.skip, "assisted"
+        asked = {"target": "target", "prompts": "prompts", "drafter": "sft"}
+        nodes.append(Node(answers, STAGES["rollout"], config.assisted, asked))
+    seed = config.seed + 1000 if same_answers else None  # of the same answers, other batches than SFT's
+    training = {"target": "target", "trajectories": answers, "drafter": "sft"}
+    mined = {"mined": "mining"} if waits_for_mining(config, opd) else {}
+    nodes += [
+        Node("opd", STAGES["opd"], opd, {**training, **mined}, seed),
+        Node("mining", STAGES["mining"], mining_config(config, opd), training),
+    ]
+    if config.refresh.control:
+        nodes.append(Node("control", STAGES["sft"], control_config(config, opd), training, seed))
+    return nodes
 
 
 class RefreshPipeline(Pipeline):

@@ -21,6 +21,7 @@ from draftsmith.stages.data.prompts.streams import prompt_rows
 from draftsmith.stages.data.row_files import RejectLog, match_files, read_rows
 from draftsmith.stages.targets.config import TargetConfig
 from draftsmith.stages.targets.info import TargetInfo, model_path
+from draftsmith.stages.training.config import OpdConfig
 
 _PUBLISHED = ("z-lab/{}-DFlash-b16", "z-lab/{}-DFlash")  # drafters of a model of the hub, by its name
 _GPUS = 8  # of a node
@@ -34,6 +35,7 @@ QUESTIONS = {  # name of the option -> question, and the default of the answer
     "temperature": ("Temperature that they were sampled at (0: greedy)", "0"),
 }
 BEGINNINGS = {"prompts": ("target", "prompts"), "logs": ("target", "logs", "temperature")}
+TRAININGS = {"opd": "SFT, then OPD at the drafter's own errors", "sft": "SFT alone: fewer stages, in less time"}
 
 
 @dataclass(frozen=True)
@@ -108,11 +110,13 @@ SIZES = {
 _PASSES = 4  # of a new drafter's SFT over the answers
 
 
-def write_first_config(path: Path, beginning: str | None, size: str | None, given: Mapping[str, str | None]) -> Size:
+def write_first_config(
+    path: Path, beginning: str | None, size: str | None, training: str | None, given: Mapping[str, str | None]
+) -> Size:
     """Write a new config for a target; on a terminal, ask for what is not given. Return its size.
 
-    beginning, size: of `BEGINNINGS` and `SIZES`. given: option -> value, or None. Raises DraftsmithError
-    without writing anything.
+    beginning, size, training: of `BEGINNINGS`, `SIZES` and `TRAININGS`. given: option -> value, or None. Raises
+    DraftsmithError without writing anything.
     """
     if path.exists():
         raise DraftsmithError(f"{path} exists. Give the name of a new file.")
@@ -132,6 +136,8 @@ def write_first_config(path: Path, beginning: str | None, size: str | None, give
         size = "laptop" if not gpus else "gpu" if gpus < _GPUS else "node"
         if interactive:
             size = _choose("Size", {name: each.about for name, each in SIZES.items()}, size)
+    if training is None:
+        training = _choose("Training", TRAININGS, "opd") if interactive else "opd"
     values = {}
     for name in names:
         (question, default), value = QUESTIONS[name], given[name]
@@ -139,7 +145,8 @@ def write_first_config(path: Path, beginning: str | None, size: str | None, give
             value = (input(f"{question} [{default}]: ").strip() if interactive else "") or default
         values[name] = value
     name = re.sub(r"^[^\w]+|[^\w.-]", "-", path.stem).strip("-") or "draftsmith"
-    text = _as_text(_sections(name, values, SIZES[size]), f"For {SIZES[size].about}. Written by `draftsmith init`.")
+    sections = _sections(name, values, SIZES[size], alone=training == "sft")
+    text = _as_text(sections, f"For {SIZES[size].about}. Written by `draftsmith init`.")
     with path.open("x", encoding="utf-8") as file:
         file.write(text)
     return SIZES[size]
@@ -153,8 +160,8 @@ def _choose(question: str, choices: Mapping[str, str], default: str) -> str:
     return answer
 
 
-def _sections(name: str, values: Mapping[str, str], size: Size) -> dict[str, Any]:
-    """Return the config's sections. values: the answers to the questions."""
+def _sections(name: str, values: Mapping[str, str], size: Size, *, alone: bool) -> dict[str, Any]:
+    """Return the config's sections. values: the answers to the questions. alone: SFT, without OPD."""
     with tempfile.TemporaryDirectory(prefix="draftsmith-init-") as scratch:
         info = metadata_artifact(TargetConfig(source=values["target"]), Path(scratch))
         published = _published(info, model_path(Path(scratch)))
@@ -173,6 +180,8 @@ def _sections(name: str, values: Mapping[str, str], size: Size) -> dict[str, Any
         training["head_tokens"] = min(training["head_tokens"], info.vocab_size // 2)
     steps = max(1, answers // training["sequences_per_step"])
     sft: dict[str, Any] = {"init_from": published, "steps": 0}
+    if alone:  # goes on from a drafter as OPD does
+        sft |= {"steps": steps, "learning_rate": OpdConfig().learning_rate, **training}
     if published is None:
         sft = {"drafter": _shape(info, size), "steps": _PASSES * steps, **size.sft, **training}
     given: dict[str, Any]
@@ -181,8 +190,8 @@ def _sections(name: str, values: Mapping[str, str], size: Size) -> dict[str, Any
         given = {
             "prompts": {"sources": [{"kind": "jsonl", "path": path}], "train": answers, **counts, "too_long": "skip"},
             # without SFT's steps only for the list of frequent tokens
-            "rollout": {"prompts": min(64, answers) if published else answers, **rollout},
-            "assisted": {"prompts": answers, **rollout},
+            "rollout": {"prompts": answers if sft["steps"] else min(64, answers), **rollout},
+            **({} if alone else {"assisted": {"prompts": answers, **rollout}}),
         }
     else:
         logs = {
@@ -198,10 +207,10 @@ def _sections(name: str, values: Mapping[str, str], size: Size) -> dict[str, Any
         "target": {"source": values["target"], "dtype": "bfloat16"},
         **given,
         "sft": sft,
-        "opd": {"steps": steps, **training},
+        "opd": None if alone else {"steps": steps, **training},
         "heldout": {"sampling": sampling, **engine},
         "evaluation": {"sampling": sampling, **size.evaluation},
-        **size.other,
+        **{section: fields for section, fields in size.other.items() if not (alone and section == "mining")},
     }
 
 
@@ -262,13 +271,17 @@ _COMMENTS = {
     "assisted": "the target's answers, which OPD learns from",
     "opd": "one pass over the answers",
 }
+_ALONE = {  # comments of a config without OPD
+    "sft": "where the line begins. If a drafter serves already: init_from: FOLDER or hub id, in place of drafter",
+    "opd": "SFT alone is the refresh, without mining, OPD and the control",
+}
 
 
 def _as_text(sections: Mapping[str, Any], title: str) -> str:
     """Return the sections as YAML, a line for each, or for each of its fields if it is long."""
-    lines = [f"# {title}"]
+    lines, comments = [f"# {title}"], _COMMENTS if sections["opd"] else _COMMENTS | _ALONE
     for name, value in sections.items():
-        comment = f"  # {_COMMENTS[name]}" if name in _COMMENTS else ""
+        comment = f"  # {comments[name]}" if name in comments else ""
         whole = f"{name}: {_as_yaml(value)}"
         if len(whole) + len(comment) <= _WIDTH or not isinstance(value, dict):
             lines.append(whole + comment)

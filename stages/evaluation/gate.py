@@ -353,7 +353,7 @@ def _more_prompts(evaluation: EvaluationResult, name: str, estimate: Estimate, w
 STAGE = Stage(
     name="gate",
     config=GateConfig,
-    inputs=("evaluation", "champion?", "sft", "opd", "control?"),
+    inputs=("evaluation", "champion?", "sft", "opd?", "control?"),
     body="draftsmith.stages.evaluation.gate",
     volatile=("metrics.jsonl", GateDecision.FILE),
     reads_volatile=("evaluation",),

@@ -49,7 +49,7 @@ class ReportConfig(Config):
 STAGE = Stage(
     name="report",
     config=ReportConfig,
-    inputs=("mining", "evaluation", "sft", "opd", "control?", "gate?", "drift?"),
+    inputs=("mining?", "evaluation", "sft", "opd?", "control?", "gate?", "drift?"),
     body="draftsmith.stages.report.body",
     volatile=("metrics.jsonl", "report.html", ReviewResult.FILE),  # they show durations and tokens/s
     reads_volatile=("evaluation", "gate"),

@@ -18,7 +18,7 @@ from tests.faults.watch import until
 
 READER = {
     "target": "prompts", "prompts": "rollout", "rollout": "sft", "heldout": "evaluation", "sft": "assisted",
-    "assisted": "mining", "mining": "opd", "opd": "evaluation", "control": "evaluation", "evaluation": "report",
+    "assisted": "mining", "mining": "report", "opd": "evaluation", "control": "evaluation", "evaluation": "report",
     "champion": "drift", "drift": "report", "earlier": "logs", "logs": "mining", "gate": "report",
 }  # fmt: skip
 """node -> a node that reads its artifact. The report is read by the run itself."""

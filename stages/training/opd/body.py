@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from draftsmith.artifacts.tables.schemas import VERIFY_STEPS
-from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
+from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, Trajectory
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import lineage_from, load_drafter
 from draftsmith.stages.runtime.ranks import Ranks
@@ -31,10 +31,7 @@ def run(ctx: StageContext, config: OpdConfig) -> None:
     target = Target.load(ctx.inputs["target"], ranks=ranks)
     folder = ctx.inputs["drafter"] / DRAFTER_FOLDER
     drafter = load_drafter(folder, target, torch.float32)
-    mined, whole, reader = ctx.inputs["mined"], config.reads_table, None
-    if whole:  # every step reads verify steps
-        reader = mapped_reader(ctx, ranks, mined / "verify_steps.parquet", VERIFY_STEPS, STEP_COLUMNS)
-    table = load_mined(mined, stored.trajectories, drafter.block_size, whole=whole, reader=reader)
+    table = _mined_table(ctx, config, stored.trajectories, drafter, ranks)
     data = MinedData(trajectories=stored.trajectories, sampling=stored.sampling, mined=table)
     training = OpdTraining(drafter, target, data, config, seed=ctx.seed, ranks=ranks)
     ctx.log(str(training))
@@ -42,7 +39,23 @@ def run(ctx: StageContext, config: OpdConfig) -> None:
     if not ranks.is_main:
         return
     training.save(ctx, "opd", lineage_from(folder), totals)
-    ctx.summary(**totals, mined_steps=int(table.counts(training.kind).sum()), passes=training.passes)
+    mined = {"mined_steps": int(table.counts(training.kind).sum())} if config.reads_table else {}
+    ctx.summary(**totals, **mined, passes=training.passes)
+
+
+def _mined_table(
+    ctx: StageContext, config: OpdConfig, trajectories: Sequence[Trajectory], drafter: Drafter, ranks: Ranks
+) -> MinedTable:
+    """Return the mined table as far as anchors read it: the steps, or else the size of mined blocks alone.
+
+    Without the input `mined` a block is the drafter's.
+    """
+    if not config.reads_table and "mined" not in ctx.inputs:
+        return MinedTable.without_steps(drafter.block_size - 1)
+    mined, reader = ctx.inputs["mined"], None
+    if config.reads_table:  # every step reads verify steps
+        reader = mapped_reader(ctx, ranks, mined / "verify_steps.parquet", VERIFY_STEPS, STEP_COLUMNS)
+    return load_mined(mined, trajectories, drafter.block_size, whole=config.reads_table, reader=reader)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from draftsmith.stages.training.config import OpdConfig
 STAGE = Stage(
     name="opd",
     config=OpdConfig,
-    inputs=("target", "drafter", "trajectories", "mined"),
+    inputs=("target", "drafter", "trajectories", "mined?"),
     body="draftsmith.stages.training.opd.body",
     compute=Compute.HEAVY,
     parallel=lambda config: config.parallel,

@@ -187,6 +187,12 @@ class MinedTable:
     errors: np.ndarray  # [N] those that rejected something
     proposals: int  # of a mined block: at most those of the trained block
 
+    @classmethod
+    def without_steps(cls, proposals: int) -> MinedTable:
+        """Return a table for anchors that are no mined steps. proposals: of a served block."""
+        none = np.zeros(0, dtype=np.int64)
+        return cls([].__getitem__, none, none, proposals)
+
     def counts(self, kind: StepKind) -> np.ndarray:
         """Return the number of steps of this kind of each trajectory [N]."""
         return self.errors if kind == "errors" else self.visited

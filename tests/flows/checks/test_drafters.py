@@ -43,6 +43,8 @@ def test_equal_sampling_gives_no_warning(tmp_path: Path) -> None:
     assert refreshed(*everywhere, *with_top_k) == []
     assert refreshed(f"assisted.{SAMPLED}", "opd.verification=greedy") == [], "opd states how the drafter serves"
     (log := tmp_path / "log.jsonl").write_text("{}\n")
+    (warning,) = refreshed(f"rollout.{SAMPLED}", "opd=null")
+    assert "rollout is sampled at 0.7, top_p 0.9" in warning, "without OPD, SFT decides what was learnt"
     logs = f"logs={{paths: {log}, temperature: 0.7}}"
     assert len(refreshed(logs)) == 1
     assert refreshed(logs, "heldout.sampling.temperature=0.7", "evaluation.sampling.temperature=0.7") == []
@@ -56,6 +58,7 @@ def test_equal_sampling_gives_no_warning(tmp_path: Path) -> None:
         ("held-out prompts, 31", ["evaluation.concurrency=16", "evaluation.speed_prompts=32", "prompts.heldout=31"]),
         ("prompts.validation is 4", ["prompts.validation=4", "gate.judge_speed=false"]),
         (None, ["prompts.validation=5"]),
+        (None, ["prompts.validation=4", "gate.judge_speed=false", "opd=null"]),  # nothing is chosen
         (None, ["evaluation.rounds=2", "gate.judge_speed=false"]),
         (None, ["registry=null"]),
     ],

@@ -125,12 +125,19 @@ def made(node: str, took: float, run: str = "r", **metrics: float) -> Manifest:
 
 def time(nodes: list[Node], history: list[Manifest], gpu: GpuModel | None = None, **stages: int) -> str:
     """Return the line of a run named `r` that makes these nodes."""
-    config = RefreshConfig.model_validate(small_refresh("r", "target", "prompts.jsonl", 32, stages=stages))
+    (text,) = lines_of(nodes, history, gpu, stages=stages).values()
+    return text
+
+
+def lines_of(
+    nodes: list[Node], history: list[Manifest], gpu: GpuModel | None = None, **fields: object
+) -> dict[str, str]:
+    """Return the lines of a run named `r` by their check."""
+    config = RefreshConfig.model_validate(small_refresh("r", "target", "prompts.jsonl", 32, **fields))
     findings = Findings()
     check_hours(findings, nodes, stage_uses(nodes, qwen_sizes()), config, history, gpu)
-    (line,) = findings.lines
-    assert line.check == "time"
-    return line.text
+    assert findings.lines[0].check == "time"
+    return {line.check: line.text for line in findings.lines}
 
 
 ROLLOUT = node_of("rollout")
@@ -145,6 +152,15 @@ def test_a_run_takes_as_long_as_the_last_one_of_its_name() -> None:
         "about 2 min 40 s; as in the last run: rollout 1 min 00 s, sft 1 min 40 s"
     )
     assert "sft 2 min 05 s" in time(nodes, [*history, made("sft", 5, seconds=125.0)]), "with its earlier attempts"
+
+
+def test_sft_alone_saves_what_the_other_nodes_took() -> None:
+    history = [made("assisted", 7), made("sft", 100), made("assisted", 60), made("opd", 40), made("opd", 9, "other")]
+    assert lines_of([SFT], history, opd=None)["saved"] == (
+        "assisted, mining, opd, control are left out: about 1 min 40 s when last made (assisted 1 min 00 s, opd 40 s)"
+    )
+    unknown = lines_of([SFT], [], opd=None, refresh={"control": False})
+    assert unknown["saved"] == "assisted, mining, opd are left out"
 
 
 def test_without_a_last_run_it_takes_its_flop_by_the_rate_of_a_gpu() -> None:

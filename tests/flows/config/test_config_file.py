@@ -49,7 +49,8 @@ class Section(Config):
 class Example(Config):
     name: str
     sft: Section = Section()
-    opd: Section = Section()
+    opd: Section | None = Section()
+    control: Section = Section()
 
 
 @pytest.fixture
@@ -74,7 +75,7 @@ def test_overrides_are_yaml_and_reach_into_lists_and_new_sections(file: Path) ->
     overrides = ["sft.sources.0.count=9", "opd.rate=1e-3", "opd.decoding={kind: sampled, temperature: 0.5}", "name='7'"]
     config = read_config(file, [*overrides, "sft.weights.rare=2"], Example)
     assert config.sft.sources == [Source(count=9), Source(path=Path("data.jsonl"))]
-    assert config.opd.rate == 0.001
+    assert config.opd is not None and config.opd.rate == 0.001
     assert config.opd.decoding == Sampled(temperature=0.5)
     assert (config.name, config.sft.steps, config.sft.weights) == ("7", 20, {"rare": 2.0})
 
@@ -83,7 +84,7 @@ def test_overrides_are_yaml_and_reach_into_lists_and_new_sections(file: Path) ->
     ("override", "expected"),
     [
         ("sft.stpes=2", "--set sft.stpes: unknown field. Did you mean sft.steps?"),
-        ("temperature=2", "unknown field here. Did you mean sft.decoding.temperature or opd.decoding.temperature?"),
+        ("temperature=2", "unknown field here. Did you mean sft.decoding.temperature or opd.decoding.temperature or"),
         ("sft.decoding={kind: sampled, ties: 1}", "--set sft.decoding.ties: a field of another kind of sft.decoding."),
         ("sft.zzz=2", "unknown field. Remove it, or use one of: decoding, loss, rate, sources, steps, weights"),
         ("sft.steps=many", "--set sft.steps: expected an integer, got 'many'"),
@@ -161,13 +162,23 @@ def test_a_file_extends_another_field_by_field(tmp_path: Path) -> None:
 
 def test_null_removes_a_section_of_the_file_or_of_the_extended_one(tmp_path: Path) -> None:
     base, top = tmp_path / "base.yaml", tmp_path / "top.yaml"
-    base.write_text("name: base\nsft: {steps: 4, decoding: {kind: sampled}, weights: {a: 1.0}}\nopd: {steps: 4}\n")
-    top.write_text("extends: base.yaml\nsft: {decoding: null}\nopd: null\n")
+    base.write_text("name: base\nsft: {steps: 4, decoding: {kind: sampled}, weights: {a: 1.0}}\ncontrol: {steps: 4}\n")
+    top.write_text("extends: base.yaml\nsft: {decoding: null}\ncontrol: null\n")
     config = read_config(top, ["sft.weights=null"], Example)
     assert (config.sft.decoding, config.sft.weights, config.sft.steps) == (Greedy(), {}, 4)
-    assert config.opd == Section()
-    with pytest.raises(DraftsmithError, match=r"--set opd: expected a mapping of fields, got nothing"):
-        read_config(top, ["opd=null"], Example)
+    assert config.control == Section()
+    with pytest.raises(DraftsmithError, match=r"--set control: expected a mapping of fields, got nothing"):
+        read_config(top, ["control=null"], Example)
+
+
+def test_null_leaves_opd_out_whatever_the_file_beneath_has(tmp_path: Path) -> None:
+    base, top = tmp_path / "base.yaml", tmp_path / "top.yaml"
+    base.write_text("name: base\nopd: {steps: 4}\n")
+    top.write_text("extends: base.yaml\nopd: null\n")
+    assert read_config(top, [], Example).opd is None
+    assert read_config(base, ["opd=null"], Example).opd is None
+    again = read_config(top, ["opd.steps=6"], Example).opd
+    assert again is not None and again.steps == 6
 
 
 def test_files_that_extend_each_other_or_a_missing_file_are_reported(tmp_path: Path) -> None:

@@ -30,7 +30,8 @@ def test_a_config_loads_with_its_graph_in_order_and_compares_speeds_often_enough
     assert nodes[0] == "target" and nodes[-1] == "report"
     # what a stage process is sent is what it reads
     assert RefreshConfig.model_validate(config.model_dump(mode="json")) == config
-    control = control_config(config)
+    assert config.opd is not None
+    control = control_config(config, config.opd)
     assert SftConfig.model_validate(control.model_dump(mode="json")) == control
     evaluation = config.evaluation
     repetitions = evaluation.speed_prompts if evaluation.by_prompt else evaluation.rounds
@@ -46,6 +47,7 @@ def test_the_readmes_configs_load_and_start_from_the_serving_drafter(name: str, 
     (tmp_path / name).write_text(text)
     config = load_config(tmp_path / name)
     nodes = {node.name: node for node in refresh_nodes(config)}
+    assert config.opd is not None
     assert (config.name, config.sft.steps, config.opd.learning_rate) == (Path(name).stem, 0, 3e-4)
     assert ("logs" in nodes) == (name == "my-logs.yaml") and config.prompts.too_long == "skip"
     if config.assisted is not None:
@@ -79,7 +81,7 @@ def test_the_recipe_has_the_papers_settings(name: str) -> None:
     config = load_config(CONFIGS / f"{name}.yaml")
     size = "8B" if "8b" in name else "4B"
     assert (config.target.source, config.sft.init_from) == (f"Qwen/Qwen3-{size}", f"z-lab/Qwen3-{size}-DFlash-b16")
-    assert config.rollout is not None and config.assisted is not None
+    assert config.rollout is not None and config.assisted is not None and config.opd is not None
     assert config.prompts.chat_template_kwargs == {"enable_thinking": "thinking" in name}
     counts = {source.label: source.counts.train for source in config.prompts.sources if source.counts}  # type: ignore[union-attr]
     trained_on = {label: count for label, count in counts.items() if count}
@@ -125,7 +127,11 @@ def test_the_line_of_a_node_takes_other_prompts_logs_and_servers(lines: str, tmp
     path = tmp_path / "line.yaml"
     path.write_text("extends: configs/qwen3-8b-line.yaml\n" + lines.replace("#   ", ""))
     line, config = load_config(CONFIGS / "qwen3-8b-line.yaml"), load_config(path)
-    assert line.registry is not None and line.opd.steps == 16_000 // line.opd.sequences_per_step + 1
+    assert (
+        line.registry is not None
+        and line.opd is not None
+        and line.opd.steps == 16_000 // line.opd.sequences_per_step + 1
+    )
     assert topological_order(refresh_nodes(config))
     assert (config.logs is not None) == ("logs:" in lines)
     assert (config.prompts == line.prompts) == ("prompts:" not in lines)

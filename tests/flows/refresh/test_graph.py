@@ -118,6 +118,45 @@ def test_mining_writes_the_table_that_opd_reads(opd: dict[str, str], table: str,
     assert mining.config.table == table  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize(
+    ("anchors", "overrides", "waits"),
+    [
+        ("errors", [], True),
+        ("visited", [], True),
+        ("successors", [], False),
+        ("random", [], False),
+        ("successors", ["mining.drafting.block_size=4"], True),
+    ],
+)
+def test_opd_waits_for_mining_only_where_it_reads_the_table(anchors: str, overrides: list[str], waits: bool) -> None:
+    config = load_config(QUICKSTART, ["opd.remine_every=0", f"opd.anchors={anchors}", *overrides])
+    nodes = {node.name: node for node in topological_order(refresh_nodes(config))}
+    assert ("mined" in nodes["opd"].inputs) == waits
+    assert (list(nodes).index("mining") < list(nodes).index("opd")) == waits
+    assert "mining" in nodes["report"].inputs, "it is made all the same, and its parity gate ends the run"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "left_out"),
+    [
+        ([], ["assisted", "control", "mining", "opd"]),
+        (["assisted=null"], ["assisted", "control", "mining", "opd"]),
+        (["refresh.control=false"], ["assisted", "mining", "opd"]),
+        (["logs={paths: [a.jsonl], temperature: 0}"], ["control", "mining", "opd"]),
+    ],
+    ids=["with all sections", "without assisted", "without a control", "from logs"],
+)
+def test_without_opd_a_refresh_is_sft_alone(overrides: list[str], left_out: list[str]) -> None:
+    config = load_config(QUICKSTART, [*overrides, "opd=null"])
+    nodes = {node.name: node for node in topological_order(refresh_nodes(config))}
+    with_opd = load_config(QUICKSTART, [each for each in overrides if each != "assisted=null"])
+    whole = {node.name: node for node in refresh_nodes(with_opd)}
+    assert sorted(whole.keys() - nodes.keys()) == sorted(config.left_out) == left_out and not with_opd.left_out
+    assert nodes["sft"] == whole["sft"], "under the same key"
+    for name in ("evaluation", "gate", "report"):
+        assert nodes[name].inputs == {n: source for n, source in whole[name].inputs.items() if source not in left_out}
+
+
 def test_logged_answers_replace_both_rollouts(tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
     log.write_text("{}\n")
@@ -155,6 +194,8 @@ SERVERS = ["evaluation.engine={kind: sglang, python: python, launch: {}}", "eval
         (["heldout.splits=[heldout]"], r"heldout\.splits: lacks validation"),
         ([BOTH, "heldout.skip=54"], "heldout: skip and prompts leave out all of split heldout"),
         (["assisted.answers=a.jsonl"], r"assisted\.answers"),  # they have no verify steps to mine
+        (["assisted=null"], r"assisted is required\. Give this section"),
+        (["opd=null", "sft.steps=0", "sft.init_from=champion"], r"opd: without it, sft\.steps: 0 trains nothing\. Set"),
         (
             ["gate.loads={1: 1, 4: 1, 64: 1}", "evaluation.concurrency=[16, 2]", *SERVERS],
             r"gate\.loads: servers are timed with \[2, 16\] .*, and \[1, 64\] lies beyond\. Add it to evaluation\.conc",
@@ -193,7 +234,8 @@ def test_trainings_on_the_prompts_of_sft_have_their_own_seed(overrides: list[str
 
 
 def test_the_control_is_sft_for_the_steps_of_opd(config: RefreshConfig) -> None:
-    control = control_config(config)
+    assert config.opd is not None
+    control = control_config(config, config.opd)
     assert control.steps == config.opd.steps != config.sft.steps
     assert control.sequences_per_step == config.opd.sequences_per_step
     assert control.anchors_per_sequence == config.opd.anchors_per_sequence
@@ -234,7 +276,7 @@ def test_held_out_prompts_come_from_the_logs_by_default(tmp_path: Path) -> None:
     assert config.prompts.prompt_count("train") == 0 and config.prompts.prompt_count("heldout") > 0
     assert config.heldout.sampling.temperature == config.evaluation.sampling.temperature == 0.7
     assert [node.name for node in topological_order(refresh_nodes(config))] == [
-        *("target", "prompts", "heldout", "logs", "sft", "mining", "opd", "control", "evaluation", "gate", "report"),
+        *("target", "prompts", "heldout", "logs", "sft", "opd", "mining", "control", "evaluation", "gate", "report"),
     ]
     text = path.read_text()
     more = "since: 2026-03-01, max_bad_share: 0.2, filter: {model: ours}, fields: {messages: question}"

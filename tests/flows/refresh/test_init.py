@@ -88,10 +88,28 @@ def test_a_config_of_every_beginning_and_size_passes_its_check(
     assert config.registry is not None and config.registry.name == "my-first"
     assert config.sft.drafter.model_dump()["num_layers"] == (1 if source == "tiny" else 2 if size == "laptop" else 5)
     assert (config.logs is not None) == (beginning == "logs")
+    assert config.opd is not None
     trained = config.opd.steps * config.opd.sequences_per_step
     assert 0 <= 363 - trained < config.opd.sequences_per_step and config.sft.steps == 4 * config.opd.steps
     assert config.assisted is None or config.assisted.prompts == config.prompts.train == 363
     assert config.prompts.prompt_count("validation") >= 9, "the challenger is chosen on them"
+
+
+@pytest.mark.usefixtures("home")
+@pytest.mark.parametrize(("beginning", "size"), [("prompts", "laptop"), ("prompts", "node"), ("logs", "gpu")])
+def test_sft_alone_has_no_section_that_only_opd_reads(
+    beginning: str, size: str, tiny_target: Path, logs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run.yaml"
+    given = ["--from", beginning, "--size", size, "--training", "sft", f"--target={tiny_target}"]
+    main(["init", str(path), *given, f"--{beginning}={logs}"])
+    out, config = capsys.readouterr().out, load_config(path)
+    assert errors_of(out) == []
+    assert config.opd is None and not {"assisted", "mining"} & config.model_fields_set
+    assert 0 <= 363 - config.sft.steps * config.sft.sequences_per_step / 4 < config.sft.sequences_per_step
+    assert config.rollout is None or config.rollout.prompts == config.prompts.train == 363
+    left_out = "mining, opd, control are left out"
+    assert f"  {left_out if beginning == 'logs' else f'assisted, {left_out}'}" in out
 
 
 @pytest.mark.usefixtures("home")
@@ -133,7 +151,12 @@ def test_a_drafter_that_was_published_for_the_target_is_found(
     main(["init", str(path), *options])
     out, config = capsys.readouterr().out, load_config(path)
     assert errors_of(out) == [] and config.logs is not None and config.logs.temperature == 0.7
+    main(["init", str(tmp_path / "alone.yaml"), *options, "--training", "sft"])
+    alone = load_config(tmp_path / "alone.yaml")
+    assert errors_of(capsys.readouterr().out) == [] and alone.sft.steps > 0
     if published == "z-lab/Qwen3-4B-DFlash-b16":
+        assert config.opd is not None and alone.sft.init_from == published
+        assert alone.sft.continued(config.opd) == alone.sft.continued(alone.sft), "it goes on as OPD would"
         assert (config.sft.init_from, config.sft.steps) == (published, 0) and f"{published}: DFlash, 5 layers" in out
     else:
         assert (config.sft.init_from, config.sft.drafter) == (None, SftConfig().drafter)
@@ -181,10 +204,11 @@ def test_it_asks_on_a_terminal_and_takes_defaults(
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # the default size is that of a machine without a GPU
     ours, theirs = pty.openpty()
-    os.write(ours, f"nonsense\n\n\n{tiny_target}\n{tiny_prompts}\n".encode())
+    os.write(ours, f"nonsense\n\n\n\n{tiny_target}\n{tiny_prompts}\n".encode())
     with os.fdopen(theirs) as terminal:
         monkeypatch.setattr(sys, "stdin", terminal)
         assert main(["init", str(tmp_path / "run.yaml")]) == 0
     assert re.search(r"^0 errors, ", capsys.readouterr().out, re.MULTILINE)
     config = load_config(tmp_path / "run.yaml")
     assert config.target.source == str(tiny_target) and config.sft.drafter.block_size == 8
+    assert config.opd is not None
