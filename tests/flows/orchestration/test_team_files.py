@@ -120,3 +120,11 @@ def test_the_image_copies_the_whole_package() -> None:
     folders = set(project["tool"]["setuptools"]["package-dir"].values())
     tops = {Path(folder).parts[0] for folder in folders}
     assert copied >= needed | tops | {"pyproject.toml", "configs"}
+
+
+def test_the_image_has_a_compiler_for_triton_and_sglang() -> None:
+    """g++ brings gcc and the C library's headers; the image of Python has its own."""
+    text = (TEAM / "Dockerfile").read_text()
+    (packages,) = re.findall(r"apt-get install -y --no-install-recommends ([\w+ -]+) &&", text)
+    assert "g++" in packages.split()
+    assert text.index("apt-get install") < text.index("COPY ")
