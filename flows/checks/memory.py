@@ -348,7 +348,8 @@ def _rollout(config: RolloutConfig, use: StageUse) -> Need:
     assert made is not None
     memory, servers = 0.0, None
     if isinstance(engine, EmbeddedEngineConfig):
-        memory = _embedded(engine.slots, made.longest, drafter, config.drafting.head_tokens, sizes)
+        slots = engine.slots_on(gpu=sizes.accelerated)
+        memory = _embedded(slots, made.longest, drafter, config.drafting.head_tokens, sizes)
     elif engine.launch is not None:
         servers = _launched(engine, engine.launch.servers, engine.concurrency, made.longest, drafter, sizes)
     disk = _table_bytes(made) + (made.verify_steps * (8 * (sizes.block_size - 1) + 24) if drafter else 0.0)
