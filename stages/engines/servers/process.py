@@ -66,15 +66,19 @@ class ServerProcess:
         port: int,
         api_key: str | None = None,
     ):
-        self.url, self.log_path = f"http://127.0.0.1:{port}", log_path
-        self._command, self._environment = [*command, "--port", str(port)], environment
+        self.log_path, self._command, self._environment = log_path, command, environment
+        self.use_port(port)
         self._api_key, self._key_file = api_key, log_path.with_suffix(".key.yaml")
         self._child: ChildProcess | None = None
+
+    def use_port(self, port: int) -> None:
+        """Make the next start listen on this port."""
+        self.url, self._port = f"http://127.0.0.1:{port}", port
 
     def start(self) -> None:
         """Start the server, its output appended to the log."""
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        command = [*self._command, *self._key_arguments()]
+        command = [*self._command, "--port", str(self._port), *self._key_arguments()]
         # without variables that would lead another interpreter to this one's packages
         inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
         if inherited.get(EXPANDABLE_SEGMENTS[0]) == EXPANDABLE_SEGMENTS[1]:  # for this process's own allocator
