@@ -11,7 +11,6 @@ import argparse
 import json
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -184,4 +183,4 @@ def _rate(rows: Rows, scale: Scale, target: Target, device: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    harness.run(main)
