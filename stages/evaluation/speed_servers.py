@@ -25,7 +25,7 @@ from draftsmith.artifacts.results.evaluation import PLAIN, Parity, TargetDiffere
 from draftsmith.artifacts.tables.parquet import read_table, write_table
 from draftsmith.artifacts.tables.schemas import REQUESTS, TRACE, TURNS
 from draftsmith.stages.data.trajectories import Prompt, Trajectory
-from draftsmith.stages.drafters.base import Drafter
+from draftsmith.stages.drafters.base import Drafter, PreparedDrafter
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.base import Completion, Request, recorded_table
@@ -51,8 +51,9 @@ from draftsmith.stages.evaluation.timed_runs import (
     settings_of,
 )
 from draftsmith.stages.evaluation.validity import steady
+from draftsmith.stages.replay.near_ties import explained_by_ties
 from draftsmith.stages.replay.options import ReplayOptions
-from draftsmith.stages.replay.parity import ParityTolerance, check_steps, check_tau
+from draftsmith.stages.replay.parity import ParityTolerance, StepComparison, check_tau
 from draftsmith.stages.replay.replayer import Replayer, samples_proposals
 from draftsmith.stages.replay.step_tables import steps_table
 from draftsmith.stages.runtime.memory import release_memory
@@ -293,7 +294,8 @@ def _check_parity(
         drafter = {arm: load_drafter(checkpoint, target)}
         drafting = DraftingConfig(block_size=sizes[arm])
         options = ReplayOptions(drafting, sampling, tokens_per_group=config.tokens_per_target_forward)
-        traces = Replayer(target, options, test.ctx.log).traces(
+        replayer = Replayer(target, options, test.ctx.log)
+        traces = replayer.traces(
             drafter,
             trajectories,
             progress=progress_callback(test.ctx, "trajectories"),
@@ -307,17 +309,23 @@ def _check_parity(
             same_target=TargetDifference.read_if_there(work) is None,
             subject=f"drafter {arm}: ",
         )
+        by_id = {trajectory.trajectory_id: trajectory for trajectory in trajectories}
+        comparison = StepComparison(
+            gate, explained_by_ties(partial(_loaded, target, replayer, drafter[arm]), by_id.__getitem__)
+        )
         try:
             # sampled steps have replay's distribution, and are not the same one by one
             comparable = steps.num_rows and not samples_proposals(drafter[arm], sampling)
             replayed = steps_table(TRACE, zip(trajectories, traces, strict=True))
-            by_step = check_steps(gate, steps, replayed) if comparable else {}
-            by_tau = check_tau(
-                gate,
-                np.array([answer["tokens"] - 1 for answer in answers]),
-                np.array([answer["verify_steps"] for answer in answers]),
-                np.array([len(trace) for trace in traces]),
-            )
+            if comparable:
+                comparison.add(steps, replayed)
+            by_step = comparison.check() if comparable else {}
+            counts = [
+                (answer["tokens"] - 1, answer["verify_steps"], len(trace))
+                for answer, trace in zip(answers, traces, strict=True)
+                if answer["prompt_id"] not in comparison.tied
+            ]
+            by_tau = check_tau(gate, *np.array(counts).T) if counts else {}
         except DraftsmithError:  # repaired servers must be measured anew
             for stale in (f"round-{round}", "block-sizes", "replayed/parity"):
                 shutil.rmtree(work / stale, ignore_errors=True)
@@ -326,6 +334,10 @@ def _check_parity(
     del target, drafter  # the servers of the next rounds need all memory, as those of the first round
     release_memory()
     return parity
+
+
+def _loaded(target: Target, replayer: Replayer, drafter: Drafter) -> tuple[Target, PreparedDrafter]:
+    return target, replayer.prepare(drafter)
 
 
 def _choose_block_sizes(
