@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 
+import numpy as np
 import pyarrow as pa
 import torch
 
@@ -45,8 +46,8 @@ def are_near_best(target: Target, drafter: PreparedDrafter, answer: Trajectory, 
     served: all steps of the answer (TRACE), with proposals; as many are accepted as the answer has.
     """
     served, K = served.sort_by("anchor"), drafter.block_size - 1
-    anchors, accepted = (served[name].to_numpy().astype("int64") for name in ("anchor", "accepted"))
-    proposed = pad_lists(served, "proposed_ids", K, -1, "int64")
+    anchors, accepted = (served[name].to_numpy().astype(np.int64) for name in ("anchor", "accepted"))
+    proposed = pad_lists(served, "proposed_ids", K, -1, np.int64)
     follows = [answer.first_anchor, *(anchors + accepted + 1)[:-1].tolist()]
     if (proposed < 0).any() or anchors.tolist() != follows or anchors[-1] + accepted[-1] < answer.last_anchor:
         return False
