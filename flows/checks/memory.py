@@ -436,7 +436,7 @@ def _evaluation(config: EvaluationConfig, use: StageUse) -> Need:
     memory = PROCESS_BYTES + weights + sizes.reduced_head(config.head_tokens)[1]
     memory += 2.0 * max(config.tokens_per_target_forward, longest) * sizes.feature_bytes
     servers = None
-    if isinstance(config.engine, ServerEngineConfig):  # one server at a time
+    if isinstance(config.engine, ServerEngineConfig):  # one server a GPU, or a share of them
         servers = _launched(config.engine, 1, max(config.concurrency), longest, True, sizes)
     else:
         memory += _decoding(max(config.concurrency), longest, True, sizes)
