@@ -21,6 +21,7 @@ from draftsmith.stages.runtime.process import (
     expected_error,
     install_stop_handlers,
     keep_freed_memory,
+    keep_kernels,
     load_stage,
     print_traceback,
     use_expandable_segments,
@@ -46,6 +47,7 @@ def run_request(request: StageRequest, events: EventStream, stop: threading.Even
     """Run the requested stage and return the exit code. An error becomes one `error` event."""
     try:
         use_expandable_segments()
+        keep_kernels()
         if request.threads:
             use_threads(request.threads)
         stage, config = load_stage(request)

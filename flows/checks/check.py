@@ -154,7 +154,7 @@ def _with_target(
     check_shared_target(findings, to_make, artifact)
     check_logs(findings, to_make, artifact, test)
     with findings.check("GPUs"):
-        check_accelerators(findings)
+        check_accelerators(findings, to_make)
     return plans
 
 

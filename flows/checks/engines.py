@@ -82,7 +82,7 @@ def _check_gpus(findings: Findings, nodes: Sequence[Node]) -> None:
         engine = server_engine(node)
         if engine is None or engine.launch is None or engine.launch.on_cpu or not here:
             continue
-        # an evaluation runs one server at a time
+        # an evaluation needs one, and runs as many side by side as there are GPUs for
         servers = 1 if isinstance(node.config, EvaluationConfig) else engine.launch.servers
         wanted = servers * engine.launch.gpus
         if here < wanted:

@@ -7,6 +7,8 @@ no cache key (`tests/stages/test_digests.py`).
 from __future__ import annotations
 
 import math
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +29,7 @@ from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.evaluation.config import EvaluationConfig
 from draftsmith.stages.replay.options import TREE_TOKENS
 from draftsmith.stages.replay.stage import SAMPLE, MiningConfig
-from draftsmith.stages.runtime.stage import CHECKPOINTS_KEPT, Config
+from draftsmith.stages.runtime.stage import CHECKPOINTS_KEPT, Compute, Config
 from draftsmith.stages.targets.config import TargetConfig, source_kind
 from draftsmith.stages.targets.estimate import (
     DTYPE_BYTES,
@@ -101,10 +103,18 @@ class Hardware:
         return cls(tuple(gpu.memory for gpu in gpus), memory_bytes(), model)
 
 
-def check_accelerators(findings: Findings) -> None:
-    """Warn if torch cannot use the GPUs of this machine."""
+def check_accelerators(findings: Findings, to_make: Sequence[Node]) -> None:
+    """Check that torch can use the GPUs of this machine, and that Triton can compile for nodes that load a model."""
     if not (names := gpu_names()):
         return
+    compiling = [node.name for node in to_make if node.stage.compute_for(node.config) is not Compute.LIGHT]
+    compilers = (os.environ["CC"],) if os.environ.get("CC") else ("gcc", "clang")  # as Triton looks for one
+    if compiling and not any(map(shutil.which, compilers)):
+        findings.error(
+            "GPUs",
+            f"{' or '.join(compilers)}, with which Triton compiles kernels for {', '.join(compiling)}, is missing. "
+            "Install gcc, or set CC to a C compiler.",
+        )
     import torch  # planning must not import it
 
     if not torch.cuda.is_available():
@@ -338,7 +348,8 @@ def _rollout(config: RolloutConfig, use: StageUse) -> Need:
     assert made is not None
     memory, servers = 0.0, None
     if isinstance(engine, EmbeddedEngineConfig):
-        memory = _embedded(engine.slots, made.longest, drafter, config.drafting.head_tokens, sizes)
+        slots = engine.slots_on(gpu=sizes.accelerated)
+        memory = _embedded(slots, made.longest, drafter, config.drafting.head_tokens, sizes)
     elif engine.launch is not None:
         servers = _launched(engine, engine.launch.servers, engine.concurrency, made.longest, drafter, sizes)
     disk = _table_bytes(made) + (made.verify_steps * (8 * (sizes.block_size - 1) + 24) if drafter else 0.0)
@@ -425,7 +436,7 @@ def _evaluation(config: EvaluationConfig, use: StageUse) -> Need:
     memory = PROCESS_BYTES + weights + sizes.reduced_head(config.head_tokens)[1]
     memory += 2.0 * max(config.tokens_per_target_forward, longest) * sizes.feature_bytes
     servers = None
-    if isinstance(config.engine, ServerEngineConfig):  # one server at a time
+    if isinstance(config.engine, ServerEngineConfig):  # one server a GPU, or a share of them
         servers = _launched(config.engine, 1, max(config.concurrency), longest, True, sizes)
     else:
         memory += _decoding(max(config.concurrency), longest, True, sizes)

@@ -60,7 +60,7 @@ def check_home(home: Path, options: RunOptions) -> None:
 
 
 FOLDER = "DRAFTSMITH_DEVICE_LOCKS"  # environment variable: folder of the locks, for all users of the machine
-_DEFAULT = "/tmp/draftsmith-devices"
+DEFAULT_FOLDER = "/tmp/draftsmith-devices"
 CPU = "cpu"
 
 OnWait = Callable[[str, Holder | None], None]  # name of the device, who holds it
@@ -130,7 +130,7 @@ def _lock_path(name: str) -> Path:
 
 def _folder() -> Path:
     """Return the folder of the locks. The first user creates it, writable for all as /tmp is."""
-    folder = Path(os.environ.get(FOLDER) or _DEFAULT)
+    folder = Path(os.environ.get(FOLDER) or DEFAULT_FOLDER)
     if not folder.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
         folder.chmod(0o1777)

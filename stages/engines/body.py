@@ -27,7 +27,7 @@ from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.spec import NO_FREQUENT_TOKENS
 from draftsmith.stages.engines.base import Completion, Engine, Request
-from draftsmith.stages.engines.config import EmbeddedEngineConfig, SamplingConfig, ServerEngineConfig
+from draftsmith.stages.engines.config import SamplingConfig, ServerEngineConfig
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.engines.partial_answers import SCHEMAS, PartialAnswers, store_logged_answers
 from draftsmith.stages.engines.registry import open_servers
@@ -189,13 +189,12 @@ def _generate_missing(
     """Generate the answers that an earlier attempt has not stored. drafter: the folder of its checkpoint."""
     if answers.finished(with_trace=drafter is not None).issuperset(requests.ids):
         return
-    batch_size = config.rows_per_shard or (
-        16 * config.engine.slots if isinstance(config.engine, EmbeddedEngineConfig) else 32
-    )  # at its end slots are idle, so a larger batch is faster; a kill loses more
     limit = read_target_info(ctx.inputs["target"]).max_positions
     longest = requests.longest(limit)
     splits = dict(zip(requests.prompts.ids, requests.prompts.splits, strict=True))
     with _open_engine(ctx, config, drafter, longest) as engine:
+        # at its end slots are idle, so a larger batch is faster; a kill loses more
+        batch_size = config.rows_per_shard or (16 * engine.slots if isinstance(engine, EmbeddedEngine) else 32)
         kind, _, version = engine.name.partition(" ")
         if version:
             write_versions(ctx.out, **{kind: version})
@@ -274,7 +273,8 @@ def _open_engine(ctx: StageContext, config: RolloutConfig, drafter: Path | None,
     if loaded and drafting.head_tokens and loaded.frequent_tokens is None:
         ctx.log(f"drafter: {NO_FREQUENT_TOKENS}")
     block = (drafting.block_size or loaded.block_size) if loaded else 1
-    yield EmbeddedEngine(target, loaded, slots=config.engine.slots, capacity=longest + block, drafting=drafting)
+    slots = config.engine.slots_on(gpu=target.device.type == "cuda")
+    yield EmbeddedEngine(target, loaded, slots=slots, capacity=longest + block, drafting=drafting)
 
 
 def _pending_batches(

@@ -117,7 +117,11 @@ class EmbeddedEngineConfig(Config):
     """The engine in this process."""
 
     kind: Literal["embedded"] = "embedded"
-    slots: Annotated[int, Field(ge=1, description="requests in flight")] = 8
+    slots: Annotated[int | None, Field(ge=1, description="requests in flight; left out: 8, on a GPU 64")] = None
+
+    def slots_on(self, *, gpu: bool) -> int:
+        """Return the requests in flight; a step of a GPU takes as long for a few as for many."""
+        return self.slots or (64 if gpu else 8)
 
 
 class LaunchConfig(Config):

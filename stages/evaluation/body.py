@@ -59,7 +59,7 @@ from draftsmith.stages.evaluation.config import DRAFTERS, PREFIX, EvaluationConf
 from draftsmith.stages.evaluation.load_curve import from_timed_runs, measure_times, predict, step_table
 from draftsmith.stages.evaluation.looks import Looks, needs_another, open_look
 from draftsmith.stages.evaluation.speed_embedded import EmbeddedSpeedTest, measure_embedded, one_thread
-from draftsmith.stages.evaluation.speed_servers import ServerSpeedTest, measure_servers
+from draftsmith.stages.evaluation.speed_servers import ServerSpeedTest, measure_servers, shares_of
 from draftsmith.stages.evaluation.speed_table import (
     Units,
     alternates,
@@ -254,7 +254,9 @@ def _measure(
     trained, dtype = {arm: drafter.block_size for arm, drafter in drafters.items()}, target.info.dtype
     del target, drafters  # servers need the memory
     release_memory()
-    served = ServerSpeedTest(ctx, config, config.engine, folders, trained, longest, dtype)
+    assert config.engine.launch is not None
+    shares = shares_of(config.engine.launch)
+    served = ServerSpeedTest(ctx, config, config.engine, folders, trained, longest, dtype, shares)
     return measure_servers(served, heldout, validation, looks), acceptance, tau_estimates, {}
 
 

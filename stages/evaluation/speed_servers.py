@@ -1,4 +1,7 @@
-"""Decoding speed on servers: one server at a time with the whole machine, the arms one after the other in rounds.
+"""Decoding speed on servers: the arms one after the other in rounds, each of them on the same GPUs of its round.
+
+Rounds run side by side where the servers of the config have GPUs of their own; on a CPU one server has the machine.
+Arms are compared within a round, so GPUs need not be equally fast.
 
 All servers have the same settings except for the drafter. In every round each arm's server is started, warmed up and
 timed at every setting, with an empty prefix cache; the order of the arms rotates by round, so that a machine that slows
@@ -8,14 +11,18 @@ machine with the next round, whose runs are compared with each other.
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -25,13 +32,14 @@ from draftsmith.artifacts.results.evaluation import PLAIN, Parity, TargetDiffere
 from draftsmith.artifacts.tables.parquet import read_table, write_table
 from draftsmith.artifacts.tables.schemas import REQUESTS, TRACE, TURNS
 from draftsmith.stages.data.trajectories import Prompt, Trajectory
-from draftsmith.stages.drafters.base import Drafter
+from draftsmith.stages.drafters.base import Drafter, PreparedDrafter
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.base import Completion, Request, recorded_table
-from draftsmith.stages.engines.config import ServerEngineConfig
+from draftsmith.stages.engines.config import LaunchConfig, ServerEngineConfig
 from draftsmith.stages.engines.registry import open_servers
 from draftsmith.stages.engines.servers.engine import ServerEngine
+from draftsmith.stages.engines.servers.process import assign_gpus, usable_gpus
 from draftsmith.stages.engines.servers.requirements import server_requirements
 from draftsmith.stages.evaluation.config import EvaluationConfig
 from draftsmith.stages.evaluation.looks import Looks
@@ -51,8 +59,9 @@ from draftsmith.stages.evaluation.timed_runs import (
     settings_of,
 )
 from draftsmith.stages.evaluation.validity import steady
+from draftsmith.stages.replay.near_ties import explained_by_ties
 from draftsmith.stages.replay.options import ReplayOptions
-from draftsmith.stages.replay.parity import ParityTolerance, check_steps, check_tau
+from draftsmith.stages.replay.parity import ParityTolerance, StepComparison, check_tau
 from draftsmith.stages.replay.replayer import Replayer, samples_proposals
 from draftsmith.stages.replay.step_tables import steps_table
 from draftsmith.stages.runtime.memory import release_memory
@@ -62,6 +71,8 @@ from draftsmith.stages.targets.causal_lm import Target
 WARM_UP_TOKENS = 16  # a prefill and some steps at every batch size
 _TRIES = 3  # at a timed run in which no request is lost
 _TURNS = "turns.parquet"
+_Job = TypeVar("_Job")
+_Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True)
@@ -75,6 +86,7 @@ class ServerSpeedTest:
     trained: Mapping[str, int]  # arm -> block size that its drafter was trained on
     longest: int  # positions of the longest request
     target_dtype: str  # that servers compute in
+    shares: Sequence[str | None] = (None,)  # CUDA_VISIBLE_DEVICES of each round that runs beside others
 
     @property
     def settings(self) -> list[Setting]:
@@ -82,12 +94,16 @@ class ServerSpeedTest:
         return settings_of(self.config)
 
     @contextmanager
-    def server(self, drafter: Path | None, block_size: int, work: Path) -> Iterator[ServerEngine]:
-        """Run a server of the target, alone or with a drafter."""
-        assert self.engine.launch is not None
+    def server(
+        self, drafter: Path | None, block_size: int, work: Path, share: str | None = None
+    ) -> Iterator[ServerEngine]:
+        """Run a server of the target, alone or with a drafter. share: of `shares`."""
+        launch = self.engine.launch
+        assert launch is not None
+        environment = launch.environment | ({"CUDA_VISIBLE_DEVICES": share} if share is not None else {})
         config = self.engine.model_copy(
             update={
-                "launch": self.engine.launch.model_copy(update={"servers": 1}),
+                "launch": launch.model_copy(update={"servers": 1, "environment": environment}),
                 "concurrency": max(self.config.concurrency),
             }
         )
@@ -154,25 +170,70 @@ def measure_servers(
     arms = [PLAIN, *test.drafters]
     requests, runs = list(looks.requests), list(looks.runs)
     parity: dict[str, Parity] = {}
+    timed, batch = itertools.count(1), list[int]()
     for of_look, most in rounds_of(ctx, config, partial(steady, runs, requests, test.settings)):
-        round = looks.first_round + of_look
-        _start_round(ctx.work / f"round-{round}", arms)
-        first = round % len(arms)
-        for order, arm in enumerate(arms[first:] + arms[:first]):
-            new_requests, new_runs = _time_arm(test, looks, (round, order), arm, sizes.get(arm, 1), heldout)
+        batch.append(looks.first_round + of_look)
+        if len(batch) < len(test.shares) and of_look + 1 not in (config.rounds, most):
+            continue
+
+        def time_round(round: int, share: str | None, end: threading.Event, total: int = most) -> tuple[list[Row], ...]:
+            _start_round(ctx.work / f"round-{round}", arms)
+            first, of_round = round % len(arms), (list[Row](), list[Row]())
+            for order, arm in enumerate(arms[first:] + arms[:first]):
+                if end.is_set():  # another round failed, whose error is raised
+                    break
+                rows = _time_arm(test, looks, (round, order), arm, sizes.get(arm, 1), heldout, share)
+                for table, new in zip(of_round, rows, strict=True):
+                    table.extend(new)
+                ctx.progress(next(timed), total * len(arms), "timed runs")
+                ctx.check_interrupted()
+            return of_round
+
+        for new_requests, new_runs in _side_by_side(test, time_round, batch):
             requests += new_requests
             runs += new_runs
-            ctx.progress(of_look * len(arms) + order + 1, most * len(arms), "timed runs")
-            ctx.check_interrupted()
         # no server is running: the machine is free for replay, and a wrong drafter costs no more rounds
-        if of_look == 0:
-            parity = _check_parity(test, sizes, heldout, round)
+        if looks.first_round in batch:
+            parity = _check_parity(test, sizes, heldout, batch)
+        batch.clear()
     compare_with_plain(requests, sampled=False)
     _add_margins(test, requests, heldout)
     result, difference = exactness(requests, test.target_dtype), TargetDifference.read_if_there(ctx.work)
     served = _decode_heldout(test, heldout) if difference is not None else []
     name, prompts = requests[0]["engine"], len(validation)
     return SpeedMeasurement(name, requests, runs, candidates, prompts, result, parity, difference, served)
+
+
+def _side_by_side(
+    test: ServerSpeedTest, work: Callable[[_Job, str | None, threading.Event], _Made], jobs: Sequence[_Job]
+) -> list[_Made]:
+    """Do at most as many jobs as there are shares, each with one of its own; return what they made, in order.
+
+    work: gets an event that is set when another job has failed. Raises the first error when all have ended.
+    """
+    end = threading.Event()
+
+    def do(job: _Job, share: str | None) -> _Made:
+        try:
+            return work(job, share, end)
+        except BaseException:
+            end.set()
+            raise
+
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        futures = [pool.submit(do, job, share) for job, share in zip(jobs, test.shares, strict=False)]
+    failed = [error for future in futures if (error := future.exception()) is not None]
+    if failed:
+        raise failed[0]
+    return [future.result() for future in futures]
+
+
+def shares_of(launch: LaunchConfig) -> list[str | None]:
+    """Return CUDA_VISIBLE_DEVICES of each round that runs beside others: as many as the config has servers, if there
+    are GPUs for them."""
+    gpus = [] if launch.on_cpu else usable_gpus()
+    count = max(1, min(launch.servers, len(gpus) // launch.gpus))
+    return assign_gpus(launch.model_copy(update={"servers": count if gpus else 1}), gpus)
 
 
 def _decode_heldout(test: ServerSpeedTest, heldout: Sequence[Prompt]) -> list[Row]:
@@ -213,7 +274,13 @@ def _add_margins(test: ServerSpeedTest, requests: Sequence[Row], heldout: Sequen
 
 
 def _time_arm(
-    test: ServerSpeedTest, looks: Looks, when: tuple[int, int], arm: str, block_size: int, heldout: Sequence[Prompt]
+    test: ServerSpeedTest,
+    looks: Looks,
+    when: tuple[int, int],
+    arm: str,
+    block_size: int,
+    heldout: Sequence[Prompt],
+    share: str | None,
 ) -> tuple[list[Row], list[Row]]:
     """Time one arm at every setting, on its server; in the look's first round also decode its traced answers.
 
@@ -228,7 +295,7 @@ def _time_arm(
     drafter = test.drafters.get(arm)
     requests: list[Row] = []
     runs: list[Row] = []
-    with test.server(drafter, block_size, folder) as engine:
+    with test.server(drafter, block_size, folder, share) as engine:
         can_trace = engine.records_trace
         test.warm_up(engine, looks.prompts)
         if drafter and round == looks.first_round:
@@ -265,9 +332,9 @@ def _trace(
 
 
 def _check_parity(
-    test: ServerSpeedTest, sizes: Mapping[str, int], heldout: Sequence[Prompt], round: int
+    test: ServerSpeedTest, sizes: Mapping[str, int], heldout: Sequence[Prompt], rounds: Sequence[int]
 ) -> dict[str, Parity]:
-    """Return the parity of each arm in a round. sizes: the block of each.
+    """Return the parity of each arm in the first round. sizes: the block of each. rounds: that were timed so far.
 
     Raises DraftsmithError for a drafter that was not served as replay computes it.
     """
@@ -293,7 +360,8 @@ def _check_parity(
         drafter = {arm: load_drafter(checkpoint, target)}
         drafting = DraftingConfig(block_size=sizes[arm])
         options = ReplayOptions(drafting, sampling, tokens_per_group=config.tokens_per_target_forward)
-        traces = Replayer(target, options, test.ctx.log).traces(
+        replayer = Replayer(target, options, test.ctx.log)
+        traces = replayer.traces(
             drafter,
             trajectories,
             progress=progress_callback(test.ctx, "trajectories"),
@@ -307,25 +375,35 @@ def _check_parity(
             same_target=TargetDifference.read_if_there(work) is None,
             subject=f"drafter {arm}: ",
         )
+        by_id = {trajectory.trajectory_id: trajectory for trajectory in trajectories}
+        comparison = StepComparison(
+            gate, explained_by_ties(partial(_loaded, target, replayer, drafter[arm]), by_id.__getitem__)
+        )
         try:
             # sampled steps have replay's distribution, and are not the same one by one
             comparable = steps.num_rows and not samples_proposals(drafter[arm], sampling)
             replayed = steps_table(TRACE, zip(trajectories, traces, strict=True))
-            by_step = check_steps(gate, steps, replayed) if comparable else {}
-            by_tau = check_tau(
-                gate,
-                np.array([answer["tokens"] - 1 for answer in answers]),
-                np.array([answer["verify_steps"] for answer in answers]),
-                np.array([len(trace) for trace in traces]),
-            )
+            if comparable:
+                comparison.add(steps, replayed)
+            by_step = comparison.check() if comparable else {}
+            counts = [
+                (answer["tokens"] - 1, answer["verify_steps"], len(trace))
+                for answer, trace in zip(answers, traces, strict=True)
+                if answer["prompt_id"] not in comparison.tied
+            ]
+            by_tau = check_tau(gate, *np.array(counts).T) if counts else {}
         except DraftsmithError:  # repaired servers must be measured anew
-            for stale in (f"round-{round}", "block-sizes", "replayed/parity"):
+            for stale in (*(f"round-{round}" for round in rounds), "block-sizes", "replayed/parity"):
                 shutil.rmtree(work / stale, ignore_errors=True)
             raise
         parity[arm] = Parity.model_validate(by_step | by_tau)
     del target, drafter  # the servers of the next rounds need all memory, as those of the first round
     release_memory()
     return parity
+
+
+def _loaded(target: Target, replayer: Replayer, drafter: Drafter) -> tuple[Target, PreparedDrafter]:
+    return target, replayer.prepare(drafter)
 
 
 def _choose_block_sizes(

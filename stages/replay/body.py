@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from transformers import AutoTokenizer
 
 from draftsmith.artifacts.atomic import write_text
@@ -20,14 +22,17 @@ from draftsmith.artifacts.tables.schemas import TIMINGS, TRACE, VERIFY_STEPS
 from draftsmith.stages.data.trajectories import (
     DRAFTER_FOLDER,
     StoredTrajectories,
+    Trajectory,
     TrajectoryRows,
     load_trajectories,
     random_rank,
 )
+from draftsmith.stages.drafters.base import PreparedDrafter
 from draftsmith.stages.drafters.checkpoint import TOKENS_FILE, block_size_of, load_drafter, skeleton_of
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.spec import NO_FREQUENT_TOKENS, DraftingConfig
 from draftsmith.stages.replay.mined_table import MinedShards, MiningMetrics
+from draftsmith.stages.replay.near_ties import explained_by_ties
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.parity import COMPARED, ParityMetrics, ParityTolerance, StepComparison, check_tau
 from draftsmith.stages.replay.replayer import Replayer, count_in, samples_proposals
@@ -176,7 +181,15 @@ def check_parity(
     ids = trajectories.ids
     replayed = KeyedRows(RowReader(ctx.out / "verify_steps.parquet", VERIFY_STEPS), ids)
     recorded = KeyedRows(RowReader(folder / "trace.parquet", TRACE), ids)
-    comparison = StepComparison(tolerance)
+
+    def load() -> tuple[Target, PreparedDrafter]:
+        target = Target.load(ctx.inputs["target"])
+        return target, Replayer(target, ReplayOptions(config.drafting)).prepare(load_drafter(drafter, target))
+
+    def trajectory(name: str) -> Trajectory:
+        return trajectories[trajectories.ids.index(name).as_py()]
+
+    comparison = StepComparison(tolerance, explained_by_ties(load, trajectory))
     for indices in recorded.batch_indices():
         traced = indices[recorded.counts[indices] > 0]
         comparison.add(recorded.take(traced, COMPARED), replayed.take(traced, COMPARED))
@@ -184,18 +197,21 @@ def check_parity(
     metrics: ParityMetrics = {}
     if recorded.counts.any() and not sampled:
         metrics |= comparison.check()
+        if comparison.tied:
+            ctx.log(f"{len(comparison.tied)} of {len(ids)} answers have near-ties: their steps are not compared")
     timings = read_table(folder / "timings.parquet", TIMINGS, ["trajectory_id", "verify_steps", "retractions"])
     index = index_in(timings, "trajectory_id", ids)
     served, retractions = np.zeros((2, len(ids)), dtype=np.int64)
     for counts, name in ((served, "verify_steps"), (retractions, "retractions")):
         counts[index[index >= 0]] = timings[name].to_numpy()[index >= 0]
     complete = retractions == 0  # a retracted answer has a token that no verify step made
+    tied = pc.is_in(ids, pa.array(sorted(comparison.tied), ids.type)).to_numpy(zero_copy_only=False)
     if not complete.all():
         ctx.log(
             f"{(~complete).sum()} of {len(complete)} answers were retracted by a full server: their steps are not "
             "compared"
         )
-    if complete.any():
+    if (complete := complete & ~tied).any():
         metrics |= check_tau(tolerance, _committed(trajectories)[complete], served[complete], replayed.counts[complete])
     return metrics
 

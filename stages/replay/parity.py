@@ -6,6 +6,7 @@ answers, because verification is lossless. Only the steps differ.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -29,6 +30,8 @@ FEWEST_ANSWERS = 5  # fewer give no useful estimate of the error; then max_parit
 _CAUSE = "The engine served another drafter, or computes it differently. Check rotary settings, layer ids and dtype."
 
 ParityMetrics: TypeAlias = dict[str, float | None]
+# Whether near-ties alone explain the served steps of a trajectory (`near_ties.py`), by its id
+ExplainedByTies: TypeAlias = Callable[[str, pa.Table], bool]
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,10 @@ def check_steps(tolerance: ParityTolerance, served: pa.Table, replayed: pa.Table
 class StepComparison:
     """Compares served with replayed steps, some trajectories at a time."""
 
-    def __init__(self, tolerance: ParityTolerance) -> None:
-        self._tolerance = tolerance
+    def __init__(self, tolerance: ParityTolerance, explained: ExplainedByTies = lambda *_: False) -> None:
+        """Begin without steps. explained: asked only where no step may differ."""
+        self._tolerance, self._explained = tolerance, explained
+        self.tied = set[str]()  # trajectories whose steps differ by near-ties alone: they are not compared
         self._served = self._replayed = self._equal = 0
         self._largest_difference: float | None = None
 
@@ -88,9 +93,14 @@ class StepComparison:
         """
         known = served["trajectory_id"].unique()
         replayed = select_in_order(replayed, "trajectory_id", known)
-        _, in_served, in_replayed = np.intersect1d(_keys(served, known), _keys(replayed, known), return_indices=True)
+        if self._tolerance.limit == 0 and (tied := self._tied_among(served, replayed)):
+            self.tied |= tied
+            served, replayed = (
+                table.filter(pc.invert(pc.is_in(table["trajectory_id"], pa.array(sorted(tied)))))
+                for table in (served, replayed)
+            )
         exact = self._tolerance.exact
-        equal = _same(served.take(in_served), replayed.take(in_replayed), exact=exact)
+        in_served, in_replayed, equal = _pairs(served, replayed, exact=exact)
         self._served += served.num_rows
         self._replayed += replayed.num_rows
         self._equal += int(equal.sum())
@@ -98,6 +108,19 @@ class StepComparison:
         difference = _largest_difference(*pair, exact=exact)
         if difference is not None:
             self._largest_difference = max(difference, self._largest_difference or 0.0)
+
+    def _tied_among(self, served: pa.Table, replayed: pa.Table) -> set[str]:
+        """Return the trajectories whose steps differ by near-ties, up to the first that differs otherwise."""
+        places, tied = _pairs(served, replayed, exact=self._tolerance.exact), set[str]()
+        different = set[str]()
+        for table, same in ((served, places[0][places[2]]), (replayed, places[1][places[2]])):
+            alone = np.setdiff1d(np.arange(table.num_rows), same)
+            different |= set(table["trajectory_id"].take(alone).to_pylist())
+        for name in sorted(different):
+            if not self._explained(name, served.filter(pc.equal(served["trajectory_id"], name))):
+                break
+            tied.add(name)
+        return tied
 
     def check(self) -> dict[str, float]:
         """Return the metrics of the comparison.
@@ -167,6 +190,13 @@ def check_tau(
             )
         raise tolerance.error(problem, abs(difference.value))
     return metrics
+
+
+def _pairs(served: pa.Table, replayed: pa.Table, *, exact: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the rows of steps at the same anchors, in both tables, and bool: whether they are the same by `_same`."""
+    known = served["trajectory_id"].unique()
+    _, ours, theirs = np.intersect1d(_keys(served, known), _keys(replayed, known), return_indices=True)
+    return ours, theirs, _same(served.take(ours), replayed.take(theirs), exact=exact)
 
 
 def _keys(table: pa.Table, trajectories: pa.Array) -> np.ndarray:

@@ -153,7 +153,7 @@ def noise_of(leads: np.ndarray) -> float:
 
 
 @dataclass(frozen=True)
-class _Anchored:
+class Anchored:
     """The blocks of a drafter after the anchors of a served answer."""
 
     context: Context
@@ -162,7 +162,8 @@ class _Anchored:
     hidden: torch.Tensor  # [1, T, H] of the target
 
     @classmethod
-    def read(cls, target: Target, drafter: PreparedDrafter, answer: ServedAnswer) -> _Anchored:
+    def read(cls, target: Target, drafter: PreparedDrafter, answer: ServedAnswer) -> Anchored:
+        """Read an answer with the target, and encode it for the drafter."""
         trajectory, served = answer
         ids = pad_tokens([trajectory], target.device)
         out = target.read(ids, drafter.drafter.target_layer_ids)
@@ -179,7 +180,7 @@ class _Anchored:
 @torch.no_grad()
 def _different_steps(target: Target, drafter: PreparedDrafter, answer: ServedAnswer) -> int:
     """Count the served steps in which this drafter proposes, or has accepted, something else."""
-    served, at = answer[1], _Anchored.read(target, drafter, answer)
+    served, at = answer[1], Anchored.read(target, drafter, answer)
     blocks = draft(drafter, at.context, at.tokens, at.anchors)
     accepted, proposed = (x[0].cpu().numpy() for x in (blocks.accepted, blocks.proposed))
     same = (proposed[:, : served.proposed.shape[1]] == served.proposed).all(1) & (accepted == served.accepted)
@@ -189,7 +190,7 @@ def _different_steps(target: Target, drafter: PreparedDrafter, answer: ServedAns
 @torch.no_grad()
 def _margins(target: Target, drafter: PreparedDrafter, answer: ServedAnswer) -> np.ndarray:
     """Return [2, S, K]: logits of the answer's tokens less the highest other one, and the highest less the second."""
-    at = _Anchored.read(target, drafter, answer)
+    at = Anchored.read(target, drafter, answer)
     blocks, columns = drafter.sampler(at.context, at.at(0), at.anchors), []
     for k in range(drafter.block_size - 1):
         logits = blocks.logits(at.at(k).clamp(min=0))
@@ -205,7 +206,7 @@ def _margins(target: Target, drafter: PreparedDrafter, answer: ServedAnswer) -> 
 def _sampled_chances(
     target: Target, drafter: PreparedDrafter, answer: ServedAnswer, sampling: SamplingParams
 ) -> np.ndarray:
-    at, K = _Anchored.read(target, drafter, answer), drafter.block_size - 1
+    at, K = Anchored.read(target, drafter, answer), drafter.block_size - 1
     blocks = drafter.sampler(at.context, at.at(0), at.anchors)
     sampler = TargetSampler.for_trajectories(target, at.hidden, answer[:1], sampling, K)
     columns = []

@@ -23,12 +23,14 @@ from typing import Any
 
 from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted, find_disk_error, from_os_error
+from draftsmith.artifacts.home import home
 from draftsmith.artifacts.redaction import shown, shown_traceback
 from draftsmith.stages.runtime.memory import restore_gc
 from draftsmith.stages.runtime.stage import Config, Stage, StageRequest
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
 METRICS_FILE = "metrics.jsonl"
+KERNELS = "kernels"  # folder in the home
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
 
 
@@ -149,6 +151,15 @@ def use_expandable_segments() -> None:
     name, value = EXPANDABLE_SEGMENTS
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the variable's older name
         os.environ.setdefault(name, value)
+
+
+def keep_kernels() -> None:
+    """Make torch and Triton keep what they compile in the home, for later stages; unless the user set their folders.
+
+    By default it lies in /tmp, which a container loses. This process, its ranks and its servers read the variables.
+    """
+    for variable, compiler in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
+        os.environ.setdefault(variable, str(home() / KERNELS / compiler))
 
 
 def load_stage(request: StageRequest) -> tuple[Stage, Config]:

@@ -155,9 +155,15 @@ def report(name: str, metrics: Mapping[str, Any], options: argparse.Namespace) -
     """Print the conditions, and write the JSON file if `--json` names one."""
     facts = conditions()
     print("\n" + ", ".join(f"{key} {value}" for key, value in facts.items()))
+    write(name, metrics, options)
+
+
+def write(name: str, metrics: Mapping[str, Any], options: argparse.Namespace) -> None:
+    """Write the JSON file with the conditions, if `--json` names one."""
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"benchmark": name, "conditions": facts, **metrics}, indent=2) + "\n")
+        text = json.dumps({"benchmark": name, "conditions": conditions(), **metrics}, indent=2)
+        options.json.write_text(f"{text}\n")
 
 
 def run(main: Callable[[], None]) -> None:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from tests.benchmarks import harness
 from tests.gpu.measure import measure, print_metrics
+from tests.gpu.trainings import KINDS
 from tests.gpu.world import QWEN3_4B, SCALES, TINY
 
 MINUTES = 9.0
@@ -32,8 +34,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--minutes", type=float, default=MINUTES, help="time limit; trainings that do not fit are left out"
     )
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="trainings; left out: all")
     options = parser.parse_args(arguments)
-    options.json = options.out / "gpu-check.json"
+    options.json = options.out / f"gpu-check{f'-{options.scale}' if options.scale else ''}.json"
     return options
 
 
@@ -45,23 +48,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cuda = torch.version.cuda
         built = f"torch {torch.__version__}, built {f'for CUDA {cuda}' if cuda else 'without CUDA'}"
         print(f"no CUDA device ({built}): the CPU is measured ({scale.name})")
-    results = measure(scale, device, options.repetitions, _while_time_is_left(started, options.minutes))
-    results["seconds"] = time.monotonic() - started
-    if results["rows"]:
-        print_metrics(results)
-    harness.report("gpu-check", results, options)
-    print(f"{options.json}; {results['seconds']:.0f} s in all")
-    return 0 if results["rows"] else 1
+    kinds = _while_time_is_left(options.kinds, started, options.minutes)
+    rows: list[dict[str, Any]] = []
+    kernels = {}
+    for row, of_training in measure(scale, device, options.repetitions, kinds):
+        rows.append(row)
+        kernels[row["training"]] = of_training
+        print_metrics(row, of_training)
+        results = {"scale": scale.name, "rows": rows, "kernels": kernels, "seconds": time.monotonic() - started}
+        harness.report("gpu-check", results, options)  # again after each, since the time may be over before the next
+    print(f"{options.json}; {time.monotonic() - started:.0f} s in all")
+    return 0 if rows else 1
 
 
-def _while_time_is_left(started: float, minutes: float) -> Callable[[str], bool]:
-    def wanted(kind: str) -> bool:
+def _while_time_is_left(kinds: Sequence[str], started: float, minutes: float) -> Iterator[str]:
+    """Yield the trainings for which time is left when they begin."""
+    for kind in kinds:
         left = minutes - (time.monotonic() - started) / 60
         if left < TRAINING_MINUTES:
             print(f"{kind}: left out, {left:.1f} of {minutes:g} minutes are left")
-        return left >= TRAINING_MINUTES
-
-    return wanted
+        else:
+            yield kind
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ data sheet (`mfu`), and that of a large product on it (`of_matmul_rate`).
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -56,26 +56,22 @@ class Rates:
 
 
 def measure(
-    scale: Scale, device: str, repetitions: int, wanted: Callable[[str], bool] = lambda _: True
-) -> dict[str, Any]:
-    """Measure each training; return a row and the kernels of each, and the rates.
-
-    wanted: called before each training, which may take a minute.
-    """
+    scale: Scale, device: str, repetitions: int, kinds: Iterable[str] = KINDS
+) -> Iterator[tuple[dict[str, Any], dict[str, dict[str, float]]]]:
+    """Measure each training, which may take minutes; yield its row and kernels as it ends."""
     target = make_target(scale, device, "bfloat16")
     rates = Rates.here(device)
-    rows, kernels = [], {}
-    for kind in KINDS:
-        if not wanted(kind):
-            continue
-        row, kernels[kind] = _measure_training(kind, scale, target, repetitions, rates)
-        rows.append(row)
-    return {"scale": scale.name, "tflop_per_s": vars(rates), "rows": rows, "kernels": kernels}
+    for kind in kinds:
+        yield measure_training(kind, scale, target, repetitions, rates)
 
 
-def _measure_training(
+def measure_training(
     kind: str, scale: Scale, target: Target, repetitions: int, rates: Rates
 ) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
+    """Measure a training of random answers. Return its row, and its kernels by name.
+
+    kind: of KINDS. repetitions: steps after those that compile.
+    """
     drafter = make_drafter(scale.drafter, target)
     trajectories = make_trajectories(scale)
     steps = WARM + repetitions + 1  # the features of the last one are read while the one before it is measured
@@ -111,6 +107,7 @@ def _measure_training(
         "tokens_per_s": config.sequences_per_step * scale.longest / seconds,
         "positions_per_s": totals["positions"] / steps / seconds,
         "tflop": tflop,
+        "matmul_tflop_per_s": rates.measured,
         "mfu": None if rates.nominal is None else tflop / seconds / rates.nominal,
         "of_matmul_rate": tflop / seconds / rates.measured,
         "peak_gb": None if peak is None else peak / 1e9,
@@ -142,18 +139,12 @@ def _profile(
     return profile
 
 
-def print_metrics(results: dict[str, Any]) -> None:
-    """Print the rows as a table, and the kernels that took most."""
-    rows = [{name: "-" if value is None else value for name, value in row.items()} for row in results["rows"]]
-    rates = results["tflop_per_s"]
-    harness.print_rows(
-        f"Training steps, {results['scale']}; products in bfloat16 reach {rates['measured']:,.3g} TFLOP/s of "
-        f"{rates['nominal'] or 'unknown'} nominal",
-        rows,
+def print_metrics(row: Mapping[str, Any], kernels: Mapping[str, Mapping[str, float]]) -> None:
+    """Print a training's row, and the kernels that took most."""
+    kind = row["training"]
+    harness.print_rows(f"Training steps: {kind}", [{n: "-" if value is None else value for n, value in row.items()}])
+    harness.print_table(
+        f"{kind}: kernels of a step of {PROFILED} answers",
+        ["", "share", "calls"],
+        [[name[:100], kernel["share"], kernel["calls"]] for name, kernel in list(kernels.items())[:KERNELS]],
     )
-    for kind, kernels in results["kernels"].items():
-        harness.print_table(
-            f"{kind}: kernels of a step of {PROFILED} answers",
-            ["", "share", "calls"],
-            [[name[:100], kernel["share"], kernel["calls"]] for name, kernel in list(kernels.items())[:KERNELS]],
-        )

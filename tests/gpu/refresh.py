@@ -154,9 +154,14 @@ def refresh_config(name: str, folder: Path, sglang: Path | None) -> RefreshConfi
     return config_from_fields(fields, RefreshConfig)
 
 
-def run(config: RefreshConfig, store: Store) -> list[dict[str, Any]]:
-    """Run the stages up to the evaluation; print and return a row for each."""
-    nodes = Selection(until=("evaluation",)).nodes(REFRESH.nodes(config))
+def run(
+    config: RefreshConfig,
+    store: Store,
+    until: str = "evaluation",
+    ended: Callable[[list[dict[str, Any]]], None] = lambda _rows: None,
+) -> list[dict[str, Any]]:
+    """Run the stages up to a node; print and return a row for each. ended: called with the rows as each ends."""
+    nodes = Selection(until=(until,)).nodes(REFRESH.nodes(config))
     refs: dict[str, Artifact] = {}
     estimates: dict[str, float] = {}
     rows = []
@@ -179,6 +184,7 @@ def run(config: RefreshConfig, store: Store) -> list[dict[str, Any]]:
             exactness = EvaluationResult.read(ref.path).exactness.model_dump()
             metrics |= {name: value for name, value in exactness.items() if isinstance(value, int | float)}
         rows.append({**dict(zip(COLUMNS, values, strict=True)), "metrics": metrics})
+        ended(rows)
     return rows
 
 
@@ -222,6 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sglang", type=Path, metavar="PYTHON", help="generate on SGLang servers of this interpreter")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the JSON file")
     parser.add_argument("--home", type=Path, help="of artifacts and logs; left out: a folder of the model in --out")
+    parser.add_argument("--until", default="evaluation", metavar="NODE", help="the last stage; left out: evaluation")
     options = parser.parse_args(arguments)
     name = options.model + ("-sglang" if options.sglang else "")
     options.json = options.out / f"refresh-{name}.json"
@@ -229,17 +236,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     home.mkdir(parents=True, exist_ok=True)
     os.environ["DRAFTSMITH_HOME"] = str(home)
     started = time.monotonic()
-    rows = run(refresh_config(options.model, home, options.sglang), Store(home / "store"))
+
+    def write(rows: list[dict[str, Any]]) -> None:
+        harness.write("gpu-refresh", {"rows": rows, "seconds": time.monotonic() - started}, options)
+
+    config = refresh_config(options.model, home, options.sglang)
+    rows = run(config, Store(home / "store"), options.until, write)
     outcomes = [
         [f"{row['stage']}: {metric}", value]
         for row in rows
         if row["stage"] in ("mining", "evaluation")
         for metric, value in row["metrics"].items()
     ]
-    harness.print_table("results", ["", "value"], outcomes)
-    seconds = time.monotonic() - started
-    harness.report("gpu-refresh", {"rows": rows, "seconds": seconds}, options)
-    print(f"{options.json}; {seconds:.0f} s in all")
+    if outcomes:
+        harness.print_table("results", ["", "value"], outcomes)
+    print(f"{options.json}; {time.monotonic() - started:.0f} s in all")
 
 
 if __name__ == "__main__":

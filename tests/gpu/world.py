@@ -58,7 +58,17 @@ QWEN3_4B = Scale(
     longest=512 + 4096,
     answers=63,
 )
-SCALES = {scale.name: scale for scale in (TINY, QWEN3_4B)}
+# as long as answers with thinking are, three at once
+QWEN3_8B = Scale(
+    "qwen3-8b",
+    TARGETS["Qwen3-8B"],
+    DFlashConfig(mask_token=151669),
+    {"sequences_per_step": 3, "anchors_per_sequence": 512},
+    prompt=512,
+    longest=16384,
+    answers=9,
+)
+SCALES = {scale.name: scale for scale in (TINY, QWEN3_4B, QWEN3_8B)}
 EAGLE3 = Eagle3Config(kind="eagle3", block_size=4, target_layer_ids=(0, 1, 2), draft_vocab_size=200)
 
 
@@ -66,7 +76,8 @@ def make_target(scale: Scale, device: str, dtype: str, *, alike: bool = False) -
     """Return a target. alike: with weights that are the same on any device, and large enough that each matters."""
     from transformers import AutoModelForCausalLM, Qwen3Config
 
-    config = Qwen3Config(**scale.target, tie_word_embeddings=True, max_position_embeddings=40960, eos_token_id=None)
+    tied = scale is not QWEN3_8B
+    config = Qwen3Config(**scale.target, tie_word_embeddings=tied, max_position_embeddings=40960, eos_token_id=None)
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), attn_implementation=register())
@@ -89,7 +100,7 @@ def make_target(scale: Scale, device: str, dtype: str, *, alike: bool = False) -
         eos_ids=[],
         mask_candidates=[],
         chat_template=False,
-        tied_embeddings=True,
+        tied_embeddings=tied,
     )
     return Target(model, None, info)
 

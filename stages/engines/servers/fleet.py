@@ -17,7 +17,7 @@ from draftsmith.stages.engines.config import ServerEngineConfig
 from draftsmith.stages.engines.servers.api import ServerApi, ServerInfo
 from draftsmith.stages.engines.servers.dispatch import DeathLog, Server, ServerPool
 from draftsmith.stages.engines.servers.http import key_header
-from draftsmith.stages.engines.servers.process import ServerProcess
+from draftsmith.stages.engines.servers.process import ServerProcess, free_ports
 from draftsmith.stages.engines.servers.requirements import ServerRequirements
 
 _CONNECT_TIMEOUT_S = 10.0
@@ -112,13 +112,19 @@ class Fleet:
         return Server(url, sum(info.replicas for info in infos), tuple(workers))
 
     async def _open_launched(self, process: ServerProcess) -> Server:
-        try:
-            await self._launch(process)
-            info = await self._check(process.url, ours=True)
-        except RetryableError:
-            await asyncio.to_thread(process.stop, 0)  # its GPU may be needed by others
-            raise
-        return Server(process.url, info.replicas, process=process)
+        """Start and check a server; one that fails is started once more, or its GPU would idle for hours."""
+        for again in (False, True):
+            try:
+                await self._launch(process)
+                info = await self._check(process.url, ours=True)
+                return Server(process.url, info.replicas, process=process)
+            except RetryableError as error:
+                await asyncio.to_thread(process.stop, 0)  # its GPU may be needed by others
+                if again:
+                    raise
+                process.use_port(*free_ports(1))  # the first may have been taken meanwhile
+                self.log(f"started once more, on another port: {error}")
+        raise AssertionError("the second failure is raised")
 
     async def _check(self, url: str, *, ours: bool) -> ServerInfo:
         self._info[url] = info = await self.api.check(self._client, url, ours=ours)

@@ -23,6 +23,7 @@ _STOP_GRACE_S = 20.0  # SGLang checks for SIGTERM every 5 s, then frees its memo
 _KILL_WAIT_S = 5.0  # for killed processes to disappear; zombies that nobody reaps stay
 _USAGE_ERROR = 2  # argparse's exit code
 _PORTS = range(20000, 32000)
+_NUMBERED = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}  # as nvidia-smi numbers the GPUs
 
 
 def usable_gpus() -> list[str]:
@@ -30,7 +31,9 @@ def usable_gpus() -> list[str]:
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if listed is not None and not all_gpus():  # the only source for GPUs other than NVIDIA's
         return [name.strip() for name in listed.split(",") if name.strip() not in ("", "-1")]
-    return [gpu.uuid for gpu in visible_gpus()]
+    # numbers, since SGLang reads them as such where several GPUs hold a copy; a slice of a GPU has none
+    numbers = {gpu.uuid: str(number) for number, gpu in enumerate(all_gpus())}
+    return [numbers.get(gpu.uuid, gpu.uuid) for gpu in visible_gpus()]
 
 
 def assign_gpus(launch: LaunchConfig, gpus: Sequence[str]) -> list[str | None]:
@@ -63,15 +66,19 @@ class ServerProcess:
         port: int,
         api_key: str | None = None,
     ):
-        self.url, self.log_path = f"http://127.0.0.1:{port}", log_path
-        self._command, self._environment = [*command, "--port", str(port)], environment
+        self.log_path, self._command, self._environment = log_path, command, environment
+        self.use_port(port)
         self._api_key, self._key_file = api_key, log_path.with_suffix(".key.yaml")
         self._child: ChildProcess | None = None
+
+    def use_port(self, port: int) -> None:
+        """Make the next start listen on this port."""
+        self.url, self._port = f"http://127.0.0.1:{port}", port
 
     def start(self) -> None:
         """Start the server, its output appended to the log."""
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        command = [*self._command, *self._key_arguments()]
+        command = [*self._command, "--port", str(self._port), *self._key_arguments()]
         # without variables that would lead another interpreter to this one's packages
         inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
         if inherited.get(EXPANDABLE_SEGMENTS[0]) == EXPANDABLE_SEGMENTS[1]:  # for this process's own allocator
@@ -160,7 +167,7 @@ def server_processes(
     return [
         ServerProcess(
             command,
-            {**({"CUDA_VISIBLE_DEVICES": share} if share is not None else {}), **environment},
+            {**({**_NUMBERED, "CUDA_VISIBLE_DEVICES": share} if share is not None else {}), **environment},
             log_path.with_name(f"{log_path.stem}-{index}.log"),
             port,
             api_key,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -139,5 +140,26 @@ def test_gpus_that_torch_cannot_use_are_a_warning(monkeypatch: pytest.MonkeyPatc
     for names, count in ([], 0), (["GPU-a1"], 1):
         monkeypatch.setattr(memory, "gpu_names", lambda names=names: names)
         findings = Findings()
-        memory.check_accelerators(findings)
+        memory.check_accelerators(findings, [])
         assert [line.check for line in findings.lines] == ["GPUs"] * count
+
+
+@pytest.mark.parametrize(
+    ("program", "variables", "missing"),
+    [("gcc", {}, ""), ("clang", {}, ""), ("", {}, "gcc or clang"), ("gcc", {"CC": "icx"}, "icx")],
+)
+def test_nodes_that_load_a_model_on_a_gpu_need_a_c_compiler(
+    program: str, variables: dict[str, str], missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "gpu_names", lambda: ["GPU-a1"])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if program:
+        (tmp_path / program).touch(0o755)
+    findings = Findings()
+    memory.check_accelerators(findings, [node_of("gate"), node_of("sft"), node_of("mining")])
+    said = f"{missing}, with which Triton compiles kernels for sft, mining, is missing."
+    assert [line.text.startswith(said) for line in findings.lines] == [True] * bool(missing)

@@ -89,6 +89,7 @@ def test_the_recipe_has_the_papers_settings(name: str) -> None:
     assert config.prompts.prompt_count("train") == config.assisted.prompts == 16_000
     assert (config.prompts.max_prompt_tokens, config.assisted.sampling.max_new_tokens) == (512, 4096)
     assert config.assisted.sampling.temperature == 0
+    assert config.assisted.drafting.block_size == 8
     opd = config.opd
     assert (opd.learning_rate, opd.warmup_fraction, opd.sequences_per_step, opd.anchors) == (3e-4, 0.05, 24, "errors")
     assert opd.steps == 8 * 16_000 // 24

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from draftsmith.flows.config.options import StageOptions
+from draftsmith.flows.execution.machine import DEFAULT_FOLDER, FOLDER
 from tests.flows.processes import ROOT
 from tests.testbed.compose import TEAM, compose, secret_names
 
@@ -120,3 +121,18 @@ def test_the_image_copies_the_whole_package() -> None:
     folders = set(project["tool"]["setuptools"]["package-dir"].values())
     tops = {Path(folder).parts[0] for folder in folders}
     assert copied >= needed | tops | {"pyproject.toml", "configs"}
+
+
+def test_the_image_has_a_compiler_for_triton_and_sglang() -> None:
+    """g++ brings gcc and the C library's headers; the image of Python has its own."""
+    text = (TEAM / "Dockerfile").read_text()
+    (packages,) = re.findall(r"apt-get install -y --no-install-recommends ([\w+ -]+) &&", text)
+    assert "g++" in packages.split()
+    assert text.index("apt-get install") < text.index("COPY ")
+
+
+def test_containers_of_a_host_share_its_device_locks() -> None:
+    """In a folder of its own a container would take a GPU that another one uses."""
+    pool = json.loads((TEAM / "pools" / "docker.json").read_text())["variables"]["properties"]
+    assert FOLDER not in pool["env"]["default"]
+    assert f"{DEFAULT_FOLDER}:{DEFAULT_FOLDER}" in pool["volumes"]["default"]

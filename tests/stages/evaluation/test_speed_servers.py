@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -19,13 +20,13 @@ from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines import embedded
 from draftsmith.stages.engines.base import Completion, Request
-from draftsmith.stages.engines.config import SGLangEngineConfig
+from draftsmith.stages.engines.config import SGLangEngineConfig, SGLangLaunchConfig
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.evaluation import speed_servers as served_module
 from draftsmith.stages.evaluation.config import EvaluationConfig, prompts_to_decode
 from draftsmith.stages.evaluation.gate import GateConfig, decide
 from draftsmith.stages.evaluation.looks import open_look
-from draftsmith.stages.evaluation.speed_servers import ServerSpeedTest, measure_servers
+from draftsmith.stages.evaluation.speed_servers import ServerSpeedTest, measure_servers, shares_of
 from draftsmith.stages.evaluation.speed_table import speed_tables
 from draftsmith.stages.evaluation.timed_runs import SpeedMeasurement, requests_for
 from draftsmith.stages.targets.causal_lm import Target
@@ -86,10 +87,15 @@ class StandIn(ServerSpeedTest):
     full: bool = False
     loses: int = 0
     quantised: TargetDifference | None = None  # then the target's weights are rounded to fp8
+    on_shares: list[tuple[str, str, str | None]] = field(default_factory=list)  # round, arm, share of each server
+    both: threading.Barrier | None = None  # where the first server of each share waits for the others
 
     @contextmanager
-    def server(self, drafter: Path | None, block_size: int, work: Path) -> Iterator[Any]:
+    def server(self, drafter: Path | None, block_size: int, work: Path, share: str | None = None) -> Iterator[Any]:
         self.started.append((work.name if drafter else "plain", block_size))
+        self.on_shares.append((work.parent.name, work.name, share))
+        if self.both is not None and not any(seen == share for *_, seen in self.on_shares[:-1]):
+            self.both.wait(60)
         target = Target.load(self.ctx.inputs["target"])
         if self.quantised is not None:
             self.quantised.write(self.ctx.work)
@@ -157,6 +163,47 @@ def test_every_arm_has_its_block_size_and_no_timed_run_is_repeated(
         assert (parity.answers, parity.different_steps, parity.tau_difference) == (6, 0, 0)
     one, two = speed_tables(found.runs, found.requests, after.settings, {})
     assert one.arms["wide"].turns == two.arms["narrow"].turns == 2
+
+
+def test_rounds_run_side_by_side_and_each_keeps_its_gpu(
+    ctx: RecordingContext, tiny_drafter: DrafterArtifacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three rounds on two shares: the arms of a round are compared with each other, on one device."""
+    monkeypatch.setattr(served_module, "steady", lambda *_: True)  # else a busy machine repeats all rounds
+    stand_in = served(ctx, tiny_drafter, {"rounds": 3}, shares=("0,1", "2,3"), both=threading.Barrier(2))
+    found = measure(stand_in, tiny_drafter)
+    rounds: dict[str, list[tuple[str, str | None]]] = {}
+    for round, arm, share in stand_in.on_shares:
+        rounds.setdefault(round, []).append((arm, share))
+    assert {name: {share for _, share in of_round} for name, of_round in rounds.items()} == {
+        "round-0": {"0,1"}, "round-1": {"2,3"}, "round-2": {"0,1"},
+    }  # fmt: skip
+    assert [[arm for arm, _ in rounds[f"round-{n}"]] for n in range(3)] == [
+        ["plain", "wide", "narrow"], ["wide", "narrow", "plain"], ["narrow", "plain", "wide"],
+    ]  # fmt: skip
+    assert [(turn["round"], turn["order"]) for turn in found.runs] == [(n, k) for n in range(3) for k in range(3)]
+    assert found.parity is not None and found.parity["wide"].different_steps == 0
+    (table,) = speed_tables(found.runs, found.requests, stand_in.settings, {})
+    assert table.arms["wide"].turns == 3
+
+
+def test_a_round_that_fails_ends_those_beside_it(ctx: RecordingContext, tiny_drafter: DrafterArtifacts) -> None:
+    full = served(ctx, tiny_drafter, {"rounds": 2}, shares=("0", "1"), both=threading.Barrier(2), full=True)
+    with pytest.raises(DraftsmithError, match=r"evaluation\.concurrency"):
+        measure(full, tiny_drafter)
+    assert len(full.started) == 2
+
+
+def test_as_many_rounds_run_side_by_side_as_the_config_has_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(served_module, "usable_gpus", lambda: ["0", "1", "2", "3", "4"])
+    for launch, shares in (
+        ({"servers": 2}, ["0", "1"]),
+        ({"servers": 8, "tensor_parallel": 2}, ["0,1", "2,3"]),
+        ({"servers": 8, "options": {"device": "cpu"}}, [None]),
+    ):
+        assert shares_of(SGLangLaunchConfig.model_validate(launch)) == shares
+    monkeypatch.setattr(served_module, "usable_gpus", list)
+    assert shares_of(SGLangLaunchConfig.model_validate({"servers": 8})) == [None]
 
 
 def test_a_round_that_another_machine_started_is_measured_anew(

@@ -17,7 +17,7 @@ import pytest
 
 from draftsmith.stages.runtime import parent_watch
 from draftsmith.stages.runtime.memory import relax_gc
-from draftsmith.stages.runtime.process import EventStream, ProcessContext, use_expandable_segments
+from draftsmith.stages.runtime.process import EventStream, ProcessContext, keep_kernels, use_expandable_segments
 from draftsmith.stages.runtime.stage import StageRequest
 from tests.flows.processes import ROOT, alive, pid_in, wait_until
 from tests.flows.toy import COLLECT
@@ -94,6 +94,15 @@ def test_the_allocator_is_configured_unless_the_user_did(
     monkeypatch.setattr(os, "environ", environment)
     use_expandable_segments()
     assert os.environ.get("PYTORCH_ALLOC_CONF") == value
+
+
+def test_compiled_kernels_are_kept_in_the_home_unless_the_user_says_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", {"DRAFTSMITH_HOME": str(tmp_path), "TRITON_CACHE_DIR": "/mine"})
+    keep_kernels()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "kernels" / "inductor")
+    assert os.environ["TRITON_CACHE_DIR"] == "/mine"
 
 
 def test_garbage_collection_is_relaxed_until_the_first_progress(

@@ -4,6 +4,7 @@ stop."""
 from __future__ import annotations
 
 import json
+import re
 import sys
 import threading
 import time
@@ -229,10 +230,23 @@ def launched(expected: ServerRequirements, mode: str = "serve", **launch: Any) -
 
 
 @pytest.mark.parametrize("mode", ["silent once", "fail once"])
-def test_one_of_several_launched_servers_that_does_not_come_up_is_left_out_and_stopped(
+def test_a_launched_server_that_does_not_come_up_is_started_once_more_on_another_port(
     mode: str, plain: ServerRequirements, tmp_path: Path, opened: Opened
 ) -> None:
-    with opened(launched(plain, mode, servers=2)) as engine:
+    logs: list[str] = []
+    with opened(launched(plain, mode, servers=2), log=logs.append) as engine:
+        assert engine._pool.capacity == 8
+        assert answers_of(engine) == RIGHT
+    assert sum("started once more" in line for line in logs) == 1
+    starts = "".join(path.read_text() for path in (tmp_path / "servers").glob("sglang-*.log"))
+    assert len(set(re.findall(r"--port (\d+)", starts))) == 3
+    assert living(tmp_path / "servers") == []
+
+
+def test_one_of_several_launched_servers_that_fails_again_is_left_out_and_stopped(
+    plain: ServerRequirements, tmp_path: Path, opened: Opened
+) -> None:
+    with opened(launched(plain, "one lives", servers=2)) as engine:
         assert engine._pool.capacity == 4
         assert sum(process.ended() is None for process in engine._fleet._processes) == 1
         assert answers_of(engine) == RIGHT

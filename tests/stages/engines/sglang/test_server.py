@@ -20,6 +20,7 @@ from draftsmith.stages.engines.sglang import server
 from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.evaluation.config import EvaluationConfig
 from draftsmith.stages.targets.info import TargetInfo
+from tests.flows.processes import wait_until
 
 
 def config(**launch: Any) -> SGLangEngineConfig:
@@ -207,13 +208,32 @@ def test_gpus_are_those_that_the_stage_may_use(monkeypatch: pytest.MonkeyPatch) 
     for module in (host, process):
         monkeypatch.setattr(module, "all_gpus", lambda: gpus)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert process.usable_gpus() == ["GPU-1a2b", "GPU-3c4d"]
-    for named, names in (("1, GPU-1a2b", ["GPU-3c4d", "GPU-1a2b"]), ("0, 3, 1", ["GPU-1a2b"]), ("", [])):
+    assert process.usable_gpus() == ["0", "1"]
+    slices = ["MIG-5e6f", "MIG-7a8b"]
+    for named, names in (("1, GPU-1a2b", ["1", "0"]), ("0, 3, 1", ["0"]), ("", []), (",".join(slices), slices)):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
         assert process.usable_gpus() == names
     gpus = ()  # of another maker
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 5")
     assert process.usable_gpus() == ["3", "5"]
+
+
+def test_a_server_has_its_gpus_by_their_numbers_in_nvidias_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With names in place of numbers SGLang falls back to slower collectives."""
+    gpus = tuple(Gpu(f"GPU-{number}", 80e9, "H100") for number in range(4))
+    for module in (host, process):
+        monkeypatch.setattr(module, "all_gpus", lambda: gpus)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1,GPU-3")
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "FASTEST_FIRST")
+    launch = SGLangLaunchConfig.model_validate({"tensor_parallel": 2})
+    shown = "import os; print(os.environ['CUDA_VISIBLE_DEVICES'], os.environ['CUDA_DEVICE_ORDER'])"
+    (started,) = process.server_processes(launch, [sys.executable, "-c", shown], {}, tmp_path / "sglang.log")
+    started.start()
+    wait_until(lambda: started.ended() is not None, "it ends")
+    started.stop(grace_s=0)
+    assert started.tail().splitlines()[-1] == "1,3 PCI_BUS_ID"
 
 
 def test_how_servers_are_launched_decides_a_speed_and_not_an_answer() -> None:

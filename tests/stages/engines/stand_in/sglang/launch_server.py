@@ -3,6 +3,7 @@
 STAND_IN says how it behaves; STAND_IN_REPLIES, a JSON object by path, what it answers beside /health and /generate.
 """
 
+import fcntl
 import json
 import os
 import signal
@@ -45,6 +46,11 @@ def main() -> None:
         sys.exit("no CUDA device here")
     if mode == "fail once" and first():
         sys.exit("the port is taken")
+    if mode == "one lives":
+        try:
+            fcntl.flock(os.open("alive", os.O_CREAT | os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            sys.exit("another one lives")
     if mode == "silent once" and first():
         replies["/model_info"] = fixed(None)
     if mode == "stubborn":
