@@ -232,11 +232,12 @@ class OpdConfig(TrainingConfig):
         ),
     ] = LossConfig()
     anchors: Annotated[
-        Literal["errors", "visited", "successors", "random"],
+        Literal["errors", "visited", "successors", "chains", "random"],
         Field(
             description="errors: mined verify steps that rejected something; visited: all mined steps; successors: "
-            "where a verify step of the current weights leads from positions all over the answer; random: positions "
-            "of the answer, whatever the drafter does there"
+            "where a verify step of the current weights leads from positions all over the answer; chains: such "
+            "positions, and in three more rounds where the verify steps before lead, all of them trained; random: "
+            "positions of the answer, whatever the drafter does there"
         ),
     ] = "successors"
     remine_every: Annotated[
@@ -259,6 +260,15 @@ class OpdConfig(TrainingConfig):
             raise ValueError(
                 f"remine_every: anchors {self.anchors} use the current weights anyway. Set it to 0, or anchors to "
                 "errors or visited."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _drafts_chains_as_it_trains(self) -> OpdConfig:
+        if self.anchors == "chains" and self.loss.needs_scores:
+            raise ValueError(
+                "anchors: the loss finds the verify steps of chains, and a rejected stream needs them before. Set "
+                "anchors to successors, or loss.rejected.loss to none."
             )
         return self
 

@@ -23,7 +23,7 @@ class DraftingView:
     """A batch as the drafter sees it in one step."""
 
     batch: Batch
-    context: Context  # of its trajectories, with gradient
+    context: Context  # of its trajectories, with gradient; empty for a source that does not read it
     # Holds every token of the batch, so the right token can always be proposed. A wrong token that a reduced head lacks
     # cannot be, and its rejection goes unseen.
     head: Head

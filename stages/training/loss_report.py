@@ -44,6 +44,12 @@ class WeightedMean:
         """Sum values [N] with weights [N]."""
         return cls(factor, (weights * values).sum(), weights.sum())
 
+    @classmethod
+    def joined(cls, parts: Sequence[WeightedMean]) -> WeightedMean:
+        """Return the mean over the values of all parts, which have one factor."""
+        totals, weights = ([part.total for part in parts], [part.weight for part in parts])
+        return cls(parts[0].factor, torch.stack(totals).sum(), torch.stack(weights).sum())
+
     @property
     def mean(self) -> torch.Tensor:
         """Return the mean, with gradient; 0 without any value."""

@@ -18,7 +18,7 @@ proposed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TypeAlias
@@ -149,6 +149,15 @@ class StreamLoss:
     sums: WeightedMean
     positions: torch.Tensor  # bool [B, A, K]
     correct: torch.Tensor  # bool [B, A, K]: the drafter would propose the committed token
+    committed: torch.Tensor  # [B, A] tokens that each verify step commits, as given or found
+
+    @classmethod
+    def joined(cls, parts: Sequence[StreamLoss]) -> StreamLoss:
+        """Return the stream of all blocks of a batch that was drafted in several parts."""
+        sums = WeightedMean.joined([part.sums for part in parts])
+        return cls(
+            sums, *(torch.cat(x, 1) for x in zip(*((p.positions, p.correct, p.committed) for p in parts), strict=True))
+        )
 
     @property
     def accuracy(self) -> Ratio:
@@ -194,7 +203,8 @@ def response_loss(
     if committed is None:
         committed = correct.long().cumprod(-1).sum(-1).clamp(max=K if proposals is None else proposals) + 1
     weights = _stream_weights(stream, mask, drafted.log_q, committed, absent)
-    return StreamLoss(WeightedMean.from_values(drafted.terms, weights[indices], stream.weight), mask, correct)
+    sums = WeightedMean.from_values(drafted.terms, weights[indices], stream.weight)
+    return StreamLoss(sums, mask, correct, committed)
 
 
 def head_loss(hidden: torch.Tensor, signal: TargetSignal, stream: ResponseStream) -> PositionLosses:

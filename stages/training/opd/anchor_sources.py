@@ -1,6 +1,7 @@
 """Where OPD takes a step's anchors from: positions of the answer, what follows them, or the mined table.
 
 Every source gives `per_sequence` anchors a trajectory, so that kinds are compared at equal numbers of block positions.
+One that gives them in several rounds sees what the blocks of a round commit before it gives the next ones.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ class AnchorSource(ABC):
     """A source of anchors. What it remembers goes into the checkpoint: a resumed training has the same anchors."""
 
     numbers = 1  # random numbers that a row takes
+    rounds = 1  # in which the blocks of a row are drafted
+    reads_context = True  # `sample` drafts
 
     @abstractmethod
     def sample(self, step: int, indices: Sequence[int], view: DraftingView, phases: np.ndarray) -> StepAnchors:
@@ -34,6 +37,20 @@ class AnchorSource(ABC):
 
         phases: [B, numbers] in [0, 1); a row has the same ones on any rank.
         """
+
+    def following(
+        self,
+        trajectories: Sequence[Trajectory],
+        drafted: Sequence[torch.Tensor],
+        committed: torch.Tensor,
+        phases: np.ndarray,
+    ) -> torch.Tensor:
+        """Return the anchors [B, a] of the next round.
+
+        drafted: [B, a] anchors of each round so far. committed: [B, a] tokens that verify steps at the last ones
+        commit. phases: as for `sample`.
+        """
+        raise NotImplementedError
 
     def share(self, ranks: Ranks) -> None:  # noqa: B027
         """Exchange with the other ranks what was learnt of trajectories since the last call."""
@@ -47,6 +64,8 @@ class AnchorSource(ABC):
 
 class RandomAnchors(AnchorSource):
     """Positions of the answer, whatever the drafter does there: the paper's ablation."""
+
+    reads_context = False
 
     def __init__(self, per_sequence: int):
         self.per_sequence = per_sequence
@@ -84,6 +103,61 @@ class SuccessorAnchors(AnchorSource):
             for row, phase in zip(following.cpu().numpy(), phases[:, 1], strict=True)
         ]
         return StepAnchors(to_device(np.stack(chosen), device))
+
+
+ROUNDS = 4  # of chains; the reason: "Chains of anchors" in `tests/benchmarks/README.md`
+
+
+class ChainAnchors(AnchorSource):
+    """Chains of verify steps under the current weights, from positions all over the answer: each block is trained.
+
+    The first of `rounds` equal rounds (the first ones have one block more where the count is not a multiple) is at
+    positions spread over the answer. Each later one is where the blocks of the round before lead, which their loss
+    tells; from the end of an answer that is its first anchor. No block of a row is drafted twice while there are other
+    positions: if chains meet, or one meets a block of an earlier round, a new chain starts at a position without a
+    block.
+    """
+
+    reads_context = False
+
+    def __init__(self, per_sequence: int, rounds: int = ROUNDS):
+        self.rounds = self.numbers = min(rounds, per_sequence)
+        self._counts = [len(range(r, per_sequence, self.rounds)) for r in range(self.rounds)]
+
+    def sample(self, step: int, indices: Sequence[int], view: DraftingView, phases: np.ndarray) -> StepAnchors:  # noqa: ARG002
+        batch = view.batch
+        return StepAnchors(position_anchors(batch.trajectories, self._counts[0], phases[:, 0], batch.tokens.device))
+
+    def following(
+        self,
+        trajectories: Sequence[Trajectory],
+        drafted: Sequence[torch.Tensor],
+        committed: torch.Tensor,
+        phases: np.ndarray,
+    ) -> torch.Tensor:
+        count, of_round = self._counts[len(drafted)], phases[:, len(drafted)]
+        leads = drafted[-1] + committed
+        so_far, reached = (x.cpu().numpy() for x in (torch.cat([*drafted], 1), leads))
+        rows = zip(trajectories, so_far, reached, of_round, strict=True)
+        chosen = [_next_anchors(*row, count) for row in rows]
+        return to_device(np.stack(chosen), leads.device)
+
+
+def _next_anchors(
+    trajectory: Trajectory, drafted: np.ndarray, leads: np.ndarray, phase: float, count: int
+) -> np.ndarray:
+    """Return the `count` anchors of a row's next round.
+
+    drafted: its anchors so far. leads: positions that the last ones lead to, perhaps after the answer's end.
+    """
+    first, last = trajectory.first_anchor, trajectory.last_anchor
+    reached = np.setdiff1d(np.where(leads > last, first, leads), drafted)
+    if len(reached) >= count:
+        return systematic_sample(reached, count, phase)
+    everywhere = np.arange(first, last + 1)
+    others = np.setdiff1d(everywhere, np.append(drafted, reached))
+    started = systematic_sample(others if len(others) else everywhere, count - len(reached), phase)
+    return np.sort(np.append(reached, started))
 
 
 # Steps of the mined trace for each chain. With fewer, chains draft much in vain; with more, rounds are many and small.

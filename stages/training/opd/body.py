@@ -18,7 +18,13 @@ from draftsmith.stages.targets.sampling import GREEDY
 from draftsmith.stages.training.batches import step_rng
 from draftsmith.stages.training.config import OpdConfig
 from draftsmith.stages.training.loss_report import LossReport
-from draftsmith.stages.training.opd.anchor_sources import AnchorSource, RandomAnchors, SuccessorAnchors, TableAnchors
+from draftsmith.stages.training.opd.anchor_sources import (
+    AnchorSource,
+    ChainAnchors,
+    RandomAnchors,
+    SuccessorAnchors,
+    TableAnchors,
+)
 from draftsmith.stages.training.opd.step import OpdStep, StepOptions
 from draftsmith.stages.training.opd.verify_steps import STEP_COLUMNS, MinedTable, StepKind, load_mined
 from draftsmith.stages.training.trainer import Trainer, TrainingData, load_answers, mapped_reader
@@ -108,6 +114,8 @@ def anchor_source(config: OpdConfig, mined: MinedTable, drafter: Drafter, *, sco
     count = config.anchors_per_sequence
     if config.anchors == "random":
         return RandomAnchors(count)
+    if config.anchors == "chains":
+        return ChainAnchors(count)
     if config.anchors == "successors":
         return SuccessorAnchors(drafter, mined.proposals, count)
     return TableAnchors(mined, drafter, config.anchors, count, every=config.oldest_trace, scored=scored)

@@ -35,7 +35,13 @@ from draftsmith.stages.training.loss_registry import LossConfig
 from draftsmith.stages.training.loss_report import LossReport, Ratio, WeightedMean
 from draftsmith.stages.training.opd.anchor_sources import AnchorSource
 from draftsmith.stages.training.opd.verify_steps import StepAnchors, score_steps, verify_blocks
-from draftsmith.stages.training.response_loss import offset_weights, response_loss, response_weight, selector_logprobs
+from draftsmith.stages.training.response_loss import (
+    StreamLoss,
+    offset_weights,
+    response_loss,
+    response_weight,
+    selector_logprobs,
+)
 from draftsmith.stages.training.softmax_heads import HeadSource, LossContext, SoftmaxHeads
 
 
@@ -54,7 +60,8 @@ class _MicroBatch:
     """Rows of a step on their way from anchors to a loss."""
 
     batch: Batch
-    anchors: StepAnchors
+    anchors: StepAnchors  # of the first round
+    phases: np.ndarray  # [B, numbers] of the source
     sampler: TargetSampler | None  # if proposals are sampled
     context: Context | None  # with gradient, if it is kept
 
@@ -110,8 +117,9 @@ class OpdStep:
         phases: [rows, numbers] of the source.
         """
         single, batch = rank_slice.is_one_batch, rank_slice.batch.select(rows)
+        reads_context = single or self.source.reads_context or self.objective.needs_scores
         with torch.set_grad_enabled(single and torch.is_grad_enabled()):
-            context = encode_batch(self.drafter, batch)
+            context = encode_batch(self.drafter, batch) if reads_context else Context()
             clock.spent("drafter")
             sampler = self._sampler(batch, step)
             view = DraftingView(batch, context, heads.drafter, sampler)
@@ -121,7 +129,7 @@ class OpdStep:
                 blocks = draft_blocks(self.drafter, context, batch, anchors.anchors)
                 anchors = self._verified(anchors, blocks, context, heads, sampler)
                 clock.spent("drafter")
-        return _MicroBatch(batch, anchors, sampler, context if single else None)
+        return _MicroBatch(batch, anchors, phases, sampler, context if single else None)
 
     def _score(self, micro_batches: Sequence[_MicroBatch], rank_slice: RankSlice) -> None:
         """Let the target score the known steps that it has yet to score.
@@ -160,41 +168,60 @@ class OpdStep:
     def _train(
         self, micro_batch: _MicroBatch, heads: SoftmaxHeads, rng: np.random.Generator | None, clock: _Clock
     ) -> LossReport:
-        """Draft the blocks of a micro-batch and return their loss.
+        """Draft the blocks of a micro-batch, in the rounds of the source, and return their loss.
 
+        Each round adds to one graph, which then is that of all blocks: their context is encoded once, and so is its
+        gradient taken.
         rng: for a head that also holds rejected tokens, if they are not known before.
         """
         batch, anchors, config = micro_batch.batch, micro_batch.anchors, self.options.config
         context = encode_batch(self.drafter, batch) if micro_batch.context is None else micro_batch.context
-        blocks = draft_blocks(self.drafter, context, batch, anchors.anchors)
-        clock.spent("drafter")
-        # else the loss itself finds what was accepted: argmaxes that are the answer's tokens
-        needs_steps = self.objective.reads_steps if self.sampling.greedy else self.objective.reads_committed
-        if anchors.steps is None and needs_steps:
-            anchors = self._verified(anchors, blocks, context, heads, micro_batch.sampler)
+        drafted, responses = [anchors.anchors], list[StreamLoss]()
+        while True:
+            blocks = draft_blocks(self.drafter, context, batch, drafted[-1])
             clock.spent("drafter")
-            if self.objective.needs_scores:
-                sampled, tokens = [(batch.trajectories, anchors)], config.tokens_per_target_forward
-                (anchors,) = score_steps(sampled, self.target, self.options.proposals, tokens, batch.kept)
-                clock.spent("mining")
-        steps = anchors.steps
-        if self.drafter.autoregressive and self.objective.needs_scores:
-            assert steps is not None
-            on_proposals = hidden_on_proposals(self.drafter, context, blocks, steps.proposed)
-            blocks = replace(blocks, on_proposals=on_proposals)
-        clock.spent("drafter")
-        if rng is not None and self.objective.needs_scores and steps is not None:
-            heads = self.heads.sample(rng, [batch.tokens, steps.proposed])
-        loss_context = LossContext(heads, self.target.head_weight, config.positions_per_chunk, self.sampling)
-        report = opd_loss(blocks, loss_context, self.objective, steps, self.options.proposals)
-        report.operations = count_operations(self.drafter, batch, anchors.anchors, report.positions, heads.drafter)
+            if anchors.steps is None and self._needs_steps:
+                anchors = self._verified(anchors, blocks, context, heads, micro_batch.sampler)
+                clock.spent("drafter")
+                if self.objective.needs_scores:
+                    sampled, tokens = [(batch.trajectories, anchors)], config.tokens_per_target_forward
+                    (anchors,) = score_steps(sampled, self.target, self.options.proposals, tokens, batch.kept)
+                    clock.spent("mining")
+            steps = anchors.steps
+            if self.drafter.autoregressive and self.objective.needs_scores:
+                assert steps is not None
+                on_proposals = hidden_on_proposals(self.drafter, context, blocks, steps.proposed)
+                blocks = replace(blocks, on_proposals=on_proposals)
+            clock.spent("drafter")
+            if rng is not None and self.objective.needs_scores and steps is not None:
+                heads = self.heads.sample(rng, [batch.tokens, steps.proposed])
+            loss_context = LossContext(heads, self.target.head_weight, config.positions_per_chunk, self.sampling)
+            responses.append(opd_response(blocks, loss_context, self.objective, steps, self.options.proposals))
+            clock.spent("head_and_loss")
+            if len(drafted) == self.source.rounds:
+                break
+            committed, phases = responses[-1].committed, micro_batch.phases
+            drafted.append(self.source.following(batch.trajectories, drafted, committed, phases))
+            anchors = StepAnchors(drafted[-1])
+        response = StreamLoss.joined(responses)
+        report = opd_loss(response, blocks, loss_context, self.objective, steps)
+        everywhere = torch.cat(drafted, 1)
+        report.operations = count_operations(self.drafter, batch, everywhere, report.positions, heads.drafter)
         if blocks.on_proposals is not None:  # the chains were drafted twice; nothing more went through the head
-            report.operations += count_operations(self.drafter, batch, anchors.anchors, 0, heads.drafter, prefixes=0)
-        if not (anchors.mined and self.sampling.greedy):  # found under these very weights, not at all, or by sampling
-            report.metrics.pop("steps_changed_share", None)
+            report.operations += count_operations(self.drafter, batch, everywhere, 0, heads.drafter, prefixes=0)
+        if anchors.mined and self.sampling.greedy:  # else found under these very weights, not at all, or by sampling
+            assert steps is not None
+            report.metrics["steps_changed_share"] = changed_ratio(steps, response.correct)
         report.metrics |= anchors.metrics
         clock.spent("head_and_loss")
         return report
+
+    @property
+    def _needs_steps(self) -> bool:
+        """Return whether verify steps must be known before the loss, which finds those of argmaxes itself."""
+        if self.sampling.greedy:
+            return self.objective.reads_steps
+        return self.objective.reads_committed or self.source.rounds > 1
 
     def _verified(
         self,
@@ -247,29 +274,41 @@ class _Clock:
         return taken
 
 
-def opd_loss(
+def opd_response(
     blocks: DraftedBlocks,
     context: LossContext,
     objective: LossConfig,
     steps: Steps[torch.Tensor] | None,
     proposals: int | None = None,
-) -> LossReport:
-    """Compute λ_acc · weighted mean(response stream) + λ_rej · weighted mean(rejected stream).
+) -> StreamLoss:
+    """Compute the loss of the response stream.
 
     objective: resolved. steps: may be None unless `objective.reads_steps`. proposals: of a served block; left out: K.
-    The caller adds the report's operations and seconds: it drafted the blocks.
     """
     assert objective.temperature is not None, "resolve the objective first"
     committed = None if steps is None else steps.committed
-    response = response_loss(blocks, context, objective.response, objective.temperature, committed, proposals)
+    return response_loss(blocks, context, objective.response, objective.temperature, committed, proposals)
+
+
+def opd_loss(
+    response: StreamLoss,
+    blocks: DraftedBlocks,
+    context: LossContext,
+    objective: LossConfig,
+    steps: Steps[torch.Tensor] | None,
+) -> LossReport:
+    """Compute λ_acc · weighted mean(response stream) + λ_rej · weighted mean(rejected stream).
+
+    response: of `opd_response`. objective: resolved. blocks, steps: of the rejected stream, if there is one; then they
+    are all blocks of the response.
+    The caller adds the report's operations and seconds: it drafted the blocks.
+    """
     streams = [response.sums]
     trained = response.positions
     metrics: dict[str, float] = {
         "loss_response": response.sums.ratio(),
         "accuracy": response.accuracy,
     }
-    if steps is not None:
-        metrics["steps_changed_share"] = _changed_ratio(steps, response.correct)
     if objective.needs_scores:
         assert steps is not None, "a rejected stream needs verify steps"
         sums, mask = _rejected_stream(blocks, context, objective, steps)
@@ -277,7 +316,7 @@ def opd_loss(
         streams.append(sums)
         trained = trained | mask
     loss = torch.stack([stream.factor * stream.mean for stream in streams]).sum()
-    return LossReport(loss, blocks.anchors.numel(), int(trained.sum()), metrics, streams=tuple(streams))
+    return LossReport(loss, response.committed.numel(), int(trained.sum()), metrics, streams=tuple(streams))
 
 
 def stream_weights(
@@ -327,7 +366,7 @@ def _rejected_stream(
     return WeightedMean.from_values(terms, weights[indices], objective.rejected.weight), mask
 
 
-def _changed_ratio(steps: Steps[torch.Tensor], correct: torch.Tensor) -> Ratio:
+def changed_ratio(steps: Steps[torch.Tensor], correct: torch.Tensor) -> Ratio:
     """Return the share of the trained steps that would no longer accept as many proposals as `steps` has.
 
     It costs nothing: offsets up to the first rejection are in the stream, which shows whether it is still the first.

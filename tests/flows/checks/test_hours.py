@@ -69,7 +69,7 @@ def mined_steps(training: OpdTraining) -> float:
     return float(sum(len(training.memory.steps(i).anchors) for i in range(SMALL.answers)))
 
 
-@pytest.mark.parametrize("kind", ["SFT", "SFT of an adapter", "OPD", "OPD, mined again"])
+@pytest.mark.parametrize("kind", ["SFT", "SFT of an adapter", "OPD", "OPD, chains", "OPD, mined again"])
 def test_a_step_takes_what_torch_counts(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     target = make_target(SMALL, "cpu", "bfloat16")
     drafter, answers = make_drafter(SMALL.drafter, target), make_trajectories(SMALL)
@@ -81,7 +81,9 @@ def test_a_step_takes_what_torch_counts(kind: str, monkeypatch: pytest.MonkeyPat
         training: Training = OpdTraining(drafter, target, mined, OpdConfig.model_validate({**SMALL.step, **PAPER}))
     else:
         fields = {**SMALL.step, **({"lora": {"rank": 8}} if adapted else {})}
-        training = make_training("OPD" if kind == "OPD" else "SFT", drafter, target, answers, fields)
+        if kind == "OPD, chains":
+            fields["anchors"] = "chains"
+        training = make_training(kind[:3], drafter, target, answers, fields)
     if training.config.lora is not None:
         Adapter(drafter, training.config.lora, "bfloat16", 0)
     monkeypatch.setattr(block_attention, "_MASK_ENTRIES", 1)  # no block is read beyond its anchor

@@ -46,8 +46,8 @@ DFLASH = {"num_layers": 1, "block_size": 5, "target_layer_ids": [2, 0], "interme
 EAGLE3 = {"kind": "eagle3", "block_size": 4, "target_layer_ids": [0, 1, 2], "draft_vocab_size": 40}
 DFLASH2 = {**DFLASH, **SIZES, "kind": "dflash2"}
 DSPARK = {**DFLASH, "kind": "dspark", "markov_rank": 6}
-NAMES = ["sft dflash", "sft dflash2", "sft dspark", "sft eagle3", "opd dflash", "opd adapter", "opd eagle3 again",
-         "opd dflash2 sampled", "opd dspark sampled again"]  # fmt: skip
+NAMES = ["sft dflash", "sft dflash2", "sft dspark", "sft eagle3", "opd dflash", "opd chains", "opd adapter",
+         "opd eagle3 again", "opd dflash2 sampled", "opd dspark sampled again"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +65,7 @@ def trainings(tmp_path_factory: pytest.TempPathFactory, plain_artifact: Path, pl
     again = {**AGAIN, **REDUCED, **IN_PARTS}
     for name, drafter, texts, config in (
         ("dflash", random_target.random_drafter(plain_target), answers, {}),
+        ("chains", random_target.random_drafter(plain_target), answers, {**IN_PARTS, "anchors": "chains"}),
         ("adapter", random_target.random_drafter(plain_target), answers, {**IN_PARTS, "lora": {"rank": 4}}),
         ("eagle3 again", random_eagle3(plain_target), answers, again),
         # with steps of 1e-3 one weight of four ranks that shared two targets ended 1.1e-5 away, all others within 1e-6

@@ -37,7 +37,7 @@ from draftsmith.stages.training.config import OpdConfig, SftConfig, TrainingConf
 from draftsmith.stages.training.drafted_blocks import position_anchors
 from draftsmith.stages.training.lora import Adapter
 from draftsmith.stages.training.loss_report import LossReport, Ratio, WeightedMean
-from draftsmith.stages.training.opd.anchor_sources import RandomAnchors
+from draftsmith.stages.training.opd.anchor_sources import ChainAnchors, RandomAnchors
 from draftsmith.stages.training.opd.step import OpdStep, StepOptions
 from draftsmith.stages.training.opd.verify_steps import StepAnchors
 from draftsmith.stages.training.optimiser import Accumulation
@@ -145,8 +145,9 @@ class FakeStep:
         rng, config = np.random.default_rng(0), self.config
         if isinstance(config, OpdConfig):
             objective = config.loss.resolved(drafter.recipe, False, 0.0)
-            source = _Rejected(config.anchors_per_sequence, drafter.block_size - 1)
-            options = StepOptions(config, objective, source.proposals)
+            count, proposals = config.anchors_per_sequence, drafter.block_size - 1
+            source = _Chains(count) if config.anchors == "chains" else _Rejected(count, proposals)
+            options = StepOptions(config, objective, proposals)
             step = OpdStep(drafter, SimpleNamespace(head_weight=head), source, options)  # type: ignore[arg-type]
             whole = whole_step(range(len(batch.trajectories)), batch, parts)
             yield from step.micro_batches(0, whole, rng)
@@ -162,6 +163,19 @@ class FakeStep:
             report = sft_loss(drafter, rows, anchors, context, stream, temperature=1.0)
             report.is_full_step = len(parts) == 1
             yield report
+
+
+class _Chains(ChainAnchors):
+    """Chains of equal rounds that lead anywhere: what was accepted cannot be read."""
+
+    def following(
+        self,
+        trajectories: Sequence[Trajectory],
+        drafted: Any,  # noqa: ARG002
+        committed: torch.Tensor,
+        phases: np.ndarray,
+    ) -> torch.Tensor:
+        return position_anchors(trajectories, committed.shape[1], phases[:, 0], _CPU)
 
 
 class _Rejected(RandomAnchors):

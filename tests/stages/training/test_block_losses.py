@@ -19,6 +19,7 @@ from draftsmith.stages.drafters.dflash2.model import DFlash2Drafter
 from draftsmith.stages.drafters.dspark.model import DSparkDrafter
 from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter
 from draftsmith.stages.drafters.lm_head import Head
+from draftsmith.stages.replay.steps import Steps
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.sampling import GREEDY, SamplingParams
 from draftsmith.stages.training.batches import Batch
@@ -26,7 +27,7 @@ from draftsmith.stages.training.config import SftConfig
 from draftsmith.stages.training.drafted_blocks import draft_blocks, encode_batch, hidden_on_proposals
 from draftsmith.stages.training.loss_registry import LossConfig, PositionWeights
 from draftsmith.stages.training.loss_report import LossReport
-from draftsmith.stages.training.opd.step import opd_loss
+from draftsmith.stages.training.opd.step import changed_ratio, opd_loss, opd_response
 from draftsmith.stages.training.opd.verify_steps import verify_blocks
 from draftsmith.stages.training.sft.body import sft_loss
 from draftsmith.stages.training.softmax_heads import SoftmaxHeads
@@ -221,7 +222,9 @@ def opd(
     if drafter.autoregressive:
         states = hidden_on_proposals(drafter, encode_batch(drafter, case.batch), blocks, case.steps.proposed)
         blocks = replace(blocks, on_proposals=states)
-    return opd_loss(blocks, loss_context(heads(drafter, target, tokens), target), objective, case.steps)
+    context = loss_context(heads(drafter, target, tokens), target)
+    response = opd_response(blocks, context, objective, case.steps)
+    return opd_loss(response, blocks, context, objective, case.steps)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -276,13 +279,16 @@ def test_steps_that_changed_are_counted(case: Case, plain_drafter: DFlashDrafter
         now[row, index] = hits(slow.log_q(row, anchor).argmax(-1).tolist(), tokens)
     different = [int(case.steps.accepted[at]) != accepted for at, accepted in now.items()]
     assert sum(different) > 0
-    report = opd(case, plain_drafter, plain_target, OBJECTIVES["matched greedy"])
-    assert report.metrics["steps_changed_share"] == pytest.approx(sum(different) / len(different))
+    blocks, context = blocks_of(case, plain_drafter), loss_context(heads_of(plain_drafter, plain_target), plain_target)
+
+    def changed(steps: Steps[torch.Tensor]) -> float:
+        return changed_ratio(steps, opd_response(blocks, context, OBJECTIVES["matched greedy"], steps).correct)
+
+    assert changed(case.steps) == pytest.approx(sum(different) / len(different))
     verified = replace(case.steps, accepted=case.steps.accepted.clone())
     for (row, index), accepted in now.items():
         verified.accepted[row, index] = accepted
-    report = opd(replace(case, steps=verified), plain_drafter, plain_target, OBJECTIVES["matched greedy"])
-    assert report.metrics["steps_changed_share"] == 0
+    assert changed(verified) == 0
 
 
 def hits(proposed: list[int], following: list[int]) -> int:

@@ -22,6 +22,9 @@ DFLASH2 = DFlash2Config(kind="dflash2", mask_token=151669)
 DSPARK = DSparkConfig(kind="dspark", mask_token=151669, block_size=16)
 EAGLE3 = Eagle3Config(kind="eagle3", draft_vocab_size=32000)
 SMALL = {"sequences_per_step": 3, "anchors_per_sequence": 32, "micro_batch_tokens": 1}
+IN_CHAINS = {  # a round of 8 blocks has more positions than a chunk
+    "anchors": "chains", "loss": {"response": {"loss": "cross_entropy"}}, "positions_per_chunk": 64,
+}  # fmt: skip
 ADAPTED: dict[str, DFlashConfig | Eagle3Config] = {
     "DFlash": DFLASH, "DFlash2": DFLASH2, "DSpark": DSPARK, "EAGLE-3": EAGLE3,
 }  # fmt: skip
@@ -45,6 +48,7 @@ STEPS = {
         f"0.6B, {name}, adapter": of(drafter, SamplingParams(0.7, 0.9), lora={"rank": 64})
         for name, drafter in ADAPTED.items()
     },
+    "0.6B, DFlash, OPD in chains": FakeStep("Qwen3-0.6B", OpdConfig.model_validate(SMALL | IN_CHAINS), DFLASH, 1024),
     "4B, DFlash, OPD": FakeStep("Qwen3-4B", OpdConfig.model_validate(SMALL | {"loss": "paper"}), DFLASH, 1024),
 }
 WITHIN = 0.15

@@ -73,6 +73,7 @@ CASES: dict[str, dict[str, Any] | None] = {
     "SFT": None,
     "SFT, d_pace": {"weights": "d_pace"},
     "successors": {"anchors": "successors"},
+    "chains": {"anchors": "chains"},
     "random, paper": {"anchors": "random", "loss": "paper"},
     "errors, paper": {"anchors": "errors", "loss": "paper", "remine_every": 0},
     "errors, paper, reduced head": {"anchors": "errors", "loss": "paper", "remine_every": 0, "head_tokens": 20},
@@ -80,7 +81,7 @@ CASES: dict[str, dict[str, Any] | None] = {
 }
 
 
-SAMPLED = ["SFT", "successors", "errors, paper, reduced head", "visited, paper, mined again"]
+SAMPLED = ["SFT", "successors", "chains", "errors, paper, reduced head", "visited, paper, mined again"]
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from draftsmith.stages.training.loss_registry import LossConfig
 from draftsmith.stages.training.opd import step as opd_step
 from draftsmith.stages.training.opd import verify_steps
 from draftsmith.stages.training.opd.anchor_sources import RandomAnchors, TableAnchors
-from draftsmith.stages.training.opd.step import opd_loss
+from draftsmith.stages.training.opd.step import opd_loss, opd_response
 from draftsmith.stages.training.opd.verify_steps import (
     StepAnchors,
     sample_steps,
@@ -206,7 +206,7 @@ def test_every_kind_trains_the_same_number_of_blocks(world: World) -> None:
 @pytest.mark.parametrize(("kind", "response", "verified"), [
     ("random", {"scope": "block"}, 0), ("random", {"scope": "committed"}, 0), ("random", {"beyond": 0}, 1),
     ("successors", {"scope": "block"}, 0), ("successors", {}, 0), ("successors", {"beyond": 0}, 1),
-    ("visited", {"beyond": 0}, 0),
+    ("chains", {"scope": "block"}, 0), ("chains", {}, 0), ("chains", {"beyond": 0}, 4), ("visited", {"beyond": 0}, 0),
 ])  # fmt: skip
 def test_blocks_are_verified_only_if_the_loss_needs_it(
     kind: str, response: dict[str, Any], verified: int, proposals: int, world: World, monkeypatch: pytest.MonkeyPatch
@@ -320,8 +320,9 @@ def test_a_step_has_the_loss_of_the_chains_that_mining_finds(eagle_world: World)
     blocks = draft_blocks(drafter, context, batch, anchors)
     on_own = hidden_on_proposals(drafter, context, blocks, steps.proposed)
     loss_inputs = loss_context(heads_of(drafter, world.target), world.target)
+    response = opd_response(blocks, loss_inputs, objective, steps)
     expected, on_trajectory = (
-        opd_loss(replace(blocks, on_proposals=states), loss_inputs, objective, steps).metrics
+        opd_loss(response, replace(blocks, on_proposals=states), loss_inputs, objective, steps).metrics
         for states in (on_own, None)
     )
     assert abs(expected["loss_rejected"] - on_trajectory["loss_rejected"]) > 0.01

@@ -79,7 +79,13 @@ def committed_nll(bench: Bench, drafter: Drafter, answers: Answers) -> float:
 
 @pytest.mark.parametrize(
     ("anchors", "answers"),
-    [("errors", "sampled"), ("visited", "greedy"), ("successors", "sampled"), ("random", "greedy")],
+    [
+        ("errors", "sampled"),
+        ("visited", "greedy"),
+        ("successors", "sampled"),
+        ("chains", "greedy"),
+        ("random", "greedy"),
+    ],
     indirect=["answers"],
 )
 def test_matched_opd_raises_the_likelihood_of_committed_tokens(
@@ -159,6 +165,7 @@ def test_auto_verification_follows_the_answers_sampling(answers: Answers, tmp_pa
     "fields",
     [
         {"anchors": "successors"},
+        {"anchors": "chains"},
         {"anchors": "random", "loss": "paper"},
         {"anchors": "visited", "remine_every": 3, "loss": "paper", "compute_dtype": "bfloat16"},
         {"anchors": "visited", "remine_every": 3, "lora": {"rank": 4}, "compute_dtype": "bfloat16"},

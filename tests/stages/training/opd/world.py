@@ -20,7 +20,13 @@ from draftsmith.stages.training.config import TrainingConfig
 from draftsmith.stages.training.drafted_blocks import DraftingView, encode_batch
 from draftsmith.stages.training.loss_registry import LossConfig
 from draftsmith.stages.training.loss_report import LossReport
-from draftsmith.stages.training.opd.anchor_sources import AnchorSource, RandomAnchors, SuccessorAnchors, TableAnchors
+from draftsmith.stages.training.opd.anchor_sources import (
+    AnchorSource,
+    ChainAnchors,
+    RandomAnchors,
+    SuccessorAnchors,
+    TableAnchors,
+)
 from draftsmith.stages.training.opd.step import OpdStep, StepOptions
 from draftsmith.stages.training.opd.verify_steps import (
     MinedTable,
@@ -32,7 +38,7 @@ from tests.stages.training.case import mined_table, whole_step
 
 COUNT, PER_SEQUENCE = 6, 5
 INDICES = [4, 0, 3]  # of the trajectories in a batch
-KINDS = ["errors", "visited", "successors", "random"]
+KINDS = ["errors", "visited", "successors", "chains", "random"]
 
 
 @dataclass(frozen=True)
@@ -98,6 +104,8 @@ class World:
         """Return a source. remining: for a kind that reads the table; left out: one that never mines again."""
         if kind == "successors":
             return SuccessorAnchors(self.moved, self.table.proposals, per_sequence)
+        if kind == "chains":
+            return ChainAnchors(per_sequence)
         if kind == "random":
             return RandomAnchors(per_sequence)
         remining = remining or self.remining(every=0, scored=True)
