@@ -157,6 +157,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy configs/whole_refresh.py
 	PYTHONPATH=build/imports $(BIN)/lint-imports
 
 # all with their defaults; `BENCH="--threads 1"`
