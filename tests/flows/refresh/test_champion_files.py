@@ -188,7 +188,7 @@ def test_no_tag_leads_out_of_the_home(line: str, home: Path, drafters: list[Arti
         write(others)
     del record["drafter_digest"]
     write({"version_record": json.dumps(record)})
-    with pytest.raises(DraftsmithError, match=r"tag draftsmith\.drafter_digest: nothing is no sha256 digest"):
+    with pytest.raises(DraftsmithError, match=r"tag draftsmith\.drafter_digest: nothing is not a sha256 digest"):
         registry_commands.export(Display(), line, tmp_path / "again")
 
 
