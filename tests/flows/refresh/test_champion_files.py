@@ -182,7 +182,7 @@ def test_no_tag_leads_out_of_the_home(line: str, home: Path, drafters: list[Arti
         write({"version_record": json.dumps(record | {tag: "../.."})} if tag in record else {tag: "../.."})
         version = dataclasses.replace(version, tags={**version.tags, "drafter_digest": "../.."})
         for use in uses:
-            with pytest.raises(DraftsmithError, match=rf"^{line} version 1: tag draftsmith\.\w+: '\.\./\.\.' is no "):
+            with pytest.raises(DraftsmithError, match=rf"^{line} version 1: tag draftsmith\.\w+: '\.\./\.\.' is not a"):
                 use()
         assert outside() == before
         write(others)
