@@ -257,7 +257,7 @@ def test_the_folder_of_an_adapter_is_reported_as_such(beside: tuple[str, ...], t
     """As peft saves it, or with the config of its model."""
     for name in ("adapter_config.json", "adapter_model.safetensors", *beside):
         (tmp_path / name).write_text("{}")
-    with pytest.raises(DraftsmithError, match=r"is an adapter without its model\. Merge it with peft's merge_and_unload"):
+    with pytest.raises(DraftsmithError, match=r"an adapter without its model\. Merge it with peft's merge_and_unload"):
         model_folder(str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / WEIGHTS).write_text("")
