@@ -45,7 +45,7 @@ class StageInterrupted(DraftsmithError):
 
 
 def one_line(error: BaseException, max_chars: int | None = None) -> str:
-    """Return the error's message, `shown` on one line, cut between words to `max_chars`; or the class name."""
+    """Return the error's message (if empty, its class name) `shown` on one line, cut between words to `max_chars`."""
     message = " ".join(shown(str(error)).split()) or type(error).__name__
     if max_chars is None or len(message) <= max_chars:
         return message
@@ -53,10 +53,10 @@ def one_line(error: BaseException, max_chars: int | None = None) -> str:
 
 
 def find_disk_error(error: BaseException) -> OSError | None:
-    """Return the disk error that `error` is, or the full disk that caused it; None if it is neither.
+    """Return `error` if it is a disk error, or the full-disk error that caused it; else None.
 
-    torch, safetensors and shutil raise other classes when the disk is full, so the chain of causes is searched for
-    that. It is not searched for other disk errors: those may have been handled, such as a cache that is not writable.
+    torch, safetensors and shutil raise other classes when the disk is full, so the chain of causes is searched for a
+    full disk. It is not searched for other disk errors: they may have been handled, as of a cache that is not writable.
     """
     if isinstance(error, OSError) and error.errno in _DISK_ADVICE:
         return error

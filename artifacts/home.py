@@ -20,23 +20,23 @@ from draftsmith.artifacts.errors import DraftsmithError
 OWNER_ONLY, GROUP_READABLE = 0o077, 0o027  # umasks
 _start_umask: int | None = None  # the umask that the command was started with
 _MAX_NAME = 200  # bytes of a file name; file systems allow 255, and an extension and a temporary prefix are added
-UPLOADED = "uploaded"  # folder in the home: copies of drafters that MLflow has, touched at every use
+UPLOADED = "uploaded"  # folder in the home: drafters and reports from MLflow; a drafter is touched at every use
 
 
 def home() -> Path:
     """Return the absolute path of the home: `DRAFTSMITH_HOME`, or `.draftsmith` in the working directory.
 
-    Raises DraftsmithError if that cannot be a home.
+    Raises DraftsmithError if the path cannot be a home.
     """
     path = Path(os.environ.get("DRAFTSMITH_HOME") or ".draftsmith")
     try:
         path = path.expanduser().resolve()
     except (RuntimeError, OSError) as error:  # no such user, or a loop of links
         raise DraftsmithError(f"DRAFTSMITH_HOME {path}: {error}. Correct the variable.") from error
-    if bad := [sign for sign in "?%" if sign in str(path)]:
+    if bad := [character for character in "?%" if character in str(path)]:
         raise DraftsmithError(
-            f"{path}: a home's path with {bad[0]} cannot be the address of MLflow's database. Set DRAFTSMITH_HOME to a "
-            "path without it."
+            f"{path}: the address of MLflow's database cannot contain {bad[0]}. Set DRAFTSMITH_HOME to a path without "
+            "it."
         )
     return path
 
@@ -77,10 +77,10 @@ def protect_home(home: Path, *, group_may_read: bool) -> None:
     os.umask(umask)
     home.mkdir(parents=True, exist_ok=True)
     mode = stat.S_IMODE(home.stat().st_mode)
-    wanted = (mode & ~0o777) | (0o777 & ~umask)
-    if mode != wanted:
+    new_mode = (mode & ~0o777) | (0o777 & ~umask)
+    if mode != new_mode:
         with suppress(PermissionError):  # another user's home
-            home.chmod(wanted)
+            home.chmod(new_mode)
 
 
 def apply_user_umask(folder: Path) -> None:

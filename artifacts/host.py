@@ -12,7 +12,7 @@ import psutil
 import pynvml
 
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-# SQLite's locks and write order do not hold on these (https://www.sqlite.org/howtocorrupt.html, section 2.1).
+# SQLite's locks and write order are unreliable on these (https://www.sqlite.org/howtocorrupt.html, section 2.1).
 NETWORK_FILE_SYSTEMS = frozenset(
     (
         *("9p", "afs", "beegfs", "ceph", "cifs", "coda", "davfs", "fhgfs", "glusterfs", "gpfs", "juicefs", "lustre"),
@@ -49,25 +49,25 @@ class Gpu:
     """An NVIDIA GPU, or a MIG slice of one."""
 
     uuid: str  # the same for all users; for a MIG slice its name in CUDA_VISIBLE_DEVICES
-    memory: float  # bytes; for a MIG slice those of the whole first GPU
+    memory: float  # bytes; for a MIG slice, of the whole first GPU
     model: str
 
 
 @dataclass(frozen=True)
 class GpuModel:
-    """A kind of GPU, for estimates: by its data sheet, and by a share of its FLOP that nobody measured."""
+    """A model of GPU, for estimates: values of its data sheet, and an assumed, unmeasured share of its peak."""
 
     memory: float  # bytes
     peak: float  # FLOP/s of dense products in bfloat16
-    share: float  # of the peak, that a whole stage is taken to reach
+    share: float  # share of the peak that a whole stage is assumed to reach
 
     @property
     def rate(self) -> float:
-        """Return the FLOP/s that a stage is taken to reach."""
+        """Return the FLOP/s that a stage is assumed to reach."""
         return self.share * self.peak
 
 
-GPU_MODELS = {  # part of the name that the driver reports
+GPU_MODELS = {  # by a part of the name that the driver reports
     "H100": GpuModel(80e9, 989e12, 0.4),
     "H200": GpuModel(141e9, 989e12, 0.4),
 }
@@ -75,7 +75,7 @@ GPU_MODELS = {  # part of the name that the driver reports
 
 @functools.cache
 def all_gpus() -> tuple[Gpu, ...]:
-    """Return every NVIDIA GPU in the order of nvidia-smi, without creating a CUDA context."""
+    """Return every NVIDIA GPU in nvidia-smi's order, without creating a CUDA context."""
     try:
         pynvml.nvmlInit()
         handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
@@ -103,7 +103,7 @@ def gpu_driver() -> tuple[str, int] | None:
 def visible_gpus() -> list[Gpu]:
     """Return the GPUs that CUDA_VISIBLE_DEVICES names by number or UUID, or all if it is not set.
 
-    Like CUDA, ignores every name after the first that does not exist.
+    Like CUDA, stops at the first name that does not exist.
     """
     gpus = all_gpus()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -136,7 +136,7 @@ def network_file_system(path: Path) -> str | None:
         existing = existing.parent
     existing = existing.resolve()
     mounts = [mount for mount in psutil.disk_partitions(all=True) if existing.is_relative_to(mount.mountpoint)]
-    mount = max(reversed(mounts), key=lambda mount: len(mount.mountpoint), default=None)  # of two, the last is on top
+    mount = max(reversed(mounts), key=lambda mount: len(mount.mountpoint), default=None)  # on a tie the last is on top
     if mount is None or not (mount.fstype in NETWORK_FILE_SYSTEMS or _FUSE_NETWORK.fullmatch(mount.fstype)):
         return None
     return f"{mount.fstype} at {mount.mountpoint}"

@@ -80,7 +80,7 @@ class Lock:
             )
 
     def check_periodically(self) -> None:
-        """Call `check`, but at most every ten seconds: for long work."""
+        """Call `check` at most every ten seconds, for use in long work."""
         if time.monotonic() - self._checked[0] > _CHECK_EVERY_S:
             self._checked[0] = time.monotonic()
             self.check()
@@ -88,12 +88,12 @@ class Lock:
 
 @dataclass(frozen=True)
 class LockWait:
-    """Holds how long to wait for a lock's holder, and what to do meanwhile."""
+    """How long to wait for a lock's holder, and what to do meanwhile."""
 
     limit_s: float = LOCK_LIMIT_S  # then LockTimeoutError is raised
     limit_field: str = ""  # the config field that sets the limit, for the error
     on_wait: Callable[[Holder | None], None] = lambda _holder: None  # called once, if there is a wait
-    check: Callable[[], None] = lambda: None  # called repeatedly during the wait, which ends with what this raises
+    check: Callable[[], None] = lambda: None  # called repeatedly during the wait; its errors end the wait
 
 
 @contextmanager
@@ -105,9 +105,9 @@ def locked(
     There is no unlocking: the lock is released when the last process that has the descriptor closes it or dies. So a
     child that inherits the descriptor keeps the lock as long as it lives.
 
-    run: shown to other processes that wait for this one. shared: others may share the lock, and it excludes only those
-    that want it exclusively. mode: permissions of the file, whatever the umask; by default the group may read it if it
-    may read the folder. Raises LockTimeoutError, and what `wait.check` raises.
+    run: name shown to processes that wait for this one. shared: take a shared lock, which excludes only exclusive
+    ones. mode: permissions of the file, whatever the umask; by default the group may read it if it may read the folder.
+    Raises LockTimeoutError, and any error of `wait.check`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if mode is None:
@@ -124,7 +124,7 @@ def locked(
                     raise _timeout_error(path, wait)
                 wait.check()
                 time.sleep(_POLL_S)
-            if not _is_file_at(fd, path):  # removed during the wait: the lock is another file's
+            if not _is_file_at(fd, path):  # removed during the wait: we locked another file
                 continue
             token, now = "" if shared else secrets.token_hex(8), datetime.now(UTC).isoformat(timespec="seconds")
             _write_holder(fd, Holder(token, platform.node(), os.getpid(), user_name(), run, now))
@@ -193,7 +193,7 @@ def _write_holder(fd: int, holder: Holder) -> None:
 def _parse_holder(note: bytes) -> Holder | None:
     try:
         holder = Holder(**json.loads(note[:_NOTE_BYTES]))
-        str(holder)  # so that whoever shows it later can
+        str(holder)  # fails now, not when it is shown
     except (ValueError, TypeError, OverflowError, RecursionError):
         return None
     return holder

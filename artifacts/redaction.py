@@ -4,8 +4,8 @@ A config is written to manifests, MLflow, Prefect's database and the report, so 
 refused (`find_secrets`). Secrets belong in the environment, which stage processes and servers inherit.
 
 Messages of errors and logs quote text from others, such as a row of a log. They pass through `shown`, which cuts them,
-masks secrets (`redacted`) and escapes control characters (`printable`). Every pattern takes time proportional to the
-length of the text: what it goes through has a limited length, or no second place where it could begin.
+masks secrets (`redacted`) and escapes control characters (`printable`). Every pattern takes time linear in the length
+of the text: the stretch that it scans has a limited length, or only one place where a match can begin.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def redacted(text: str) -> str:
 
 
 def shown(text: str) -> str:
-    """Return a text as errors, logs and screens show it: of `MAX_SHOWN` characters at most, redacted and printable.
+    """Return a text as errors, logs and screens show it: redacted, printable and at most `MAX_SHOWN` characters long.
 
     A longer text loses its middle: a message begins with the place and ends with the remedy. Line breaks stay.
     """
@@ -130,12 +130,12 @@ def shown(text: str) -> str:
 
 
 def shown_traceback(error: BaseException) -> str:
-    """Return the traceback of an error, every entry as `shown`."""
+    """Return the traceback of an error, with every entry `shown`."""
     return "".join(map(shown, traceback.format_exception(error)))
 
 
 def redact_logs() -> None:
-    """Make every log record of this process, including those of libraries, and its traceback `shown`."""
+    """Pass every log record of this process, including those of libraries, and its traceback through `shown`."""
     make = logging.getLogRecordFactory()
     if getattr(make, "redacts", False):
         return
@@ -165,7 +165,7 @@ def _mask_parameter(match: re.Match[str]) -> str:
 
 
 def _environment_secrets() -> list[str]:
-    """Return the values of variables that are named like secrets, longest first: one may contain another."""
+    """Return the values of environment variables named like secrets, longest first: one may contain another."""
     values = {v for k, v in os.environ.items() if len(v) >= _MIN_SECRET_CHARS and is_secret_name(k)}
     return sorted(values, key=len, reverse=True)
 

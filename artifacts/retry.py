@@ -1,4 +1,4 @@
-"""Retries of a call, synchronous or asynchronous, after errors that may pass."""
+"""Retries of a call, synchronous or asynchronous, after transient errors."""
 
 from __future__ import annotations
 

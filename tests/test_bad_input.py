@@ -113,7 +113,7 @@ CONFIG = {
     "a slice that is measured anyway": Bad("slices: `depth` is measured", {"prompts.slices": ["depth"]}),
     "a home that is no address": Bad("Set DRAFTSMITH_HOME", environment={"DRAFTSMITH_HOME": "a?b"}),
     "a home of nobody": Bad("DRAFTSMITH_HOME", environment={"DRAFTSMITH_HOME": "~nobody-at-all/home"}),
-    "name of the line": Bad("'../../etc' is no name of a model line", {"registry": {"name": "../../etc"}}),
+    "name of the line": Bad("'../../etc' is not a name for a model line", {"registry": {"name": "../../etc"}}),
     "a restart in the file": Bad(
         "registry.restart: counts for one command", {"registry": {"name": "a-line", "restart": True}}
     ),

@@ -1,4 +1,4 @@
-"""Base classes of results: records that keep unknown keys, and files that are read and written as they were."""
+"""Base classes of results: records that keep unknown keys, and JSON files of artifacts."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from draftsmith.artifacts.errors import DraftsmithError
 class Record(BaseModel):
     """A JSON object: keys that were not set are not written, and keys of other versions are kept.
 
-    The order of the fields is that of the keys in the file.
+    The keys in the file have the order of the fields.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
     def to_json(self) -> dict[str, Any]:
-        """Return the object as it stands in the file."""
+        """Return the object as the file holds it."""
         return self.model_dump(exclude_unset=True)
 
 

@@ -1,4 +1,4 @@
-"""Which drafter a rollout was served with, `trace.json`, and what champion a refresh adopts, `champion.json`."""
+"""The drafter that served a rollout (`trace.json`), and the champion that a refresh adopts (`champion.json`)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from draftsmith.artifacts.results.base import Record, ResultFile
 
 
 class TraceSource(ResultFile, Record):
-    """The drafter and the settings that the steps of a rollout's trace were served with."""
+    """The drafter and the settings that served the verify steps of a rollout's trace."""
 
     FILE: ClassVar[str] = "trace.json"
 
@@ -23,7 +23,7 @@ class TraceSource(ResultFile, Record):
 
 
 class AdoptedChampion(ResultFile, Record):
-    """The digests of the target that a champion was promoted for, and of today's."""
+    """The digests of the target that a champion was trained for, and of today's."""
 
     FILE: ClassVar[str] = "champion.json"
 

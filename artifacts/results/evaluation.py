@@ -39,12 +39,12 @@ class ConfidenceCalibration(Record):
 
 
 class Acceptance(Record):
-    """Acceptance metrics of one drafter, by replay of held-out answers; tau may be that of served ones."""
+    """Acceptance metrics of one drafter by replay of held-out answers; tau may be of served answers."""
 
     tau: float
     tau_low: float | None = None
     tau_high: float | None = None
-    tau_degrees: float | None = None  # of freedom of its error
+    tau_degrees: float | None = None  # degrees of freedom of its error
     prompts: int = 0
     verify_steps: int = 0
     block_size: int | None = None
@@ -53,11 +53,11 @@ class Acceptance(Record):
     tau_without_loops: float | None = None
     differences: Mapping[str, Difference] = {}
     confidence: ConfidenceCalibration | None = None  # of a drafter with a confidence head, given validation answers
-    tau_replayed: float | None = None  # by replay, where `tau` is that of served answers
+    tau_replayed: float | None = None  # by replay, where `tau` is of served answers
 
 
 class SpeedMetrics(Record):
-    """Speed metrics of one arm at one setting. Decoding without a drafter has none from `speedup` on."""
+    """Speed metrics of one arm at one setting. Decoding without a drafter has no fields from `speedup` on."""
 
     tokens_per_s: float
     turns: int = 0  # timed runs
@@ -103,11 +103,11 @@ class EstimateRecord(Record):
     value: float
     error: float | None  # None: unknown
     units: int
-    degrees: float  # of freedom of the error
+    degrees: float  # degrees of freedom of the error
 
 
 class ArmComparison(Record):
-    """The estimated difference of an arm to another one: of tau, or of the logarithm of the speed."""
+    """The estimated difference between two arms: of tau, or of the logarithm of the speed."""
 
     kind: str  # tau or speed
     arm: str
@@ -116,10 +116,10 @@ class ArmComparison(Record):
     error: float | None
     units: int
     degrees: float
-    set: str | None = None  # of a tau: the slice; None: all prompts
-    base: float | None = None  # of a tau: the other's
-    gain: EstimateRecord | None = None  # of a tau: the difference as a share of the other's
-    temperature: float | None = None  # of a speed
+    set: str | None = None  # for tau: the slice; None: all prompts
+    base: float | None = None  # for tau: the other arm's
+    gain: EstimateRecord | None = None  # for tau: the difference as a share of the other arm's
+    temperature: float | None = None  # for speed
     concurrency: int | None = None
 
 
@@ -133,7 +133,7 @@ class StepTime(Record):
 
 
 class LoadPoint(EstimateRecord):
-    """The speed of an arm at a number of requests in flight, and the logarithm of its ratio to another one's.
+    """The speed of an arm at a number of requests in flight, and the logarithm of its ratio to another arm's speed.
 
     Predicted for the embedded engine, measured on servers.
     """
@@ -141,7 +141,7 @@ class LoadPoint(EstimateRecord):
     arm: str
     other: str
     concurrency: int
-    block_size: int  # the fastest one of the arm; on servers, that it decoded with
+    block_size: int  # the arm's fastest one; on servers, the one that it decoded with
     tokens_per_s: float
 
 
@@ -168,7 +168,7 @@ class SpeedWarning(Record):
     text: str
     temperature: float
     concurrency: int
-    arms: Sequence[str] = ()  # that it concerns; empty: all
+    arms: Sequence[str] = ()  # arms that it concerns; empty: all
 
     def concerns(self, arm: str) -> bool:
         """Return whether the warning is about this arm."""
@@ -211,13 +211,13 @@ class Parity(Record):
 
 
 class TargetDifference(ResultFile, Record):
-    """How the target that servers compute differs from transformers': by settings, and in log-probs of fixed tokens."""
+    """How the served target differs from the one in transformers: settings, and log-probs of fixed tokens."""
 
     FILE: ClassVar[str] = "target-difference.json"
 
-    settings: Sequence[str]  # that differ, as servers report them: `kv_cache_dtype fp8_e4m3`
+    settings: Sequence[str]  # differing settings, as servers report them: `kv_cache_dtype fp8_e4m3`
     tokens: int = 0
-    mean: float | None = None  # of the absolute differences, nats; None: they could not be compared
+    mean: float | None = None  # mean absolute difference, nats; None: log-probs could not be compared
     largest: float | None = None
 
     @property
@@ -227,18 +227,18 @@ class TargetDifference(ResultFile, Record):
         if self.mean is None or self.largest is None:
             return f"{settings}: log-probs could not be compared"
         return (
-            f"{settings}: log-probs of {self.tokens} fixed tokens are {self.mean:.2g} nats from transformers' in the "
-            f"mean, {self.largest:.2g} at most"
+            f"{settings}: log-probs of {self.tokens} fixed tokens are {self.mean:.2g} nats from transformers' on "
+            f"average, {self.largest:.2g} at most"
         )
 
 
 class Look(Record):
-    """Which look at the speeds this is, of how many at most: each adds prompts to those of the earlier ones."""
+    """A look at the speeds: look `number` of at most `of`. Each adds prompts to those of the earlier looks."""
 
     number: int = 1
     of: int = 1
-    prompts: int = 0  # that one look decodes
-    seconds: float = 0.0  # of one look's timed runs
+    prompts: int = 0  # prompts that one look decodes
+    seconds: float = 0.0  # duration of one look's timed runs
 
 
 class EvaluationResult(ResultFile, Record):
@@ -249,7 +249,7 @@ class EvaluationResult(ResultFile, Record):
 
     definition_of_tau: str = ""
     engine: str = ""
-    temperature: float | None = None  # of the first setting, as `concurrency`
+    temperature: float | None = None  # at the first setting, like `concurrency`
     concurrency: int | None = None
     head_tokens: int | None = None
     training_seeds: Mapping[str, int | None] = {}
@@ -262,7 +262,7 @@ class EvaluationResult(ResultFile, Record):
     look: Look = Look()
     machine: Machine = Machine()
     exactness: Exactness = Exactness()
-    target_difference: TargetDifference | None = None  # then tau is that of served answers
+    target_difference: TargetDifference | None = None  # if set, tau is of served answers
     parity: Mapping[str, Parity] | None = None
     heldout_trajectories: int | None = None
     outside_nucleus_share: float | None = None
@@ -274,7 +274,7 @@ class EvaluationResult(ResultFile, Record):
     comparisons: Sequence[ArmComparison] = ()
     validation_tau: Mapping[str, float | None] | None = None
     chosen_on: int | None = None  # validation prompts of `validation_tau`
-    step_times: Sequence[StepTime] = ()  # of the embedded engine alone
+    step_times: Sequence[StepTime] = ()  # only of the embedded engine
     load: Sequence[LoadPoint] = ()
 
     @property
@@ -293,7 +293,7 @@ class EvaluationResult(ResultFile, Record):
 
     @property
     def better_arm(self) -> str | None:
-        """Return the arm with the highest tau on held-out prompts, if the challenger was chosen before it."""
+        """Return the arm with the highest tau on held-out prompts if that is above the challenger's; else None."""
         taus = {arm: self.drafters[arm].tau for arm in self.validation_tau or {} if arm in self.drafters}
         best = max((arm for arm in taus if arm != CHAMPION), key=taus.__getitem__, default=None)
         return best if best is not None and taus[best] > self.drafters[self.challenger].tau else None
@@ -305,15 +305,15 @@ class EvaluationResult(ResultFile, Record):
 
     def compared(self, kind: str, arm: str, other: str) -> list[ArmComparison]:
         """Return the comparisons of two arms: of tau by slice, or of speed by setting."""
-        return [each for each in self.comparisons if (each.kind, each.arm, each.other) == (kind, arm, other)]
+        return [pair for pair in self.comparisons if (pair.kind, pair.arm, pair.other) == (kind, arm, other)]
 
     def load_curve(self, arm: str, other: str = PLAIN) -> list[LoadPoint]:
-        """Return the speeds of an arm over another one, fewest requests in flight first."""
-        return [each for each in self.load if (each.arm, each.other) == (arm, other)]
+        """Return the speeds of an arm relative to another one, fewest requests in flight first."""
+        return [point for point in self.load if (point.arm, point.other) == (arm, other)]
 
     @property
     def load_is_measured(self) -> bool:
-        """Return whether `load` comes from timed runs of servers, and not from the times of single steps."""
+        """Return whether `load` comes from timed runs of servers, not from the times of single steps."""
         return not self.step_times
 
     def schedule(self, arm: str) -> list[list[int]]:
@@ -321,8 +321,8 @@ class EvaluationResult(ResultFile, Record):
 
         Empty unless speeds were predicted at several numbers, and the arm is faster than no drafter at one of them.
 
-        proposals: of the arm's fastest block size there, never 0: with it vLLM's throughput collapses
-        (vllm-project/vllm#49548), so a schedule cannot turn drafting off where that would be faster.
+        proposals: those of the arm's fastest block size in the range. They are never 0, since vLLM's throughput
+        collapses with it (vllm-project/vllm#49548). So a schedule cannot turn drafting off where that would be faster.
         """
         ranges: list[list[int]] = []
         curve = [] if self.load_is_measured else self.load_curve(arm)  # servers are timed with one block size
@@ -340,37 +340,37 @@ class EvaluationResult(ResultFile, Record):
     def step_costs(self, arm: str) -> tuple[dict[int, float], dict[int, float]]:
         """Return the seconds of drafting by requests in flight, and of verifying by tokens of all requests together.
 
-        Empty unless steps were timed. Drafting is what a step takes longer than the target alone with as many tokens.
+        Empty unless steps were timed. Drafting time is a step's time minus the target's alone for as many tokens.
         """
-        ms = {(each.arm, each.concurrency, each.block_size): each.ms for each in self.step_times}
+        ms = {(step.arm, step.concurrency, step.block_size): step.ms for step in self.step_times}
         verifying: dict[int, list[float]] = {}
-        for each in self.step_times:
-            if each.arm == PLAIN:
-                verifying.setdefault(each.concurrency * each.block_size, []).append(each.ms / 1e3)
+        for step in self.step_times:
+            if step.arm == PLAIN:
+                verifying.setdefault(step.concurrency * step.block_size, []).append(step.ms / 1e3)
         widest = {n: width for name, n, width in sorted(ms) if name == arm and (PLAIN, n, width) in ms}
         drafting = {n: round((ms[arm, n, width] - ms[PLAIN, n, width]) / 1e3, 6) for n, width in widest.items()}
         return drafting, {tokens: round(fmean(verifying[tokens]), 6) for tokens in sorted(verifying)}
 
     def slices(self, challenger: str) -> list[ArmComparison]:
         """Return the comparisons of tau with the champion on each slice."""
-        return [each for each in self.compared("tau", challenger, CHAMPION) if each.set is not None]
+        return [pair for pair in self.compared("tau", challenger, CHAMPION) if pair.set is not None]
 
     def warnings_about(
         self, temperature: float | None, concurrency: int | None, arms: Collection[str], kinds: Collection[str]
     ) -> list[str]:
         """Return the texts of the warnings of these kinds about any of these arms at a setting."""
         return [
-            each.text
-            for each in self.speed_warnings
-            if each.kind in kinds
-            and (each.temperature, each.concurrency) == (temperature, concurrency)
-            and any(map(each.concerns, arms))
+            warning.text
+            for warning in self.speed_warnings
+            if warning.kind in kinds
+            and (warning.temperature, warning.concurrency) == (temperature, concurrency)
+            and any(map(warning.concerns, arms))
         ]
 
     def is_unreliable(self, arm: str) -> bool:
         """Return whether there is a warning about the speed of an arm at the first setting."""
         first = self.temperature, self.concurrency
-        return any((each.temperature, each.concurrency) == first and each.concerns(arm) for each in self.speed_warnings)
+        return any((w.temperature, w.concurrency) == first and w.concerns(arm) for w in self.speed_warnings)
 
 
 class ContextStep(Record):
@@ -379,7 +379,7 @@ class ContextStep(Record):
     accepted: str
     rejected: str  # the proposal that the target did not choose
     dropped: str  # proposals after it
-    chosen: str  # by the target; empty where the answer ends
+    chosen: str  # the target's choice; empty where the answer ends
 
 
 class AnswerContext(Record):
@@ -389,11 +389,11 @@ class AnswerContext(Record):
     tau: float
     set: str
     trajectory_id: str
-    position: int  # of the first token, in the answer
+    position: int  # position of the first step in the answer
     before: str
     steps: Sequence[ContextStep]
     after: str
-    slice: str | None = None  # that it is one of the worst of; None: of all answers
+    slice: str | None = None  # slice in which it is among the worst; None: all answers
 
 
 class Contexts(ResultFile, RootModel[dict[str, list[AnswerContext]]]):
@@ -403,7 +403,7 @@ class Contexts(ResultFile, RootModel[dict[str, list[AnswerContext]]]):
     INDENT: ClassVar[int] = 1
 
 
-ALL = "all"  # prompts, beside the single slices
+ALL = "all"  # all prompts, next to the single slices
 
 
 class DriftResult(ResultFile, RootModel[dict[str, SetMetrics]]):
@@ -418,11 +418,11 @@ class DriftResult(ResultFile, RootModel[dict[str, SetMetrics]]):
 
 
 class ReplayChange(Record):
-    """A change of replay, and its distance from the served steps."""
+    """A change to replay, and how far the replayed steps then are from the served ones."""
 
     cause: str
     change: str = ""
-    mismatch: float = 0.0  # share of verify steps that differ; without recorded steps, of their number
+    mismatch: float = 0.0  # share of verify steps that differ; without recorded steps, difference of their counts
     tau: float = 0.0
 
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from draftsmith.artifacts.results.base import Record, ResultFile
 
 LOAD_RULES = ("speed at your load", "speed-up at your load")  # over the champion, and over decoding without a drafter
-THE_CHAMPION = "the champion"  # in a sentence: its version is the line's, and not of what was measured
+THE_CHAMPION = "the champion"  # in a sentence; `with_version` replaces it, since the version belongs to the line
 
 
 class RuleResult(Record):
@@ -17,13 +17,13 @@ class RuleResult(Record):
     name: str
     passed: bool
     text: str  # with metrics and threshold
-    # value, end: of its interval, wanted: the threshold
+    # value; end of its interval; wanted: the threshold
     metrics: Mapping[str, int | float | None] = {}
-    conclusive: bool = True  # False: nothing measured is for it or against it
+    conclusive: bool = True  # False: the measurements neither support nor contradict it
 
     @property
     def broken(self) -> bool:
-        """Return whether what was measured is against the rule."""
+        """Return whether the measurements contradict the rule."""
         return self.conclusive and not self.passed
 
     @property
@@ -46,12 +46,12 @@ class GateDecision(ResultFile, Record):
 
     @property
     def failed(self) -> list[RuleResult]:
-        """Return the rules that are not passed."""
+        """Return the rules that did not pass."""
         return [rule for rule in self.rules if not rule.passed]
 
     @property
     def at_load(self) -> RuleResult | None:
-        """Return the rule on the speed at the team's load that has metrics: over the champion if there is one."""
+        """Return the rule on speed at the team's load that has metrics: if there are two, the one over the champion."""
         rules = {rule.name: rule for rule in self.rules if "tokens_per_s" in rule.metrics}
         return next((rules[name] for name in LOAD_RULES if name in rules), None)
 

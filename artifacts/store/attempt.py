@@ -1,4 +1,4 @@
-"""An attempt at an artifact: the right to make it, its folders, and a note that says who makes it and how far.
+"""An attempt at an artifact: the right to make it, its folders, and a note of who makes it and how far it is.
 
 The note is a file in the attempt's folder, and is deleted with it when the artifact is complete. A killed process
 leaves its note there, so only the lock of the key shows whether the attempt is running.
@@ -32,12 +32,12 @@ from draftsmith.artifacts.store.manifest import (
 )
 
 NOTE = "attempt.json"
-_EVERY_S = 2.0  # between two writes of the progress
+_EVERY_S = 2.0  # shortest time between two writes of the progress
 
 
 @dataclass(frozen=True)
 class AttemptNote:
-    """Who makes an artifact, and how far. Moments are seconds since the epoch."""
+    """Who makes an artifact, and how far it is. Times are in seconds since the epoch."""
 
     run: str
     node: str
@@ -45,7 +45,7 @@ class AttemptNote:
     pid: int  # of the command or the flow run, not of the stage's own process
     user: str
     since: float
-    at: float  # of the progress, or of the error
+    at: float  # time of the progress, or of the error
     done: int = 0
     total: int = 0
     unit: str = ""
@@ -65,7 +65,7 @@ class AttemptNote:
 class Attempt:
     """The exclusive right to make one artifact, as long as its lock lasts. Its folders persist between attempts.
 
-    It writes its note, which never raises: a full disk may be what ends the attempt.
+    Writing the note never raises: a full disk may be what ends the attempt.
     """
 
     def __init__(
@@ -82,8 +82,8 @@ class Attempt:
     ) -> None:
         """Begin an attempt in folder `partial`.
 
-        complete: of the store. run, node: for the note. forced: id of a forced attempt, kept when it is continued: its
-        shards are made again only once.
+        complete: the store's method that commits. run, node: for the note. forced: id of a forced attempt, kept when it
+        is continued, so that its shards are made again only once.
         """
         self.stage, self.key, self.lock, self.forced = stage, key, lock, forced
         self.out = partial / "out"  # becomes the artifact
@@ -100,7 +100,7 @@ class Attempt:
             self._write()
 
     def waiting(self, reason: str) -> None:
-        """Note what the attempt waits for; an empty text: it has begun."""
+        """Note what the attempt waits for; an empty text means that it has begun."""
         self._note = replace(self._note, waits=reason)
         self._write()
 
@@ -117,8 +117,8 @@ class Attempt:
     def commit(self, made_from: PendingManifest) -> Artifact:
         """Turn `out` into the artifact: flush its files, write its manifest last, then rename it.
 
-        made_from: with metrics and duration. If this fails midway (a full disk), the next claim of this key finishes
-        the commit. Raises LockLostError if the lock was taken over meanwhile.
+        made_from: the pending manifest, with metrics and duration. If this fails midway (a full disk), the next claim
+        of this key finishes the commit. Raises LockLostError if the lock was taken over meanwhile.
         """
         self.lock.check()
         with disk_errors(f"completing {self.stage}"):

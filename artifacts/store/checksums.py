@@ -1,4 +1,4 @@
-"""A cache of file checksums: a file is hashed once until it is touched."""
+"""A cache of file checksums: a file is hashed again only if it was touched, or after a week."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.store.manifest import sha256_file
 
 FOLDER = "checksums"  # folder in the home
-MAX_AGE_S = 7 * 24 * 3600.0  # then a file is hashed again: bit rot changes no file times
-_CLOCK_RESOLUTION_S = 2.0  # coarsest of file systems: a file changed so recently may change again unnoticed
+MAX_AGE_S = 7 * 24 * 3600.0  # after this a file is hashed again: bit rot changes no file times
+_CLOCK_RESOLUTION_S = 2.0  # of the coarsest file systems: a file changed since then may change again unnoticed
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class CachedChecksum:
 
 
 class Checksums:
-    """The sha256 of files, cached in a folder of the home with one small file each: its own checksum, and JSON.
+    """The sha256 of files, cached in a folder of the home. Each small cache file holds its own checksum, and JSON.
 
-    Where the cache cannot be written, files are hashed every time.
+    If the cache cannot be written, files are hashed every time.
     """
 
     def __init__(self, home: Path) -> None:
@@ -52,7 +52,7 @@ class Checksums:
         return self.checksum(path).sha256
 
     def checksum(self, path: Path) -> CachedChecksum:
-        """Return the file's record, hashing it if need be. Raises DraftsmithError if it is written to meanwhile."""
+        """Return the file's record, hashing it if need be. Raises DraftsmithError if the file changes meanwhile."""
         path = path.absolute()
         cached, before, at = self._lookup(path), path.stat(), time.time()
         if cached is not None:
@@ -62,7 +62,7 @@ class Checksums:
             str(path), before.st_size, before.st_mtime_ns, before.st_ctime_ns, before.st_ino, digest, at
         )
         if not now.matches(path.stat()):
-            raise DraftsmithError(f"{path}: another process is writing to it. Give a copy that does not change.")
+            raise DraftsmithError(f"{path}: another process is writing to it. Use a copy that does not change.")
         if at - before.st_ctime_ns / 1e9 > _CLOCK_RESOLUTION_S:
             self._remember(now)
         return now
@@ -70,8 +70,8 @@ class Checksums:
     def cached(self, path: Path) -> CachedChecksum | None:
         """Return the file's last record, even if the file was touched since; None if there is none."""
         try:
-            own, _, text = self._file(path.absolute()).read_text().partition("\n")
-            record = CachedChecksum(**json.loads(text if own == _sha256(text) else ""))
+            checksum, _, text = self._file(path.absolute()).read_text().partition("\n")
+            record = CachedChecksum(**json.loads(text if checksum == _sha256(text) else ""))
         except (OSError, ValueError, TypeError):
             return None
         return record if record.path == str(path.absolute()) else None
@@ -81,7 +81,7 @@ class Checksums:
         return sum(path.stat().st_size for path in paths if self._lookup(path.absolute()) is None)
 
     def _lookup(self, path: Path) -> CachedChecksum | None:
-        """Return the file's record, if the file was not touched since and the record is recent."""
+        """Return the file's record if the file was not touched since and the record is recent, else None."""
         record = self.cached(path)
         valid = record is not None and record.matches(path.stat()) and 0 <= time.time() - record.at < MAX_AGE_S
         return record if valid else None

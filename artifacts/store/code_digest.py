@@ -84,7 +84,7 @@ def _with_parents(name: str) -> list[str]:
 
 @lru_cache(maxsize=1024)
 def _source(text: str, package: str, path: Path) -> _Source:
-    """Parse a module's text, with a cache beside Python's compiled modules: parsing 200 modules takes seconds."""
+    """Parse a module's text, with a cache next to Python's compiled modules: parsing 200 modules takes seconds."""
     try:
         cache_file = Path(importlib.util.cache_from_source(str(path))).with_suffix(".draftsmith.json")
     except NotImplementedError:  # this Python writes no compiled files
@@ -103,7 +103,7 @@ def _source(text: str, package: str, path: Path) -> _Source:
 
 @cache
 def _parser_version() -> str:
-    """Return what parsing depends on besides the source: Python's version and the text of this module."""
+    """Return the version of the parser: Python's version and the text of this module."""
     return f"{platform.python_version()} {Path(__file__).read_text(encoding='utf-8')}"
 
 
@@ -129,9 +129,9 @@ class _BareSource(ast.NodeTransformer):
         return node
 
     def visit_Import(self, node: ast.Import) -> ast.AST | None:
-        own = [alias for alias in node.names if alias.name.partition(".")[0] == PACKAGE]
-        self.imports += [(alias.name, f"import as {alias.asname}") for alias in own]
-        node.names = [alias for alias in node.names if alias not in own]
+        project = [alias for alias in node.names if alias.name.partition(".")[0] == PACKAGE]
+        self.imports += [(alias.name, f"import as {alias.asname}") for alias in project]
+        node.names = [alias for alias in node.names if alias not in project]
         return node if node.names else None
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.AST | None:
@@ -141,7 +141,7 @@ class _BareSource(ast.NodeTransformer):
             base = ".".join([*parents, base] if base else parents)
         if base.partition(".")[0] != PACKAGE:
             return node
-        for alias in node.names:  # each is a name in a module, or a module in a package
+        for alias in node.names:  # a name in a module, or a module in a package
             imported = alias.name if alias.asname is None else f"{alias.name} as {alias.asname}"
             self.imports += [(base, imported), (f"{base}.{alias.name}", f"module as {alias.asname or alias.name}")]
         return None

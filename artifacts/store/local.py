@@ -109,14 +109,14 @@ class Store:
     def folders(self, made: Mapping[str, Artifact]) -> Mapping[str, Path]:
         """Return the folders of artifacts by node. Looking one up makes its files available under it.
 
-        `items` does not: a folder may hold the manifest alone.
+        `items` does not: a folder may hold only the manifest.
         """
         return _Folders(self, made)
 
     def localize(self, folder: Path) -> Path:
-        """Return where this home has a folder that a run, maybe on another host or before a move, had at this path.
+        """Return this home's path of an artifact's folder that a run, maybe on another host or before a move, recorded.
 
-        folder: of an artifact, or in one.
+        folder: an artifact's folder, or a folder in one.
         """
         for path in (folder, folder.parent):
             here = self.path(path.parent.name, path.name)
@@ -125,7 +125,7 @@ class Store:
         return folder
 
     def list(self) -> list[Manifest]:
-        """Return the manifests of all complete artifacts, oldest first, without unreadable ones, which are logged."""
+        """Return the manifests of all complete artifacts, oldest first. Unreadable ones are only logged."""
         manifests = []
         for folder in sorted(self.root.glob("[!.]*/[!.]*/")):
             try:
@@ -135,7 +135,7 @@ class Store:
         return sorted(manifests, key=lambda manifest: manifest.created_at)
 
     def resolve(self, text: str) -> Artifact:
-        """Return the one artifact of `text`: a stage, a prefix of a key or content id, `stage/key`, a path or URI."""
+        """Return the artifact that `text` names: a stage, prefix of a key or content id, `stage/key`, path or URI."""
         path = file_path(text) if text.startswith("file://") else Path(text).expanduser()
         if path.is_dir() and (path / MANIFEST).is_file():
             return Artifact(path.resolve(), read_manifest(path))
@@ -191,11 +191,11 @@ class Store:
         return manifest.files
 
     def _repair(self, ref: Artifact, name: str, what: str, *, read: bool = False) -> None:  # noqa: ARG002
-        """Raise DraftsmithError: this store has no other copy of a damaged file. what: what is wrong with it."""
+        """Raise DraftsmithError: this store has no other copy of a damaged file. what: the damage, for the error."""
         raise damaged(ref.path / name, ref.stage, what)
 
     def _quarantine_dependents(self, ref: Artifact, path: Path, last_intact: CachedChecksum | None) -> None:
-        """Quarantine what was made from an artifact after its damaged file `path` was last intact."""
+        """Quarantine the artifacts that were made from `ref` after its damaged file `path` was last intact."""
         intact_until = ref.manifest.created_at
         if last_intact is not None:
             stat = path.stat()
@@ -208,7 +208,7 @@ class Store:
                 log.warning("%s was made from %s, which is damaged. It is %s.", folder, path, self._quarantine(folder))
 
     def _quarantine(self, folder: Path) -> str:
-        """Rename an artifact's folder so that it is none any more; return what was done, for the log."""
+        """Rename an artifact's folder so that it no longer counts as one; return a phrase about it for the log."""
         renamed = folder.with_name(f"{REPLACED}{folder.name}-{time.time_ns()}")
         folder.rename(renamed)
         return f"renamed to {renamed.name}"
@@ -221,10 +221,10 @@ class Store:
     ) -> Iterator[Attempt | Artifact]:
         """Take the key's lock and yield an `Attempt`, or the artifact if another run has completed it.
 
-        Commits what an earlier attempt made but could not commit. The kernel releases the lock of a dead process.
+        Commits the output of an earlier attempt whose commit failed. The kernel releases the lock of a dead process.
 
-        force: make the artifact again although it is complete. It does not continue an attempt without `force`, but
-        does continue an earlier forced one, and logs where that is. run, wait: as in `locked`. node: for the note.
+        force: make the artifact again even if it is complete. A forced attempt continues only an earlier forced one,
+        and logs its folder. run, wait: as in `locked`. node: for the note.
         """
         with ExitStack() as stack:
             with disk_errors(f"claiming {stage}"):
@@ -278,7 +278,7 @@ class Store:
         if final.exists():
             replaced = final.with_name(f"{REPLACED}{final.name}-{time.time_ns()}")
             final.rename(replaced)
-            os.utime(replaced)  # `draftsmith prune` reads here when it was replaced
+            os.utime(replaced)  # `draftsmith prune` reads the time of the replacement here
         (partial / "out").rename(final)
         for folder in (final.parent, self.root, self.root.parent):  # these too may be new
             fsync(folder)
@@ -343,7 +343,7 @@ class _Folders(Mapping[str, Path]):
 
 
 def _holds_other_content(folder: Path, content: str) -> bool:
-    """Return whether a replaced artifact is readable and others may have been made from its content: then it stays."""
+    """Return whether a replaced artifact is readable and has other content, from which others may have been made."""
     try:
         return read_manifest(folder).content_id != content
     except DraftsmithError:

@@ -29,7 +29,7 @@ SHARD = ".shard"  # suffix of the stage name of shards
 # unreachable bucket), the next claim commits without running the stage again.
 PENDING = "pending.json"
 _PENDING_BYTES = 1 << 16  # reserved when the attempt begins, so that a full disk cannot prevent the write at its end
-_MIN_PREFIX = 4  # characters of a key or content id that identify an artifact
+_MIN_PREFIX = 4  # fewest characters of a key or content id that can name an artifact
 _CHECKSUM = "checksum"  # field: checksum of the manifest itself
 VERSIONS = "versions.json"  # file of an artifact: versions of programs outside this environment that made it
 _PACKAGES = (
@@ -45,7 +45,7 @@ class _Frozen(BaseModel):
 class FileEntry(_Frozen):
     sha256: Digest
     bytes: int
-    volatile: bool  # differs between identical runs (timings), so it is no part of the content id
+    volatile: bool  # differs between identical runs (timings), so it is not part of the content id
 
 
 class InputEntry(_Frozen):
@@ -218,7 +218,7 @@ def write_versions(folder: Path, **programs: str) -> None:
 def package_versions(folder: Path | None = None) -> dict[str, str]:
     """Return the versions of packages that can change a result, and those that the stage wrote in `folder`.
 
-    Imports none of them. Versions are no part of a key: most updates change no result, but all would invalidate it.
+    Imports none of them. Versions are not part of a key: most updates change no result, but all would invalidate it.
     """
     installed = {"python": platform.python_version(), "machine": platform.machine()}
     for name in _PACKAGES:
@@ -238,12 +238,12 @@ def remedy(stage: str) -> str:
 
 
 def damaged(where: Path | str, stage: str, what: str) -> DraftsmithError:
-    """Return the error that names a file, what is wrong with it, and the remedy."""
+    """Return the error that names a file, the damage and the remedy."""
     return DraftsmithError(f"{where}: {what}. {remedy(stage)}")
 
 
 class PendingManifest(Manifest):
-    """A manifest-to-be: what an artifact is made from, and its files once they are complete, without checksums."""
+    """A manifest-to-be: what an artifact is made from and, once its files are complete, their sizes."""
 
     schema_version: int = SCHEMA_VERSION
     content_id: str = ""
@@ -286,7 +286,7 @@ def read_pending(path: Path) -> PendingManifest | None:
 
 
 def find_named(text: str, manifests: Sequence[Manifest], where: str) -> Manifest:
-    """Return the one manifest that `text` identifies among those in `where`. Raises DraftsmithError otherwise."""
+    """Return the one manifest that `text` identifies. Raises DraftsmithError for none or several, naming `where`."""
     matches = [manifest for manifest in manifests if _matches(text, manifest)]
     if len(matches) == 1:
         return matches[0]

@@ -51,7 +51,7 @@ Result = TypeVar("Result")
 class Bucket:
     """Objects under an address such as `s3://bucket/prefix`, with forward slashes in their names.
 
-    Credentials come from the environment, in the way of fsspec's package for the protocol, never from the address.
+    Credentials come from the environment, as fsspec's package for the protocol reads them, never from the address.
     Raises DraftsmithError for an unusable address, RetryableError if the object store cannot be reached.
     """
 
@@ -59,7 +59,7 @@ class Bucket:
         """Open the object store behind an address. field: name of the setting, for errors."""
         self.address, self._field = address.rstrip("/"), field
         if "://" not in address:
-            raise DraftsmithError(f"{field}: {address} is no address. Give one such as s3://bucket/prefix.")
+            raise DraftsmithError(f"{field}: {address} is not an address. Use one such as s3://bucket/prefix.")
         if (secret := describe_secret(address)) is not None:
             raise DraftsmithError(
                 f"{field}: {address} is {secret}. Remove it, and set the credentials in the environment (for S3 "
@@ -88,7 +88,7 @@ class Bucket:
         return self.read_all([name]).get(name)
 
     def read_all(self, names: Iterable[str]) -> dict[str, bytes]:
-        """Return the content of those objects that exist, by name."""
+        """Return the content of the existing ones of these objects, by name."""
         paths = {self._path(name): name for name in names}
 
         def cat() -> dict[str, bytes]:
@@ -146,7 +146,7 @@ class Bucket:
         again = retry_on(Exception, give_up=give_up)
         try:
             return again(act)()
-        except Exception as error:  # depends on the package: no credentials, no such bucket, no network
+        except Exception as error:  # its class depends on the package: no credentials, no such bucket, no network
             if _is_local_disk_error(error):
                 raise
             if isinstance(error, FileNotFoundError) and doing == _WRITE:
@@ -277,7 +277,7 @@ class MirroredStore(Store):
 
     @contextmanager
     def _fetching(self, ref: Artifact) -> Iterator[None]:
-        """Hold the lock under which one process of this home at a time writes an artifact's copy."""
+        """Hold the lock that lets one process of this home at a time write an artifact's copy."""
         lock = self.root / ref.stage / f".lock-fetch-{ref.key[:SHORT]}"
         with (
             disk_errors(f"fetching {ref.stage}"),
@@ -297,7 +297,7 @@ class MirroredStore(Store):
             raise damaged(self._bucket.address_of(source), manifest.stage, what)
 
     def _adopt_manifest(self, manifest: Manifest) -> None:
-        """Create an artifact's folder with this manifest. Renames one of other content, which may be in use."""
+        """Create an artifact's folder with this manifest. Renames a folder of other content, which may be in use."""
         folder = self.path(manifest.stage, manifest.key)
         with suppress(DraftsmithError):
             local = read_manifest(folder)
@@ -328,7 +328,7 @@ class MirroredStore(Store):
         return super()._install(manifest)
 
     def _push(self, manifest: Manifest, folder: Path, *, again: bool = False) -> None:
-        """Upload the files, then the manifest. again: upload also files that are in the bucket already."""
+        """Upload the files, then the manifest. again: also upload files that are in the bucket already."""
         target = _files_folder(manifest)
         uploaded = {} if again else self._bucket.sizes(target)
         for name, entry in manifest.files.items():

@@ -1,8 +1,8 @@
 """What `draftsmith prune` may remove from a home: leftovers, and unused complete artifacts.
 
-Leftovers are old unfinished attempts and shards, replaced artifacts, copies of drafters that MLflow has, and logs. A
-complete artifact is unused if no run has used it for long, no model line names it, and nothing that stays was made from
-it.
+Leftovers are old unfinished attempts and shards, replaced artifacts, copies of drafters from MLflow, and logs. A
+complete artifact is unused if no run has used it for a long time, no model line names it, and nothing that stays was
+made from it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ REPLACED_ARTIFACT = "replaced artifact"
 
 @dataclass(frozen=True)
 class Leftover:
-    """A folder or file that may be removed if it was not touched for long."""
+    """A folder or file that may be removed if it was not touched for a long time."""
 
     kind: str
     path: Path
@@ -41,7 +41,7 @@ class Leftover:
     node_folder: Path | None = None  # for a shard: the folder of its node's stage, whose attempts may use it
 
     def remove(self) -> bool:
-        """Delete it, unless a run uses it by now; return whether it was deleted."""
+        """Delete it, unless a run now uses it; return whether it was deleted."""
         with disk_errors(f"removing {self.path}"):
             if self.node_folder is not None and _attempts(self.node_folder):
                 return False
@@ -56,7 +56,7 @@ class Leftover:
 
     @property
     def content(self) -> str | None:
-        """Return the content id of the artifact that it was; None if it was none or its manifest is unreadable."""
+        """Return its content id if it was an artifact and its manifest is readable, else None."""
         try:
             return read_manifest(self.path).content_id if (self.path / MANIFEST).is_file() else None
         except DraftsmithError:
@@ -80,7 +80,7 @@ def leftovers(home: Path, before: float) -> list[Leftover]:
             candidates.append(_describe("shard", folder, folder.with_name(f".lock-{folder.name}"), node))
     candidates += [_describe("copy of an uploaded drafter", folder) for folder in (home / UPLOADED).glob("*/")]
     candidates += [_describe(REPLACED_ARTIFACT, folder) for folder in root.glob(f"*/{REPLACED}*")]
-    return sorted((each for each in candidates if each.touched < before), key=lambda each: -each.bytes)
+    return sorted((leftover for leftover in candidates if leftover.touched < before), key=lambda old: -old.bytes)
 
 
 def _attempts(stage: Path) -> bool:
@@ -109,7 +109,7 @@ def artifacts_in_use(
     limit_s: float = LOCK_LIMIT_S,
     check: Callable[[], None] = lambda: None,
 ) -> Iterator[None]:
-    """Keep prune from removing artifacts during the body; waits for one that is running, as `locked` does."""
+    """Keep prune from removing artifacts during the body; waits for a running prune, as `locked` does."""
     with ExitStack() as stack, disk_errors("taking artifacts into use:"):
         wait = LockWait(limit_s, "", lambda holder: say(f"waiting while artifacts are removed ({holder})"), check)
         stack.enter_context(locked(home / _LOCK, run, wait, shared=True))
@@ -120,7 +120,7 @@ def artifacts_in_use(
 
 @contextmanager
 def exclusive_for_prune(home: Path) -> Iterator[None]:
-    """Hold the exclusive lock of prune. Raises DraftsmithError while a run is alive, which may read artifacts."""
+    """Hold the exclusive lock of prune. Raises DraftsmithError while a run that may read artifacts is alive."""
     with ExitStack() as stack:
         run_locks = [*(home / "refreshes").glob(".lock-*"), *(home / "store").glob("*/.lock-*")]
         try:
@@ -143,7 +143,7 @@ class UnusedArtifact(Leftover):
     """A complete artifact; `touched` is when a run last made or used it."""
 
     def remove(self) -> bool:
-        """Delete it, unless a run holds it. If this is killed midway, it is a replaced artifact, not a damaged one."""
+        """Delete it, unless a run holds it. A kill midway leaves a replaced artifact, not a damaged one."""
         assert self.lock is not None
         with disk_errors(f"removing {self.path}"):
             if is_locked(self.lock):
@@ -159,8 +159,8 @@ class UnusedArtifact(Leftover):
 def unused_artifacts(root: Path, before: float, needed: Collection[str]) -> list[UnusedArtifact]:
     """Return the artifacts in a store that were last used before a time and that nothing needs, largest first.
 
-    An artifact that stays keeps all that it was made from, including files in the store that its config names by path.
-    A folder whose manifest cannot be read stays too.
+    An artifact that stays keeps everything it was made from, including files in the store that its config names by
+    path. A folder whose manifest cannot be read stays too.
 
     root: resolved folder of the store. before: seconds since the epoch; a run touches the manifest of what it reuses.
     needed: content ids of artifacts that stay whatever their age.
@@ -178,7 +178,7 @@ def unused_artifacts(root: Path, before: float, needed: Collection[str]) -> list
         stays |= new
         to_follow += [(root.joinpath(*ref), artifacts[ref]) for ref in new]
     unused = [_unused(root, ref, artifacts[ref], last_use[ref]) for ref in artifacts.keys() - stays]
-    return sorted(unused, key=lambda each: -each.bytes)
+    return sorted(unused, key=lambda artifact: -artifact.bytes)
 
 
 def _artifacts(root: Path) -> Iterator[tuple[ShortRef, Manifest]]:

@@ -130,7 +130,7 @@ def has_current_version(path: Path, schema: TableSchema) -> bool:
 def open_table(path: Path, schema: TableSchema) -> pq.ParquetFile:
     """Open a table of exactly this schema and version. Raises DraftsmithError; wrap reads in `table_errors`."""
     if path.is_dir():
-        raise DraftsmithError(f"{path}: is a folder. Give one Parquet file of {schema.name}.")
+        raise DraftsmithError(f"{path}: is a folder. Name one Parquet file of {schema.name}.")
     with table_errors(path, schema.name):
         file = pq.ParquetFile(path, page_checksum_verification=True)
         _check_schema(path, schema, file.schema_arrow)
@@ -146,7 +146,7 @@ def table_errors(path: Path, table: str = "it") -> Iterator[None]:
         raise DraftsmithError(f"{path}: no such file. Run the stage that writes {table} again.") from None
     except PermissionError as error:
         raise DraftsmithError(f"{path}: permission denied. Make it readable.") from error
-    except (pa.ArrowException, OSError, EOFError, UnicodeDecodeError) as error:  # the last for a column name
+    except (pa.ArrowException, OSError, EOFError, UnicodeDecodeError) as error:  # the last one for a column's name
         raise DraftsmithError(
             f"{path}: not a complete Parquet file (truncated, damaged or of another format). Restore it, or make it "
             "again: add `--force` and the name of its stage to the command."
@@ -212,7 +212,7 @@ def _check_schema(path: Path, schema: TableSchema, actual: pa.Schema) -> None:
     name = metadata.get(b"draftsmith.table", b"").decode()
     if name != schema.name:
         what = f"is a table of {name}" if name else "was not written by Draftsmith"
-        raise DraftsmithError(f"{path}: {what}, but {schema.name} is expected. Give the right artifact in the config.")
+        raise DraftsmithError(f"{path}: {what}, but {schema.name} is expected. Name the right artifact in the config.")
     version = metadata.get(b"draftsmith.version", b"?").decode()
     if version != str(schema.version):
         raise DraftsmithError(
@@ -230,8 +230,8 @@ log = logging.getLogger(__name__)
 class TableShards:
     """Tables in numbered shards, `FOLDER/TABLE/shard-00000.parquet`; a number stands for one shard of each table.
 
-    The shard of the last table is written last and completes the number; an incomplete number is overwritten. If any
-    shard is damaged, all of its number are renamed, with a log line, and their rows are made again.
+    The shard of the last table is written last and completes the number; an incomplete number is overwritten. If a
+    shard is damaged, all shards of its number are renamed, with a log line, and their rows are made again.
     """
 
     def __init__(
@@ -243,8 +243,8 @@ class TableShards:
     ) -> None:
         """Find the complete shards in a folder.
 
-        schemas: of the tables, in the order in which they are written.
-        checked: by table, the columns that are read for damage; None: all. `drop_damaged` reads the others.
+        schemas: table -> schema, in the order in which tables are written.
+        checked: table -> columns that are read to find damage; None: all. `drop_damaged` reads the others.
         """
         self.folder, self.schemas, self._group_bytes = folder, dict(schemas), group_bytes
         last = [int(path.stem.removeprefix("shard-")) for path in shard_paths(folder / list(schemas)[-1])]
@@ -289,14 +289,14 @@ class TableShards:
 
 
 class BufferedShards(TableShards):
-    """Shards of few large files: added rows wait in memory. Use it in a `with` statement, whose end writes the rest."""
+    """Few large shards: added rows wait in memory. Use it in a `with` statement, whose end writes the rest."""
 
-    LONGEST_WAIT_S: ClassVar[float] = 30.0  # a kill loses no more
+    LONGEST_WAIT_S: ClassVar[float] = 30.0  # a kill loses no more than the rows of this time
 
     def __init__(
         self, folder: Path, schemas: Mapping[str, TableSchema], group_bytes: int = GROUP_BYTES, *, most: int
     ) -> None:
-        """Find the complete shards in a folder. most: size of the additions that wait."""
+        """Find the complete shards in a folder. most: total size of additions at which they are written."""
         super().__init__(folder, schemas, group_bytes)
         self._most, self._size, self._since = most, 0, 0.0
         self._waiting: list[Mapping[str, Rows]] = []
@@ -310,7 +310,7 @@ class BufferedShards(TableShards):
         self.flush()
 
     def add(self, rows: Mapping[str, Rows], size: int) -> None:
-        """Add rows of each table, which are on disk once much waits, or after a while. size: in the unit of `most`."""
+        """Add rows of each table, written after `most` or `LONGEST_WAIT_S` is reached. size: in the unit of `most`."""
         if not self._waiting:
             self._since = time.monotonic()
         self._waiting.append(rows)

@@ -40,7 +40,7 @@ class RowReader:
             groups += range(len(rows))
             counts += rows
         self._files, self._groups = np.array(files, dtype=np.int64), np.array(groups, dtype=np.int64)
-        # the first row of each row group, and the number of all rows
+        # the first row of each row group, and the total number of rows
         self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         self._open: OrderedDict[int, pq.ParquetFile] = OrderedDict()
         self._decoded: OrderedDict[tuple[int, tuple[str, ...]], pa.Table] = OrderedDict()
@@ -122,10 +122,10 @@ _KEY = "trajectory_id"  # column of the keys
 
 
 class KeyedRows:
-    """Reads the rows of each of N keys, which are contiguous; if attempts wrote a key several times, the last counts.
+    """Reads the rows of N keys. A key's rows are contiguous; if attempts wrote a key several times, the last counts.
 
-    Holds 16 bytes per key in memory. The rows of a key begin where the column `counter` is 0; without one a key has one
-    row.
+    Holds 16 bytes per key in memory. The rows of a key begin where the column `counter` is 0; without a counter a key
+    has one row.
     """
 
     def __init__(self, reader: RowReader, keys: pa.Array, counter: str | None = "step"):
@@ -141,10 +141,10 @@ class KeyedRows:
         starts = np.concatenate(begins)
         stops = np.append(starts[1:], row)
         index = pc.fill_null(pc.index_in(pa.chunked_array(names), value_set=keys), -1).to_numpy()
-        wanted = index >= 0
+        known = index >= 0
         self.starts, self.stops = np.zeros((2, len(keys)), dtype=np.int64)
         # for a key that occurs twice the last assignment counts
-        self.starts[index[wanted]], self.stops[index[wanted]] = starts[wanted], stops[wanted]
+        self.starts[index[known]], self.stops[index[known]] = starts[known], stops[known]
 
     def exclude(self, keys: np.ndarray) -> None:
         """Drop the rows of some keys. keys: [N] bool."""

@@ -39,14 +39,14 @@ PROMPTS = _table(
     token_ids=_IDS,  # after the chat template
 )
 
-LABELS = _table(  # beside the prompts, if section prompts names slices
+LABELS = _table(  # next to the prompts, if section prompts names slices
     "labels",
     1,
     prompt_id=pa.string(),
     labels=pa.list_(pa.string()),  # FIELD:VALUE, such as language:de
 )
 
-QUESTIONS = _table(  # beside the prompts, if some of them begin conversations
+QUESTIONS = _table(  # next to the prompts, if some of them begin conversations
     "questions",
     1,
     prompt_id=pa.string(),
@@ -111,7 +111,7 @@ VERIFY_STEPS = _table(
     best_logprob=pa.float32(),  # of the target's most likely token at the rejection; NaN if nothing was rejected
 )
 
-EVALUATED = _table(  # one row per replayed answer, beside the shards of mined steps
+EVALUATED = _table(  # one row per replayed answer, next to the shards of mined steps
     "evaluated",
     2,
     trajectory_id=pa.string(),
@@ -123,17 +123,17 @@ REPLAYED = _table(  # traces of an unfinished replay, a row for each trajectory 
     "replayed",
     2,
     nullable=("expected", "confidence"),
-    index=pa.int64(),  # of the trajectory in the set
+    index=pa.int64(),  # index of the trajectory in the set
     drafter=pa.string(),
     length=pa.int64(),
-    proposals=pa.int64(),  # of a block
+    proposals=pa.int64(),  # proposals of a block
     evaluated_blocks=pa.int64(),
     outside_nucleus=pa.int64(),
     anchors=_IDS,
     accepted=_IDS,
     proposed=_IDS,  # of all steps
     expected=pa.list_(pa.float64()),
-    confidence=pa.list_(pa.float32()),  # as `proposed`; null where it was not asked for
+    confidence=pa.list_(pa.float32()),  # same order as `proposed`; null where it was not asked for
 )
 
 REQUESTS = _table(  # one row per request of an evaluation

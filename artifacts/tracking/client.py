@@ -24,12 +24,12 @@ _timeout_lock = threading.Lock()
 
 
 def configure() -> None:
-    """Set MLflow's environment variables that are not set. Call this before mlflow is imported.
+    """Set MLflow's environment variables, unless they are set. Call this before mlflow is imported.
 
     Time-outs are short, since a stage waits for the requests: a silent server fails within a minute.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # of each run that ends, with the password
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # URL of each ended run, with the password
     os.environ.setdefault(_TIMEOUT, "15")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 
@@ -38,8 +38,8 @@ def configure() -> None:
 def weights_timeout() -> Iterator[None]:
     """Raise the time-out of requests in the body, for uploads and downloads of weights.
 
-    The time-out belongs to the process: a lock serializes users of this function, and requests of other threads have
-    the long time-out too meanwhile.
+    The time-out belongs to the process. So a lock serializes users of this function, and meanwhile requests of other
+    threads have the long time-out too.
     """
     with _timeout_lock:
         before = os.environ.get(_TIMEOUT)

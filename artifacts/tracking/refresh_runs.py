@@ -1,8 +1,8 @@
 """Refreshes in MLflow: their runs, which are opened with the first stage or found again, and the drafters they compare.
 
-Drafters are MLflow's logged models, with metrics by data set and links from registered versions. One is identified by
-the checksum of its weights: this week's champion is the `opd` of an earlier refresh, and gets the metrics of every
-comparison that it was in.
+A drafter is a logged model of MLflow, with metrics by data set and links from registered versions. The checksum of its
+weights identifies it: this week's champion is the `opd` of an earlier refresh, and gets the metrics of every comparison
+that it was in.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _MADE = "made."  # prefix of a refresh's params: the artifact of each node
 OUTCOME = "outcome"  # tag: the outcome of a refresh
 VERSION = "version"  # tag: the version that it made, such as `my-line@3`
 REUSED = "reused"  # tag: how often a finished refresh was run again without new artifacts, and when last
-CONTINUE = "To continue:"  # in the description of a refresh that did not finish, before a command
+CONTINUE = "To continue:"  # before the command, in the description of a refresh that did not finish
 # Tag of an experiment: the table of its runs that MLflow shows at `…/runs?viewStateShareKey=headlines`.
 _VIEW = "mlflow.sharedViewState.headlines"
 _IS_REFRESH = f"tags.{STAGE} = 'refresh'"
@@ -61,7 +61,7 @@ def artifact_params(artifacts: Mapping[str, Artifact]) -> dict[str, str]:
 def artifact_folders(tracking: Tracking, name: str, node: str) -> dict[str, str]:
     """Return node -> folder of the artifacts of a refresh; empty if there is no such refresh.
 
-    name: the run's id, or its name or that of its config, which stand for the last such refresh that made `node`.
+    name: the run's id, or the name of a run or a config. A name stands for the last such refresh that made `node`.
     """
     if (run := _find_refresh(tracking, name, node)) is None:
         return {}
@@ -84,11 +84,11 @@ def fetch_page(tracking: Tracking, name: str, node: str, page: str, folder: Path
 def _find_refresh(tracking: Tracking, name: str, node: str) -> Run | None:
     client, _ = tracking.connect()
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    chosen = [_is(field, name) for field in (f"tags.{CONFIG}", "attributes.run_name")]
+    conditions = [_is(field, name) for field in (f"tags.{CONFIG}", "attributes.run_name")]
     if re.fullmatch("[0-9a-f]{32}", name):
-        chosen = [_is("attributes.run_id", name)]
-    for each in chosen:
-        for run in client.search_runs(experiments, f"{each} and {_IS_REFRESH}", max_results=100):
+        conditions = [_is("attributes.run_id", name)]
+    for condition in conditions:
+        for run in client.search_runs(experiments, f"{condition} and {_IS_REFRESH}", max_results=100):
             if f"{_MADE}{node}" in run.data.params:
                 return run
     return None
@@ -105,11 +105,11 @@ class LastRefresh:
 
     at: str  # ISO 8601, UTC
     outcome: str  # the tag's, or failed, killed or running
-    text: str  # why; of one that did not finish, with the command that continues
+    text: str  # why; if it did not finish, with the command that continues it
 
 
 def last_refresh(tracking: Tracking) -> LastRefresh | None:
-    """Return the refresh that ended or began last, without those that ended before they came to an outcome.
+    """Return the refresh that ended or began last. Those that finished without an outcome do not count.
 
     Nothing is written: an experiment that does not exist is not created.
     """
@@ -119,7 +119,7 @@ def last_refresh(tracking: Tracking) -> LastRefresh | None:
     newest = ["attributes.start_time DESC"]
     runs = client.search_runs([experiment.experiment_id], _IS_REFRESH, max_results=100, order_by=newest)
     ended = [_ending(run, tracking) for run in runs if OUTCOME in run.data.tags or run.info.status != "FINISHED"]
-    return max(ended, key=lambda each: each.at, default=None)
+    return max(ended, key=lambda refresh: refresh.at, default=None)
 
 
 def _ending(run: Run, tracking: Tracking) -> LastRefresh:
@@ -171,7 +171,7 @@ def close_dead_runs(tracking: Tracking, store: Store) -> list[str]:
 
 
 def _is_ours(run: Run) -> bool:
-    """Return whether a run has the tags of ours, whose values become parts of paths."""
+    """Return whether a run has our tags, with values that can be parts of paths."""
     tags = run.data.tags
     try:
         plain_name(tags.get(STAGE))
@@ -210,10 +210,10 @@ class RefreshRun:
     """The MLflow run of one flow run, alive as long as this process. Stages that run concurrently open it once."""
 
     def __init__(self, tracking: Tracking, name: str, params: Mapping[str, Any], data: Collection[str] = ()) -> None:
-        """Begin none yet. params: the config. data: nodes whose artifacts are the run's data sets."""
+        """Begin no run yet. params: the config. data: nodes whose artifacts are the run's data sets."""
         self._tracking, self._name, self._params, self._data = tracking, name, params, data
         self._id: str | None = None
-        self._building = False  # a stage was built, so that no earlier run has the same artifacts
+        self._building = False  # a stage was built, so no earlier run has the same artifacts
         self._earlier: str | None = None  # the finished run that has the same artifacts
         self._opening, self._alive, self._files = threading.Lock(), ExitStack(), list[Path]()
 
@@ -223,17 +223,17 @@ class RefreshRun:
         return self._open()
 
     def find_or_open(self, artifacts: Mapping[str, Artifact]) -> str | None:
-        """Return the id of this run, or of the earlier one that has the very same artifacts.
+        """Return the id of this run, or of an earlier one that has exactly the same artifacts.
 
         Returns None if MLflow failed: the next call tries again.
         """
         if not self._building and self._id is None and self._earlier is None:
-            wanted = artifact_params(artifacts).items()
+            made = artifact_params(artifacts).items()
             finished = f"{_is(f'tags.{CONFIG}', self._name)} and {_IS_REFRESH} and attributes.status = 'FINISHED'"
             with self._tracking.best_effort():
                 client, experiment = self._tracking.connect()
                 runs = client.search_runs([experiment], finished, max_results=100)
-                self._earlier = next((run.info.run_id for run in runs if wanted <= run.data.params.items()), None)
+                self._earlier = next((run.info.run_id for run in runs if made <= run.data.params.items()), None)
         return self._earlier or self._open()
 
     def _open(self) -> str | None:
@@ -262,7 +262,7 @@ class RefreshRun:
         name: str | None = None,
         concluded: bool = False,
     ) -> None:
-        """End the run under a new name. One that failed before its first stage was built leaves none in MLflow.
+        """End the run under a new name. A refresh that failed before its first stage was built has none in MLflow.
 
         files: the report. tags: its outcome. An earlier run with the same artifacts is only tagged as reused, unless it
         ended without a conclusion (`--until`) and this one is `concluded`.

@@ -1,10 +1,10 @@
-"""Model lines in MLflow's model registry: versions that point to artifacts, and which of them serves.
+"""Model lines in MLflow's model registry: versions that point to artifacts, and the one that serves.
 
 A line is a registered model. A version is one drafter: its source is the artifact in the store, and its tags describe
 it, its target and its metrics (`version_record` has most of them). The alias `champion` is the version that serves,
 `previous` the champion before it, and `challenger` the last version that was compared with the champion. Each event of
-a line (promotion, rollback, drift check) is a tag of the registered model. Unlike the runs, nothing here ignores
-failures of MLflow: a promotion that is not recorded did not happen.
+a line (promotion, rollback, drift check) is a tag of the registered model. Unlike in runs, a failure of MLflow is an
+error here: a promotion that is not recorded did not happen.
 
 A home also records in which MLflow servers it registered versions: only together they know which artifacts are needed.
 """
@@ -108,13 +108,13 @@ class Version:
 
     @property
     def uploaded(self) -> str:
-        """Return where MLflow's artifact store has the drafter (`runs:/ID/drafter`); empty if not uploaded."""
+        """Return the drafter's address in MLflow's artifact store (`runs:/ID/drafter`); empty if not uploaded."""
         addresses = self.tags.get("uploaded", "").split()
         return addresses[0] if len(addresses) == 1 else ""  # several: adapters and their base, of an earlier release
 
     @property
     def waits(self) -> bool:
-        """Return whether the gate passed it and it has not been promoted yet, as it is to be approved."""
+        """Return whether the gate passed it and its promotion still waits for approval."""
         return self.tags.get("outcome") == "promoted" and "promoted_at" not in self.tags
 
     def metrics(self) -> dict[str, dict[str, Any]]:
@@ -200,7 +200,7 @@ class Registry:
         return set(self._content_ids().values())
 
     def needed_content_ids(self) -> set[str]:
-        """Return the content ids of all versions named by an alias or the last event: the current and the previous."""
+        """Return the content ids of all versions that an alias or the last event names: current and previous ones."""
         with self._client() as client:
             models = paginate(client.search_registered_models)
             named = {(model.name, number) for model in models for number in _named_versions(model)}
@@ -232,7 +232,7 @@ class Registry:
         return version
 
     def names(self) -> list[str]:
-        """Return the names of all lines. A registered model of others may have a name that no line can have."""
+        """Return the names of all lines, without registered models whose names no line can have."""
         names = []
         with self._client() as client:
             for model in paginate(client.search_registered_models):
@@ -304,12 +304,12 @@ class Registry:
             from mlflow.exceptions import MlflowException  # here: importing mlflow takes seconds
 
             try:
-                found = client.list_artifacts(run_id, name)
+                files = client.list_artifacts(run_id, name)
             except MlflowException as error:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
-                found = []
-            if not found:
+                files = []
+            if not files:
                 raise DraftsmithError(
                     f"{version}: MLflow no longer has {version.uploaded}. Restore that run, mount the store, or "
                     "promote another version."
@@ -327,13 +327,13 @@ class Registry:
     ) -> None:
         """Make a version the champion, and the champion `previous`.
 
-        MLflow may fail between two requests, so the event comes first and `previous` last: the same call again, or
-        `complete_promotion`, continues. In one home a lock serializes promotions. Homes elsewhere do not see it, so the
+        MLflow may fail between two requests, so the event is written first and `previous` last: the same call again, or
+        `complete_promotion`, continues. In one home a lock serializes promotions. Other homes do not see it, so the
         alias is compared again before it is moved, and `_settle` finds out afterwards whose promotion counts.
 
-        expected: the champion that the decision was made against. Raises ChampionMovedError if another one serves by
-        now: of two concurrent promotions, one has to decide again. why: the reason. what: the kind of event.
-        tags: of the version, written only if the promotion goes ahead.
+        expected: the champion that the decision was made against. Raises ChampionMovedError if another one serves now:
+        of two concurrent promotions, one has to decide again. why: the reason. what: the kind of event.
+        tags: tags of the version, written only if the promotion goes ahead.
         """
         self._tracking.require_writable()
         line, number = version.line, version.number
@@ -370,13 +370,13 @@ class Registry:
                 client.set_registered_model_alias(line, PREVIOUS, str(since))
 
     def _settle(self, client: MlflowClient, version: Version, since: int | None, name: str) -> None:
-        """Return when this promotion counts, whose event is `name`; raise ChampionMovedError if another home's does.
+        """Return once the promotion with event `name` counts; raise ChampionMovedError if another home's counts.
 
-        MLflow cannot compare and set, so two homes may both find the champion that they expect, and both move the
-        alias. The last one to move it wins. Each wrote its event before it compared, so the first one to move the alias
-        sees the other's event, and waits until the other has moved the alias too or has withdrawn its event. An event
-        that stays for `_RIVAL_S` is of a killed process and is removed; if that lives after all, it finds its event
-        gone and puts the alias back.
+        MLflow has no compare-and-set, so two homes may both find the champion that they expect, and both move the
+        alias. The last one to move it wins. Both write their event before they compare, so the first one to move the
+        alias sees the other's event, and waits until the other has moved the alias too or has withdrawn its event. An
+        event that stays for `_RIVAL_S` belongs to a killed process and is removed. If that process lives after all, it
+        finds its event gone and puts the alias back.
         """
         line, number, give_up = version.line, version.number, time.monotonic() + _RIVAL_S
         while True:
@@ -413,7 +413,7 @@ class Registry:
         return [name for name, event in same.items() if event.version in ended and ended[event.version] < event.at]
 
     def _check_champion(self, model: Any, version: Version, expected: int | None, *, resumed: bool = False) -> None:
-        """Raise ChampionMovedError if another version serves than expected; if `resumed`, `version` may serve."""
+        """Raise ChampionMovedError if a version other than `expected` serves; if `resumed`, `version` may serve."""
         champion = _champion(model)
         if champion != expected and not (resumed and champion == version.number):
             raise ChampionMovedError(
@@ -468,8 +468,8 @@ class Registry:
     def _content_ids(self) -> dict[tuple[str, int], str]:
         """Return (line, version) -> content id."""
         with self._client() as client:
-            found = {(each.name, int(each.version)): _tags(each) for each in paginate(client.search_model_versions)}
-        return {version: tags["content_id"] for version, tags in found.items() if "content_id" in tags}
+            versions = {(v.name, int(v.version)): _tags(v) for v in paginate(client.search_model_versions)}
+        return {version: tags["content_id"] for version, tags in versions.items() if "content_id" in tags}
 
     def _tag(self, client: MlflowClient, line: str, number: int, tags: Mapping[str, str]) -> None:
         known = client.get_model_version(line, str(number)).tags.get(f"{_TAG}{_RECORD}", "")
@@ -493,7 +493,7 @@ class Registry:
         reason = first_line(error)
         if getattr(error, "error_code", None) == "INVALID_PARAMETER_VALUE":
             return DraftsmithError(f"MLflow's model registry refused this: {reason}. Correct the name or the value.")
-        if (disk_error := find_disk_error(error)) is not None:  # not any OSError: those of connections are OSErrors too
+        if (disk_error := find_disk_error(error)) is not None:  # not any OSError: connection errors are OSErrors too
             return from_os_error(disk_error, "MLflow's model registry:")
         if not self._tracking.is_default or any(text in reason for text in (LOCKED, *_PERMANENT)):
             permanent = (
@@ -539,21 +539,21 @@ def _with_record(tags: Mapping[str, str], known: str = "") -> dict[str, str]:
     return shown | ({_RECORD: json.dumps(json.loads(known or "{}") | record)} if record else {})
 
 
-def _tags(found: Any) -> dict[str, str]:
-    """Return the tags of MLflow's model version without their prefix, those in the record among them."""
-    tags = {name.removeprefix(_TAG): value for name, value in found.tags.items() if name.startswith(_TAG)}
-    where = f"{found.name} version {found.version}: tag {_TAG}{_RECORD}"
+def _tags(entry: Any) -> dict[str, str]:
+    """Return the tags of an MLflow model version without their prefix, including those in the record."""
+    tags = {name.removeprefix(_TAG): value for name, value in entry.tags.items() if name.startswith(_TAG)}
+    where = f"{entry.name} version {entry.version}: tag {_TAG}{_RECORD}"
     record = _parsed_json(tags.pop(_RECORD, "") or "{}", where)
     if not isinstance(record, dict) or not all(isinstance(value, str) for value in record.values()):
         raise DraftsmithError(f"{where}: not a JSON object of texts. {_CORRECT}.")
     return tags | record
 
 
-def _version(found: Any) -> Version:
-    """Convert MLflow's model version to a `Version`. Raises DraftsmithError for a tag that cannot be what we wrote."""
-    line = line_name(found.name, where="a registered model")
-    number = version_number(found.version, where=f"{line}: a version")
-    tags = _tags(found)
+def _version(entry: Any) -> Version:
+    """Convert an MLflow model version to a `Version`. Raises DraftsmithError for a tag that we cannot have written."""
+    line = line_name(entry.name, where="a registered model")
+    number = version_number(entry.version, where=f"{line}: a version")
+    tags = _tags(entry)
     where = f"{line} version {number}: tag {_TAG}"
     for name, parse in _PARSERS.items():
         if value := tags.get(name):
@@ -561,10 +561,10 @@ def _version(found: Any) -> Version:
     for address in tags.get("uploaded", "").split():
         upload_address(address, where=f"{where}uploaded")
     stage, key, content_id = (tags.pop(name, "") for name in _IDENTITY)
-    created = datetime.fromtimestamp(found.creation_timestamp / 1000, UTC).isoformat(timespec="seconds")
-    source = str(found.source).replace("draftsmith-store:", "file://")
-    run = run_id(found.run_id, where=f"{line} version {number}: run") if found.run_id else ""
-    return Version(line, number, source, stage, key, content_id, tags, tuple(found.aliases), created, run)
+    created = datetime.fromtimestamp(entry.creation_timestamp / 1000, UTC).isoformat(timespec="seconds")
+    source = str(entry.source).replace("draftsmith-store:", "file://")
+    run = run_id(entry.run_id, where=f"{line} version {number}: run") if entry.run_id else ""
+    return Version(line, number, source, stage, key, content_id, tags, tuple(entry.aliases), created, run)
 
 
 def _champion(model: Any) -> int | None:
@@ -581,11 +581,11 @@ def _events(model: Any) -> dict[str, LineEvent]:
 
 def _checks(model: Any) -> list[tuple[str, list[Any]]]:
     """Return the drift checks of a registered model by tag, with its place for errors, oldest first."""
-    found = []
+    by_tag = []
     for name in sorted(name for name in (() if model is None else model.tags) if name.startswith(_DRIFT)):
         checks = _parsed_json(model.tags[name], where := f"{model.name}: tag {name}")
-        found.append((where, checks if isinstance(checks, list) else [checks]))  # of earlier releases: a single one
-    return found
+        by_tag.append((where, checks if isinstance(checks, list) else [checks]))  # earlier releases wrote a single one
+    return by_tag
 
 
 def _next_index(events: Mapping[str, LineEvent]) -> int:
@@ -644,7 +644,7 @@ def describe_other_trackers(tracking: Tracking) -> str | None:
 
 
 def describe_wrong_tracker(tracking: Tracking) -> str | None:
-    """Return where this home registered versions, and the remedy, if none was in this MLflow."""
+    """Return where this home registered its versions, and the remedy, if this MLflow has none of them; else None."""
     noted, here = _noted_trackers(tracking), _tracker_name(tracking)
     if not noted or here in noted:
         return None

@@ -65,7 +65,7 @@ class Tracking:
         """Choose server and experiment without connecting. `MLFLOW_EXPERIMENT_NAME` overrides `experiment`."""
         self.folder = folder.resolve()
         self.experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME") or experiment or EXPERIMENT
-        self.line = experiment  # of a model line; None: the common one
+        self.line = experiment  # the model line with this experiment; None: the common experiment
         self.default_uri = f"sqlite:///{self.folder / 'mlflow.db'}"
         self.uri = os.environ.get("MLFLOW_TRACKING_URI") or self.default_uri
         self.is_default = self.uri == self.default_uri  # the home's own database, used by nobody else
@@ -79,11 +79,11 @@ class Tracking:
 
     @property
     def ui_command(self) -> str:
-        """Return the command, or the address, to look at the runs."""
+        """Return the command, or the address, that shows the runs."""
         return f"mlflow ui --backend-store-uri {self.public_uri}" if _is_db(self.uri) else self.public_uri
 
     def link(self, run_id: str | None) -> str:
-        """Return a Markdown link to a run's page; empty if MLflow is no server, or does not answer."""
+        """Return a Markdown link to a run's page; empty if MLflow is not a server, or does not answer."""
         if run_id is not None and self.uri.startswith(_HTTP):
             with self.best_effort():
                 experiment = self.connect()[0].get_run(run_id).info.experiment_id
@@ -106,7 +106,7 @@ class Tracking:
             raise (RetryableError if retryable else DraftsmithError)(self.unusable_message(error)) from error
 
     def unusable_message(self, error: Exception) -> str:
-        """Return the message that MLflow cannot be used: the cause and the remedy."""
+        """Return the message for an MLflow that cannot be used: cause, then remedy."""
         reason = first_line(error)
         if is_permission_error(error):
             return (
@@ -141,9 +141,9 @@ class Tracking:
     ) -> StageRun:
         """Start the nested run of a stage, or resume the unfinished one of the same key. Needs the key's lock.
 
-        It has curves of training; its config and final metrics are in `manifest.json`, among its files.
+        The run has curves of training; config and final metrics are in its file `manifest.json`.
 
-        name: of the run, by default the stage's. inputs: its data sets.
+        name: the run's name, by default the stage's. inputs: its data sets.
         """
         run = StageRun(self)
         with self.best_effort(run):
@@ -176,7 +176,7 @@ class Tracking:
             check_database_disk(database, "MLflow's database", advice)
 
     def is_local_run(self, run: Run) -> bool:
-        """Return whether a run is of this home and machine: locks do not cover processes elsewhere."""
+        """Return whether a run belongs to this home and machine: locks do not cover processes elsewhere."""
         return bool(run.data.tags.get(HOME) == self._home)
 
     @property

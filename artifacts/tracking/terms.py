@@ -53,7 +53,7 @@ def sanitize_key(name: str) -> str:
 def source_tags() -> dict[str, str]:
     """Return MLflow's own tags for user, command and commit.
 
-    The commit is that of this package's checkout, or else of the repository in the working directory, if any.
+    The commit is from this package's checkout, else from the repository in the working directory, if any.
     """
     from mlflow.utils.git_utils import get_git_commit  # here: importing mlflow takes seconds
 
@@ -75,13 +75,13 @@ def escape_markdown(text: str) -> str:
 
 
 def flatten(config: Mapping[str, object]) -> dict[str, str]:
-    """Return a config as MLflow params: SECTION.FIELD, or whole sections if more than `MOST_PARAMS` fields.
+    """Return a config as MLflow params: SECTION.FIELD, or whole sections if it has more than `MOST_PARAMS` fields.
 
-    What is nested deeper is JSON, and long values are cut to MLflow's limit.
+    Deeper values are JSON, and long ones are cut to MLflow's limit.
     """
     fields: dict[str, object] = {}
     for section, value in config.items():
-        inner = {f"{section}.{name}": each for name, each in value.items()} if isinstance(value, Mapping) else None
+        inner = {f"{section}.{name}": field for name, field in value.items()} if isinstance(value, Mapping) else None
         fields |= {section: value} if inner is None else inner
     flat: dict[str, str] = {}
     for name, value in (fields if len(fields) <= MOST_PARAMS else config).items():
@@ -188,19 +188,19 @@ def _table(folder: Path) -> tuple[int | None, list[dict[str, object]]]:
 
 
 def _name(node: str, folder: Path, rows: int, created_at: str) -> str:
-    """Return what a table has, how much and from when.
+    """Return a data set's name: its node, what and how many its rows are, and its time.
 
     `heldout: 36 answers, 1 Dec`, `logs: 228 answers, week of 24 Nov`, or `prompts: 192 train, 4 validation, 36 heldout
     (gsm_symbolic + 2), 1 Dec`.
     """
     logs, prompts = LogsSummary.read_if_there(folder), PromptsSummary.read_if_there(folder)
     when = (logs.window.text if logs is not None else "") or day(datetime.fromisoformat(created_at))
-    many = f"{rows} {'answers' if (folder / 'trajectories.parquet').is_file() else 'rows'}"
+    amount = f"{rows} {'answers' if (folder / 'trajectories.parquet').is_file() else 'rows'}"
     if prompts is not None and prompts.counts:
         counts, splits = prompts.counts, Counter[str]()
         for by_split in counts.values():
             splits.update(by_split)
         first = max(counts, key=lambda source: sum(counts[source].values()))
         others = f" + {len(counts) - 1}" if len(counts) > 1 else ""
-        many = f"{', '.join(f'{splits[name]} {name}' for name in _SPLITS if splits[name])} ({first}{others})"
-    return f"{node}: {many}, {when}"
+        amount = f"{', '.join(f'{splits[name]} {name}' for name in _SPLITS if splits[name])} ({first}{others})"
+    return f"{node}: {amount}, {when}"

@@ -41,7 +41,7 @@ class PromptCandidate:
 
     @property
     def text_hash(self) -> str:
-        """Return 16 digits of sha256 over roles and texts that equal prompts share, ignoring white space."""
+        """Return 16 digits that equal prompts share: of the sha256 of roles and texts, ignoring white space."""
         plain = [(message["role"], " ".join(message["content"].split())) for message in self.messages]
         return hashlib.sha256(json.dumps(plain, ensure_ascii=False).encode()).hexdigest()[:16]
 
@@ -63,7 +63,7 @@ def render_prompt(tokenizer: Any, messages: list[Message], where: str, template_
 def token_ids(tokenizer: Any, messages: list[Message], where: str, template_kwargs: TemplateKwargs) -> list[int]:
     """Return the token ids up to the beginning of the answer; without a chat template, those of plain text.
 
-    where: as of `render_prompt`, which raises DraftsmithError.
+    where: same as in `render_prompt`, which raises DraftsmithError.
     """
     if not tokenizer.chat_template:
         return list(tokenizer("\n\n".join(message["content"] for message in messages))["input_ids"])
@@ -81,11 +81,11 @@ def text_after_answer(tokenizer: Any, template_kwargs: TemplateKwargs) -> str:
 class TemplateInverter:
     """Splits a decoded prompt at the text that the template puts around the turns of a user and an assistant.
 
-    A log of token ids alone has no messages, but its prompts must still be recognised as held out. Text before the
-    first turn (a system prompt, a date) is left out, as in the hash, and so is the generation prompt after the last
-    turn, which may differ from the text before an answer in a conversation. If the template cannot be inverted (tool
-    turns, a system prompt inside the user's turn), the decoded text is one message: it still falls into one class in
-    every refresh, but not into the class of the same prompt as messages.
+    A log that has only token ids has no messages, but its prompts must still be recognised as held out. Text before the
+    first turn (a system prompt, a date) is dropped, as in the hash. So is the generation prompt after the last turn,
+    which may differ from the text before an answer in a conversation. If the template cannot be inverted (tool turns, a
+    system prompt inside the user's turn), the decoded text is one message: it has the same class in every refresh, but
+    not always the class that the same prompt has as messages.
     """
 
     def __init__(self, tokenizer: Any, template_kwargs: TemplateKwargs):
@@ -102,7 +102,7 @@ class TemplateInverter:
             before, rest = text(_TURNS).split(_FIRST)
             self._answer, rest = rest.split(_ANSWER)
             self._next, end = rest.split(_SECOND)
-        except (DraftsmithError, ValueError):  # it refuses the conversation, or leaves turns out
+        except (DraftsmithError, ValueError):  # it refuses the conversation, or drops turns
             return
         self._open = commonprefix([before[::-1], self._next[::-1]])[::-1]  # noqa: RUF071 (of texts)
         with suppress(DraftsmithError, ValueError):
@@ -127,6 +127,6 @@ class TemplateInverter:
         turns = [{"role": "user", "content": pieces[0]}]
         for mark, content in zip(pieces[1::2], pieces[2::2], strict=True):
             turns.append({"role": "assistant" if mark == self._answer else "user", "content": content})
-        while turns[-1]["role"] == "assistant":  # left out as in `row_messages`
+        while turns[-1]["role"] == "assistant":  # dropped, same as in `row_messages`
             turns.pop()
         return turns

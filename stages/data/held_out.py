@@ -1,8 +1,8 @@
 """The held-out class of prompts, decided by a hash of the prompt, so that no refresh trains on another's test prompts.
 
-The hash places a prompt in [0, 1) by its text alone (`heldout_by: conversation`: by the user's first message, without a
-source's `suffix`). Below `heldout_share` it may serve as held-out or validation prompt and is never trained on; above,
-the other way round. A larger share contains a smaller one. Raising the share takes prompts out of training. Lowering it
+The hash places a prompt in [0, 1) by its text only (`heldout_by: conversation`: by the user's first message, without a
+source's `suffix`). Below `heldout_share` it may be a held-out or validation prompt and is never trained on; above, it
+is the other way round. A larger share contains a smaller one. Raising it takes prompts out of training. Lowering it
 would train on prompts that may have served as test prompts, so a model line refuses that (`flows/refresh/champion.py`).
 """
 
@@ -24,16 +24,16 @@ from draftsmith.artifacts.tables.schemas import LOGS_SET, PROMPTS
 from draftsmith.stages.data.row_formats import Message
 from draftsmith.stages.runtime.statistics import Unit
 
-HELDOUT_SHARE = 0.1  # of all prompts, unless a config sets it
+HELDOUT_SHARE = 0.1  # default share of all prompts
 HeldOutBy: TypeAlias = Literal["prompt", "conversation"]
 
 
 def prompt_identity(messages: Sequence[Message], by: HeldOutBy = "prompt") -> bytes:
     """Return 16 bytes that equal prompts share, ignoring system prompt and white space but not case.
 
-    by: `conversation`: all prompts that begin with the same user message share them.
+    by: with `conversation`, all prompts that begin with the same user message share them.
     """
-    texts = [(each["role"], " ".join(each["content"].split())) for each in messages if each["role"] != "system"]
+    texts = [(turn["role"], " ".join(turn["content"].split())) for turn in messages if turn["role"] != "system"]
     if by == "conversation":
         texts = [text for text in texts if text[0] == "user"][:1]
     text = json.dumps(texts, ensure_ascii=True)  # escapes a lone surrogate, which UTF-8 cannot encode
@@ -41,7 +41,7 @@ def prompt_identity(messages: Sequence[Message], by: HeldOutBy = "prompt") -> by
 
 
 def hash_fraction(identity: bytes) -> float:
-    """Return the place of a prompt with this identity in [0, 1)."""
+    """Return the place in [0, 1) of a prompt with this identity."""
     return int.from_bytes(identity[:8], "big") / 2**64
 
 
@@ -92,12 +92,12 @@ def independent_units(prompts: Path, prompt_ids: Sequence[str]) -> list[Unit]:
     for batch in RowReader(prompts / "prompts.parquet", PROMPTS).row_groups(columns + ["messages"] * whole):
         for row in batch.filter(pc.not_equal(batch["split"], "train")).to_pylist():
             name = row["prompt_id"]
-            if whole and any(message["role"] == "user" for message in row["messages"]):  # else it is not known
+            if whole and any(message["role"] == "user" for message in row["messages"]):  # else it is unknown
                 name = prompt_identity(row["messages"], "conversation").hex()
             names[row["prompt_id"]] = name
             sets.setdefault(name, row["source"])
-    found = [names.get(prompt_id, prompt_id) for prompt_id in prompt_ids]
-    return [Unit(sets.get(name, LOGS_SET), name) for name in found]
+    units = [names.get(prompt_id, prompt_id) for prompt_id in prompt_ids]
+    return [Unit(sets.get(name, LOGS_SET), name) for name in units]
 
 
 def _class(prompts: Path) -> tuple[float, HeldOutBy]:

@@ -17,10 +17,11 @@ from draftsmith.stages.runtime.stage import InputListing
 
 
 def list_files(paths: Sequence[str], field: str, windows: Iterable[str | None]) -> InputListing | None:
-    """Return the files there now, and where the windows begin now; None if they are the same in every run.
+    """Return the files that exist now, and when the windows begin now; None if both are the same in every run.
 
-    paths: files, folders, patterns and addresses. field: the config field that names them, for errors. windows: such as
-    7d. Raises DraftsmithError for a pattern that matches nothing, RetryableError for a bucket that does not answer.
+    paths: files, folders, patterns and addresses. field: the config field that names them, for errors. windows: texts
+    such as 7d. Raises DraftsmithError for a pattern that matches nothing, RetryableError for a bucket that does not
+    answer.
     """
     relative = sorted({window for window in windows if window is not None and is_relative(window)})
     if not relative and not any(_may_change(path) for path in paths):

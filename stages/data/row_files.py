@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError, one_line
 from draftsmith.artifacts.redaction import MAX_SHOWN
 
-KINDS = ".jsonl, .ndjson or .json with an object a line, also with .gz or .zst, or .parquet"
+KINDS = ".jsonl, .ndjson or .json with one object per line, also with .gz or .zst, or .parquet"
 # names of files in a folder; a number or a date may follow the suffix, as logrotate writes them
 _ROW_FILE = re.compile(r".*(\.(jsonl|ndjson|json)([.-]\d[\d.T_-]*)?(\.gz|\.zst)?|\.parquet(\.gz|\.zst)?)")
 _CSV = re.compile(rb"[^{}\[\],;\t]+([,;\t][^{}\[\],;\t]+)+")
@@ -33,7 +33,7 @@ Fields: TypeAlias = dict[str, Any]  # a row as it was written: JSON of any shape
 _CHUNK = 1 << 18  # bytes
 _MAX_LINE_MB = 16  # far above the longest answer: a million token ids are 7 MB
 _REPORT_EVERY_S = 1.0
-_PARQUET_ROWS = 256  # converted to Python objects together
+_PARQUET_ROWS = 256  # rows converted to Python objects at a time
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def canonical_name(name: str) -> str:
 
 
 def local_files(patterns: Sequence[str], field: str, only: Collection[str] | None = None) -> list[Path]:
-    """Return the absolute paths of the matching files on this machine; arguments as of `match_files`."""
+    """Return the absolute paths of the matching files on this machine; arguments as in `match_files`."""
     local = [pattern for pattern in patterns if not is_remote(pattern)]
     return [Path(name).absolute() for name in match_files(local, field, only)]
 
@@ -183,7 +183,7 @@ def _remote(pattern: str, field: str) -> dict[str, dict[str, object]]:
             files = {name: info for name, info in files.items() if _holds_rows(name[start:])}
         else:
             files = {path: system.info(path)} if system.isfile(path) else {}
-    except Exception as error:  # any package's: no credentials, no such bucket, no network
+    except Exception as error:  # its class depends on the package: no credentials, no such bucket, no network
         raise RetryableError(
             f"{field}: {pattern}: cannot be listed ({one_line(error)}). Check the address, the credentials and the "
             "network."
@@ -194,7 +194,7 @@ def _remote(pattern: str, field: str) -> dict[str, dict[str, object]]:
 
 
 def read_rows(files: Sequence[str]) -> Iterator[Row | BadRow]:
-    """Yield all rows of the files in order, with one in memory at a time (some hundreds of Parquet).
+    """Yield all rows of the files in order, with one in memory at a time (for Parquet, some hundreds).
 
     Raises DraftsmithError for a file that is missing or not readable, RetryableError if a remote one fails.
     """
@@ -214,13 +214,13 @@ def read_rows(files: Sequence[str]) -> Iterator[Row | BadRow]:
                 raise RetryableError(f"{file}: cannot be read ({one_line(error)}). Check the network.") from error
             if isinstance(error, OSError):
                 raise DraftsmithError(
-                    f"{file}: cannot be read ({one_line(error)}). Make it readable, or leave it out."
+                    f"{file}: cannot be read ({one_line(error)}). Make it readable, or exclude it."
                 ) from error
             raise
 
 
 def no_rows_error(paths: Sequence[str]) -> str:
-    return f"{', '.join(paths)}: is empty. Give a file with one JSON object a line."
+    return f"{', '.join(paths)}: is empty. Use a file with one JSON object per line."
 
 
 class _TruncatedError(Exception):
@@ -248,7 +248,7 @@ def _json_rows(file: str, raw: IO[bytes]) -> Iterator[Row | BadRow]:
 
 
 def _lines(file: str, raw: IO[bytes]) -> Iterator[bytes]:
-    """Yield lines without their ends, of a line longer than the limit only a part that is longer too.
+    """Yield lines without their ends. A line over the limit is cut to a part that is also over it.
 
     Raises _TruncatedError after the last whole line of truncated compressed data.
     """
@@ -283,7 +283,7 @@ def _chunk(read: Any, compression: str) -> bytes:
 
 
 def _parsed(line: bytes) -> Fields | str:
-    """Return the row, or the reason why there is none."""
+    """Return the row, or the reason why it is bad."""
     if len(line) > _MAX_LINE_MB << 20:
         return f"longer than {_MAX_LINE_MB} MB: every line must be one JSON object"
     try:
@@ -342,7 +342,7 @@ def describe_counts(reasons: Counter[str]) -> str:
 
 
 class RejectLog:
-    """The rows that were rejected so far: those that are unusable here, and those that nobody can read (bad rows)."""
+    """The rows rejected so far: those that cannot be used here, and those that cannot be read (bad rows)."""
 
     def __init__(self, field: str, max_bad_share: float, lines: TextIO | None = None):
         """Start an empty log. field: the config field of `max_bad_share`, for errors. lines: receives JSON Lines."""
@@ -376,7 +376,7 @@ class RejectLog:
             raise DraftsmithError(f"{row.where}: {row.reason}")
 
     def check(self) -> None:
-        """Raise DraftsmithError if a larger share of the rows is bad than is allowed."""
+        """Raise DraftsmithError if more than the allowed share of the rows is bad."""
         rows = self.rows - self.outside
         if self._first is not None and self._counted > self._max_bad_share * max(rows, 1):
             window = " inside the window" if self.outside else ""

@@ -1,7 +1,7 @@
 """Reads the prompt of a row, for stages `prompts` and `logs`.
 
 If a row has both token ids and text, the ids are the prompt and its messages decide its held-out class (`held_out.py`).
-A row is rejected if its text alone cannot reproduce the prompt.
+A row without ids is rejected if its text cannot reproduce the prompt.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ LOG_SHAPES = (
     '{"messages": [{"role", "content"}], "completion": text} or '
     '{"prompt_token_ids": [...], "completion_token_ids": [...]}'
 )
-_MASKED = "FULL BENCHMARK DATA SHOULD BE FETCHED FROM THE SOURCE"  # SPEED-Bench's questions that it may not ship
+_MASKED = "FULL BENCHMARK DATA SHOULD BE FETCHED FROM THE SOURCE"  # in place of questions that SPEED-Bench may not ship
 TOOLS = "tools, which a prompt made of its messages would lack"
 NOT_TEXT = "images or other parts of messages that are not text"
 
@@ -57,19 +57,19 @@ class RejectedRow(Exception):
     """Raised for a row that can be read but not used; the message is the reason that is counted."""
 
 
-def matches_filter(wanted: FieldFilter, row: Fields, where: str) -> bool:
-    """Return whether a row passes a filter. Raises DraftsmithError, which names `where`, if it lacks the field."""
-    for name, values in wanted.items():
+def matches_filter(allowed: FieldFilter, row: Fields, where: str) -> bool:
+    """Return whether a row passes a filter. Raises DraftsmithError, which names `where`, if it lacks a field of it."""
+    for name, values in allowed.items():
         if name not in row:
             known = ", ".join(sorted(row)) or "none"
-            raise DraftsmithError(f"{where}: no field {name} to filter by. Correct filter; the fields are {known}.")
+            raise DraftsmithError(f"{where}: no field {name} to filter by. Correct the filter; fields: {known}.")
         if row[name] not in (values if isinstance(values, list) else [values]):
             return False
     return True
 
 
 def row_labels(row: Fields, names: Sequence[str]) -> tuple[str, ...]:
-    """Return `FIELD:VALUE` for each of these fields that holds a text, number or truth value."""
+    """Return `FIELD:VALUE` for each of these fields that holds a text, number or boolean."""
     values = {name: row.get(name) for name in names}
     return tuple(
         f"{name}:{value if isinstance(value, str) else json.dumps(value)}"
@@ -79,7 +79,7 @@ def row_labels(row: Fields, names: Sequence[str]) -> tuple[str, ...]:
 
 
 def unknown_shape(row: Fields, where: str, *, of_logs: bool) -> DraftsmithError:
-    """Return the error for a row of none of the shapes that a source of prompts, or section logs, takes."""
+    """Return the error for a row with none of the shapes that a source of prompts, or section logs, accepts."""
     known = ", ".join(sorted(name for name, value in row.items() if value is not None)) or "nothing"
     shapes, remedy = _PROMPT_SHAPES, "Set the source's field."
     if of_logs:
@@ -90,7 +90,7 @@ def unknown_shape(row: Fields, where: str, *, of_logs: bool) -> DraftsmithError:
 def rename_fields(row: Fields, names: FieldNames) -> Fields:
     """Return the row with our names for its fields; a named field that it lacks is None.
 
-    Under another name, text of any kind in place of `messages` becomes one user message.
+    If `messages` is renamed and holds any text but a list of messages as JSON, it becomes one user message.
     """
     if not names:
         return row
@@ -105,7 +105,7 @@ def rename_fields(row: Fields, names: FieldNames) -> Fields:
 
 
 def prompt_token_ids(row: Fields, field: str | None, where: str) -> list[int] | None:
-    """Return the token ids of a row's prompt, whatever text is beside them; None if it has none.
+    """Return the token ids of a row's prompt, whatever text it also has; None if it has no ids.
 
     field: the field of the prompt if a config names one; then ids are ignored.
     """
@@ -119,7 +119,7 @@ def prompt_token_ids(row: Fields, field: str | None, where: str) -> list[int] | 
 def messages_beside_ids(row: Fields, *, tools: bool = True) -> list[Message] | None:
     """Return the messages of a prompt of token ids; None if the row has none that can be read.
 
-    Plain text beside the ids is ignored: it is often the output of the chat template. tools: as in `row_messages`.
+    Plain text next to the ids is ignored: it is often the output of the chat template. tools: as in `row_messages`.
     Raises RejectedRow.
     """
     name = next((name for name in _CHATS if row.get(name) is not None and not _is_plain(row[name])), None)
@@ -139,7 +139,7 @@ def row_messages(
 ) -> list[Message]:
     """Return the prompt of a row as messages that end before an answer.
 
-    Answers at the end of a conversation (and a `completion` beside it) are left out: the target will give its own.
+    Answers at the end of a conversation, and a `completion` next to it, are dropped: the target will give its own.
     where: names the row in errors. tools: whether a row that calls tools is read too, without its calls. answered:
     whether it may end with an answer. of_logs: whether the section is logs. Raises RejectedRow for content that text
     cannot hold, DraftsmithError for a row of another shape.
@@ -154,13 +154,13 @@ def row_messages(
             raise unknown_shape(row, where, of_logs=of_logs)
         name = present[0]
     value = _unpacked(row[name], f"{where}: {name}") if name in _CHATS else row[name]
-    # a field of another name is the prompt as it is, whatever tools are beside it
+    # a field of another name is the prompt as it is, whatever tools the row has
     if not tools and _calls_tools(row if name in _TEXTS else {}, value):
         raise RejectedRow(TOOLS)
     messages = _messages(value, f"{where}: {name}")
     while messages and messages[-1]["role"] == "assistant":
         if not answered:
-            raise DraftsmithError(f"{where}: {name} end with an answer. It belongs in 'completion' alone.")
+            raise DraftsmithError(f"{where}: {name} end with an answer. It belongs only in 'completion'.")
         messages.pop()
     if not any(message["role"] == "user" for message in messages):
         raise DraftsmithError(f"{where}: {name} has no user message. Remove the row or add one.")
@@ -168,22 +168,22 @@ def row_messages(
 
 
 def later_questions(row: Fields, field: str | None) -> tuple[str, ...]:
-    """Return the questions after the first of a row that has questions alone; none for any other row.
+    """Return the questions after the first one of a row that has only questions; none for any other row.
 
-    Such a row is a list of texts (MT-Bench, SPEED-Bench), or messages of a user without an answer between or beside
+    Such a row is a list of texts (MT-Bench, SPEED-Bench), or messages of a user without an answer between or next to
     them (SPEED-Bench as its authors prepare it).
     """
     value = next((row[name] for name in ([field] if field else _TEXTS) if row.get(name) is not None), None)
     if not isinstance(value, list) or row.get("completion") is not None:
         return ()
-    asked = [
-        {"role": "user", "content": each} if isinstance(each, str) else each
-        for each in value
-        if not isinstance(each, dict) or each.get("role") != "system"
+    turns = [
+        {"role": "user", "content": entry} if isinstance(entry, str) else entry
+        for entry in value
+        if not isinstance(entry, dict) or entry.get("role") != "system"
     ]
-    of_user = [each.get("content") for each in asked if isinstance(each, dict) and each.get("role") == "user"]
-    questions = [text for text in of_user if isinstance(text, str) and text.strip()]
-    return tuple(questions[1:]) if len(questions) == len(asked) else ()
+    user_texts = [turn.get("content") for turn in turns if isinstance(turn, dict) and turn.get("role") == "user"]
+    questions = [text for text in user_texts if isinstance(text, str) and text.strip()]
+    return tuple(questions[1:]) if len(questions) == len(turns) else ()
 
 
 def first_question(row: Fields, field: str | None, where: str, *, of_logs: bool = False) -> list[Message]:
@@ -225,8 +225,8 @@ def _calls_tools(row: Fields, messages: Any) -> bool:
     return any(_is_given(row.get(name)) for name in ("tools", "functions")) or (
         isinstance(messages, list | tuple)
         and any(
-            isinstance(each, dict) and (_calls(each) or each.get("role", each.get("from")) in ("tool", "function"))
-            for each in messages
+            isinstance(turn, dict) and (_calls(turn) or turn.get("role", turn.get("from")) in ("tool", "function"))
+            for turn in messages
         )
     )
 
@@ -236,7 +236,7 @@ def _calls(message: Fields) -> bool:
 
 
 def _is_given(value: Any) -> bool:
-    """Return whether a value is not empty, also as JSON text."""
+    """Return whether a value is neither empty nor the JSON text of an empty one."""
     return bool(value) and not (isinstance(value, str) and value.strip() in ("", "[]", "{}", "null"))
 
 
@@ -246,9 +246,9 @@ def _is_plain(value: Any) -> bool:
 
 
 def _unpacked(value: Any, where: str) -> Any:
-    """Return the messages that an export wrote as JSON text, and plain text as it is: one message of the user.
+    """Return the messages that an export wrote as JSON text, and plain text as it is: one user message.
 
-    Text that begins like JSON is no plain text: it may be the first part of the messages.
+    Text that begins like JSON is not plain text: it may be the first part of the messages.
     """
     if not isinstance(value, str) or _is_plain(value):
         return value
@@ -256,8 +256,8 @@ def _unpacked(value: Any, where: str) -> Any:
         parsed = json.loads(value)
     except (ValueError, RecursionError):
         parsed = None
-    if not isinstance(parsed, list) or not all(isinstance(each, dict) for each in parsed):
-        raise DraftsmithError(f"{where} begins like JSON, but is no list of messages. Give a list of messages.")
+    if not isinstance(parsed, list) or not all(isinstance(message, dict) for message in parsed):
+        raise DraftsmithError(f"{where} begins like JSON, but is not a list of messages. Write a list of messages.")
     return parsed
 
 

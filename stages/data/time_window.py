@@ -19,7 +19,7 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def row_time(fields: Mapping[str, Any]) -> datetime | None:
-    """Return the row's time in UTC; None if it has none that can be read."""
+    """Return the row's time in UTC; None if it has no readable one."""
     for name in TIME_FIELDS:
         if (value := fields.get(name)) is not None:
             return parse_time(value)
@@ -60,7 +60,7 @@ def _utc(time: datetime) -> datetime:
 
 
 def to_iso(time: datetime) -> str:
-    """Return the form of configs and artifacts: UTC with a Z."""
+    """Return a time as configs and artifacts write it: UTC with a Z."""
     return time.astimezone(UTC).isoformat().replace("+00:00", "Z")
 
 
@@ -70,7 +70,7 @@ def is_relative(window: str) -> bool:
 
 
 def window_start(window: str | None, listing: InputListing | None) -> datetime | None:
-    """Return where a window begins, by the run's listing or else now; None for no window and for `last`."""
+    """Return when a window begins, by the run's listing or else seen from now; None without a window and for `last`."""
     if window is None or window == LAST:
         return None
     listed = None if listing is None else listing.since.get(window)
@@ -91,7 +91,7 @@ Since = Annotated[str, BeforeValidator(_window)]
 
 
 def resolve_window(window: str, now: datetime) -> str:
-    """Return where a window begins, as ISO text; `last` stays as it is.
+    """Return when a window begins, as ISO text; `last` stays as it is.
 
     `Nd` begins at midnight and `Nh` at a full hour (UTC), at least N days or hours before `now`, so that it means the
     same window all day or all hour. Raises ValueError for anything that is not a window.
@@ -104,10 +104,10 @@ def resolve_window(window: str, now: datetime) -> str:
         try:
             start = now.astimezone(UTC) - (timedelta(days=count) if unit == "d" else timedelta(hours=count))
         except OverflowError:
-            raise ValueError(f"{window!r} begins before all times. Give fewer days.") from None
+            raise ValueError(f"{window!r} begins before the year 1. Use fewer days.") from None
         start = start.replace(minute=0, second=0, microsecond=0)
         return to_iso(start.replace(hour=0) if unit == "d" else start)
     try:
         return to_iso(_utc(datetime.fromisoformat(text)))
     except (ValueError, OverflowError):
-        raise ValueError(f"{window!r} is not a window. Give 7d, 12h, an ISO date or time, or last.") from None
+        raise ValueError(f"{window!r} is not a window. Use 7d, 12h, an ISO date or time, or last.") from None

@@ -35,12 +35,12 @@ class Trajectory:
 
     @property
     def first_anchor(self) -> int:
-        """Return the first token of the answer: the target's prefill commits it before any drafting."""
+        """Return the position of the answer's first token, which the target's prefill commits before any drafting."""
         return self.prompt_length
 
     @property
     def last_anchor(self) -> int:
-        """Return the last position that a token follows."""
+        """Return the last position that is followed by a token."""
         return len(self.tokens) - 2
 
     @property
@@ -87,24 +87,24 @@ class TrajectoryRows(Sequence[Trajectory]):
 
     def answers(self) -> Iterator[np.ndarray]:
         """Yield the tokens of all answers in the order of the table, some thousand answers concatenated at a time."""
-        wanted = np.zeros(self.reader.num_rows, dtype=bool)
-        wanted[self.places] = True
+        selected = np.zeros(self.reader.num_rows, dtype=bool)
+        selected[self.places] = True
         start = 0
         for batch in self.reader.row_groups(["response_ids"]):
-            chosen = batch.filter(pa.array(wanted[start : start + batch.num_rows]))
+            chosen = batch.filter(pa.array(selected[start : start + batch.num_rows]))
             start += batch.num_rows
             yield pc.list_flatten(chosen["response_ids"]).to_numpy()
 
 
 def trajectory_lengths(trajectories: Sequence[Trajectory]) -> np.ndarray:
-    """Return [N] tokens of prompt and answer; stored trajectories are not read for it."""
+    """Return [N] token counts of prompt and answer, without reading stored trajectories."""
     if isinstance(trajectories, TrajectoryRows):
         return trajectories.lengths
     return np.array([len(t.tokens) for t in trajectories], dtype=np.int64)
 
 
 def trajectory_ids(trajectories: Sequence[Trajectory]) -> pa.Array:
-    """Return [N] names as Arrow strings; stored trajectories are not read for it."""
+    """Return [N] names as Arrow strings, without reading stored trajectories."""
     if isinstance(trajectories, TrajectoryRows):
         return trajectories.ids
     return pa.array([t.trajectory_id for t in trajectories], pa.string())
@@ -149,7 +149,7 @@ class StoredTrajectories:
     trajectories: TrajectoryRows
     prompt_ids: pa.Array
     sampling: SamplingParams  # of the answers
-    too_short: int  # left out: answers of one token, on which nothing can be drafted
+    too_short: int  # number of excluded answers of one token, on which nothing can be drafted
 
     def select(self, indices: Sequence[int]) -> StoredTrajectories:
         return replace(
@@ -166,25 +166,25 @@ class StoredTrajectories:
 def load_trajectories(
     folder: Path, splits: Collection[str] | None = None, reader: RowReader | None = None
 ) -> StoredTrajectories:
-    """Load `trajectories.parquet` of an artifact, or those of its answers that are in some splits.
+    """Load the trajectories of an artifact, or those of some splits.
 
-    reader: of this table; left out: one that decodes the row group of an answer on each access.
+    reader: of `trajectories.parquet`; by default, one that decodes the row group of an answer on each access.
     Raises DraftsmithError if there is no usable answer, or if temperature, top_p or top_k differ between answers.
     """
     path = folder / "trajectories.parquet"
     reader = reader or RowReader(path, TRAJECTORIES)
     table = read_table(path, TRAJECTORIES, ["trajectory_id", "prompt_id", "split", *_SAMPLING])
     prompts, answers = _lengths(reader, *TOKEN_COLUMNS)
-    wanted = np.ones(table.num_rows, dtype=bool)
+    selected = np.ones(table.num_rows, dtype=bool)
     if splits is not None:
-        wanted = pc.is_in(table["split"], value_set=pa.array(list(splits), pa.string())).to_numpy()
-        if not wanted.any():
-            there = sorted(table["split"].unique().to_pylist())
+        selected = pc.is_in(table["split"], value_set=pa.array(list(splits), pa.string())).to_numpy()
+        if not selected.any():
+            present = sorted(table["split"].unique().to_pylist())
             raise DraftsmithError(
-                f"{path} has no answer of split {' or '.join(splits)}, only of {', '.join(there)}. Change fields "
+                f"{path} has no answer of split {' or '.join(splits)}, only of {', '.join(present)}. Change fields "
                 "splits and prompts of the section that made it."
             )
-    places = np.flatnonzero(wanted & (answers >= 2))
+    places = np.flatnonzero(selected & (answers >= 2))
     if not len(places):
         raise DraftsmithError(f"{path} has no answer of two or more tokens. Check the prompts and max_new_tokens.")
     values_of = {name: sorted(table[name].take(places).unique().to_pylist()) for name in _SAMPLING}
@@ -195,7 +195,7 @@ def load_trajectories(
     lengths = prompts[places] + answers[places]
     rows = TrajectoryRows(reader, places, ids, lengths, prompts[places])
     sampling = SamplingParams(*(values[0] for values in values_of.values()))
-    return StoredTrajectories(rows, prompt_ids, sampling, int(wanted.sum()) - len(places))
+    return StoredTrajectories(rows, prompt_ids, sampling, int(selected.sum()) - len(places))
 
 
 def _lengths(reader: RowReader, *columns: str) -> list[np.ndarray]:
@@ -266,9 +266,9 @@ class PromptRows(Sequence[Prompt]):
 def load_prompts(folder: Path, splits: Collection[str]) -> PromptRows:
     """Load the prompts of some splits from `prompts.parquet` of an artifact, in its order."""
     path = folder / "prompts.parquet"
-    reader, wanted = RowReader(path, PROMPTS), pa.array(list(splits), pa.string())
+    reader, names_of_splits = RowReader(path, PROMPTS), pa.array(list(splits), pa.string())
     table = read_table(path, PROMPTS, ["prompt_id", "split"])
-    places = np.flatnonzero(pc.is_in(table["split"], value_set=wanted).to_numpy())
+    places = np.flatnonzero(pc.is_in(table["split"], value_set=names_of_splits).to_numpy())
     chosen = table.take(places)
     names = [sys.intern(split) for split in chosen["split"].to_pylist()]
     (lengths,) = _lengths(reader, "token_ids")
@@ -276,7 +276,7 @@ def load_prompts(folder: Path, splits: Collection[str]) -> PromptRows:
 
 
 def positions_needed(prompts: Sequence[Prompt], max_new_tokens: int, max_positions: int) -> int:
-    """Return the positions of the longest prompt with its answer.
+    """Return the number of positions that the longest prompt takes with its answer.
 
     Raises DraftsmithError if the target's context (`max_positions`) is shorter.
     """
@@ -306,5 +306,5 @@ def request_seed(seed: int, prompt_id: str, sample: int) -> int:
 
 
 def random_rank(seed: int, content: bytes) -> int:
-    """Return 63 bits by which to order items at random, from the seed and the item's content alone."""
+    """Return 63 bits by which to order items at random, from only the seed and the item's content."""
     return int.from_bytes(hashlib.sha256(f"lot {seed} ".encode() + content).digest()[:8], "big") >> 1

@@ -1,7 +1,7 @@
 """Checkpoints of a training: the last two, each with its checksum. If one is damaged, the one before is used.
 
-A file is named `checkpoint-STEP-DIGEST.pt` after the completed optimiser steps and the sha256 of its bytes, so that
-content and checksum appear in one rename. It is written and hashed in a thread while the next steps run.
+A file is named `checkpoint-STEP-DIGEST.pt` after the number of completed optimiser steps and the sha256 of its bytes,
+so that content and checksum appear in one rename. It is written and hashed in a thread while the next steps run.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from draftsmith.artifacts.atomic import TMP_PREFIX, atomic_path, disk_errors, fs
 from draftsmith.artifacts.store.manifest import sha256_file
 from draftsmith.stages.runtime.stage import CHECKPOINTS_KEPT
 
-_FIRST_S = 30.0  # after which a training saves first, at the end of a step: before a minute if that takes half of one
-_SAVING_SHARE = 0.02  # of the time, at most, that saving takes from then on
+_FIRST_S = 30.0  # after this a training first saves, at the end of a step: within a minute if steps take half of one
+_SAVING_SHARE = 0.02  # largest share of the time that saving takes from then on
 _DIGEST_DIGITS = 16
 _NEW = "checkpoint.new"  # the name until the file is complete and its digest is known
 _NAME = re.compile(r"checkpoint-(\d+)-([0-9a-f]+)\.pt")
@@ -33,7 +33,7 @@ _NAME = re.compile(r"checkpoint-(\d+)-([0-9a-f]+)\.pt")
 class CheckpointWriter:
     """Saves checkpoints in a thread, one at a time. Use it in a `with` statement, which waits for the last one.
 
-    Until a checkpoint is complete the one before it is the newest.
+    Until a checkpoint is complete, the previous one is the newest.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -43,7 +43,7 @@ class CheckpointWriter:
         self._since, self._wait_s = time.monotonic(), _FIRST_S
 
     def are_due(self) -> bool:
-        """Return whether it is time for the next checkpoint, by the time that the last one took."""
+        """Return whether the next checkpoint is due, by the time that the last one took."""
         return time.monotonic() - self._since >= self._wait_s
 
     def __enter__(self) -> Self:
@@ -57,7 +57,7 @@ class CheckpointWriter:
             self.finish()
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Copy `state` to host memory and start to write it, as `save_checkpoint` does, after the one before it."""
+        """Copy `state` to host memory and start to write it, as `save_checkpoint` does, after the previous one."""
         self.finish()
         self._since, self._wait_s = time.monotonic(), math.inf
         self._writing = self._thread.submit(self._write, step, _copied(state))
@@ -72,7 +72,7 @@ class CheckpointWriter:
             self.finish()
 
     def finish(self) -> None:
-        """Wait until the checkpoint is written. Raises the error if it could not be."""
+        """Wait until the checkpoint is written. Raises the error if that failed."""
         if self._writing is not None:
             self._writing.result()
         self._writing = None
@@ -100,8 +100,8 @@ class _HashedFile(io.BufferedWriter):
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
-    """Save `state` (tensors and plain values) after `step` optimiser steps; keep the checkpoint before it too."""
-    for leftover in folder.glob(f"{TMP_PREFIX}*-{_NEW}"):  # of an attempt that was killed while it wrote
+    """Save `state` (tensors and plain values) after `step` optimiser steps; keep the previous checkpoint too."""
+    for leftover in folder.glob(f"{TMP_PREFIX}*-{_NEW}"):  # from an attempt that was killed while writing
         leftover.unlink()
     with atomic_path(folder / _NEW) as tmp, _HashedFile(tmp) as file:  # given a path, torch hides why writing failed
         torch.save(state, file)

@@ -61,7 +61,7 @@ class ChildProcess:
         return None if code is None else describe_exit(code)
 
     def request_stop(self, grace_s: float) -> None:
-        """Send SIGTERM to the process alone and give it `grace_s` to end, even if this process ends first."""
+        """Send SIGTERM only to the process, not its group; it has `grace_s` to end, even if this process ends first."""
         with suppress(BrokenPipeError):  # its guard has ended
             parent_watch.extend_grace(self._write_end, grace_s)
         self.process.send_signal(signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Shows an object by a few facts, in a terminal and in a notebook."""
+"""Shows an object as a few facts, in a terminal and in a notebook."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class Facts:
     """Shows an object as one line of facts, and in a notebook as a small table of them."""
 
     def _facts(self) -> Mapping[str, object]:
-        """Return name -> value of what a person wants to know of it."""
+        """Return name -> value of the facts to show."""
         raise NotImplementedError
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""The command that began a run, from which the report and a run that did not finish make other commands."""
+"""The command that started a run. The report, and a run that did not finish, derive other commands from it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-COMMAND = "DRAFTSMITH_COMMAND"  # of the environment: the config, overrides and MLflow of the command, as JSON
+COMMAND = "DRAFTSMITH_COMMAND"  # environment variable: the command's config, overrides and MLflow, as JSON
 
 
 @dataclass(frozen=True)
@@ -17,8 +17,8 @@ class Invocation:
     config: str
     overrides: Sequence[str] = ()
     line: str | None = None
-    version: str = "challenger"  # of the challenger: a number, or the alias that it has until one is promoted
-    mlflow: str = ""  # the command, or the address, to look at the runs
+    version: str = "challenger"  # the challenger's number, or its alias, which it has until one is promoted
+    mlflow: str = ""  # the command, or the address, that shows the runs
 
     def run(self, *more: str) -> str:
         """Return the command that runs the refresh again."""
@@ -26,11 +26,11 @@ class Invocation:
 
     def command(self, verb: str, *more: str, drafters: Sequence[str] = ()) -> str:
         """Return a command with this config."""
-        sets = [word for each in self.overrides for word in ("--set", each)]
+        sets = [word for override in self.overrides for word in ("--set", override)]
         return shlex.join(["draftsmith", verb, *drafters, self.config, *sets, *more])
 
 
 def invocation(command: str | None, line: str | None) -> Invocation:
-    """Return what `COMMAND` holds; a run that comes from no command has no file."""
-    found = json.loads(command) if command else {"config": "CONFIG"}
-    return Invocation(**found, line=line)
+    """Parse the value of `COMMAND`; a run that no command started has a placeholder for the config file."""
+    fields = json.loads(command) if command else {"config": "CONFIG"}
+    return Invocation(**fields, line=line)

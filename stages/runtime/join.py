@@ -15,7 +15,7 @@ def main() -> None:
     use_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
     from draftsmith.stages.runtime.launch import run_rank  # torch reads the number of threads when it is loaded
 
-    run_rank(None, None, os.devnull)  # a training that was asked to stop is no failure of this node
+    run_rank(None, None, os.devnull)  # a training that was asked to stop is not a failure of this node
 
 
 if __name__ == "__main__":

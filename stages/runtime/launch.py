@@ -1,8 +1,8 @@
 """Runs a stage as several ranks, with torch's elastic launcher (the library under `torchrun`).
 
 Ranks belong to the process group of the stage, so that they end with it. A stage that is asked to stop asks its ranks;
-the loss of one ends all. They are forked from a server that has imported what they need once, however many they are.
-Ranks of other nodes are started there by `torchrun` (`stages/runtime/join.py`).
+the loss of one ends all. They are forked from a server that has imported their modules once, however many ranks there
+are. On other nodes `torchrun` starts the ranks (`stages/runtime/join.py`).
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ from draftsmith.stages.runtime.process import (
 from draftsmith.stages.runtime.ranks import process_group, rendezvous
 from draftsmith.stages.runtime.stage import ParallelConfig, StageRequest
 
-_TORCHRUN_ID = "none"  # the `--rdzv-id` of a torchrun that sets none
+_TORCHRUN_ID = "none"  # torchrun's default `--rdzv-id`
 _POLL_S = 0.1
 _ECHO_S = 3.0
 _PRELOADED = ["transformers.modeling_utils", "draftsmith.stages.runtime.launch"]
-# gloo between processes, NCCL's watchdog, and the store under both report that another rank did not come in time
+# gloo between processes, NCCL's watchdog, and the store under both report that another rank was not there in time
 _TIMED_OUT = re.compile(r"gloo.*timed out|collective operation timeout|DistStoreError.*(timed out|timeout)", re.I)
 # the same, on a node that lost another one
 _CUT_OFF = re.compile(r"connection (was )?(closed|reset)|broken pipe|remote process exited|remote error", re.I)
@@ -73,7 +73,7 @@ _CONTINUES = "The same command continues from the checkpoint."
 
 
 class RankFailedError(DraftsmithError):
-    """A rank failed in a way that was not expected; its log says more."""
+    """A rank failed unexpectedly; its log says more."""
 
     exit_code = 1
 
@@ -89,14 +89,14 @@ class RankReport:
 
     def write(self, notes: Path) -> None:
         """Write the report for the process that started the ranks. notes: folder of the launch."""
-        with suppress(OSError):  # the next attempt has begun, or the disk holds no more than the file's name
+        with suppress(OSError):  # the next attempt has begun, or the full disk has space only for the file's name
             (notes / f"{self.rank}.json").write_text(json.dumps(asdict(self)), "utf-8")
         if self.exit_code not in _KINDS:
             time.sleep(_ECHO_S)  # if the loss of another rank caused the error, the launcher must see that loss first
 
     @classmethod
     def read(cls, path: Path) -> RankReport:
-        """Read a report; one that is incomplete means that the disk is full."""
+        """Read a report; an incomplete one means that the disk is full."""
         try:
             return cls(**json.loads(path.read_text("utf-8")))
         except ValueError:
@@ -106,7 +106,7 @@ class RankReport:
 
 
 def note_start(notes: Path, rank: int) -> None:
-    """Write down which rank this process is, and that it handles signals: a killed process cannot report it."""
+    """Note this process's rank, and so that it handles signals: a killed process cannot report its rank."""
     (notes / f"{socket.gethostname()}.{os.getpid()}").write_text(str(rank), "utf-8")
 
 
@@ -127,7 +127,7 @@ def launch(
     """Run `entry(*arguments)` in this node's ranks; return when all ranks have returned.
 
     entry: a function of a module that the ranks can import. It calls `note_start`, and returns an exit code if it ended
-    in a way that its stage foresees. notes: a folder for this launch alone. stop: set when the stage is asked to stop;
+    in a way that its stage foresees. notes: a folder for only this launch. stop: set when the stage is asked to stop;
     the ranks are then asked too. Raises StageInterrupted if they were interrupted, else the error of the rank that
     ended the others, which names the rank.
     """
@@ -186,12 +186,12 @@ def _cause(notes: Path, error: BaseException, parallel: ParallelConfig, *, stopp
             return _KINDS[report.exit_code](report.message)
     if stopped:
         return StageInterrupted(_STOPPED)
-    # without a report: a rank that waits for others always reports when they end
+    # ranks without a report: a rank that waits for others always reports when they end
     silent = sorted(set(range(world)) - {report.rank for report in reports})
     who = f"rank{'s' * (len(silent) > 1)} {', '.join(map(str, silent))} of {world}"
     if reports and _TIMED_OUT.search(reports[0].message) and silent:
         return RetryableError(
-            f"{who} did not answer: rank {reports[0].rank} waited in vain ({reports[0].message}), and all were ended. "
+            f"{who} did not answer: rank {reports[0].rank} timed out ({reports[0].message}), and all were ended. "
             f"{_CONTINUES}"
         )
     if isinstance(error, ChildFailedError):
@@ -224,8 +224,8 @@ _NOTES = "ranks"  # folder in `work`, with a folder for each launch: a rank of a
 def run_ranks(parallel: ParallelConfig, request: StageRequest, events_path: str, stop: threading.Event) -> None:
     """Run the requested stage in all ranks of this node; return when all have returned.
 
-    events_path: the event stream, to which rank 0 writes. stop: set when the stage is asked to stop. Raises as `launch`
-    does, and DraftsmithError if the node has too few GPUs.
+    events_path: the event stream, to which rank 0 writes. stop: set when the stage is asked to stop. Raises the same
+    errors as `launch`, and DraftsmithError if the node has too few GPUs.
     """
     gpus = len(visible_gpus())
     if 0 < gpus < parallel.processes:
@@ -233,24 +233,24 @@ def run_ranks(parallel: ParallelConfig, request: StageRequest, events_path: str,
             f"parallel.processes: {parallel.processes} processes need a GPU each, but {gpus} are visible. Lower it, or "
             "make more visible (CUDA_VISIBLE_DEVICES)."
         )
-    notes_of_launches = request.work / _NOTES
-    shutil.rmtree(notes_of_launches, ignore_errors=True)
-    notes = notes_of_launches / uuid.uuid4().hex
+    all_notes = request.work / _NOTES
+    shutil.rmtree(all_notes, ignore_errors=True)
+    notes = all_notes / uuid.uuid4().hex
     launch(parallel, run_rank, (request, notes, events_path), notes=notes, stop=stop)
 
 
 def run_rank(request: StageRequest | None, notes: Path | None, events_path: str) -> int:
     """Run the stage as one rank. Return 0, or the exit code of a stage that was interrupted.
 
-    request, notes: of the launch; None on a node other than the flow's, which receives them from there. events_path:
-    where rank 0 reports. Any other error goes into the rank's report and ends the process with the error's exit code,
-    and with it all ranks.
+    request, notes: those of the launch; None on a node other than the flow's, which receives them from there.
+    events_path: where rank 0 reports. Any other error goes into the rank's report and ends the process with the error's
+    exit code, and then all ranks.
     """
     redact_logs()
     relax_gc()
     keep_freed_memory()
     stop = install_stop_handlers()
-    rank = int(os.environ["LOCAL_RANK"])  # on the flow's node it is the global rank too
+    rank = int(os.environ["LOCAL_RANK"])  # on the flow's node this is the global rank too
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     try:
         if notes is not None:

@@ -49,7 +49,7 @@ def to_device(values: Sequence[object] | np.ndarray, device: torch.device) -> to
 
 
 def peak_memory_gb() -> float:
-    """Return the most memory that this process has used: of its GPU, by torch's allocator, or else of the machine."""
+    """Return the peak memory of this process in GB: on its GPU, by torch's allocator, or else on the machine."""
     torch = sys.modules.get("torch")  # stages without a model do not import it
     if torch is not None and torch.cuda.is_initialized():
         return float(torch.cuda.max_memory_allocated() / 1e9)
@@ -60,7 +60,7 @@ def peak_memory_gb() -> float:
 def retry_in_halves(
     items: Sequence[Item], work: Callable[[Sequence[Item]], Sequence[Result]], log: Callable[[str], None]
 ) -> list[Result]:
-    """Return `work(items)`, one result per item; if memory runs out, call it on the first and the second half.
+    """Return `work(items)`, one result per item; if memory runs out, call it on each half.
 
     Use it only if an item's result does not depend on the other items of the call, except for rounding.
     """
@@ -69,7 +69,7 @@ def retry_in_halves(
     except Exception as error:
         if not out_of_memory(error) or len(items) < 2:
             raise
-    release_memory()  # not in the handler: the error's frames still hold the memory there
+    release_memory()  # not in the handler: there the error's frames still hold the memory
     middle = len(items) // 2
     log(f"out of memory with {len(items)} items at once. Trying {middle}.")
     return [*work(items[:middle]), *work(items[middle:])]

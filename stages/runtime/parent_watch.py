@@ -4,8 +4,8 @@ The parent holds the write end; the child forks a guard that waits on the read e
 closes the write end, and the guard kills the group: the child, its workers and itself. The guard is a process, not a
 thread: native code that holds the interpreter lock cannot delay it.
 
-A parent that asks the child to stop sends the seconds that the child has to save through the pipe (`extend_grace`). The
-child keeps them even if the parent is killed meanwhile, as Prefect does with a cancelled run.
+A parent that asks the child to stop sends through the pipe how many seconds the child has to save (`extend_grace`). The
+child keeps them even if the parent is then killed, as Prefect does with a cancelled run.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def die_with_parent(watched: int) -> None:
 
 
 def extend_grace(write_end: int, grace_s: float) -> None:
-    """Give a child that is asked to stop `grace_s` from now on, even if its parent ends."""
+    """Give a child that is asked to stop `grace_s` seconds from now, even if its parent ends."""
     os.write(write_end, f"{grace_s}\n".encode())
 
 

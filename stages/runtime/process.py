@@ -1,8 +1,8 @@
 """The stage process: its context, its event stream, and how it ends.
 
 Every event is one JSON line: `{"event": "log" | "progress" | "metrics" | "summary" | "error" | "done", ...}`. Whatever
-the stage or a library prints goes to stderr. The exit code is that of the error (`artifacts/errors.py`); 1 if it was
-not expected.
+the stage or a library prints goes to stderr. The exit code is the error's (`artifacts/errors.py`); 1 for an unexpected
+error.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def keep_freed_memory() -> None:
     """Make the process keep the memory that it frees, to use it again.
 
     glibc returns large blocks and the end of its heap to the kernel, so that the tensors of the next layer or step get
-    pages that the kernel must clear: up to a third of the time of a forward on a CPU. By default both thresholds move
-    with what was freed, up to 32 MB. Once set they stay, and cover a chunk of logits too. Without glibc this does
+    pages that the kernel must clear: up to a third of the time of a forward on a CPU. By default both thresholds follow
+    the size of freed blocks, up to 32 MB. Once set they stay, and cover a chunk of logits too. Without glibc this does
     nothing.
     """
     with contextlib.suppress(OSError, AttributeError):
@@ -59,13 +59,13 @@ class EventStream:
         """Write one whole line."""
         values = {name: shown(value) if isinstance(value, str) else value for name, value in fields.items()}
         line = (json.dumps({"event": event, **values}, default=float) + "\n").encode("ascii")
-        with self._lock, contextlib.suppress(BrokenPipeError):  # the runner has ended, which is no error of the stage
+        with self._lock, contextlib.suppress(BrokenPipeError):  # the runner has ended, which is not the stage's error
             while line:
                 line = line[os.write(self._descriptor, line) :]
 
     @property
     def path(self) -> str:
-        """Return the path by which ranks open the stream too, while this process lives."""
+        """Return the path by which ranks also open the stream, while this process lives."""
         return f"/proc/{os.getpid()}/fd/{self._descriptor}"
 
 
@@ -117,7 +117,7 @@ class ProcessContext:
 
 
 class SecondaryRankContext(ProcessContext):
-    """The context of every rank but rank 0, which alone writes metrics."""
+    """The context of every rank but rank 0; only rank 0 writes metrics."""
 
     def metrics(self, step: int, **values: float) -> None:
         pass
@@ -135,7 +135,7 @@ def _step_of(line: str) -> float:
 
 
 def use_threads(count: int) -> None:
-    """Set the number of threads of the numerical libraries that this process and its ranks have yet to load."""
+    """Set the number of threads of numerical libraries that this process and its ranks load after this."""
     for variable in _THREAD_VARIABLES:
         os.environ[variable] = str(count)
 
@@ -144,7 +144,7 @@ EXPANDABLE_SEGMENTS = ("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def use_expandable_segments() -> None:
-    """Make torch's allocator on a GPU grow its segments, which leaves less memory unused; unless the user set it.
+    """Make torch's GPU allocator grow its segments, which leaves less memory unused, unless the user configured it.
 
     This process and its ranks read it from their environment.
     """
@@ -169,7 +169,7 @@ def load_stage(request: StageRequest) -> tuple[Stage, Config]:
 
 
 def expected_error(error: BaseException, request: StageRequest) -> DraftsmithError | None:
-    """Return the error to report if it is one of ours or a refusal of the disk; None if it was not expected."""
+    """Return the error to report if it is one of ours or a disk error; None if it was unexpected."""
     if isinstance(error, DraftsmithError):
         return error
     refused = find_disk_error(error)

@@ -19,12 +19,12 @@ from torch import distributed as dist
 from draftsmith.stages.runtime.stage import StageRequest
 
 T = TypeVar("T")
-_BUCKET_BYTES = 2**26  # of gradients in one all-reduce
+_BUCKET_BYTES = 2**26  # bytes of gradients in one all-reduce
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the ranks of its training. By default it is the only one, and nothing is sent."""
+    """This process's place among the ranks of its training. By default it is the only rank, and nothing is sent."""
 
     rank: int = 0
     world: int = 1
@@ -32,12 +32,12 @@ class Ranks:
 
     @classmethod
     def current(cls, target_parallel: int = 1) -> Ranks:
-        """Return this process's ranks, as the launcher started it. target_parallel: of the training's config."""
+        """Return the ranks as the launcher started them. target_parallel: from the training's config."""
         return cls(dist.get_rank(), dist.get_world_size(), target_parallel) if dist.is_initialized() else cls()
 
     @property
     def is_main(self) -> bool:
-        """Return whether this is rank 0, which alone writes checkpoints, metrics and the artifact."""
+        """Return whether this is rank 0, the only one that writes checkpoints, metrics and the artifact."""
         return self.rank == 0
 
     @property
@@ -52,10 +52,10 @@ class Ranks:
         return range(first, first + self.target_parallel)
 
     def assigned_rows(self, lengths: Sequence[int], rank: int | None = None) -> list[int]:
-        """Return the rows of a step that this rank, or another one, computes, in ascending order.
+        """Return the rows of a step that this rank, or rank `rank`, computes, in ascending order.
 
-        Rows are dealt by length, longest first, in rank order and back. Every row has one rank, and the ranks' counts
-        differ by one at most. Raises ValueError if a rank would have none.
+        Rows are dealt out by length, longest first, in rank order and back. Every row has one rank, and the ranks'
+        counts differ by at most one. Raises ValueError if a rank would have none.
         """
         if len(lengths) < self.world:
             raise ValueError(f"{len(lengths)} rows for {self.world} ranks")
@@ -86,7 +86,7 @@ class Ranks:
 
     @torch.no_grad()
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Replace every gradient by the sum over all ranks; one that no rank has stays None."""
+        """Replace every gradient by its sum over all ranks; a gradient that no rank has stays None."""
         if self.world == 1:
             return
         trained = list(parameters)
@@ -132,14 +132,14 @@ def _buckets(parameters: Iterable[torch.nn.Parameter]) -> Iterator[list[torch.nn
         yield bucket
 
 
-_FLOW = "draftsmith/flow"  # key in the ranks' store: what the node of the flow sends
+_FLOW = "draftsmith/flow"  # key in the ranks' store: the data that the flow's node sends
 
 
 @contextmanager
 def process_group(store: dist.Store | None = None, rank: int = -1) -> Iterator[None]:
     """Join the process group that the launcher's environment describes; each rank takes the GPU of its local rank.
 
-    store, rank: as `rendezvous` returns them; by default those of the environment.
+    store, rank: as `rendezvous` returns them; by default taken from the environment.
     """
     world = -1 if store is None else int(os.environ["WORLD_SIZE"])
     if torch.cuda.is_available():
@@ -156,8 +156,8 @@ def process_group(store: dist.Store | None = None, rank: int = -1) -> Iterator[N
 def rendezvous(request: StageRequest | None, notes: Path | None) -> tuple[dist.Store, int, StageRequest, Path]:
     """Return the ranks' store, this rank's number, and the request and notes folder, which the flow's node sends.
 
-    The ranks of the flow's node come first; torchrun numbers nodes by their host names. request, notes: None on a node
-    other than the flow's.
+    The ranks of the flow's node come first, although torchrun numbers nodes by their host names. request, notes: None
+    on a node other than the flow's.
     """
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

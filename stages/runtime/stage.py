@@ -16,7 +16,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 
 INCONCLUSIVE = "inconclusive"  # in a stage's summary: the measurement decides nothing, so the next run adds to it
 NOT_FETCHED = "not fetched"  # version of a hub repository whose commit could not be looked up yet
-CHECKPOINTS_KEPT = 2  # of a training; `runtime/checkpoint.py` writes them
+CHECKPOINTS_KEPT = 2  # checkpoints that a training keeps; `runtime/checkpoint.py` writes them
 RENDEZVOUS = "DRAFTSMITH_RENDEZVOUS"  # environment variable: HOST:PORT of the node that runs the flow
 
 
@@ -26,7 +26,7 @@ JsonObject: TypeAlias = dict[str, Any]
 class NotInKey:
     """Marks a field (`Annotated[int, NotInKey()]`) that says where or how fast a stage runs, not what it computes.
 
-    Such a field is left out of the cache key: another address or time limit must not remake an artifact.
+    Such a field is not part of the cache key: another address or time limit must not remake an artifact.
     """
 
 
@@ -36,14 +36,14 @@ class FilledIn:
 
 @dataclass(frozen=True)
 class InputListing:
-    """The files of rows that a stage reads in one run, and where its time windows begin."""
+    """The files of rows that a stage reads in one run, and when its time windows begin."""
 
     paths: Sequence[str]  # as the config gives them
     files: Sequence[str]  # absolute paths and addresses, sorted
     since: Mapping[str, str]  # window as it was written, such as 7d -> ISO time
 
     def serves(self, now: InputListing) -> bool:
-        """Return whether a later run may read this listing: it is of the same config, and all its files are there."""
+        """Return whether a later run may read this listing: its config is the same, and all its files still exist."""
         same = (list(self.paths), self.since.keys()) == (list(now.paths), now.since.keys())
         return same and set(self.files) <= set(now.files)
 
@@ -59,13 +59,13 @@ class Config(BaseModel):
         self.model_fields_set.update({"kind"} & type(self).model_fields.keys())
 
     def with_pinned_files(self, listing: InputListing) -> Self:
-        """Return this config, which then reads the listed files alone even if more have arrived since."""
+        """Return a copy of this config that reads only the listed files, even if more have arrived since."""
         pinned = self.model_copy()
         pinned._listing = listing
         return pinned
 
     def list_files(self) -> InputListing | None:
-        """Return the files of rows that are there now; None if the config means the same files in every run.
+        """Return the files of rows that exist now; None if the config means the same files in every run.
 
         Raises DraftsmithError for a pattern that matches nothing, RetryableError for a bucket that does not answer.
         """
@@ -95,11 +95,11 @@ class Config(BaseModel):
         return []
 
     def external_versions(self) -> dict[str, str]:
-        """Return the remote inputs as address -> a version that changes with the content; part of the cache key."""
+        """Return address -> version of the remote inputs; it changes with the content and is part of the cache key."""
         return {}
 
     def programs(self) -> dict[str, str]:
-        """Return versions of programs in other environments that determine the result, as far as they are known."""
+        """Return the known versions of programs in other environments that determine the result."""
         return {}
 
 
@@ -117,11 +117,13 @@ def _without_unkeyed(config: BaseModel, dumped: JsonObject) -> JsonObject:
 class ParallelConfig(Config):
     """The processes that train one drafter together.
 
-    They divide the answers of every step among them. Each process has one device, the target and the drafter.
+    They share out the answers of every step. Each process has one device, the target and the drafter.
     """
 
-    processes: Annotated[int, Field(ge=1, description="on each node; with GPUs one each")] = 1
-    nodes: Annotated[int, Field(ge=1, description="the others run `torchrun`, see configs/scale/README.md")] = 1
+    processes: Annotated[int, Field(ge=1, description="processes on each node; with GPUs, one for each GPU")] = 1
+    nodes: Annotated[
+        int, Field(ge=1, description="machines; the others run `torchrun`, see configs/scale/README.md")
+    ] = 1
     target_parallel: Annotated[
         int,
         Field(
@@ -131,7 +133,7 @@ class ParallelConfig(Config):
         ),
     ] = 1
     shard_optimiser: Annotated[
-        bool, Field(description="AdamW's two moments, 8 bytes a parameter, are split over the processes")
+        bool, Field(description="split AdamW's two moments, 8 bytes per parameter, over the processes")
     ] = False
 
     @model_validator(mode="after")
@@ -162,7 +164,7 @@ class ParallelConfig(Config):
 
 @dataclass(frozen=True)
 class Shard:
-    """One of several shards of a stage's work, which are made concurrently. Every process divides the work alike."""
+    """One of several shards of a stage's work, made concurrently. Every process divides the work in the same way."""
 
     index: int = 0
     of: int = 1
@@ -176,12 +178,12 @@ WHOLE = Shard()
 
 
 class StageRequest(BaseModel):
-    """The work that one process of `python -m draftsmith.stages` is asked to do."""
+    """The work of one process `python -m draftsmith.stages`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     stage: str
-    module: str  # that declares the stage
+    module: str  # the module that declares the stage
     config: JsonObject
     inputs: dict[str, Path]  # name -> folder of a complete artifact
     out: Path
@@ -190,7 +192,7 @@ class StageRequest(BaseModel):
     threads: int | None = None
     listing: InputListing | None = None  # the files to read; None: whatever files exist
     shard: Shard | None = None  # the shard to make; None: the whole artifact
-    shards: list[Path] = []  # folders of all shards that the whole is put together from
+    shards: list[Path] = []  # folders of all shards that the artifact is put together from
     earlier: Path | None = None  # the inconclusive artifact that this one replaces
 
 
@@ -208,7 +210,7 @@ class StageContext(Protocol):
         """Write one line to the log of the run."""
 
     def progress(self, done: int, total: int, unit: str, **metrics: float) -> None:
-        """Report the work done so far; the runner adds rate and time left. metrics: shown beside it, e.g. loss=2.1."""
+        """Report the work done so far; the runner adds rate and time left. metrics: shown with it, e.g. loss=2.1."""
 
     def metrics(self, step: int, **values: float) -> None:
         """Record values over steps, in `metrics.jsonl` and, by the flow, in MLflow."""
@@ -238,7 +240,7 @@ def progress_callback(ctx: StageContext, unit: str) -> Callable[[int, int], None
 
 
 class Compute(StrEnum):
-    """The kind of work that a stage does, by what it needs of the machine's devices."""
+    """The kind of a stage's work, by its use of the machine's devices."""
 
     LIGHT = "light"  # tables and files
     HEAVY = "heavy"  # loads a model
@@ -256,18 +258,18 @@ class Stage:
     # Cheap checks of the config against the resolved target (folder with target.json); no weights are loaded.
     preflight: Callable[[Any, Path], None] | None = None
     compute: Compute | Callable[[Any], Compute] = Compute.LIGHT  # or a function of the config that returns it
-    # Returns how many processes run the stage together, as ranks; None: always one.
+    # Returns the processes that run the stage together, as ranks; None: always one.
     parallel: Callable[[Any], ParallelConfig] | None = None
     # Files that are not part of the content id, such as timings.
     volatile: tuple[str, ...] = field(default=("metrics.jsonl",))
-    # Inputs whose volatile files it reads too. If these were measured again and the content stayed the same, the stage
-    # is run again under its key.
+    # Inputs whose volatile files it also reads. If these were measured again and the content stayed the same, the stage
+    # runs again under its key.
     reads_volatile: tuple[str, ...] = ()
     # Whether the body has `shard(ctx, config, shard)`, which makes one shard of the work as an artifact, in another
-    # process or on another host. `run` then finds all shards in `StageContext.shards`, and its result is the same to
-    # the bit as without them, however many there are.
+    # process or on another host. `run` then has all shards in `StageContext.shards`, and its result is the same bit for
+    # bit as without them, however many there are.
     sharded: bool = False
-    join_compute: Compute | None = None  # what `run` needs if it finds shards; None: the same as without them
+    join_compute: Compute | None = None  # `compute` of a `run` that has shards; None: the same as without them
 
     def run(self, ctx: StageContext, config: Config) -> None:
         """Do the work in this process."""
@@ -278,5 +280,5 @@ class Stage:
         importlib.import_module(self.body).shard(ctx, config, shard)
 
     def compute_for(self, config: Config) -> Compute:
-        """Return what the stage needs with this config."""
+        """Return the kind of the stage's work with this config."""
         return self.compute if isinstance(self.compute, Compute) else self.compute(config)

@@ -1,12 +1,12 @@
 """Confidence intervals: over prompts by the delete-one jackknife, over timed runs by their spread; Student's t.
 
-A percentile bootstrap over few units is too narrow. The jackknife with Student's t covers as stated even with four
-prompts, needs no seed, and always gives the same interval. Its degrees of freedom are those of the effective number of
-units: with n - 1, long answers that outweigh short ones made it call equal drafters different in 6 to 7 % of cases
+A percentile bootstrap over few units is too narrow. The jackknife with Student's t has the stated coverage even with
+four prompts, needs no seed, and always gives the same interval. Its degrees of freedom come from the effective number
+of units: with n - 1, long answers that outweigh short ones made it call equal drafters different in 6 to 7 % of cases
 instead of 5 %. A measurement repeated on a sample of prompts has both errors (`combine_errors`).
 
-Prompts come from sets whose shares a config fixes. How much the sets differ is therefore no error: the jackknife is
-stratified by set (Jones 1974; Wolter, Introduction to Variance Estimation, chapter 4).
+Prompts come from sets whose shares a config fixes. Differences between the sets are therefore not an error: the
+jackknife is stratified by set (Jones 1974; Wolter, Introduction to Variance Estimation, chapter 4).
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import betaincinv, stdtrit  # of scipy.stats, which takes a second to load
+from scipy.special import betaincinv, stdtrit  # behind scipy.stats, which takes a second to load
 
-CONFIDENCE = 0.95  # of a single interval, and of all verdicts of a report jointly
+CONFIDENCE = 0.95  # level of a single interval, and of all verdicts of a report jointly
 Interval = tuple[float, float]
 _MIN_DEGREES = 0.5  # if one unit outweighs all others, the interval is next to useless
 
@@ -48,7 +48,7 @@ class Estimate:
 
 
 class Unit(NamedTuple):
-    """An independent unit of a sample, and its stratum. Keys of another type are all of one stratum."""
+    """An independent unit of a sample, and its stratum. Keys of another type all belong to one stratum."""
 
     stratum: str  # the prompt set
     name: str
@@ -61,7 +61,7 @@ def jackknife(
 
     samples: [units] each, not negative; a unit is left out of all of them (paired), and the others of its stratum
     weigh more in its place. statistic: a function of the sums of the samples, which are numbers or arrays [units].
-    strata: [units]; by default one. Degrees of freedom are those of Welch and Satterthwaite over the strata.
+    strata: [units]; by default one. Degrees of freedom follow Welch and Satterthwaite over the strata.
     """
     totals = [sample.sum() for sample in samples]
     value, units = float(statistic(*totals)), len(samples[0])
@@ -69,15 +69,15 @@ def jackknife(
         return Estimate(value, math.nan, units, 0.0)
     variances, terms = 0.0, 0.0
     for stratum in stratum_indices(strata if strata is not None else [None] * units):
-        size, of_stratum = len(stratum), [sample[stratum] for sample in samples]
-        sums = [sample.sum() for sample in of_stratum]
+        size, members = len(stratum), [sample[stratum] for sample in samples]
+        sums = [sample.sum() for sample in members]
         rest = [
-            total - own + (own - sample) * (size / (size - 1))
-            for total, own, sample in zip(totals, sums, of_stratum, strict=True)
+            total - part + (part - sample) * (size / (size - 1))
+            for total, part, sample in zip(totals, sums, members, strict=True)
         ]
         left = np.asarray(statistic(*rest))
         variance = (size - 1) / size * float(((left - left.mean()) ** 2).sum())
-        shares = [sample / own for sample, own in zip(of_stratum, sums, strict=True) if own > 0]
+        shares = [sample / part for sample, part in zip(members, sums, strict=True) if part > 0]
         effective = 1 / float((np.mean(shares, axis=0) ** 2).sum()) if shares else float(size)
         variances += variance
         terms += variance**2 / max(_MIN_DEGREES, effective - 1)
@@ -88,19 +88,19 @@ def jackknife(
 def stratum_indices(strata: Sequence[Hashable]) -> list[np.ndarray]:
     """Return the indices of the units of each stratum, at least two in each.
 
-    A single unit says nothing of its stratum's spread: all such units are one stratum, and a last one joins the
-    smallest other one. The error is then too large rather than too small.
+    A single unit says nothing about its stratum's spread: all such units form one stratum, and if there is only one, it
+    joins the smallest other stratum. The error is then too large rather than too small.
     """
     members: dict[Hashable, list[int]] = {}
     for index, stratum in enumerate(strata):
         members.setdefault(stratum, []).append(index)
-    several = [own for own in members.values() if len(own) > 1]
-    single = [index for own in members.values() if len(own) == 1 for index in own]
+    several = [indices for indices in members.values() if len(indices) > 1]
+    single = [index for indices in members.values() if len(indices) == 1 for index in indices]
     if len(single) > 1:
         several.append(single)
     elif single and several:
         min(several, key=len).extend(single)
-    return [np.array(own) for own in several]
+    return [np.array(indices) for indices in several]
 
 
 def mean_estimate(values: np.ndarray) -> Estimate:
@@ -111,7 +111,7 @@ def mean_estimate(values: np.ndarray) -> Estimate:
 
 
 def share_interval(count: int, units: int, level: float = CONFIDENCE) -> Interval:
-    """Return the interval of a share of which `count` of `units` were found (Clopper and Pearson 1934)."""
+    """Return the interval of a share, given `count` of `units` (Clopper and Pearson 1934)."""
     tail = (1 - level) / 2
     low = betaincinv(count, units - count + 1, tail) if count else 0.0
     high = betaincinv(count + 1, units - count, 1 - tail) if count < units else 1.0
@@ -119,10 +119,10 @@ def share_interval(count: int, units: int, level: float = CONFIDENCE) -> Interva
 
 
 def combine_errors(repeated: Estimate, sampled: Estimate) -> Estimate:
-    """Return the first value with the errors of both: of its repetitions, and of the sample that all of them used.
+    """Return the first value with both errors: of its repetitions, and of the sample that all repetitions used.
 
-    The degrees of freedom are those of Welch and Satterthwaite. Variation between single observations is in both
-    errors, so the sum is too large rather than too small.
+    The degrees of freedom follow Welch and Satterthwaite. Variation between single observations is in both errors, so
+    the sum is too large rather than too small.
     """
     variances = repeated.error**2, sampled.error**2
     error = math.sqrt(sum(variances))
@@ -144,7 +144,7 @@ def sum_by_key(keys: Sequence[Hashable], values: np.ndarray) -> np.ndarray:
 
 
 def strata_of(keys: Sequence[Hashable]) -> list[str | None]:
-    """Return [units] the stratum of each unit, in the order of `sum_by_key`; None for a key that is no `Unit`."""
+    """Return [units] the stratum of each unit, in the order of `sum_by_key`; None for a key that is not a `Unit`."""
     return [key.stratum if isinstance(key, Unit) else None for key in dict.fromkeys(keys)]
 
 

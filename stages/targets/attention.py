@@ -16,8 +16,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 NAME = "draftsmith_grouped"
-_SCORES = 2**24  # in memory at a time: queries are processed in chunks
-_MASK_ENTRIES = 2**31  # of one call: a kernel of torch counts them in 32 bits (pytorch/pytorch#187227)
+_SCORES = 2**24  # scores in memory at a time: queries are processed in chunks
+_MASK_ENTRIES = 2**31  # limit of one call: a kernel of torch counts them in 32 bits (pytorch/pytorch#187227)
 
 
 def grouped_attention(
@@ -47,10 +47,10 @@ def grouped_attention(
 
 
 def causal_mask(device: torch.device) -> torch.Tensor:
-    """Return a mask without entries, which stands for causal attention over the tokens of a forward alone.
+    """Return a mask without entries, which stands for causal attention over only the tokens of a forward.
 
-    Kernels that need no mask skip half of the scores. Decoders of transformers pass any mask of four dimensions on
-    unchanged, and make one of their own from None.
+    Kernels that need no mask skip half of the scores. Decoders of transformers pass on any mask of four dimensions
+    unchanged, but make their own from None.
     """
     return torch.empty(1, 1, 0, 0, device=device)
 
@@ -112,8 +112,8 @@ def scored_attention(
         mask = (entries <= entries[-T:, None])[None, None]
     grouped = query.view(n, kv_heads, heads // kv_heads, T, D)
     chunks = []
-    for some, seen in zip(*(x.split(max(1, _SCORES // (n * heads * L)), -2) for x in (grouped, mask)), strict=True):
-        scores = (some.flatten(2, 3) @ key.transpose(2, 3)).unflatten(2, some.shape[2:4]).float()
+    for part, seen in zip(*(x.split(max(1, _SCORES // (n * heads * L)), -2) for x in (grouped, mask)), strict=True):
+        scores = (part.flatten(2, 3) @ key.transpose(2, 3)).unflatten(2, part.shape[2:4]).float()
         scores *= D**-0.5 if scaling is None else scaling
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
@@ -125,12 +125,12 @@ def scored_attention(
             sink = sinks.float().view(1, kv_heads, -1, 1, 1).expand(*scores.shape[:-1], 1)
             scores = torch.cat([scores, sink], -1)
         weights = scores.softmax(-1)[..., :L].to(value.dtype)
-        chunks.append((weights.flatten(2, 3) @ value).unflatten(2, some.shape[2:4]))
+        chunks.append((weights.flatten(2, 3) @ value).unflatten(2, part.shape[2:4]))
     return torch.cat(chunks, 3).flatten(1, 2).transpose(1, 2).contiguous()
 
 
 def register() -> str:
-    """Register `grouped_attention` with transformers; returns the name for `attn_implementation`."""
+    """Register `grouped_attention` with transformers; return its name for `attn_implementation`."""
     AttentionInterface.register(NAME, grouped_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     return NAME

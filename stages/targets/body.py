@@ -52,7 +52,7 @@ def resolve_target(
 ) -> TargetInfo:
     """Find the model (hub, folder) or dequantise it to `out/model` (GGUF), and write `out/target.json`.
 
-    checksum: of a file; if given, `out/elsewhere.json` lists the files of a model outside the artifact.
+    checksum: returns a file's checksum; if given, `out/elsewhere.json` lists the files of a model outside the artifact.
     """
     kind = source_kind(config.source)
     revision = None
@@ -96,13 +96,13 @@ def _file_state(path: Path) -> tuple[int, int, int]:
 
 
 def extract_metadata(source: Path, folder: Path) -> None:
-    """Write config and tokenizer of a GGUF file to a folder. Raises DraftsmithError if transformers cannot read it."""
+    """Write a GGUF file's config and tokenizer to a folder. Raises DraftsmithError if transformers cannot read it."""
     try:
         parts: list[Any] = [
             kind.from_pretrained(source.parent, gguf_file=source.name, local_files_only=True)
             for kind in (AutoConfig, AutoTokenizer)
         ]
-    except Exception as error:  # of gguf, transformers and tokenizers
+    except Exception as error:  # errors of gguf, transformers and tokenizers
         raise _unreadable(source, error) from error
     for part in parts:
         part.save_pretrained(folder)
@@ -171,5 +171,5 @@ def count_parameters(path: Path) -> int:
 
 def _unreadable(source: Path, error: Exception) -> DraftsmithError:
     return DraftsmithError(
-        f"{source}: transformers cannot read this GGUF model ({one_line(error)}). Give the model's folder instead."
+        f"{source}: transformers cannot read this GGUF model ({one_line(error)}). Use the model's folder instead."
     )

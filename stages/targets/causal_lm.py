@@ -41,7 +41,7 @@ class TargetOutput:
 
 
 class _StopForwardError(Exception):
-    """Ends a forward after the last layer whose features are wanted. Decoders have no other way to stop at a layer."""
+    """Ends a forward after the last layer whose features are needed. Decoders have no other way to stop at a layer."""
 
 
 class Target(Facts):
@@ -62,7 +62,7 @@ class Target(Facts):
         parameters = inspect.signature(type(self.decoder).forward).parameters
         # renamed in transformers 5.24; 5.40 removes the old name
         self._cache_argument = "cache" if "cache" in parameters else "past_key_values"
-        self._captured: dict[int, torch.Tensor] = {}  # outputs of the layers that the forward is asked for
+        self._captured: dict[int, torch.Tensor] = {}  # outputs of the requested layers
         self._deepest: int | None = None  # the layer after which the forward stops
         if CHOOSING in self.layers.kinds:  # only transformers' attention masks the entries that are not chosen
             model.set_attn_implementation("sdpa")
@@ -76,8 +76,8 @@ class Target(Facts):
     def load(cls, folder: Path, dtype: str | None = None, device: str | None = None, ranks: Ranks = ALONE) -> Target:
         """Load the target of an artifact of stage `target`.
 
-        dtype: in place of the serving dtype, e.g. float32 for exactness checks. ranks: that share the target; each must
-        call everything that computes hidden states, with the same tokens.
+        dtype: in place of the serving dtype, e.g. float32 for exactness checks. ranks: those that share the target;
+        each must call everything that computes hidden states, with the same tokens.
         Raises DraftsmithError if weights are missing or cannot be loaded, or if forwards here fail or differ from the
         model's own.
         """
@@ -91,8 +91,8 @@ class Target(Facts):
         except Exception as error:  # model classes raise errors of any kind
             if isinstance(error, torch.OutOfMemoryError):
                 raise DraftsmithError(
-                    f"target {path}: does not fit into the GPU's free memory ({one_line(error, 200)}). Stop what "
-                    "else uses it, or choose a device by CUDA_VISIBLE_DEVICES (empty: the CPU)."
+                    f"target {path}: does not fit into the GPU's free memory ({one_line(error, 200)}). Stop other "
+                    "programs on it, or choose a device with CUDA_VISIBLE_DEVICES (empty: the CPU)."
                 ) from error
             if (
                 ranks.target_parallel > 1
@@ -102,14 +102,14 @@ class Target(Facts):
             ):
                 raise
             raise DraftsmithError(
-                f"target {path}: forwards of {info.architecture} with the cache used here fail "
-                f"({type(error).__name__}: {one_line(error, 200)}). Give another target."
+                f"target {path}: forwards of {info.architecture} with Draftsmith's cache fail "
+                f"({type(error).__name__}: {one_line(error, 200)}). Choose another target."
             ) from error
         return target
 
     @classmethod
     def _read(cls, info: TargetInfo, path: Path, dtype: str, device: str, ranks: Ranks) -> Target:
-        """Load the target without the comparison with the model's own forwards."""
+        """Load the target without comparing it with the model's own forwards."""
         if dtype == "float32":
             torch.backends.cudnn.allow_tf32 = False  # else convolutions of recurrent layers are not float32
         try:
@@ -123,7 +123,7 @@ class Target(Facts):
                 model = load_weights(kind, path, **loaded).to(device)
             tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         except (OSError, ValueError, ImportError) as error:
-            if is_full_disk(error):  # met by the loader's progress bar in the stage's log
+            if is_full_disk(error):  # raised by the loader's progress bar in the stage's log
                 raise
             raise DraftsmithError(
                 f"target {path}: cannot be loaded ({error}). Run stage target again with --force."
@@ -151,7 +151,7 @@ class Target(Facts):
             return cls.load(Path(artifact), device=device)
 
     def _facts(self) -> Mapping[str, object]:
-        info, parameters = self.info, sum(each.numel() for each in self.model.parameters())
+        info, parameters = self.info, sum(parameter.numel() for parameter in self.model.parameters())
         return {
             "source": info.source,
             **({"revision": info.revision} if info.revision else {}),
@@ -185,7 +185,7 @@ class Target(Facts):
         return keep
 
     def _forward(self, layer_ids: Sequence[int], *, stop: bool = False, **arguments: Any) -> TargetOutput:
-        """Run the decoder. stop: no layers after the last of `layer_ids`, and no hidden states."""
+        """Run the decoder. stop: end after the last of `layer_ids`, without hidden states."""
         self._captured, self._deepest = {layer: torch.empty(0) for layer in layer_ids}, max(layer_ids) if stop else None
         hidden = torch.empty(0)
         try:
@@ -212,7 +212,7 @@ class Target(Facts):
 
     @torch.no_grad()
     def read(self, ids: torch.Tensor, layer_ids: Sequence[int] = ()) -> TargetOutput:
-        """Read whole sequences, ids [B, T] padded on the right, which causal attention hides from real positions.
+        """Read whole sequences: ids [B, T], padded on the right. Causal attention hides padding from real positions.
 
         layer_ids: layer k means the hidden state AFTER decoder layer k, concatenated in this order into `features`.
         """
@@ -243,12 +243,12 @@ class Target(Facts):
 
         By default a token is written at its position and attends to every entry up to itself. A tree passes `write_at`
         [n, T] (free entries) and `visible` bool [n, T, L] (the entries that each token attends to) instead.
-        length: positions of the longest row, these tokens included, which the host must know: asking the device would
-        wait for all that is queued there. Left out, these are the rows' first tokens.
+        length: positions of the longest row, including these tokens. The host must know it, since asking the device
+        would wait for everything queued there. By default these are the rows' first tokens.
 
-        The states of a recurrent target are those after the rows' earlier tokens; rows that begin at position 0 have
-        none. With `advance` they are updated to the last token, padding included; without, they stay unchanged, and
-        `commit` follows.
+        A recurrent target starts from its states after the rows' earlier tokens; rows that begin at position 0 have
+        none. With `advance` the states are updated to the last token, padding included. Without it they stay unchanged,
+        and `commit` follows.
         """
         assert visible is None or not self.layers.recurrent, "a recurrent target has no forward over a tree"
         if visible is not None:
@@ -277,8 +277,8 @@ class Target(Facts):
     ) -> None:
         """Update states over the first committed[i] tokens of row i, after a `step` without `advance`.
 
-        ids: [n, T] of consecutive rows. anchors: [n] positions of their first tokens. Rows with equally many tokens are
-        read together. A target without recurrent layers needs nothing.
+        ids: [n, T] of consecutive rows. anchors: [n] positions of their first tokens. Rows with the same number of
+        tokens are read together. Does nothing for a target without recurrent layers.
         """
         if not self.layers.recurrent:
             return
@@ -296,14 +296,14 @@ class Target(Facts):
 
     @cached_property
     def _fast(self) -> FastDecoder | None:
-        # maps of a shared model give slices, which hooks of its modules combine
+        # maps of a shared model return slices, which hooks of its modules combine
         return FastDecoder.for_decoder(self.decoder, self.layers.kinds) if self.sharing == 1 else None
 
     @cached_property
     def head(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """Return the map from hidden states [..., H] to products [..., V] for decoding.
 
-        The weight itself stays as it is, since it may embed tokens, and losses read it.
+        The weight itself is not changed, since it may embed tokens, and losses read it.
         """
         if can_pack(self.head_weight):
             return PackedLinear(self.head_weight)

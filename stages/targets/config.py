@@ -33,7 +33,7 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 class TargetConfig(Config):
-    """The frozen causal LM that the drafter is matched to. Code that a model ships with itself is never run."""
+    """The frozen causal LM that the drafter is matched to. Code that comes with a model is never run."""
 
     source: str = Field(
         description="hub id (Qwen/Qwen3-4B), local folder, path to a .gguf file, or package:NAME "
@@ -50,7 +50,7 @@ class TargetConfig(Config):
     def _source_is_named(cls, source: str) -> str:
         source = source.strip()
         if source in ("", "package:"):
-            raise ValueError("is empty. Give a hub id, a folder, a .gguf file or package:NAME.")
+            raise ValueError("is empty. Set a hub id, a folder, a .gguf file or package:NAME.")
         return source
 
     @model_validator(mode="after")
@@ -62,13 +62,14 @@ class TargetConfig(Config):
     def external_files(self) -> list[Path]:
         """Return the files outside the store that this config reads; their content is part of the cache key.
 
-        Those of a model of the hub are identified by its revision. Raises DraftsmithError if a file does not exist.
+        The files of a hub model are identified by its revision instead. Raises DraftsmithError if a file does not
+        exist.
         """
         return source_files(self.source)
 
 
 def source_kind(source: str) -> Kind:
-    """Return what `source` names. An existing path takes precedence over a hub id of the same spelling."""
+    """Return the kind of `source`. An existing path takes precedence over a hub id of the same spelling."""
     if source.startswith(PACKAGE_PREFIX):
         return "package"
     if source.lower().endswith(".gguf"):
@@ -92,34 +93,34 @@ def source_files(source: str) -> list[Path]:
 
 
 def model_folder(source: str) -> Path:
-    """Return the folder that `source` names, absolute. Raises DraftsmithError if it has no config.json."""
+    """Return the absolute path of the folder `source`. Raises DraftsmithError if it has no config.json."""
     folder = Path(source).expanduser().resolve()
     if not folder.exists():
         raise DraftsmithError(
-            f"target.source: {folder} does not exist. Give an existing folder, a .gguf file, a hub id or package:NAME."
+            f"target.source: {folder} does not exist. Set an existing folder, a .gguf file, a hub id or package:NAME."
         )
     if not folder.is_dir():
-        raise DraftsmithError(f"target.source: {folder} is a file. Give a model's folder, or a file ending in .gguf.")
+        raise DraftsmithError(f"target.source: {folder} is a file. Set a model's folder, or a file ending in .gguf.")
     if (folder / "adapter_config.json").is_file() and not any(folder.glob("model*.safetensors*")):
         raise DraftsmithError(
-            f"target.source: {folder} is an adapter without its model. Merge it by peft's merge_and_unload, and give "
+            f"target.source: {folder} is an adapter without its model. Merge it with peft's merge_and_unload, and set "
             "the folder of the merged model."
         )
     if not (folder / "config.json").is_file():
         hint = ""
         if ggufs := sorted(path.name for path in folder.glob("*.gguf")):
             hint = f" (or the file {', '.join(ggufs)} in it)"
-        raise DraftsmithError(f"target.source: {folder} has no config.json. Give the folder of a complete model{hint}.")
+        raise DraftsmithError(f"target.source: {folder} has no config.json. Set the folder of a complete model{hint}.")
     return folder
 
 
 def gguf_file(source: str) -> Path:
-    """Return the .gguf file that a path or `package:NAME` means, absolute."""
+    """Return the absolute path of the .gguf file that a path or `package:NAME` means."""
     if source.startswith(PACKAGE_PREFIX):
         return _package_gguf(source.removeprefix(PACKAGE_PREFIX))
     path = Path(source).expanduser().resolve()
     if not path.is_file():
-        raise DraftsmithError(f"target.source: {path} does not exist. Give the path of an existing .gguf file.")
+        raise DraftsmithError(f"target.source: {path} does not exist. Set the path of an existing .gguf file.")
     return path
 
 
@@ -134,14 +135,14 @@ def _package_gguf(name: str) -> Path:
     files = sorted(path for folder in folders for path in folder.rglob("*.gguf"))
     if len(files) != 1:
         listed = (
-            f" ({', '.join(path.name for path in files)}). Give the path of one." if files else ". Name another one."
+            f" ({', '.join(path.name for path in files)}). Set the path of one." if files else ". Name another one."
         )
         raise DraftsmithError(f"target.source: the Python package {name} holds {len(files)} .gguf files{listed}")
     return files[0].resolve()
 
 
 def _package_folders(name: str) -> list[Path]:
-    """Return the folders of a package, none if it is not installed. Runs no code of it or of a parent package."""
+    """Return the folders of a package, none if it is not installed. Runs no code of the package or of a parent."""
     within: list[str] | None = None  # sys.path
     for part in name.split("."):
         if not part.isidentifier():
@@ -165,13 +166,13 @@ def weight_files(folder: Path) -> list[Path]:
             ) from error
         if outside := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
             raise DraftsmithError(
-                f"{index}: names {outside[0]!r}, which is no file of this folder. Copy or download the model again."
+                f"{index}: names {outside[0]!r}, which is not a file of this folder. Copy or download the model again."
             )
         if not names:
             raise DraftsmithError(f"{index}: names no weights. Copy or download the model again.")
         if single.is_file() and single.name not in names:  # transformers would load it, servers the shards
             raise DraftsmithError(
-                f"{folder}: {index.name} names other files than {single.name}, which exists too. Remove one."
+                f"{folder}: {index.name} names files other than {single.name}, which exists too. Remove one."
             )
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
@@ -191,7 +192,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def check_weights(folder: Path) -> list[Path]:
-    """Return `weight_files`, checked by their headers: lengths, and a scale for every float8 tensor."""
+    """Return `weight_files` after checking their headers: lengths, and a scale for every float8 tensor."""
     files = weight_files(folder)
     dtypes: dict[str, str] = {}
     for path in files:
@@ -218,7 +219,7 @@ def _tensor_dtypes(path: Path) -> dict[str, str]:
     """Return tensor -> dtype. Raises DraftsmithError if the file's length does not fit its header."""
     try:
         with safe_open(path, framework="np") as file:
-            return {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118  (it is no mapping)
+            return {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118  (it is not a mapping)
     except SafetensorError as error:
         raise DraftsmithError(
             f"{path}: truncated or damaged, {path.stat().st_size} bytes ({error}). Copy or download the model again."

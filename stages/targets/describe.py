@@ -1,6 +1,6 @@
 """Describes a model folder: checks config, weights and tokenizer, and returns the target's `TargetInfo`.
 
-Logit map and embedding scale are probed in the model, since config fields do not tell: a field of one name multiplies
+Logit map and embedding scale are probed in the model, since config fields do not tell them: the same field multiplies
 in one family and divides in another.
 """
 
@@ -52,7 +52,7 @@ def describe(folder: Path, config: TargetConfig, *, kind: Kind, location: str, r
 def describe_metadata(
     folder: Path, config: TargetConfig, *, kind: Kind, location: str, revision: str | None
 ) -> TargetInfo:
-    """Describe a model folder by its config and tokenizer alone; the digest over the weights is left empty."""
+    """Describe a model folder from only its config and tokenizer; the digest of the weights stays empty."""
     if kind == "folder" and config.revision is not None:
         raise DraftsmithError("target.revision: is for models of the hub. Remove it for a folder.")
     architecture, settings = read_config(folder)
@@ -103,7 +103,7 @@ def read_config(folder: Path) -> tuple[str, PretrainedConfig]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DraftsmithError(f"{folder} has no config.json. Give the folder of a complete model.") from None
+        raise DraftsmithError(f"{folder} has no config.json. Use the folder of a complete model.") from None
     except (ValueError, RecursionError) as error:
         raise DraftsmithError(f"{path}: not JSON ({error}). Copy or download the model again.") from error
     if not isinstance(raw, dict):
@@ -111,23 +111,23 @@ def read_config(folder: Path) -> tuple[str, PretrainedConfig]:
     model_type, named = str(raw.get("model_type")), raw.get("architectures")
     first = named[0] if isinstance(named, list) and named else CAUSAL.get(model_type, "")
     architecture = first if isinstance(first, str) else ""
-    entries = [*CAUSAL.values(), *WITH_IMAGES.values()]  # of the latter the text part is used
+    entries = [*CAUSAL.values(), *WITH_IMAGES.values()]  # only the text part of the latter is used
     known = {_normalise(name) for entry in entries for name in ([entry] if isinstance(entry, str) else entry)}
-    # A name that transformers does not know means the model of the config's type if it ends like that of a whole model;
-    # others are drafters, classifiers, …
+    # A name that transformers does not know means the model of the config's type if it ends like a whole model's name.
+    # Other names are of drafters, classifiers, …
     drafter = bool(_DRAFTER.search(_normalise(architecture)))
     other = drafter or "auto_map" in raw or hasattr(transformers, architecture)
     other = other or not architecture.endswith(_WHOLE_MODEL)
     if _normalise(architecture) not in known and (other or model_type not in {*CAUSAL, *WITH_IMAGES}):
         what = architecture or f"model_type {model_type}"
-        own_code = ", and code that a model brings along is not run" if "auto_map" in raw else ""
+        not_run = ", and code that comes with a model is not run" if "auto_map" in raw else ""
         raise DraftsmithError(
-            f"{folder}: {what} is not a causal language model that transformers knows{own_code}. Give a causal "
+            f"{folder}: {what} is not a causal language model that transformers knows{not_run}. Use a causal "
             "language model; for a drafter, target.source is the model that it drafts for."
         )
     try:
         return architecture, AutoConfig.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # configs check themselves with error classes of their own
+    except Exception as error:  # configs check themselves, and raise their own error classes
         raise DraftsmithError(f"{path}: transformers cannot read it ({one_line(error)}). Correct it.") from error
 
 
@@ -143,7 +143,7 @@ def _capabilities(folder: Path, config: PretrainedConfig) -> tuple[Layers, Logit
     if missing := [name for name in _SIZES_OF_DRAFTER if getattr(usual, name, None) is None]:
         raise DraftsmithError(
             f"{folder}: {text.model_type} has no config field {missing[0]}, which a drafter takes from a target with "
-            "grouped heads. Give another target."
+            "grouped heads. Choose another target."
         )
     if wrong := wrong_numbers(text, _SIZES) + wrong_numbers(usual, _SIZES_OF_DRAFTER):
         raise DraftsmithError(f"{folder / 'config.json'}: {wrong[0][0]} is {wrong[0][1]!r}. Correct it.")
@@ -151,12 +151,12 @@ def _capabilities(folder: Path, config: PretrainedConfig) -> tuple[Layers, Logit
         return Layers.from_config(text), probe_logit_map(config)
     except UnknownLayersError as error:
         raise DraftsmithError(
-            f"{folder}: layers of {text.model_type} with {error} are not supported. Give another target."
+            f"{folder}: layers of {text.model_type} with {error} are not supported. Choose another target."
         ) from error
     except UnsupportedHeadError as error:
         raise DraftsmithError(
-            f"{folder}: the logits of {text.model_type} are not those of a linear head, scaled or soft-capped "
-            f"({one_line(error)}). Give another target."
+            f"{folder}: the logits of {text.model_type} are not a linear head's, scaled or soft-capped "
+            f"({one_line(error)}). Choose another target."
         ) from error
     except Exception as error:  # model classes raise errors of any kind
         raise DraftsmithError(
@@ -179,7 +179,7 @@ def _quantisation(folder: Path, config: PretrainedConfig) -> str | None:
     except (ImportError, ValueError, RuntimeError, NotImplementedError, KeyError) as error:
         raise DraftsmithError(
             f"{folder}: its quantised weights cannot be loaded here ({one_line(error)}). Install what is missing, or "
-            "give the checkpoint that is not quantised."
+            "use the checkpoint that is not quantised."
         ) from error
     method = quantizer.quantization_config.quant_method
     return str(getattr(method, "value", method))
@@ -198,13 +198,13 @@ def _eos_ids(folder: Path, text: PretrainedConfig, tokenizer: Any) -> list[int]:
     from_config = getattr(text, "eos_token_id", None)  # text configs of some models have no such field
     for value in (generation.get("eos_token_id"), from_config, tokenizer.eos_token_id):
         ids += value if isinstance(value, list) else [value] if value is not None else []
-    if wrong := [each for each in ids if type(each) is not int]:
-        raise DraftsmithError(f"{folder}: eos_token_id {wrong[0]!r} is no token id. Correct generation_config.json.")
+    if wrong := [token for token in ids if type(token) is not int]:
+        raise DraftsmithError(f"{folder}: eos_token_id {wrong[0]!r} is not a token id. Correct generation_config.json.")
     return list(dict.fromkeys(index for index in ids if 0 <= index < text.vocab_size))
 
 
 def _mask_candidates(tokenizer: Any, vocab_size: int, eos_ids: list[int]) -> list[int]:
-    """Return ids that never occur in text: the mask token, rows beyond the tokenizer, special tokens without a use."""
+    """Return ids that never occur in text: the mask token, rows beyond the tokenizer, unused special tokens."""
     ids: list[int] = []
     if tokenizer.mask_token_id is not None:
         ids.append(tokenizer.mask_token_id)
@@ -221,19 +221,19 @@ def _mask_candidates(tokenizer: Any, vocab_size: int, eos_ids: list[int]) -> lis
     return list(dict.fromkeys(ids + [index for _, index in special]))
 
 
-_PRODUCTS = (1e-3, 0.1, 0.5, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1e6)  # of a head, tried with both signs
-_TOLERANCE = 1e-4  # of a logit, relative; float32
-_DIGITS = 6  # significant, of a scale or cap in a config
+_PRODUCTS = (1e-3, 0.1, 0.5, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1e6)  # outputs of a head, tried with both signs
+_TOLERANCE = 1e-4  # relative, of a float32 logit
+_DIGITS = 6  # significant digits of a scale or cap in a config
 
 
 class UnsupportedHeadError(ValueError):
-    """The logits are not those of a linear head and a `LogitMap`."""
+    """The logits are not a `LogitMap` of a linear head's outputs."""
 
 
 def probe_logit_map(config: Any) -> LogitMap:
     """Return the logit map of a causal LM with this config; no weights are needed or allocated.
 
-    Its decoder is replaced by given hidden states, and its head by the identity. Raises UnsupportedHeadError.
+    Its decoder is replaced by fixed hidden states, and its head by the identity. Raises UnsupportedHeadError.
     """
     with torch.device("meta"):
         model = causal_lm_of(model_class(config).from_config(copy.deepcopy(config)))
@@ -270,7 +270,7 @@ def _rounded(value: float) -> float:
 
 
 class _Hidden(SimpleNamespace):
-    """A decoder's output with the last hidden states alone."""
+    """A decoder's output with only the last hidden states."""
 
     def __init__(self, hidden: torch.Tensor):
         super().__init__(last_hidden_state=hidden)
@@ -285,7 +285,7 @@ class _Hidden(SimpleNamespace):
 def embedding_scale(embedding: nn.Module) -> float:
     """Return the factor of an embedding module's rows, 1 for most models, found by embedding a row of a single 1.
 
-    It is the exact number, not rounded to the module's dtype, since engines multiply by that.
+    It is the exact number, not rounded to the module's dtype, since engines multiply by the exact one.
     """
     module = copy.copy(embedding)
     module.__dict__["_parameters"] = {"weight": nn.Parameter(torch.ones(1, 1), requires_grad=False)}

@@ -1,9 +1,9 @@
-"""Sizes of target and drafter for memory estimates, from the models' configs alone.
+"""Sizes of target and drafter for memory estimates, from only the models' configs.
 
 Letters of the formulas, here and in `flows/checks/memory.py`: P, P_d parameters of target and drafter, s bytes of an
 element in the serving dtype, T positions of the longest sequence (prompt limit + new tokens), H hidden size, K target
-layers that the drafter reads, B sequences per step, V vocabulary (or the reduced head). They are meant to be right
-within a third where memory decides; activations of the target's forward passes are small beside the listed terms.
+layers that the drafter reads, B sequences per step, V vocabulary (or the reduced head). Estimates should be right
+within a third where memory decides; activations of the target's forwards are small compared with the listed terms.
 Weights are counted on torch's meta device: exact for every architecture, and nothing is allocated.
 """
 
@@ -23,7 +23,7 @@ PROCESS_BYTES = 600e6
 
 @dataclass(frozen=True)
 class ModelSize:
-    """The numbers of a config that memory depends on."""
+    """The sizes in a config that memory depends on."""
 
     parameters: int
     layers: int
@@ -35,7 +35,7 @@ class ModelSize:
     entry: int  # numbers in a layer's cache of one position: its keys and values, or the latent that they come from
     entry_heads: int  # heads that they belong to; 1 for a latent
     vocabulary: int
-    windows: tuple[int, ...] = ()  # positions, of every sliding layer
+    windows: tuple[int, ...] = ()  # positions in the window of every sliding layer
     divided: int = 0  # parameters that are divided among ranks that share the model
     mapped: int = 0  # of a drafter: parameters of its linear maps, which an adapter adapts
     map_widths: int = 0  # inputs and outputs of these maps together: an adapter has rank times as many parameters
@@ -117,7 +117,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class AnswerCounts:
-    """The number and length of the answers that a stage reads or writes, as far as its config tells."""
+    """The number and length of the answers that a stage reads or writes, as far as its config says."""
 
     longest: int  # T
     count: float = math.inf  # at most
@@ -129,7 +129,7 @@ class StageUse:
     """The models and inputs of a stage in one node."""
 
     sizes: Sizes
-    prompts: Mapping[str, int] = field(default_factory=dict)  # split -> their number, in the order of their rows
+    prompts: Mapping[str, int] = field(default_factory=dict)  # split -> number of prompts, in the order of their rows
     drafters: int = 0  # among the inputs
     answers: AnswerCounts | None = None  # the trajectories that it reads
 
@@ -149,7 +149,7 @@ def _active_width(config: Any) -> int:
 
 
 def target_size(folder: Path) -> ModelSize:
-    """Return the size of the model whose config.json lies in `folder`."""
+    """Return the size of the model whose config.json is in `folder`."""
     from draftsmith.stages.targets.loading import divided_parameters, model_without_weights  # imports torch
 
     model = model_without_weights(folder)

@@ -1,4 +1,4 @@
-"""A cached forward of an ordinary decoder by its operators alone, bit for bit equal to the decoder's own code.
+"""A cached forward of an ordinary decoder from only its operators, bit for bit equal to the decoder's own code.
 
 While decoding, the code of transformers around the operators takes about as long as reading a small model's weights.
 Families whose layers are the same few operators are computed here, from the model's own modules; others run unchanged.
@@ -46,18 +46,18 @@ class FastDecoder:
     """The forward of `Target.step`, with the parameters at the time of construction."""
 
     def __init__(self, decoder: Any, kinds: Sequence[str]):
-        """Take the modules of a decoder. kinds: of its layers, the keys of masks."""
+        """Take the modules of a decoder. kinds: the kind of each layer, which is the key of its mask."""
         config = decoder.config
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         first = decoder.layers[0].self_attn
         self.head_dim, self.scaling = first.head_dim, first.scaling
         self.embed, self.rotary, self.kinds = decoder.embed_tokens, decoder.rotary_emb, list(kinds)
-        self.layers = [_layer(each, self.heads, self.kv_heads) for each in decoder.layers]
+        self.layers = [_layer(layer, self.heads, self.kv_heads) for layer in decoder.layers]
         self.norm = _norm(decoder.norm)
 
     @classmethod
     def for_decoder(cls, decoder: Any, kinds: Sequence[str]) -> FastDecoder | None:
-        """Return the fast forward of a decoder, None for a family that is not known here."""
+        """Return the fast forward of a decoder; None for an unknown family."""
         return cls(decoder, kinds) if _is_ordinary(decoder) else None
 
     def __call__(
@@ -68,9 +68,9 @@ class FastDecoder:
         cache: SlotCache,
         layer_ids: Sequence[int],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return hidden states after the final norm [n, T, H], and those after layers `layer_ids` side by side.
+        """Return hidden states [n, T, H] after the final norm, and those after layers `layer_ids` side by side.
 
-        ids, positions: [n, T]. masks: of `Layers.masks`. cache: with its address set.
+        ids, positions: [n, T]. masks: from `Layers.masks`. cache: with its address set.
         """
         n, T = ids.shape
         N, all_heads, D = n * T, self.heads + self.kv_heads, self.head_dim
@@ -98,7 +98,7 @@ class FastDecoder:
 
     def _rotations(self, x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return factors [N, heads, D] of a vector, and of it with its halves swapped (the first one negated)."""
-        cos, sin = (each.flatten(0, 1)[:, None] for each in self.rotary(x, position_ids=positions))
+        cos, sin = (factors.flatten(0, 1)[:, None] for factors in self.rotary(x, position_ids=positions))
         half = self.head_dim // 2
         sin = torch.cat((-sin[..., :half], sin[..., half:]), -1)
         if len(x) > _SPREAD:
@@ -130,7 +130,7 @@ def _side_by_side(*modules: nn.Module) -> Map:
     if isinstance(first := modules[0], PackedSlice):
         return first.whole.forward
     maps = [_map(module) for module in modules]
-    return lambda x: torch.cat([each(x) for each in maps], -1)
+    return lambda x: torch.cat([linear(x) for linear in maps], -1)
 
 
 def _both(gate: nn.Module, up: nn.Module) -> Callable[[torch.Tensor], Sequence[torch.Tensor]]:
@@ -153,21 +153,21 @@ def _norm(module: Any) -> Map:
 
 
 def _norm_of_heads(attention: Any, heads: int, kv_heads: int) -> Map:
-    of_queries, of_keys = attention.q_norm, attention.k_norm
-    weight = torch.cat([of_queries.weight.expand(heads, -1), of_keys.weight.expand(kv_heads, -1)])
-    return partial(_normalised, weight=weight, eps=of_queries.variance_epsilon)
+    query_norm, key_norm = attention.q_norm, attention.k_norm
+    weight = torch.cat([query_norm.weight.expand(heads, -1), key_norm.weight.expand(kv_heads, -1)])
+    return partial(_normalised, weight=weight, eps=query_norm.variance_epsilon)
 
 
 def _normalised(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Return the RMS norm, rounded to the dtype of x before it is weighted, as in the models.
 
-    weight: of the last dimension or the last two.
+    weight: shaped like the last dimension or the last two.
     """
     return F.rms_norm(x, x.shape[-1:], None, eps).mul_(weight)
 
 
 def _is_ordinary(decoder: Any) -> bool:
-    """Return whether a decoder is known here, by its class and its children: another release may have more."""
+    """Return whether a decoder is a known one, by class and children: another release may have more children."""
     if type(decoder).__name__ not in [f"{family}Model" for family in _FAMILIES]:
         return False
     children = {name for name, _ in decoder.named_children()}

@@ -27,7 +27,7 @@ _ASK_TIMEOUT_S = 10.0
 
 
 def is_hub_refusal(error: Exception) -> bool:
-    """Return whether the hub refused, or the id is malformed; otherwise it could not be reached, and may be later."""
+    """Return whether the hub refused, or the id is malformed; if not, the hub was unreachable, and a retry may help."""
     if not isinstance(error, HfHubHTTPError) or isinstance(error, LocalEntryNotFoundError):
         return isinstance(error, HFValidationError)
     status = getattr(error.response, "status_code", None)
@@ -35,7 +35,7 @@ def is_hub_refusal(error: Exception) -> bool:
 
 
 def hub_advice(error: Exception, revision: str | None) -> str:
-    """Return cause and remedy of an error of the hub, to follow a field's name. revision: the requested one."""
+    """Return cause and remedy of a hub error, as text after a field's name. revision: the requested one."""
     if isinstance(error, GatedRepoError):  # a subclass of RepositoryNotFoundError
         return "access is restricted. Accept its terms on the hub and set HF_TOKEN."
     if isinstance(error, RepositoryNotFoundError):
@@ -47,9 +47,9 @@ def hub_advice(error: Exception, revision: str | None) -> str:
     if not is_hub_refusal(error):
         return (
             f"not a folder here, not in the hub's cache, and no network to the hub ({one_line(error, 99)}). Connect, "
-            "or give a local folder."
+            "or use a local folder."
         )
-    return f"the hub answered: {one_line(error)}. Try again, or give a local folder."
+    return f"the hub answered: {one_line(error)}. Try again, or use a local folder."
 
 
 def hub_snapshot(
@@ -62,8 +62,9 @@ def hub_snapshot(
 ) -> Path:
     """Return the folder of a hub repository's files in the hub's own cache; no network is needed if they are cached.
 
-    field: of the config, for the error. allow, ignore: patterns of file names. Raises DraftsmithError if the hub does
-    not have them, `unreached` if it could not be reached: RetryableError by default, DraftsmithError in offline mode.
+    field: the config field, for the error. allow, ignore: patterns of file names. Raises DraftsmithError if the hub
+    does not have them, and `unreached` if it cannot be reached (by default RetryableError, in offline mode
+    DraftsmithError).
     """
     try:
         return Path(
@@ -78,7 +79,7 @@ def hub_snapshot(
 
 
 def hub_commit(repo: str, revision: str | None, kind: Literal["model", "dataset"] = "model") -> str | None:
-    """Return the commit of a branch or tag of a hub repository; None if neither cache nor hub could tell.
+    """Return the commit of a branch or tag of a hub repository; None if neither cache nor hub knows it.
 
     The cache takes precedence until the branch is fetched again, so that a continued run keeps its commit.
     """
@@ -88,7 +89,7 @@ def hub_commit(repo: str, revision: str | None, kind: Literal["model", "dataset"
         return revision
     try:
         folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type=kind)
-    except HFValidationError:  # no hub id: fetching it reports that
+    except HFValidationError:  # not a hub id: fetching it reports that
         return None
     reference = folder / "refs" / (revision or constants.DEFAULT_REVISION)
     if reference.is_file():

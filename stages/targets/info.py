@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 INFO_FILE = "target.json"
-# Where the model lies and comes from: not in the artifact's content id, so that moving a model rebuilds nothing.
+# The model's place and source: not in the artifact's content id, so that moving a model rebuilds nothing.
 ORIGIN_FILE = "origin.json"
 _ORIGIN = {"source", "kind", "location", "revision"}
 # Fields of config.json about the origin of a copy, not about what it computes.
@@ -57,7 +57,7 @@ IDENTITY = LogitMap()
 
 
 class TargetInfo(BaseModel):
-    """The facts about a target that other stages need without loading it."""
+    """Facts about a target, for stages that do not load it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
@@ -83,7 +83,7 @@ class TargetInfo(BaseModel):
     tree_forward: bool = True  # one forward can follow several continuations
     logit_scale: float = 1.0
     logit_softcap: float | None = None
-    quantisation: str | None = None  # method, of the checkpoint's weights
+    quantisation: str | None = None  # quantisation method of the checkpoint's weights
 
     @property
     def logit_map(self) -> LogitMap:
@@ -99,7 +99,7 @@ def read_target_info(folder: Path) -> TargetInfo:
         return TargetInfo.model_validate(parts[0] | parts[1])
     except FileNotFoundError as error:
         missing = Path(error.filename).name
-        raise DraftsmithError(f"{folder} has no {missing}. Give the folder of a target artifact.") from None
+        raise DraftsmithError(f"{folder} has no {missing}. Use the folder of a target artifact.") from None
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
@@ -114,7 +114,7 @@ def write_target_info(info: TargetInfo, out: Path) -> None:
 
 
 def model_path(folder: Path) -> Path:
-    """Return the folder that transformers loads, of a complete target artifact. Raises if the model is gone."""
+    """Return the model folder of a complete target artifact. Raises DraftsmithError if the model is gone."""
     path = folder / read_target_info(folder).location  # an absolute location replaces the folder
     if not (path / "config.json").is_file():
         raise DraftsmithError(f"{path}: the target's model is gone. Restore it, or run the target stage with --force.")

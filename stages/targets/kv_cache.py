@@ -21,7 +21,7 @@ Rows = slice | torch.Tensor  # the rows of a call: a slice (no copy) or indices,
 class KeyValueSlots:
     """Keys and values of one layer, each of shape [rows, kv_heads, capacity, head_dim], in the order of attention.
 
-    Values may be of another width than keys.
+    Values may have another width than keys.
     """
 
     def __init__(self, rows: int, capacity: int):
@@ -103,7 +103,7 @@ class SlotCache(Cache):
         self._read_states: dict[tuple[str, int, int], torch.Tensor] = {}
 
     def address(self, at: Address) -> None:
-        """Set what the next forward reads and writes."""
+        """Set the rows and entries that the next forward reads and writes."""
         if isinstance(at.rows, slice):
             row_index = torch.arange(at.rows.start, at.rows.stop, device=at.write_at.device)
         else:
@@ -122,17 +122,17 @@ class SlotCache(Cache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_args: object, **_kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store new entries and return all that are attended to, each [n, kv_heads, length, head_dim]."""
+        """Store new entries; return all entries that are attended to, each [n, kv_heads, length, head_dim]."""
         return self.store(layer_idx, key_states.transpose(1, 2), value_states.transpose(1, 2))
 
     def store(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store new entries [n, T, kv_heads, head_dim] of a layer, and return all that are attended to."""
+        """Store new entries [n, T, kv_heads, head_dim] of a layer; return all entries that are attended to."""
         slots = self.slots[layer]
         slots.write(self._row_index, self._at.write_at, keys, values)
         return slots.read(self._at.rows, self._at.length)
 
     def update_indexer(self, indexer_key_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
-        """Store new keys [n, T, D] of a layer's indexer, and return all that are scored, [n, length, D]."""
+        """Store new keys [n, T, D] of a layer's indexer; return all keys that are scored, [n, length, D]."""
         slots = self.indexers.setdefault(layer_idx, KeyValueSlots(self.rows, self.capacity))
         keys = indexer_key_states[:, :, None]
         slots.write(self._row_index, self._at.write_at, keys, keys[..., :0])
@@ -144,7 +144,7 @@ class SlotCache(Cache):
     # ---- called by its recurrent layers
 
     def is_recording_past(self, layer_idx: int) -> bool:  # noqa: ARG002
-        """Return True, so that layers pass all their inputs, and none overwrites a convolution's state in place."""
+        """Return True, so that layers pass all their inputs and do not overwrite a convolution's state in place."""
         return True
 
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:  # noqa: ARG002
@@ -157,8 +157,8 @@ class SlotCache(Cache):
         return self._read_state("recurrent", layer_idx, state_idx)
 
     def _read_state(self, which: str, layer: int, index: int) -> torch.Tensor | None:
-        """Return a copy: for one token Mamba-2, and Kimi Linear's convolutions, update states in place, and call no
-        update of the cache."""
+        """Return a copy: for one token, Mamba-2 and Kimi Linear's convolutions update states in place without calling
+        an update of the cache."""
         state = self._state(which, layer, index)
         if state is None:
             return None
@@ -204,7 +204,7 @@ class SlotCache(Cache):
 
     @property
     def entries(self) -> list[KeyValueSlots]:
-        """Return all that has an entry for every position."""
+        """Return all slots that have an entry for every position."""
         return [*self.slots, *self.indexers.values()]
 
     def move_row(self, source: int, to: int) -> None:

@@ -21,21 +21,21 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from draftsmith.stages.targets.attention import causal_mask
 
-CHOOSING = "indexed_attention"  # attention that chooses its entries by the scores of an indexer, with keys of its own
+CHOOSING = "indexed_attention"  # attention that chooses its entries by the scores of an indexer, which has its own keys
 
 # The config field with the number of positions that attention of a kind reads; None: the whole prefix.
 _REACH = {
     "full_attention": None,
     "sliding_attention": "sliding_window",
     "chunked_attention": "attention_chunk_size",
-    "hybrid": None,  # attention, and a state beside it
+    "hybrid": None,  # attention, and a state next to it
     "hybrid_sliding": "sliding_window",
     CHOOSING: None,
 }
 _SLIDING = ("sliding_attention", "hybrid_sliding")
 
 
-# transformers' name for a layer without its own cache: an MLP or experts alone, or one that reads another layer's
+# transformers' name for a layer without its own cache: only an MLP or experts, or a layer that reads another's cache
 _NO_CACHE = "dummy"
 
 
@@ -67,16 +67,16 @@ class Layers:
     @classmethod
     def from_config(cls, text_config: Any) -> Layers:
         """Return the layers of a text model's config. Raises UnknownLayersError."""
-        both_ways = getattr(text_config, "use_bidirectional_attention", None)  # "vision": within an image alone
+        both_ways = getattr(text_config, "use_bidirectional_attention", None)  # "vision": only within an image
         if both_ways not in (None, False, "vision") or not getattr(text_config, "is_causal", True):
             raise UnknownLayersError("attention in both directions")
         if getattr(text_config, "altup_num_inputs", 1) > 1:  # Gemma 3n
-            raise UnknownLayersError("several vectors a token")
+            raise UnknownLayersError("several vectors per token")
         kinds, _ = get_layer_types_and_kwargs(text_config)  # windows: its second value is of another type before 5.19
         entries, recurrent = (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer), False
         try:
             cache = DynamicCache(config=text_config)
-        except KeyError as unknown:  # a kind that transformers knows inside one model's code alone
+        except KeyError as unknown:  # a kind that transformers knows only inside one model's code
             raise UnknownLayersError(unknown.args[0]) from None
         for kind, layer in zip(kinds, cache.layers, strict=True):
             holds_state = isinstance(layer, LinearAttentionCacheLayerMixin)
@@ -88,9 +88,8 @@ class Layers:
         if invalid := [kind for kind, window in reach.items() if window is not None and window < 1]:
             raise UnknownLayersError(f"{invalid[0]} over {reach[invalid[0]]} positions")
         if _NO_CACHE in kinds:  # a layer that reads another's entries reads as far as that one
-            kinds = [
-                own if kind == _NO_CACHE else kind for kind, own in zip(kinds, text_config.layer_types, strict=True)
-            ]
+            types = text_config.layer_types
+            kinds = [other if kind == _NO_CACHE else kind for kind, other in zip(kinds, types, strict=True)]
         return cls(tuple(kinds), tuple(map(reach.get, kinds)), recurrent)
 
     def masks(
@@ -103,7 +102,7 @@ class Layers:
         """Return additive masks [n, 1, T, L] as decoders take them: one, or one for each kind of layer.
 
         visible: bool [n, T, L]; None: a token sees every entry up to its position. positions: [n, T] of the tokens;
-        entry_positions: [n, L] of the entries. Where the tokens are all entries, and no window is shorter, the mask is
+        entry_positions: [n, L] of the entries. If the tokens are all entries, and no window is shorter, the mask is
         `causal_mask`, unless an indexer reads it.
         """
         masks: dict[str, torch.Tensor | None] = {}
@@ -131,12 +130,12 @@ class Layers:
 
 
 def layer_configs(text_config: Any) -> Sequence[Any]:
-    """Return one config per layer if they differ (Gemma 4: heads and their width), else the config alone."""
+    """Return one config per layer if they differ (Gemma 4: heads and their width), else only the config."""
     return text_config.per_layer_config if getattr(text_config, "is_heterogeneous", False) else [text_config]
 
 
 def usual_layer(text_config: Any) -> Any:
-    """Return the config with the usual heads and width: that of a sliding layer if layers differ."""
+    """Return the config with the usual heads and width: a sliding layer's config if layers differ."""
     configs = layer_configs(text_config)
     if len(configs) == 1:
         return configs[0]
@@ -145,32 +144,32 @@ def usual_layer(text_config: Any) -> Any:
 
 
 def stable_positions(text_config: Any) -> int | None:
-    """Return the positions within which a token's rotation and scale do not depend on the text's length; None: all.
+    """Return the number of positions in which rotations and scales do not depend on the text's length; None: all.
 
     With `longrope` and `dynamic` transformers chooses the angles of all tokens by the furthest position of a forward:
     beyond the limit, entries of a cache are rotated by other angles than the tokens that read them. Llama 4 scales
     queries by the length of the cache, from `floor_scale` on.
     """
     rope = getattr(text_config, "rope_parameters", None) or {}
-    each = [rope] if "rope_type" in rope else [part for part in rope.values() if isinstance(part, dict)]
+    parts = [rope] if "rope_type" in rope else [part for part in rope.values() if isinstance(part, dict)]
     limits = {
         "longrope": lambda part: part["original_max_position_embeddings"],
         "dynamic": lambda _part: text_config.max_position_embeddings,
     }
-    positions = [int(limits[part["rope_type"]](part)) for part in each if part.get("rope_type") in limits]
+    positions = [int(limits[part["rope_type"]](part)) for part in parts if part.get("rope_type") in limits]
     if getattr(text_config, "attn_temperature_tuning", False):
         positions.append(int(text_config.floor_scale) - 1)
     return min(positions) if positions else None
 
 
 def model_class(config: Any) -> Any:
-    """Return the auto class of transformers that loads a checkpoint's causal LM; that of image models holds one."""
+    """Return transformers' auto class that loads a checkpoint's causal LM, or an image model that contains one."""
     known = type(config) in AutoModelForCausalLM._model_mapping
     return AutoModelForCausalLM if known else AutoModelForImageTextToText
 
 
 def causal_lm_of(model: Any) -> Any:
-    """Return the causal LM of a model loaded by `model_class`: some contain one, and have no head of their own."""
+    """Return the causal LM of a model loaded by `model_class`: some contain one, and have no head themselves."""
     return model if model.get_output_embeddings() is not None else getattr(model, "language_model", model)
 
 
@@ -187,7 +186,7 @@ def wrong_numbers(config: Any, sizes: Iterable[str]) -> list[tuple[str, Any]]:
     """Return (field, value) of the impossible numbers in a config. sizes: names of fields to check, if present."""
     rope = getattr(config, "rope_parameters", None) or {}
     by_kind = not {"rope_type", "rope_theta"} & rope.keys()
-    rotations = {f"{kind}.": each for kind, each in rope.items() if isinstance(each, dict)} if by_kind else {"": rope}
+    rotations = {f"{kind}.": part for kind, part in rope.items() if isinstance(part, dict)} if by_kind else {"": rope}
     angles = {
         f"rope_parameters.{kind}{name}": rotation.get(name)
         for kind, rotation in rotations.items()
@@ -202,7 +201,7 @@ def wrong_numbers(config: Any, sizes: Iterable[str]) -> list[tuple[str, Any]]:
 
 
 def is_size(value: Any) -> bool:
-    """Return whether a value is an integer that a size of a model may be."""
+    """Return whether a value is an integer that can be a size of a model."""
     return type(value) is int and 0 < value <= _MAX_SIZE
 
 

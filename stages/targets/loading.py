@@ -1,4 +1,4 @@
-"""Loads a checkpoint's weights into a model of transformers, which alone would initialise missing ones at random."""
+"""Loads a checkpoint's weights into a transformers model, which by itself would fill in missing ones at random."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from draftsmith.stages.targets.layers import causal_lm_of, decoder_of, layer_con
 
 
 def load_weights(kind: Any, folder: Path, file: Path | None = None, **arguments: Any) -> Any:
-    """Return `kind.from_pretrained(folder, …)`. file: that holds the weights if they are not safetensors.
+    """Return `kind.from_pretrained(folder, …)`. file: the file with the weights if they are not safetensors.
 
     Raises DraftsmithError if the checkpoint lacks a tensor of the text model, has one of another shape, or a bias that
     the model lacks. One of several tied tensors is enough.
@@ -72,7 +72,7 @@ def _unread_biases(model: Any, used: tuple[str, ...], unread: Iterable[str]) -> 
     return sorted(maps.intersection(unread))
 
 
-_HAS_DEFAULT = ("scale", "zero_point", "g_idx")  # in names of tensors that a quantisation may leave out
+_HAS_DEFAULT = ("scale", "zero_point", "g_idx")  # in names of tensors that a quantised checkpoint may lack
 
 
 def _weights_path(folder: Path) -> Path:
@@ -83,7 +83,7 @@ def _weights_path(folder: Path) -> Path:
 def _text_prefixes(model: Any) -> tuple[str, ...]:
     """Return the prefixes of the tensors that forwards over text read: a checkpoint may lack the vision part."""
     text_modules = (decoder_of(model), model.get_input_embeddings(), model.get_output_embeddings())
-    return tuple(f"{name}." for name, module in model.named_modules() if any(module is each for each in text_modules))
+    return tuple(f"{name}." for name, module in model.named_modules() if any(module is text for text in text_modules))
 
 
 _FIELD = "parallel.target_parallel"
@@ -105,12 +105,12 @@ def model_without_weights(folder: Path) -> Any:
 
 
 def check_divides(folder: Path, sharing: int) -> None:
-    """Raise DraftsmithError if the model in `folder` cannot be divided among `sharing` ranks, by its config alone."""
+    """Raise DraftsmithError if, by its config, the model in `folder` cannot be divided among `sharing` ranks."""
     if sharing == 1:
         return
     if not hasattr(transformers.PreTrainedModel, "prepare_distribute_model"):
         raise DraftsmithError(
-            f"{_FIELD}: transformers {transformers.__version__} cannot divide a model as is needed here. "
+            f"{_FIELD}: transformers {transformers.__version__} cannot divide a model in this way. "
             "Install 5.24, which can, or set it to 1."
         )
     config, model = AutoConfig.from_pretrained(folder, local_files_only=True), model_without_weights(folder)
@@ -123,15 +123,15 @@ def check_divides(folder: Path, sharing: int) -> None:
         count = getattr(layer, heads, None) or sharing
         if count % sharing:
             raise DraftsmithError(
-                f"{_FIELD}: {sharing} does not divide the {heads} of the target, {count}. Give one that does, or 1."
+                f"{_FIELD}: {sharing} does not divide the {heads} of the target, {count}. Set one that does, or 1."
             )
 
 
 def load_slice(folder: Path, ranks: Ranks, device: str, **arguments: Any) -> Any:
     """Load this rank's slice of the model in `folder`, while the other ranks load theirs; only the slice is read.
 
-    arguments: of `from_pretrained`. Raises DraftsmithError like `check_divides` and `load_weights`, and any error of
-    transformers.
+    arguments: those of `from_pretrained`. Raises DraftsmithError like `check_divides` and `load_weights`, and any error
+    of transformers.
     """
     check_divides(folder, ranks.target_parallel)
     from transformers.distributed import DistributedConfig  # missing in releases that `check_divides` refuses
@@ -144,7 +144,7 @@ def load_slice(folder: Path, ranks: Ranks, device: str, **arguments: Any) -> Any
     )
 
     class Sliced(kind):  # type: ignore[misc, valid-type]
-        """The model divided among some ranks: transformers would use all, and divide embedding and head too."""
+        """The model divided among some ranks: transformers would use all ranks, and divide embedding and head too."""
 
         @classmethod
         def prepare_distribute_model(cls, distributed: Any, device_map: Any = None) -> tuple[Any, torch.device, _Mesh]:  # noqa: ARG003
@@ -173,8 +173,8 @@ class _Mesh:
 def _parallel_plan(model: Any) -> dict[str, str]:
     """Return styles by name of module or weight, `*` for a layer's number, without embedding and head."""
     undivided = {model.get_input_embeddings(), causal_lm_of(model).get_output_embeddings()}
-    left_out = {name for name, module in model.named_modules() if module in undivided}
-    return {name: style for name, style in (model.tp_plan or {}).items() if name not in left_out}
+    excluded = {name for name, module in model.named_modules() if module in undivided}
+    return {name: style for name, style in (model.tp_plan or {}).items() if name not in excluded}
 
 
 def _style(plan: dict[str, str], name: str) -> str:

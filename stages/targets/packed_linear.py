@@ -1,8 +1,8 @@
 """Linear maps with weights in the layout of oneDNN's kernels, since decoding on a CPU is bound by reading weights.
 
 A plain linear map in bfloat16 reorders its weight at every call; a frozen one is reordered once. The product is the
-same bit for bit; with a bias it is rounded once instead of twice. The operators are those that torch's own compiler
-calls for frozen weights. Maps of the same input are joined: one call reads more at a time.
+same bit for bit; with a bias it is rounded once instead of twice. Torch's own compiler calls the same operators for
+frozen weights. Maps of the same input are joined: one call reads more at a time.
 """
 
 from __future__ import annotations
@@ -103,15 +103,15 @@ def pack(model: nn.Module, together: tuple[Names, ...] = SAME_INPUT) -> None:
 
 def _join(module: nn.Module, names: Names) -> None:
     maps = [getattr(module, name, None) for name in names]
-    linear = [each for each in maps if type(each) is nn.Linear and can_pack(each.weight)]
-    biases = [each.bias for each in linear if each.bias is not None]
+    linear = [child for child in maps if type(child) is nn.Linear and can_pack(child.weight)]
+    biases = [child.bias for child in linear if child.bias is not None]
     if len(linear) < len(names) or len(biases) not in (0, len(names)) or len({m.in_features for m in linear}) > 1:
         return
     whole = PackedGroup(torch.cat([m.weight.detach() for m in linear]), torch.cat(tuple(biases)) if biases else None)
     start = 0
-    for name, each in zip(names, linear, strict=True):
-        setattr(module, name, PackedSlice(whole, start, start + each.out_features))
-        start += each.out_features
+    for name, child in zip(names, linear, strict=True):
+        setattr(module, name, PackedSlice(whole, start, start + child.out_features))
+        start += child.out_features
 
 
 def packed_copy(model: Model, names: Names, together: tuple[Names, ...]) -> Model:
@@ -127,7 +127,7 @@ def packed_copy(model: Model, names: Names, together: tuple[Names, ...]) -> Mode
     for name in names:
         if isinstance(child := getattr(model, name, None), nn.Module):
             tensors = {id(tensor): tensor for tensor in (*child.parameters(), *child.buffers())}
-            holder = nn.ModuleDict({name: copy.deepcopy(child, tensors)})  # of the modules alone
+            holder = nn.ModuleDict({name: copy.deepcopy(child, tensors)})  # copies only the modules
             pack(holder, together)
             setattr(copied, name, holder[name])
     return copied

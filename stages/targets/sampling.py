@@ -16,7 +16,7 @@ def _not_one(top_k: int) -> int:
 
 TopK = Annotated[
     int,
-    Field(ge=0, le=2**31 - 1, description="sample from so many most likely tokens, cut before top_p; 0 = all"),
+    Field(ge=0, le=2**31 - 1, description="sample from this many most likely tokens, cut before top_p; 0 = all"),
     AfterValidator(_not_one),
 ]
 
@@ -26,7 +26,7 @@ class SamplingParams:
     """The distribution that answers are sampled from: the target's at a temperature, cut to the `top_k` most likely
     tokens, and of these to the smallest set of most likely ones whose probability among them reaches `top_p`.
 
-    Greedy decoding has neither cut, so any two greedy ones are equal.
+    Greedy decoding has neither cut, so all greedy parameters are equal.
     """
 
     temperature: float = 0.0  # 0 = greedy

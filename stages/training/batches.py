@@ -1,10 +1,10 @@
-"""Batches of answers with the target's features, recomputed where they are used and kept in memory while they fit.
+"""Batches of answers with the target's features, kept in memory if they fit and otherwise computed when needed.
 
-Where the target scores proposals in a step, the keys and values of its first read are kept for that, if they fit.
-Nothing of the size of a hidden state goes to disk. If memory holds the features of all answers, they are computed in
-fixed groups and kept. If not, none are kept: epochs are shuffled, so what fits is seldom what comes next, and the
-answers of each batch are read in groups of similar length. Either way the bits depend on the batch alone, not on
-whether training was interrupted, nor on whether features were read ahead.
+If the target scores proposals in a step, the keys and values of its first read are kept for that, if they fit. Nothing
+of the size of a hidden state goes to disk. If memory holds the features of all answers, they are computed in fixed
+groups and kept. If not, none are kept: epochs are shuffled, so a kept part is seldom needed next, and the answers of
+each batch are read in groups of similar length. Either way the bits depend only on the batch, not on whether training
+was interrupted or features were read ahead.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Batch:
     kept: Sequence[KeptGroup] = ()  # the forwards of the step, if proposals are scored on their keys and values
 
     def select(self, rows: slice) -> Batch:
-        """Return some of the trajectories, padded to the longest of them."""
+        """Return some of the trajectories, padded to the longest of these."""
         trajectories = self.trajectories[rows]
         width = max(len(t.tokens) for t in trajectories)
         tokens, features, positions = (x[rows, :width] for x in (self.tokens, self.features, self.positions))
@@ -59,9 +59,9 @@ class RankSlice:
     indices: list[int]  # of the answers among all trajectories
     batch: Batch  # these answers, in this order
     micro_batches: list[slice]  # rows of the batch
-    rows: list[int]  # which rows of the whole step they are
+    rows: list[int]  # their rows in the whole step
     step_rows: int  # R answers in the whole step
-    step_tokens: torch.Tensor  # that a reduced head must hold: of all R answers, any shape
+    step_tokens: torch.Tensor  # tokens that a reduced head must hold: those of all R answers, any shape
     ranks: Ranks = ALONE
 
     @property
@@ -73,7 +73,7 @@ class RankSlice:
 def split_rows(batch: Batch, block_tokens: int, limit: int | None) -> list[slice]:
     """Split a batch into neighbouring rows of at most `limit` tokens, or of one row; None: all rows are one part.
 
-    block_tokens: tokens of a row's blocks, which count beside its padded trajectory.
+    block_tokens: tokens of a row's blocks, which count in addition to its padded trajectory.
     """
     lengths = [len(t.tokens) for t in batch.trajectories]
     parts: list[slice] = []
@@ -86,14 +86,14 @@ def split_rows(batch: Batch, block_tokens: int, limit: int | None) -> list[slice
     return [*parts, slice(start, len(lengths))]
 
 
-_Read = tuple[torch.Tensor, ...]  # features, and hidden states if they are wanted
+_Read = tuple[torch.Tensor, ...]  # features, and hidden states if they are needed
 
 
 @dataclass
 class _Reads:
-    """What the target read for a batch."""
+    """The target's reads for a batch."""
 
-    rows: dict[int, _Read] = field(default_factory=dict)  # by trajectory
+    rows: dict[int, _Read] = field(default_factory=dict)  # trajectory -> its read
     kept: list[KeptGroup] = field(default_factory=list)
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
@@ -121,12 +121,12 @@ class FeatureSource:
         tree_tokens: int = 0,
         ahead: bool | None = None,
     ):
-        """Decide whether features are kept: if `config.feature_memory_mb` holds those of all trajectories.
+        """Keep features if `config.feature_memory_mb` holds those of all trajectories.
 
-        with_hidden: for losses that read the target's distribution; without, its last layers are not run.
-        tree_tokens: free cache entries for proposals that the target scores in a step; 0: it scores none. Then a batch
-        keeps the keys and values of its trajectories, if `config.feature_memory_mb` holds them.
-        ahead: whether `prefetch` does anything; left out: on CUDA, where it takes no time from anything else.
+        with_hidden: for losses that read the target's distribution; without it the target's last layers are not run.
+        tree_tokens: free cache entries for proposals that the target scores in a step; 0: it scores none. If it scores
+        some, a batch keeps the keys and values of its trajectories, if `config.feature_memory_mb` holds them.
+        ahead: whether `prefetch` does anything; by default on CUDA, where it takes no time from other work.
         """
         self.with_hidden = with_hidden
         self.target, self.layer_ids, self.trajectories = target, tuple(layer_ids), trajectories
@@ -134,7 +134,7 @@ class FeatureSource:
         width = target.head_weight.shape[1] * (len(self.layer_ids) + with_hidden)
         self._memory, self._tree_tokens = config.feature_memory_mb * 2**20, tree_tokens
         self._keeps = int(lengths.sum()) * width * target.dtype.itemsize <= self._memory
-        # a step needs an answer for the target's forward, which may be read ahead, and for its batch
+        # a step needs an answer for the target's forward, which may run ahead, and for its batch
         self._answer = functools.lru_cache(2 * config.sequences_per_step)(trajectories.__getitem__)
         self._names = trajectory_ids(trajectories)
         self._tokens_per_group = config.tokens_per_target_forward
@@ -142,7 +142,7 @@ class FeatureSource:
         self._group_of = {index: g for g, group in enumerate(self._groups) for index in group}
         self._cache: dict[int, dict[int, _Read]] = {}
         on_cuda = target.device.type == "cuda"
-        # Never with a shared target: its messages and those of the gradients would interleave in any order.
+        # never with a shared target: its messages and the gradients' would interleave in any order
         self._reads_ahead = not self._keeps and target.sharing == 1 and (on_cuda if ahead is None else ahead)
         self._stream = torch.cuda.Stream(target.device) if self._reads_ahead and on_cuda else None
         self._ahead: tuple[tuple[int, ...], _Reads] | None = None
@@ -152,13 +152,13 @@ class FeatureSource:
         return ranks.assigned_rows(self._lengths[list(indices)].tolist())
 
     def shared(self, indices: Sequence[int], ranks: Ranks) -> list[int]:
-        """Return those of a step's trajectories that the ranks train which share the target with this one."""
+        """Return the trajectories of a step that are trained by the ranks that share the target with this one."""
         lengths = self._lengths[list(indices)].tolist()
         rows = sorted(row for rank in ranks.target_group for row in ranks.assigned_rows(lengths, rank))
         return [indices[row] for row in rows]
 
     def prefetch(self, indices: Sequence[int]) -> None:
-        """Start to read what the next `batch` will need, on CUDA in a separate stream beside the queued kernels.
+        """Start the reads of the next `batch`, on CUDA in a separate stream next to the queued kernels.
 
         Memory then holds the features of two batches.
         """
@@ -174,12 +174,12 @@ class FeatureSource:
     def batch(self, indices: Sequence[int], shared: Sequence[int] | None = None) -> Batch:
         """Return the trajectories at `indices` with their features.
 
-        shared: these and the trajectories that other ranks read now with the same copy of the target; left out: these.
+        shared: these and the trajectories that other ranks read now with the same copy of the target; by default these.
         """
         trajectories = [self._answer(i) for i in indices]
         reads = self._prefetched(indices)
         if reads is None:
-            reads = self._read_all(indices if shared is None else shared, wanted=set(indices))
+            reads = self._read_all(indices if shared is None else shared, needed=set(indices))
         features, *hidden = (
             torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
             for rows in zip(*(reads.rows[i] for i in indices), strict=True)
@@ -189,7 +189,7 @@ class FeatureSource:
         return Batch(trajectories, tokens, features, hidden[0] if hidden else None, positions, reads.kept)
 
     def _prefetched(self, indices: Sequence[int]) -> _Reads | None:
-        """Return what was read ahead, if that was for these trajectories."""
+        """Return the reads that were made ahead, if they are of these trajectories."""
         ahead, self._ahead = self._ahead, None
         if ahead is None or ahead[0] != tuple(indices):
             return None
@@ -199,8 +199,8 @@ class FeatureSource:
             ahead[1].record_stream(current)
         return ahead[1]
 
-    def _read_all(self, indices: Sequence[int], wanted: Set[int] | None = None) -> _Reads:
-        """Read these trajectories with the target; return those that are wanted (left out: all)."""
+    def _read_all(self, indices: Sequence[int], needed: Set[int] | None = None) -> _Reads:
+        """Read these trajectories with the target; return those in `needed` (by default all)."""
         reads = _Reads()
         if self._keeps:
             for g in dict.fromkeys(self._group_of[i] for i in indices):
@@ -215,7 +215,7 @@ class FeatureSource:
         kept = reads.kept if self._keeps_keys(unique) else None
         for group, ids in zip(groups, tokens, strict=True):
             read = self._read_group(group, ids, kept)
-            reads.rows |= read if wanted is None else {i: read[i] for i in group if i in wanted}
+            reads.rows |= read if needed is None else {i: read[i] for i in group if i in needed}
         return reads
 
     def _keeps_keys(self, indices: Sequence[int]) -> bool:
@@ -225,8 +225,8 @@ class FeatureSource:
         """
         if not self._tree_tokens or self.target.layers.recurrent:
             return False
-        of_token = ModelSize.from_config(self.target.config, 0).kv_bytes_per_token(self.target.dtype.itemsize)
-        return int(self._lengths[list(indices)].sum()) * of_token / self.target.sharing <= self._memory
+        token_bytes = ModelSize.from_config(self.target.config, 0).kv_bytes_per_token(self.target.dtype.itemsize)
+        return int(self._lengths[list(indices)].sum()) * token_bytes / self.target.sharing <= self._memory
 
     def _tokens_of(self, members: Sequence[int]) -> torch.Tensor:
         return pad_tokens([self._answer(i) for i in members], self.target.device)
@@ -235,7 +235,7 @@ class FeatureSource:
         self, members: Sequence[int], ids: torch.Tensor, kept: list[KeptGroup] | None = None
     ) -> dict[int, _Read]:
         """Read trajectories in one forward. ids: their tokens [n, T]. kept: takes the forward with its cache."""
-        with torch.autocast(self.target.device.type, enabled=False):  # the training loop's is for the drafter alone
+        with torch.autocast(self.target.device.type, enabled=False):  # the training loop's is only for the drafter
             read = self._read(ids) if kept is None else self._read_with_keys(members, ids, kept)
         lengths = self._lengths[list(members)].tolist()
         return {
@@ -285,7 +285,7 @@ def token_counts(trajectories: Sequence[Trajectory], vocab_size: int) -> torch.T
 
 
 def frequent_tokens(counts: torch.Tensor, before: torch.Tensor | None = None) -> torch.Tensor:
-    """Return all token ids [V], most frequent first; ties by id, or in the order that they had in `before` [V]."""
+    """Return all token ids [V], most frequent first; ties by id, or in their order in `before` [V]."""
     if before is None:
         return counts.argsort(descending=True, stable=True)
     return before[counts[before].argsort(descending=True, stable=True)]

@@ -38,12 +38,12 @@ class OptimiserConfig(Config):
         ),
         NotInKey(),
     ] = None
-    # Not in the key, like micro-batches: several processes train what one trains, but for rounding.
+    # Not in the key, like micro-batches: several processes train the same as one, except for rounding.
     parallel: Annotated[ParallelConfig, NotInKey()] = ParallelConfig()
 
 
 class LoraOptions(Config):
-    """A low-rank adapter of a drafter's linear maps: W x becomes W x + B A x, and A and B alone are trained."""
+    """A low-rank adapter of a drafter's linear maps: W x becomes W x + B A x, and only A and B are trained."""
 
     rank: Annotated[int, Field(ge=1, description="rows of A and columns of B")]
 
@@ -55,7 +55,7 @@ class TrainingConfig(OptimiserConfig):
         LoraOptions | None,
         Field(
             description="train a low-rank adapter of the drafter that the training starts from, and merge it into the "
-            "drafter at the end; left out: all weights"
+            "drafter at the end; by default all weights are trained"
         ),
     ] = None
     sequences_per_step: Annotated[int, Field(ge=1, description="answers in each step, over all processes")] = 8
@@ -64,11 +64,11 @@ class TrainingConfig(OptimiserConfig):
         int | None,
         Field(
             ge=2,
-            description="softmax over this many most frequent tokens, those of the step's answers and `head_negatives` "
-            "random others, instead of the whole vocabulary; OPD finds verify steps over them too",
+            description="softmax over this many most frequent tokens, the tokens of the step's answers and "
+            "`head_negatives` random others, not the whole vocabulary; OPD finds verify steps over them too",
         ),
     ] = None
-    head_negatives: Annotated[int, Field(ge=0, description="random tokens beside those of `head_tokens`")] = 1024
+    head_negatives: Annotated[int, Field(ge=0, description="random tokens next to those of `head_tokens`")] = 1024
     positions_per_chunk: Annotated[int, Field(ge=1, description="bounds the memory for logits")] = 512
     feature_memory_mb: Annotated[
         float,
@@ -85,8 +85,8 @@ class TrainingConfig(OptimiserConfig):
         int | None,
         Field(
             ge=1,
-            description="tokens of answers and blocks that go through the drafter at once; a step of more is split, "
-            "with the same loss but for rounding; left out: what fits by the estimate of memory",
+            description="tokens of answers and blocks that go through the drafter at once; a larger step is split, "
+            "with the same loss except for rounding; by default as many as fit by the estimate of memory",
         ),
         NotInKey(),
     ] = None
@@ -108,13 +108,13 @@ class SftConfig(TrainingConfig):
     drafter: DrafterConfig = DFlashConfig()
     init_from: Annotated[
         str | None,
-        Field(description="folder or hub id of a drafter in the layout that engines load; left out: random weights"),
+        Field(description="folder or hub id of a drafter in the layout that engines load; by default random weights"),
     ] = None
     init_revision: Annotated[
         str | None,
         Field(
-            description="commit, tag or branch of a hub id in init_from; a branch means the commit that the hub's "
-            "cache has, else the hub's newest"
+            description="commit, tag or branch of a hub id in init_from; a branch means its commit in the hub's cache, "
+            "else the newest on the hub"
         ),
     ] = None
     adopt: Annotated[
@@ -123,7 +123,7 @@ class SftConfig(TrainingConfig):
     loss: Annotated[
         LossName,
         Field(
-            description="auto is what the architecture's authors train with: cross_entropy on the committed token for "
+            description="auto is the loss of the architecture's authors: cross_entropy on the committed token for "
             "DFlash and DFlash2 (on sampled answers ce_l1 for DFlash2), ce_l1 for DSpark, forward_kl to the target's "
             "distribution for EAGLE-3; MODULE:FUNCTION is a loss of your own"
         ),
@@ -132,8 +132,8 @@ class SftConfig(TrainingConfig):
         float | None,
         Field(
             gt=0,
-            description="of exponential weights; left out, the authors': 7 for DFlash (blocks of 16), 4 for DSpark "
-            "(of 8), 0.8 a step for EAGLE-3",
+            description="gamma of exponential weights; by default the authors': 7 for DFlash (blocks of 16), 4 for "
+            "DSpark (of 8), 0.8 per step for EAGLE-3",
         ),
     ] = None
 
@@ -148,21 +148,21 @@ class SftConfig(TrainingConfig):
     @model_validator(mode="after")
     def _fits_together(self) -> SftConfig:
         if self.gamma is not None and self.weights != "exponential":
-            raise ValueError("gamma is read by `weights: exponential` only. Leave one of the two out.")
+            raise ValueError("only `weights: exponential` reads gamma. Remove one of the two.")
         if self.steps == 0 and self.init_from is None and not self.adopt:
             raise ValueError(
                 "steps: 0 steps train nothing. Name a drafter in init_from, or train for at least one step."
             )
-        # `steps: 0, adopt: true` alone adopts the stage's input
+        # `steps: 0, adopt: true` without init_from adopts the stage's input
         for name in ("adopt", "init_revision"):
             if getattr(self, name) and self.init_from is None and not (name == "adopt" and self.steps == 0):
-                raise ValueError(f"{name} needs a drafter in init_from. Name one, or leave {name} out.")
+                raise ValueError(f"{name} needs a drafter in init_from. Name one, or remove {name}.")
         return self
 
     def stream(self, recipe: TrainingRecipe, *, sampled: bool = False) -> ResponseStream:
-        """Return the resolved stream, from the architecture's own recipe where fields are left open.
+        """Return the resolved stream; fields that are not set come from the architecture's recipe.
 
-        sampled: whether the answers are.
+        sampled: whether the answers were sampled.
         """
         return ResponseStream(
             loss=recipe.loss_on(sampled=sampled) if self.loss == "auto" else self.loss,
@@ -171,7 +171,7 @@ class SftConfig(TrainingConfig):
         )
 
     def continued(self, like: TrainingConfig) -> SftConfig:
-        """Return SFT that continues exactly as another training does, but for anchors and loss: the fair comparison.
+        """Return SFT that trains exactly like another training except for anchors and loss: the fair comparison.
 
         It starts from the drafter that is its input.
         """
@@ -181,17 +181,17 @@ class SftConfig(TrainingConfig):
     def check_lora(self, start: str | None, trained: str) -> None:
         """Raise DraftsmithError if some weights are new, so that an adapter has nothing to adapt there.
 
-        start: kind of the drafter that the training starts from, None: random weights; trained: the kind it is then.
+        start: kind of the drafter that the training starts from; None: random weights. trained: kind that is trained.
         """
         if self.lora is None or start == trained:
             return
         if start is None:
             raise DraftsmithError(
-                "sft.lora: random weights have nothing to adapt. Name a drafter in sft.init_from, or leave lora out."
+                "sft.lora: random weights have nothing to adapt. Name a drafter in sft.init_from, or remove lora."
             )
         raise DraftsmithError(
             f"sft.lora: the new parts of a {start} that becomes a {trained} have nothing to adapt. Set "
-            f"sft.drafter.kind to {start}, or leave lora out."
+            f"sft.drafter.kind to {start}, or remove lora."
         )
 
     def external_files(self) -> list[Path]:
@@ -213,21 +213,21 @@ class SftConfig(TrainingConfig):
 
 
 class OpdConfig(TrainingConfig):
-    """A loss from the target's feedback on verify steps, and which steps are trained."""
+    """A loss from the target's feedback on verify steps, and the choice of the steps that are trained."""
 
     steps: Annotated[int, Field(ge=1, description="optimiser steps")] = 400
     learning_rate: Annotated[float, Field(gt=0, description="peak of the cosine schedule")] = 3e-4
     verification: Annotated[
         Literal["auto", "greedy", "sampled"],
         Field(
-            description="the verification rule that the drafter will serve under, which decides the loss where that "
-            "is left open; auto: as the answers were sampled"
+            description="the verification rule that the drafter will serve under, which decides a loss that is not "
+            "set; auto: as the answers were sampled"
         ),
     ] = "auto"
     loss: Annotated[
         LossConfig,
         Field(
-            description="matched: what fits the verification rule and the architecture; paper: Bernoulli forward KL on "
+            description="matched: fits the verification rule and the architecture; paper: Bernoulli forward KL on "
             "committed tokens plus k3 reverse KL on the rejected suffix; or the streams in full"
         ),
     ] = LossConfig()
@@ -245,13 +245,13 @@ class OpdConfig(TrainingConfig):
         Field(
             ge=0,
             description="mine an answer again, with the current weights, when a step trains it and its trace is this "
-            "many steps old; 0: train on the trace as it was mined; left out: 1 for anchors errors and visited",
+            "many steps old; 0: train on the trace as it was mined; by default 1 for anchors errors and visited",
         ),
     ] = None
 
     @property
     def reads_table(self) -> bool:
-        """Return whether anchors are steps of the mined table, which must then hold those of all answers."""
+        """Return whether anchors are steps of the mined table, which must then hold the steps of all answers."""
         return self.anchors in ("errors", "visited")
 
     @model_validator(mode="after")
@@ -279,7 +279,7 @@ class OpdConfig(TrainingConfig):
 
     @property
     def oldest_trace(self) -> int:
-        """Return the age in steps at which a trace is mined again, also where `remine_every` is left open; 0: never."""
+        """Return the age in steps at which a trace is mined again, also if `remine_every` is not set; 0: never."""
         if self.remine_every is not None:
             return self.remine_every
         return 1 if self.reads_table else 0

@@ -25,9 +25,9 @@ class DraftingView:
     batch: Batch
     context: Context  # of its trajectories, with gradient; empty for a source that does not read it
     # Holds every token of the batch, so the right token can always be proposed. A wrong token that a reduced head lacks
-    # cannot be, and its rejection goes unseen.
+    # cannot be proposed, and its rejection goes unseen.
     head: Head
-    sampler: TargetSampler | None = None  # if proposals are sampled; left out, they are argmaxes
+    sampler: TargetSampler | None = None  # None: proposals are argmaxes, not sampled
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ class DraftedBlocks:
     batch: Batch
     anchors: torch.Tensor  # [B, A] absolute positions
     hidden: torch.Tensor  # [B, A, K, H] on the trajectories' own tokens, with gradient
-    # [B, A, K, H] on the drafter's own proposals, where that is not the same (autoregressive drafters)
+    # [B, A, K, H] on the drafter's own proposals, if they differ from `hidden` (autoregressive drafters)
     on_proposals: torch.Tensor | None = None
 
 
 def encode_batch(drafter: Drafter, batch: Batch) -> Context:
-    """Return what the drafter knows of the batch's trajectories, with gradient."""
+    """Return the drafter's context of the batch's trajectories, with gradient."""
     return drafter.encode(batch.features, batch.tokens, batch.positions)
 
 
@@ -55,7 +55,7 @@ def draft_blocks(drafter: Drafter, context: Context, batch: Batch, anchors: torc
 def hidden_on_proposals(
     drafter: Drafter, context: Context, blocks: DraftedBlocks, proposed: torch.Tensor
 ) -> torch.Tensor:
-    """Return the hidden states [B, A, K, H] on the drafter's own proposals [B, A, K], as when it proposed them."""
+    """Return the hidden states [B, A, K, H] on the drafter's own proposals [B, A, K], the same as when it drafted."""
     before = torch.cat([tokens_at(blocks.batch, blocks.anchors, 0, 1), proposed[..., :-1]], -1)
     return drafter.block_hidden(context, before, blocks.anchors)
 
@@ -68,7 +68,7 @@ def block_labels(batch: Batch, anchors: torch.Tensor, K: int) -> tuple[torch.Ten
 
 
 def tokens_at(batch: Batch, anchors: torch.Tensor, first: int, count: int) -> torch.Tensor:
-    """Return the tokens [B, A, count] at the offsets first, first + 1, …; beyond a row's end its last token."""
+    """Return the tokens [B, A, count] at offsets first, first + 1, …; after the padded row's end, its last token."""
     offsets = torch.arange(first, first + count, device=anchors.device)
     at = (anchors[..., None] + offsets).clamp(max=batch.tokens.shape[1] - 1)
     return batch.tokens.gather(1, at.flatten(1)).view_as(at)
@@ -87,15 +87,15 @@ def count_operations(
 def position_anchors(
     trajectories: Sequence[Trajectory], per_sequence: int, phases: np.ndarray, device: torch.device
 ) -> torch.Tensor:
-    """Return `per_sequence` positions of each answer as anchors [B, A], spread evenly from its phase in [0, 1) on.
+    """Return `per_sequence` evenly spaced positions of each answer as anchors [B, A], offset by its phase.
 
-    phases: [B].
-    Positions differ where the answer is long enough. Raises DraftsmithError for an answer without a position that has a
-    following token.
+    phases: [B], in [0, 1).
+    Positions are different if the answer is long enough. Raises DraftsmithError for an answer without a position that
+    has a following token.
     """
     for t in trajectories:
         if t.last_anchor < t.first_anchor:
-            raise DraftsmithError(f"trajectory {t.trajectory_id}: the answer has one token. Leave it out.")
+            raise DraftsmithError(f"trajectory {t.trajectory_id}: the answer has one token. Remove it.")
     positions = [
         systematic_sample(np.arange(t.first_anchor, t.last_anchor + 1), per_sequence, phase)
         for t, phase in zip(trajectories, phases, strict=True)
@@ -104,11 +104,11 @@ def position_anchors(
 
 
 def systematic_sample(candidates: np.ndarray, count: int, phase: float) -> np.ndarray:
-    """Return `count` of the candidates [N], in order: one of every N/count neighbours, all at one phase in [0, 1).
+    """Return `count` of the candidates [N], evenly spaced and in order, offset by `phase` in [0, 1).
 
     At a random phase each candidate is as probable as in independent sampling, but the blocks overlap little, and a
-    step sees the whole answer. A candidate is taken twice only if there are fewer than `count`, so that every step of a
-    training has the same number of blocks whatever its anchors are.
+    step sees the whole answer. A candidate is taken twice only if there are fewer than `count`, so that all steps of a
+    training have the same number of blocks whatever their anchors are.
     """
     indices = ((np.arange(count) + phase) * len(candidates) / count).astype(np.int64)
     return candidates[np.minimum(indices, len(candidates) - 1)]  # rounding may reach N

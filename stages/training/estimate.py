@@ -1,10 +1,10 @@
 """Estimates the memory of a training step, and how many of its answers fit into one micro-batch.
 
-At its end stand the bytes that a training keeps of a drafter for its backward pass, by architecture. H, I, q, k are the
-widths of the residual stream, the MLP, the queries and the keys; a is the bytes of an element in the products. Weights
-and residual stream are float32; under autocast (a = 2) every product keeps its own copy of its input. A norm keeps what
-it reads and what it has divided, in float32. Compared with torch's memory tracker of a real step in
-`tests/stages/training/test_memory.py`.
+The functions at the end return the bytes that a drafter keeps for its backward pass, by architecture. H, I, q, k are
+the widths of the residual stream, the MLP, the queries and the keys; a is the bytes of an element in the products.
+Weights and residual stream are float32; under autocast (a = 2) every product keeps its own copy of its input. A norm
+keeps its input and the normalised input, in float32. `tests/stages/training/test_memory.py` compares this with torch's
+memory tracker on a real step.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ from draftsmith.stages.targets.estimate import DTYPE_BYTES, PROCESS_BYTES, Model
 from draftsmith.stages.training.config import OpdConfig, SftConfig, TrainingConfig
 from draftsmith.stages.training.loss_registry import loss_traits
 
-USABLE = 0.85  # of a device's memory: the rest is for what the allocator leaves unused
+USABLE = 0.85  # share of a device's memory; the allocator leaves the rest unused
 
 
 def training_memory(
     config: TrainingConfig, use: StageUse, *, mines: bool = False, scores: bool = False
 ) -> dict[str, float]:
-    """Return the bytes by purpose, when the forward of a micro-batch has ended and the gradient of others is there.
+    """Return the bytes by purpose after the forward of a micro-batch, with the gradient of earlier ones in memory.
 
-    Of several processes each needs this, with B the answers of a step that it trains. Beside `fixed_memory`:
+    Each of several processes needs this, where B is the number of answers of a step that it trains. In addition to
+    `fixed_memory`:
 
-    Activations: what the drafter keeps of the tokens of a micro-batch, trajectories and blocks, and of each position
-    with a loss its state and its gradient.
-    mines: the logits of mining, as traces are mined again while training. scores: the forward of mining, as the target
+    Activations: those that the drafter keeps for the tokens of a micro-batch (trajectories and blocks), and for each
+    position with a loss its state and its gradient.
+    mines: the logits of mining, if traces are mined again during training. scores: the forward of mining, if the target
     scores rejected proposals. Both come before the graph of a micro-batch.
     """
     sizes, longest, B = use.sizes, use.longest, rows_of_process(config)
@@ -42,7 +43,7 @@ def training_memory(
         mining |= cached_read(tokens_read, longest, sizes)
         if fixed.get("kept keys and values", 0.0) >= B * longest * sizes.target.kv_bytes_per_token(sizes.itemsize):
             del mining["key/value memory"]  # no answer is read again
-    if rows == B:  # a step that is one batch verifies its blocks while their graph is there
+    if rows == B:  # a step of one batch verifies its blocks while their graph is in memory
         return fixed | graph | mining
     return fixed | max(graph, mining, key=lambda parts: sum(parts.values()))
 
@@ -50,15 +51,15 @@ def training_memory(
 def fixed_memory(config: TrainingConfig, use: StageUse) -> dict[str, float]:
     """Return the bytes by purpose that do not depend on the size of micro-batches.
 
-    Target: P · s, the layers of which are divided by the processes that share a target.
+    Target: P · s; its layers are divided among the processes that share a target.
     Drafter: 16 · P_d for float32 weights, gradients and the two moments of AdamW (8 of the 16, which may be split over
-    the processes); under autocast a copy, 2 · P_d. With an adapter that for its parameters alone, and 4 · P_d; under
-    autocast 2 for each parameter of an adapted map, or 6 if it was saved in float32.
-    Features: feature_memory_mb at most, and none if it does not hold those of all answers; of the step's batch
-    B · T · (K + 1) · H · s, twice while the target's forwards are copied into it; on a GPU also those of the next
-    batch, which is read meanwhile unless the target is shared.
-    Kept keys and values, where OPD's loss has a rejected stream and features are not kept: those of B · (T + tree)
-    positions, feature_memory_mb at most, for as many batches.
+    the processes); under autocast a copy, 2 · P_d. With an adapter, that only for the adapter's parameters, and
+    4 · P_d; under autocast 2 for each parameter of an adapted map, or 6 if it was saved in float32.
+    Features: feature_memory_mb at most, and none if it does not hold those of all answers; for the step's batch
+    B · T · (K + 1) · H · s, twice while the target's forwards are copied into it; on a GPU the same for the next
+    batch, which is read ahead unless the target is shared.
+    Kept keys and values, if OPD's loss has a rejected stream and features are not kept: those of B · (T + tree)
+    positions, feature_memory_mb at most, for each batch whose features are in memory.
     Logits: 5 to 7 · positions_per_chunk · V · 4; more if the head has weights of the drafter (`LOGIT_COPIES`).
     """
     sizes, longest = use.sizes, use.longest
@@ -90,7 +91,7 @@ def fixed_memory(config: TrainingConfig, use: StageUse) -> dict[str, float]:
 
 
 def trained_parameters(config: TrainingConfig, drafter: ModelSize) -> int:
-    """Return the parameters with gradients: those of the adapter, or all of the drafter."""
+    """Return the number of parameters with gradients: the adapter's, or all of the drafter's."""
     return drafter.parameters if config.lora is None else config.lora.rank * drafter.map_widths
 
 
@@ -98,12 +99,12 @@ def _reduced_head(config: TrainingConfig, sizes: Sizes) -> tuple[int, float]:
     """Return the rows and the bytes of a step's copy of the target's head."""
     if config.head_tokens is None:
         return sizes.reduced_head(None)
-    of_batch = config.sequences_per_step * 64  # tokens of the batch that are new
-    return sizes.reduced_head(config.head_tokens + config.head_negatives + of_batch)
+    batch_tokens = config.sequences_per_step * 64  # new tokens of the batch
+    return sizes.reduced_head(config.head_tokens + config.head_negatives + batch_tokens)
 
 
 def head_rows(config: TrainingConfig, sizes: Sizes) -> int:
-    """Return the tokens in a step's softmax: those of the drafter's own head, or of the target's."""
+    """Return the number of tokens in a step's softmax: of the drafter's own head, or of the target's."""
     return min(_reduced_head(config, sizes)[0], sizes.drafter.vocabulary)
 
 
@@ -137,7 +138,7 @@ def _logits(config: TrainingConfig, sizes: Sizes, rows_of_head: int) -> float:
 
 
 def _loss(config: TrainingConfig, kind: str) -> str:
-    """Return the name of the response's loss; if the answers decide it, that of the loss which needs more memory."""
+    """Return the name of the response's loss; if the answers decide it, the one that needs more memory."""
     if isinstance(config, SftConfig):
         return KINDS[kind].recipe.loss_on(sampled=True) if config.loss == "auto" else config.loss
     assert isinstance(config, OpdConfig)
@@ -154,10 +155,10 @@ def reads_distribution(config: TrainingConfig, kind: str) -> bool:
 def row_bytes(config: TrainingConfig, sizes: Sizes, longest: int) -> float:
     """Return the bytes that the drafter keeps for backward of one trajectory with its blocks."""
     a, K, A = DTYPE_BYTES[config.compute_dtype], sizes.block_size - 1, config.anchors_per_sequence
-    of_blocks = A * block_bytes(sizes.kind, sizes.drafter, sizes.block_size, a)
-    of_context = longest * context_token_bytes(sizes.kind, sizes.drafter, a)
-    of_positions = A * K * sizes.drafter.hidden * (4 + 2 * sizes.itemsize)
-    return float(of_blocks + of_context + of_positions)
+    blocks = A * block_bytes(sizes.kind, sizes.drafter, sizes.block_size, a)
+    context = longest * context_token_bytes(sizes.kind, sizes.drafter, a)
+    positions = A * K * sizes.drafter.hidden * (4 + 2 * sizes.itemsize)
+    return float(blocks + context + positions)
 
 
 def rows_of_process(config: TrainingConfig) -> int:
@@ -166,7 +167,7 @@ def rows_of_process(config: TrainingConfig) -> int:
 
 
 def rows_at_once(config: TrainingConfig, sizes: Sizes, longest: int, fixed: float) -> int:
-    """Return the rows of a micro-batch: as the config says, or as many as fit beside `fixed` bytes; at least one."""
+    """Return the rows of a micro-batch: from the config, or as many as fit next to `fixed` bytes; at least one."""
     if config.micro_batch_tokens is not None:
         return max(1, config.micro_batch_tokens // row_tokens(config, sizes, longest))
     memory = sizes.device_memory / (1 if sizes.accelerated else config.parallel.processes)
@@ -180,8 +181,8 @@ def row_tokens(config: TrainingConfig, sizes: Sizes, longest: int) -> int:
 
 
 CONVOLUTION = 16  # bytes per channel and side of a sublayer: its input, the shifted copy, and its kernels (two taps)
-# Float32 rows of logits that a head with trained weights keeps, whatever the loss. EAGLE-3: logits,
-# softmax and its gradient. DSpark: for its own loss and its confidence's, on sampled answers (top-p 12, greedy 4).
+# Float32 rows of logits that a head with trained weights keeps, with any loss. EAGLE-3: logits,
+# softmax and its gradient. DSpark: for its loss and its confidence's, on sampled answers (12 with top-p, 4 if greedy).
 LOGIT_COPIES = {"eagle3": 3, "dspark": 9}
 
 
@@ -190,9 +191,9 @@ def block_bytes(kind: str, size: ModelSize, block_size: int, a: int) -> float:
     H, q, k = size.hidden, size.heads * size.head_dim, size.kv_heads * size.head_dim
     if kind == "eagle3":  # every step of a chain
         both = 2 * 8 * H + _inputs(3, 2 * H, a)  # embedding and feature, each with its norm
-        own = (block_size / 2 + 1) * 2 * a * k  # of each step the keys and values of all steps before it
+        entries = (block_size / 2 + 1) * 2 * a * k  # for each step, the keys and values of all steps before it
         states = 8 * H + 4 * H  # the last norm, and the states of all steps together
-        return (block_size - 1) * (both + 3 * a * q + own + _mlp(size, a) + states)
+        return (block_size - 1) * (both + 3 * a * q + entries + _mlp(size, a) + states)
     convolutions = 4 * CONVOLUTION * H if kind == "dflash2" else 0  # both sides of each of the two sublayers
     attention = 8 * H + _inputs(3, H, a) + (4 + 4 * a) * q + 6 * a * k
     return block_size * (size.layers * (attention + _mlp(size, a) + convolutions) + 12 * H)

@@ -1,10 +1,10 @@
-"""Trains a low-rank adapter of a drafter in place of its weights, by peft.
+"""Trains a low-rank adapter of a drafter in place of its weights, with peft.
 
-A map W x becomes W x + B A x: the scale is 1 (peft's `lora_alpha` is the rank), so that the learning rate alone sets
-how far a step moves. B starts at zero: the drafter proposes as before. Adapted are the linear maps of attention and
-MLP, of `fc`, and of the kernels of DFlash2's convolutions. All else stays as it is: norms, EAGLE-3's head, DSpark's
+A map W x becomes W x + B A x: the scale is 1 (peft's `lora_alpha` is the rank), so that only the learning rate sets
+how far a step moves. B starts at zero, so the drafter proposes as before. The adapter has the linear maps of attention
+and MLP, of `fc`, and of the kernels of DFlash2's convolutions. The rest is not adapted: norms, EAGLE-3's head, DSpark's
 Markov head and confidence head, DFlash2's selector. Most of these have a row for each token, of which a refresh sees
-few, and would make an adapter larger than all its other maps.
+few, and their adapters would be larger than those of all other maps.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from draftsmith.stages.training.config import LoraOptions
 
 
 class Adapter:
-    """The adapter of a drafter, which has it until it is merged."""
+    """The adapter of a drafter, until it is merged into the drafter."""
 
     def __init__(self, drafter: Drafter, options: LoraOptions, compute_dtype: str, seed: int):
-        """Add an adapter with seeded random A, float32; no other weight has a gradient then.
+        """Add an adapter with seeded random A, float32; after that no other weight has a gradient.
 
-        A map's own weights are kept in the compute dtype if that loses nothing: autocast would copy them at every use.
+        A map's weights are kept in the compute dtype if that loses nothing: autocast would copy them at every use.
         """
         self.rank = drafter.adapter_rank = options.rank
         self._maps, dtype = drafter.linear_maps(), getattr(torch, compute_dtype)
@@ -34,14 +34,14 @@ class Adapter:
         with torch.random.fork_rng(devices=()):
             torch.default_generator.manual_seed(seed)
             self._lora = LoraModel(drafter, config, "default")
-        for name, each in self._maps.items():
+        for name, linear in self._maps.items():
             adapted: Any = drafter.get_submodule(name)
             adapted.cast_input_dtype_enabled = False  # autocast casts
-            if all(weight.to(dtype).float().equal(weight) for weight in each.parameters()):
-                cast(each, dtype)
+            if all(weight.to(dtype).float().equal(weight) for weight in linear.parameters()):
+                cast(linear, dtype)
 
     def merge(self) -> None:
-        """Add B A to the weights of the drafter, float32 then, and take the adapter away."""
-        for each in self._maps.values():
-            cast(each, torch.float32)
+        """Add B A to the drafter's weights, which become float32, and remove the adapter."""
+        for linear in self._maps.values():
+            cast(linear, torch.float32)
         self._lora.merge_and_unload().adapter_rank = None

@@ -1,6 +1,6 @@
 """The losses of SFT and OPD: streams, each with a loss, a weight and weights of its positions; and presets.
 
-Formulas are in `losses.py`, what they are applied to in `response_loss.py` and `opd/step.py`.
+Formulas are in `losses.py`; `response_loss.py` and `opd/step.py` apply them.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ BEYOND = 1.0  # the reason: "Which offsets are trained" in `tests/lab/README.md`
 
 @dataclass(frozen=True)
 class LossTraits:
-    """What the rest of a training must know of a loss."""
+    """Properties of a loss that the rest of a training must know."""
 
-    reads_distribution: bool  # of the target; else its committed token only
-    copies: int  # of a chunk's float32 logits that it needs at once
+    reads_distribution: bool  # the target's whole distribution, not only its committed token
+    copies: int  # copies of a chunk's float32 logits that it needs at once
 
 
 LOSSES = {  # the functions are in `response_loss.py`
@@ -34,11 +34,11 @@ LOSSES = {  # the functions are in `response_loss.py`
     "forward_kl": LossTraits(reads_distribution=True, copies=7),
     "ce_l1": LossTraits(reads_distribution=True, copies=5),
 }
-_IMPORTED = LossTraits(reads_distribution=True, copies=6)  # as many as the greediest of the lab's
+_IMPORTED = LossTraits(reads_distribution=True, copies=6)  # as many as the lab's loss with the most copies
 
 
 def loss_traits(name: str) -> LossTraits:
-    """Return the traits of a loss of Draftsmith or of `MODULE:FUNCTION`."""
+    """Return the traits of one of Draftsmith's losses or of `MODULE:FUNCTION`."""
     return _IMPORTED if ":" in name else LOSSES[name]
 
 
@@ -59,12 +59,12 @@ def _check_name(name: str) -> str:
         loss_file(name)
     elif name not in ("auto", *LOSSES):
         names = ", ".join(("auto", *LOSSES))
-        raise ValueError(f"no loss {name!r}. Use one of {names}, or a function of yours as MODULE:FUNCTION.")
+        raise ValueError(f"no loss {name!r}. Use one of {names}, or your own function as MODULE:FUNCTION.")
     return name
 
 
 LossName = Annotated[str, AfterValidator(_check_name)]
-"""A loss of Draftsmith, or `MODULE:FUNCTION` (`losses.imported`), whose source file is a part of the stage's key."""
+"""A loss of Draftsmith, or `MODULE:FUNCTION` (`losses.imported`), whose source file is part of the stage's key."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     # the form that fits the verification rule and the architecture
@@ -88,9 +88,9 @@ class PositionWeights(Config):
         ),
     ]
     gamma: Annotated[
-        float, Field(gt=0, description="of exponential weights; 7 in DFlash's paper, for blocks of 16")
+        float, Field(gt=0, description="gamma of exponential weights; 7 in DFlash's paper, for blocks of 16")
     ] = 7.0
-    delta: Annotated[float, Field(gt=0, le=1, description="of power weights; 0.8 in Draft-OPD's paper")] = 0.8
+    delta: Annotated[float, Field(gt=0, le=1, description="delta of power weights; 0.8 in Draft-OPD's paper")] = 0.8
 
 
 _UNIFORM = PositionWeights(kind="uniform")
@@ -104,8 +104,8 @@ class ResponseStream(Config):
         Field(
             description="auto follows the verification rule: cross_entropy if greedy, forward_kl if sampled (EAGLE-3 "
             "and DSpark always as in SFT: forward_kl, ce_l1); cross_entropy and bernoulli_kl read the committed token, "
-            "the others the target's whole distribution (ce_l1 both: 0.1 cross-entropy + 0.9 L1); MODULE:FUNCTION is a "
-            "loss of your own"
+            "the others the target's whole distribution (ce_l1 both: 0.1 cross-entropy + 0.9 L1); MODULE:FUNCTION is "
+            "your own loss"
         ),
     ] = "auto"
     weight: Annotated[float, Field(ge=0, description="λ_acc")] = 1.0
@@ -114,15 +114,15 @@ class ResponseStream(Config):
         Field(
             ge=0,
             description="for a drafter with a selector (DFlash2): weight of the same loss of its choice among the "
-            "candidates, beside that of its head",
+            "candidates, added to the loss of its head",
         ),
     ] = 1.0
     scope: Annotated[
         Literal["auto", "committed", "block"],
         Field(
-            description="committed: the accepted prefix and the correction, which verification reaches, and what "
-            "follows with falling weight (`beyond`); block: all offsets, as SFT does; auto: committed (EAGLE-3 and "
-            "DSpark: block, unless `beyond` is given)"
+            description="committed: the accepted prefix and the correction, which verification reaches, and later "
+            "offsets with falling weight (`beyond`); block: all offsets, as in SFT; auto: committed (EAGLE-3 and "
+            "DSpark: block, unless `beyond` is set)"
         ),
     ] = "auto"
     beyond: Annotated[
@@ -130,18 +130,18 @@ class ResponseStream(Config):
         Field(
             ge=0,
             description="for scope committed: the offset d after the correction is trained with weight exp(-d/beyond), "
-            f"as it is reached once this error is corrected; 0 = none of them; left out: {BEYOND:g}",
+            f"as it is reached once this error is corrected; 0 = none of them; default: {BEYOND:g}",
         ),
     ] = None
     positions: Annotated[
         PositionWeights | None,
-        Field(description="left out: whole blocks as in the architecture's SFT, committed offsets uniformly"),
+        Field(description="by default, whole blocks as in the architecture's SFT, committed offsets uniformly"),
     ] = None
 
     @model_validator(mode="after")
     def _beyond_what_is_committed(self) -> ResponseStream:
         if self.beyond and self.scope == "block":
-            raise ValueError("beyond is read with scope committed only. Leave one of the two out.")
+            raise ValueError("only scope committed reads beyond. Remove one of the two.")
         return self
 
     def weights(self) -> PositionWeights:
@@ -165,7 +165,7 @@ class RejectedStream(Config):
 
 
 class LossConfig(Config):
-    """`matched`, `paper`, or the streams; `preset: paper` beside streams changes some fields of the preset."""
+    """`matched`, `paper`, or the streams; `preset: paper` along with streams changes some fields of the preset."""
 
     response: ResponseStream = ResponseStream()
     rejected: RejectedStream = RejectedStream()
@@ -173,8 +173,8 @@ class LossConfig(Config):
         float | None,
         Field(
             ge=0,
-            description="of the target's distribution where the loss reads it; 0 = its argmax alone; left out: that "
-            "of the answers, 1 if they are greedy or the drafter samples its proposals",
+            description="temperature of the target's distribution, if the loss reads it; 0 = only its argmax; by "
+            "default the answers' temperature, 1 if they are greedy or the drafter samples its proposals",
         ),
     ] = None
 
@@ -189,10 +189,10 @@ class LossConfig(Config):
         if name not in PRESETS:
             raise ValueError(f"no preset {name!r}. Use {' or '.join(sorted(PRESETS))}, or a mapping of fields.")
         expanded = {stream: dict(fields) for stream, fields in PRESETS[name].items()}
-        for field, given in value.items():
+        for field, setting in value.items():
             if field != "preset":
-                merge = isinstance(given, dict) and field in expanded
-                expanded[field] = expanded[field] | given if merge else given
+                merge = isinstance(setting, dict) and field in expanded
+                expanded[field] = expanded[field] | setting if merge else setting
         return expanded
 
     @model_validator(mode="after")
@@ -200,7 +200,7 @@ class LossConfig(Config):
         loss = self.response.loss
         if self.temperature is not None and (loss == "auto" or not loss_traits(loss).reads_distribution):
             readers = ", ".join(name for name, traits in LOSSES.items() if traits.reads_distribution)
-            raise ValueError(f"temperature is read by {readers} only. Name one of them in loss.response.loss.")
+            raise ValueError(f"only {readers} read temperature. Name one of them in loss.response.loss.")
         if self.response.weight == 0 and (self.rejected.loss == "none" or self.rejected.weight == 0):
             raise ValueError("both streams have weight 0, so nothing would be trained. Raise one of the weights.")
         if self.needs_scores and self.response.positions is not None and self.response.positions.kind == "d_pace":
@@ -217,25 +217,25 @@ class LossConfig(Config):
 
     @property
     def reads_steps(self) -> bool:
-        """Return whether verify steps must be known before the loss; if all offsets are trained, it finds them."""
+        """Return whether verify steps must be known before the loss; a loss over all offsets finds them itself."""
         return self.needs_scores or (self.response.scope == "committed" and not self.response.beyond)
 
     @property
     def reads_committed(self) -> bool:
-        """Return whether the loss depends on what a verify step commits at all."""
+        """Return whether the loss depends on the tokens that a verify step commits."""
         return self.needs_scores or self.response.scope == "committed"
 
     def resolved(self, recipe: TrainingRecipe, sampled: bool, temperature: float) -> LossConfig:
-        """Return this config with every open field resolved; the evidence is in `tests/lab/README.md`.
+        """Return this config with every unset field resolved; the evidence is in `tests/lab/README.md`.
 
-        recipe: the architecture's. sampled: the verification rule. temperature: of the sampling.
+        recipe: the architecture's. sampled: whether the verification rule is sampled. temperature: of the sampling.
         """
         loss, scope = self.response.loss, self.response.scope
         beyond, positions = self.response.beyond, self.response.positions
         as_in_sft = loss_traits(recipe.loss).reads_distribution  # SFT on the target's distribution continues with it
         if loss == "auto":
-            of_rule = "forward_kl" if sampled else "cross_entropy"
-            loss = recipe.loss if as_in_sft else of_rule
+            matched = "forward_kl" if sampled else "cross_entropy"
+            loss = recipe.loss if as_in_sft else matched
         if scope == "auto":
             scope = "block" if as_in_sft and beyond is None else "committed"
         if beyond is None:

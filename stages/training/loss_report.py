@@ -1,4 +1,4 @@
-"""The report of a step's loss, in sums that those of several micro-batches can be merged with."""
+"""The report of a step's loss, as sums, so that the reports of several micro-batches can be merged."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 class Ratio(float):
-    """A quotient that remembers its two terms, so that those of several micro-batches can be merged."""
+    """A quotient that remembers its two terms, so that quotients of several micro-batches can be merged."""
 
     numerator: float
     denominator: float
@@ -52,17 +52,17 @@ class WeightedMean:
 
     @property
     def mean(self) -> torch.Tensor:
-        """Return the mean, with gradient; 0 without any value."""
+        """Return the mean, with gradient; 0 without values."""
         return self.total / self.weight.clamp(min=1e-9)
 
     def ratio(self) -> Ratio:
-        """Return the mean without gradient, to be merged with those of other micro-batches."""
+        """Return the mean without gradient, to be merged with the means of other micro-batches."""
         return Ratio(float(self.total.detach()), float(self.weight))
 
 
 @dataclass
 class LossReport:
-    """The loss of one step, or of one of its micro-batches, and what it was made of."""
+    """The loss of one step, or of one of its micro-batches, and its parts."""
 
     loss: torch.Tensor
     blocks: int  # trained blocks
@@ -70,7 +70,7 @@ class LossReport:
     metrics: dict[str, float] = field(default_factory=dict)
     # mining, drafter, head_and_loss: on an accelerator one phase may wait for kernels that the one before it queued
     seconds: dict[str, float] = field(default_factory=dict)
-    operations: float = 0.0  # of the drafter's matrix products, forward and backward
+    operations: float = 0.0  # operations of the drafter's matrix products, forward and backward
     streams: tuple[WeightedMean, ...] = ()  # the loss is the sum of their means
     is_full_step: bool = True  # not one of several micro-batches
     step_weights: tuple[float, ...] | None = None  # of a micro-batch with several streams: Σ w of each in the full step

@@ -1,14 +1,14 @@
-"""Losses of one position each, weights of the positions of a block, and losses over a large head in chunks.
+"""Losses of single positions, weights of a block's positions, and losses over a large head in chunks.
 
 The first two are pure functions of log-probs or logits. p is the target, q the drafter. All inputs are float32 and all
-outputs have one value a position; tests hold each against a plain reference. Sources: Draft-OPD (arXiv 2605.29343,
+outputs have one value per position; tests compare each with a plain reference. Sources: Draft-OPD (arXiv 2605.29343,
 section 3) for the paper's pair, DSpark (arXiv 2607.05147) for its pair and for confidence, DFlash (arXiv 2602.06036)
 and D-PACE (arXiv 2605.18810) for weights.
 
-`chunked_values` has the logits of one chunk of positions in memory. A position's loss depends on its own hidden state
-alone. With a frozen head, each chunk's gradient with respect to its hidden states is taken immediately and the logits
+`chunked_values` holds the logits of one chunk of positions in memory. A position's loss depends only on its own hidden
+state. With a frozen head, each chunk's gradient with respect to its hidden states is taken immediately and the logits
 are freed; backward then only scales the stored gradient [N, H], row by row: no logits are computed twice. A head that
-is trained with the drafter needs a gradient too, which depends on the weights that a caller gives the values later: its
+is trained with the drafter needs a gradient too. It depends on the weights that a caller later gives the values, so its
 logits are computed again in backward, chunk by chunk.
 """
 
@@ -48,22 +48,22 @@ def total_variation(logits_q: torch.Tensor, logits_p: torch.Tensor) -> torch.Ten
 def imported(name: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """Import the loss that `MODULE:FUNCTION` names: a function of q's logits and p's log-probs, [N, V] each → [N].
 
-    V is all tokens of the head, or the candidates of a drafter with a selector, over which p need not sum to 1.
+    V: all tokens of the head, or the candidates of a drafter with a selector, over which p need not sum to 1.
     """
     module, _, function = name.partition(":")
-    found: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None
-    found = getattr(importlib.import_module(module), function, None)
-    if found is None:
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None
+    loss = getattr(importlib.import_module(module), function, None)
+    if loss is None:
         raise DraftsmithError(f"{module} has no function {function}. Correct the loss {name} in the config.")
-    return found
+    return loss
 
 
-def ce_l1(of_token: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+def ce_l1(cross_entropies: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
     """Return DSpark's 0.1 · cross-entropy + 0.9 · Σ |p - q| (arXiv 2607.05147).
 
-    of_token: [N] cross-entropies. rejected: [N] probabilities that a proposal is rejected: half of Σ |p - q|.
+    cross_entropies: [N]. rejected: [N] probabilities that a proposal is rejected: half of Σ |p - q|.
     """
-    return 0.1 * of_token + 0.9 * 2 * rejected
+    return 0.1 * cross_entropies + 0.9 * 2 * rejected
 
 
 @torch.no_grad()
@@ -73,7 +73,7 @@ def acceptance(logits_q: torch.Tensor, logits_p: torch.Tensor) -> torch.Tensor:
 
 
 def at_temperature(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Return the logits [N, V] of the distribution at a temperature; 0 puts everything on the argmax."""
+    """Return the logits [N, V] of the distribution at a temperature; 0 puts all mass on the argmax."""
     if temperature > 0:
         return logits if temperature == 1 else logits / temperature
     return torch.full_like(logits, NOTHING).scatter_(-1, logits.argmax(-1, keepdim=True), 0.0)
@@ -82,7 +82,7 @@ def at_temperature(logits: torch.Tensor, temperature: float) -> torch.Tensor:
 def bernoulli_forward_kl(log_q: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
     """Return the paper's response loss: KL between "this token or not" under p and q, from their log-probs [N].
 
-    p·log(p/q) + (1-p)·log((1-p)/(1-q)), log-probs floored, the term clamped.
+    p·log(p/q) + (1-p)·log((1-p)/(1-q)), with floored log-probs and a clamped result.
     """
     log_p, log_q = log_p.clamp(min=LOG_FLOOR), log_q.clamp(min=LOG_FLOOR)
     p = log_p.exp()
@@ -118,7 +118,7 @@ def power_weights(offsets: torch.Tensor, delta: float) -> torch.Tensor:
 def d_pace_weights(
     log_q: torch.Tensor, inside: torch.Tensor, alpha: float = 0.5, absent: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Return D-PACE's weights [..., K] (arXiv 2605.18810): how much offset k adds to the expected accepted length.
+    """Return D-PACE's weights [..., K] (arXiv 2605.18810): the gain in expected accepted length from offset k on.
 
     That is Σ_{i≥k} Π_{j≤i} q̃_j, where q̃ = (1 - α) q + α is the drafter's smoothed confidence in the committed token,
     without gradient; the authors take an α of 0.5. log_q: [..., K] of these tokens. inside: bool [..., K], the offsets
@@ -136,7 +136,7 @@ Values = Callable[[torch.Tensor, slice], torch.Tensor]
 
 
 class _StoredGradient(torch.autograd.Function):
-    """Values [N] whose gradient with respect to `hidden` [N, H] is known already, row by row."""
+    """Values [N] whose gradient with respect to `hidden` [N, H] is already known, row by row."""
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, values: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:  # noqa: ARG004
@@ -159,9 +159,9 @@ def chunked_values(
 ) -> torch.Tensor:
     """Compute `values_of(hidden[chunk], chunk)` [n] chunk by chunk → float32 [N].
 
-    The result is differentiable in `hidden` [N, H], and with `trained_head` in all that `values_of` reads, which is
-    then called again in backward. Value i must not depend on another row of `hidden`: weigh and sum the result outside.
-    That is why, with a frozen head, a chunk that does not fit into memory can be computed again in two halves.
+    The result is differentiable in `hidden` [N, H], and with `trained_head` in all tensors that `values_of` reads; it
+    is then called again in backward. Value i must not depend on another row of `hidden`: weight and sum the result
+    outside. So with a frozen head, a chunk that does not fit into memory can be computed again in two halves.
     """
     chunks = slices(hidden.shape[0], positions_per_chunk)
     with_gradient = torch.is_grad_enabled()
@@ -176,9 +176,9 @@ def chunked_values(
             values[chunk] = values_of(hidden[chunk], chunk)
             return
         leaf = hidden[chunk].detach().requires_grad_()
-        of_chunk = values_of(leaf, chunk)
-        (gradient[chunk],) = torch.autograd.grad(of_chunk.sum(), leaf)
-        values[chunk] = of_chunk.detach()
+        chunk_values = values_of(leaf, chunk)
+        (gradient[chunk],) = torch.autograd.grad(chunk_values.sum(), leaf)
+        values[chunk] = chunk_values.detach()
 
     for chunk in chunks:
         try:
@@ -187,7 +187,7 @@ def chunked_values(
         except Exception as error:
             if not out_of_memory(error) or chunk.stop - chunk.start < 2:
                 raise
-        release_memory()  # outside `except`: the error's frames hold the memory that is to be freed
+        release_memory()  # outside `except`: the error's frames still hold the memory
         middle = (chunk.start + chunk.stop) // 2
         compute(slice(chunk.start, middle))
         compute(slice(middle, chunk.stop))

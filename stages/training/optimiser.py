@@ -27,7 +27,7 @@ _FITTING = "micro_batch_tokens"  # file in `ctx.work`
 
 
 class Resumable(Protocol):
-    """What a training remembers between steps besides weights."""
+    """State that a training keeps between steps in addition to weights."""
 
     def state_dict(self) -> StateDict: ...
 
@@ -35,13 +35,13 @@ class Resumable(Protocol):
 
 
 class MicroBatches:
-    """The micro-batches of a training's steps, of as many tokens as the memory has held so far."""
+    """The micro-batches of a training's steps, with as many tokens as fitted into memory so far."""
 
     def __init__(self, make: Callable[[int, int], Iterable[LossReport]], limit: int, smallest: int, ctx: StageContext):
-        """Start with `limit` tokens, or with fewer that an earlier attempt left in `ctx.work`.
+        """Start with `limit` tokens, or with a smaller limit that an earlier attempt noted in `ctx.work`.
 
-        make: returns the micro-batches of a step, each of at most a limit of tokens, or of one row.
-        limit: no more than a full step has. smallest: fewer tokens than any row has.
+        make: returns the micro-batches of a step, given the step and a limit of tokens; each has at least one row.
+        limit: at most the tokens of a full step. smallest: fewer tokens than any row has.
         """
         self._make, self._smallest, self._log, self._note = make, smallest, ctx.log, ctx.work / _FITTING
         self.limit = limit
@@ -56,10 +56,10 @@ class MicroBatches:
         return self._make(step, self.limit)
 
     def halve(self, ranks: Ranks) -> bool:
-        """Make smaller micro-batches from here on. Return False if each is one row already.
+        """Halve the micro-batches from now on. Return False if each already is one row.
 
-        Several ranks end, so that another attempt continues with them: the others cannot know that this one begins its
-        step again. Raises RetryableError then.
+        With several ranks this raises RetryableError, and the next attempt uses the smaller ones: the other ranks
+        cannot know that this one begins its step again.
         """
         if self.limit <= self._smallest:
             return False
@@ -94,11 +94,11 @@ def train(
 
     The trained weights are those that require a gradient.
 
-    `micro_batches(step)` yields the micro-batches of a step, each with its graph. They must depend on nothing but the
-    step, the weights and `memory`, which only they may change. Each of several ranks has other micro-batches; all have
-    the same weights and memory after a step. The first rank's checkpoint, in `ctx.work`, serves all ranks, and any
-    number of them. If a step of `MicroBatches` does not fit into memory, it is repeated in micro-batches of half the
-    size: immediately in a process that trains alone, in the next attempt with several ranks.
+    `micro_batches(step)` yields the micro-batches of a step, each with its graph. They must depend only on the step,
+    the weights and `memory`, which only they may change. Each rank has its own micro-batches; all have the same weights
+    and memory after a step. The first rank's checkpoint, in `ctx.work`, serves all ranks, and any number of them. If a
+    step of `MicroBatches` does not fit into memory, it is repeated in micro-batches of half the size: immediately in a
+    process that trains alone, in the next attempt with several ranks.
 
     Raises DraftsmithError if the loss or its gradient is not finite or a checkpoint cannot be written, RetryableError
     if the next attempt needs less memory.
@@ -123,11 +123,11 @@ def train(
                     accumulation, backward_s = _accumulate(micro_batches, step, device_type, config)
                     break
                 except Exception as error:
-                    some = micro_batches if isinstance(micro_batches, MicroBatches) and out_of_memory(error) else None
-                    if some is None or not some.halve(ranks):
+                    split = micro_batches if isinstance(micro_batches, MicroBatches) and out_of_memory(error) else None
+                    if split is None or not split.halve(ranks):
                         raise
                 optimiser.zero_grad(set_to_none=True)  # the gradient of micro-batches before the failed one
-                release_memory()  # outside `except`: the error's frames hold the memory that is to be freed
+                release_memory()  # outside `except`: the error's frames still hold the memory
             before_update = time.perf_counter()
             report = accumulation.finish(trained.values(), ranks)
             loss = float(report.loss)
@@ -183,7 +183,7 @@ def _check_finite(name: str, value: float, step: int) -> None:
 
 @dataclass
 class _TrainingState:
-    """What a checkpoint holds: enough to continue as if nothing had happened."""
+    """The content of a checkpoint: enough to continue as if nothing had happened."""
 
     trained: dict[str, torch.nn.Parameter]
     optimiser: torch.optim.Optimizer
@@ -202,23 +202,23 @@ class _TrainingState:
     def restore(self, ctx: StageContext, ranks: Ranks) -> int:
         """Load the newest checkpoint, which may come from other devices, or another number of them.
 
-        Returns the step to continue with; without a checkpoint all ranks take the first one's weights. Raises
+        Returns the step to continue with; without a checkpoint all ranks take the first rank's weights. Raises
         RetryableError if ranks see different checkpoints: the disk of a node may lag.
         """
-        found = load_checkpoint(ctx.work, ctx.log) if ranks.is_main else None
+        checkpoint = load_checkpoint(ctx.work, ctx.log) if ranks.is_main else None
         ranks.barrier()  # the first rank has quarantined damaged files
         if not ranks.is_main:
-            found = load_checkpoint(ctx.work, ctx.log)
-        steps = ranks.gather(0 if found is None else found[0])
+            checkpoint = load_checkpoint(ctx.work, ctx.log)
+        steps = ranks.gather(0 if checkpoint is None else checkpoint[0])
         if len(set(steps)) > 1:
             raise RetryableError(
                 f"{ctx.work}: ranks see checkpoints of different steps {sorted(set(steps))}. Mount the same folder on "
                 "all nodes."
             )
-        if found is None:
+        if checkpoint is None:
             ranks.broadcast_weights(self.trained.values())
             return 0
-        step, state = found
+        step, state = checkpoint
         with torch.no_grad():
             for name, weight in self.trained.items():
                 weight.copy_(state["drafter"][name])
@@ -239,7 +239,7 @@ class Accumulation:
         """Add the gradient of a micro-batch.
 
         With a single stream it is the gradient of the sum, which `finish` divides, since the weight of the full step is
-        not known before. Several streams must bring their weights (`LossReport.step_weights`).
+        not known earlier. Reports of several streams must have their weights (`LossReport.step_weights`).
         """
         if report.is_full_step:
             report.loss.backward()
@@ -253,12 +253,12 @@ class Accumulation:
         self._reports.append(report)
 
     def finish(self, parameters: Iterable[torch.nn.Parameter], ranks: Ranks = ALONE) -> LossReport:
-        """Return the report of the step; the parameters' gradient becomes that of its loss. Seconds are this rank's."""
+        """Return the report of the step, and make the parameters' gradient that of its loss. Seconds: this rank's."""
         if self._reports[0].is_full_step:
             return self._reports[0]
         trained = list(parameters)
-        own = [([s.ratio() for s in r.streams], r.blocks, r.positions, r.metrics, r.operations) for r in self._reports]
-        everything = [of_report for of_rank in ranks.gather(own) for of_report in of_rank]
+        mine = [([s.ratio() for s in r.streams], r.blocks, r.positions, r.metrics, r.operations) for r in self._reports]
+        everything = [report for rank_reports in ranks.gather(mine) for report in rank_reports]
         streams, blocks, positions, metrics, operations = zip(*everything, strict=True)
         ranks.sum_gradients(trained)
         factors = [stream.factor for stream in self._reports[0].streams]
@@ -268,12 +268,12 @@ class Accumulation:
             for parameter in trained:
                 if parameter.grad is not None:
                     parameter.grad.div_(weight)
-        names = dict.fromkeys(name for each in metrics for name in each)  # a micro-batch may lack one
+        names = dict.fromkeys(name for values in metrics for name in values)  # a micro-batch may lack one
         return LossReport(
             torch.tensor(sum(factor * mean for factor, mean in zip(factors, means, strict=True))),
             sum(blocks),
             sum(positions),
-            {name: Ratio.merge([each[name] for each in metrics if name in each]) for name in names},
+            {name: Ratio.merge([values[name] for values in metrics if name in values]) for name in names},
             {name: sum(report.seconds[name] for report in self._reports) for name in self._reports[0].seconds},
             sum(operations),
         )
@@ -297,14 +297,14 @@ def make_optimiser(
 
 
 def restore(optimiser: torch.optim.Optimizer, state: StateDict) -> None:
-    """Load a state of `whole_state`.
+    """Load a state that `whole_state` returned.
 
     Sharded moments come with their step counts on the CPU, where the fused step on a GPU does not look for them
     (pytorch/pytorch#124133).
     """
     optimiser.load_state_dict(state)
-    own = getattr(optimiser, "optim", optimiser)
-    for parameter, values in own.state.items():
+    adamw = getattr(optimiser, "optim", optimiser)
+    for parameter, values in adamw.state.items():
         values["step"] = values["step"].to(parameter.device)
 
 

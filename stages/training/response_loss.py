@@ -1,19 +1,19 @@
-"""The response stream: a loss at committed tokens, of SFT (anchors anywhere, whole blocks) and of OPD alike.
+"""The response stream: a loss at committed tokens, for SFT (anchors anywhere, whole blocks) and for OPD.
 
-A loss is a function of the drafter's logits and of a `TargetSignal`. Under a reduced head both distributions are taken
-over its tokens. The probability of one committed token, which the Bernoulli form reads, is the target's over all.
+A loss is a function of the drafter's logits and of a `TargetSignal`. Under a reduced head both distributions are over
+the head's tokens. Only the Bernoulli form reads a committed token's probability under the target's whole vocabulary.
 
 A drafter that samples its proposals (`Drafter.samples_proposals`) has a distribution that scales with the request's
 temperature, as the target's does: logits that match the target's at one temperature match at any. Distributions are
-therefore compared at temperature 1. Only what is known of one temperature is compared at that temperature: the tokens
-that were sampled at it, and whether a proposal would be accepted. Where proposals are argmaxes, the order of the
-drafter's logits alone counts, and a proposal is accepted if the answer has it.
+therefore compared at temperature 1. Two things are compared at the request's temperature: the tokens that were sampled
+at it, and whether a proposal would be accepted. If proposals are argmaxes, only the order of the drafter's logits
+counts, and a proposal is accepted if the answer has it.
 
-If a drafter selects among the head's candidates by the token before each offset, the loss of its head, which keeps the
-right token among the candidates, is joined by the same loss of its distribution q, the softmax over the candidates. In
-the loss alone, a right token that is missing takes the last candidate's place, so that it can be learned. The target's
-distribution over the candidates is that over all tokens of the head: where the rest of its mass lies, nothing can be
-proposed.
+Some drafters select among the head's candidates by the token before each offset. Then the loss of the head, which keeps
+the right token among the candidates, is added to the same loss of the drafter's distribution q, the softmax over the
+candidates. Only in the loss, a missing right token takes the last candidate's place, so that it can be learned. The
+target's probabilities of the candidates are those over all tokens of the head: the rest of its mass is on tokens that
+cannot be proposed.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ NO_HIDDEN = "this loss reads the target's distribution: batches need its hidden 
 
 @dataclass(frozen=True)
 class TargetSignal:
-    """What the target says at N positions."""
+    """The target's tokens and distributions at N positions."""
 
-    tokens: torch.Tensor  # [N] committed
+    tokens: torch.Tensor  # [N] committed tokens
     columns: torch.Tensor  # [N] the same as columns of the heads
-    hidden: torch.Tensor | None  # [N, H] the target's, that predicted these tokens
+    hidden: torch.Tensor | None  # [N, H] the target's hidden states that predicted these tokens
     context: LossContext
     temperature: float  # of its distribution
     # [N] of the committed tokens under the full head, once `with_token_logprobs` has computed it
@@ -75,12 +75,12 @@ class TargetSignal:
     @torch.no_grad()
     def _logits(self) -> torch.Tensor:
         assert self.hidden is not None, NO_HIDDEN
-        with torch.autocast(self.hidden.device.type, enabled=False):  # the training loop's is for the drafter alone
+        with torch.autocast(self.hidden.device.type, enabled=False):  # the training loop's is only for the drafter
             return self.context.heads.target.logits(self.hidden)
 
     @torch.no_grad()
     def with_token_logprobs(self) -> TargetSignal:
-        """Return the same with log-probs of tokens, which losses read more than once, some again in their backward."""
+        """Return this signal with log-probs of tokens, which losses read more than once, some again in backward."""
         assert self.hidden is not None, NO_HIDDEN
         with torch.autocast(self.hidden.device.type, enabled=False):
             full = Head(self.context.target_head, logit_map=self.context.heads.target.logit_map)
@@ -100,10 +100,10 @@ class TargetSignal:
 
 @dataclass(frozen=True)
 class CandidateSignal:
-    """What the target says of a selector's k candidates at N positions, as a `TargetSignal` says it of all tokens."""
+    """The target's probabilities of a selector's k candidates at N positions, like a `TargetSignal` of all tokens."""
 
-    columns: torch.Tensor  # [N] of the committed tokens among the candidates
-    log_p: torch.Tensor  # [N, k] log-probs, which need not sum to 1: where the rest is, nothing can be proposed
+    columns: torch.Tensor  # [N] columns of the committed tokens among the candidates
+    log_p: torch.Tensor  # [N, k] log-probs of p, which need not sum to 1: the rest of p cannot be proposed
     context: LossContext
     token_logprob: torch.Tensor  # [N] of the committed tokens
 
@@ -120,11 +120,11 @@ LossFunction: TypeAlias = Callable[[torch.Tensor, TargetSignal | CandidateSignal
 
 
 def _ce_l1(logits: torch.Tensor, p: TargetSignal | CandidateSignal) -> torch.Tensor:
-    of_token = losses.cross_entropy(losses.at_temperature(logits, p.context.proposal_temperature), p.columns)
-    return losses.ce_l1(of_token, p.rejected(logits))
+    cross_entropies = losses.cross_entropy(losses.at_temperature(logits, p.context.proposal_temperature), p.columns)
+    return losses.ce_l1(cross_entropies, p.rejected(logits))
 
 
-FUNCTIONS: dict[str, LossFunction] = {  # of every name in `loss_registry.LOSSES`, by the drafter's logits
+FUNCTIONS: dict[str, LossFunction] = {  # name in `loss_registry.LOSSES` -> function of the drafter's logits
     "cross_entropy": lambda logits, p: losses.cross_entropy(logits, p.columns),
     "bernoulli_kl": lambda logits, p: losses.bernoulli_forward_kl(
         -losses.cross_entropy(logits, p.columns), p.token_logprob
@@ -135,7 +135,7 @@ FUNCTIONS: dict[str, LossFunction] = {  # of every name in `loss_registry.LOSSES
 
 
 def loss_function(name: str) -> LossFunction:
-    """Return the loss of a resolved name or of `MODULE:FUNCTION`."""
+    """Return the loss with a resolved name or `MODULE:FUNCTION`."""
     if ":" not in name:
         return FUNCTIONS[name]
     imported = losses.imported(name)
@@ -144,7 +144,7 @@ def loss_function(name: str) -> LossFunction:
 
 @dataclass(frozen=True)
 class StreamLoss:
-    """The loss of a stream, and at which positions it has one."""
+    """The loss of a stream, and the positions that it covers."""
 
     sums: WeightedMean
     positions: torch.Tensor  # bool [B, A, K]
@@ -161,7 +161,7 @@ class StreamLoss:
 
     @property
     def accuracy(self) -> Ratio:
-        """Return the share of its positions where the drafter would propose the committed token."""
+        """Return the share of the positions where the drafter would propose the committed token."""
         return Ratio(int(self.correct.sum()), int(self.positions.sum()))
 
 
@@ -175,9 +175,9 @@ def response_loss(
 ) -> StreamLoss:
     """Sum the loss over the stream's positions.
 
-    stream: resolved. temperature: of the target's distribution. committed: [B, A] tokens that each verify step
-    committed, which the scope `committed` reads. It may be left out if all offsets have a weight: then it is found from
-    these blocks, whose proposals are compared with the answer. proposals: of a served block; left out: K.
+    stream: resolved. temperature: of the target's distribution. committed: [B, A] number of tokens that each verify
+    step committed, which the scope `committed` reads. If all offsets have a weight, None is allowed: the number then
+    comes from these blocks, whose proposals are compared with the answer. proposals: of a served block; by default K.
     """
     assert stream.loss != "auto", "resolve the loss first"
     assert stream.scope != "auto", "resolve the loss first"
@@ -187,7 +187,7 @@ def response_loss(
     labels, columns, mask, absent = _stream_positions(batch, anchors, K, heads.drafter, stream, committed)
 
     indices = mask.nonzero(as_tuple=True)  # indexing with the mask itself would scan it at every use
-    # the target's hidden state that predicts offset k lies at position anchor + k - 1
+    # the target's hidden state that predicts offset k is at position anchor + k - 1
     at = (anchors[..., None] + offsets - 1).clamp(max=batch.tokens.shape[1] - 1)
     predicted_by = None if batch.hidden is None else batch.hidden[indices[0], at[indices]]
     signal = TargetSignal(labels[indices], columns[indices], predicted_by, context, temperature)
@@ -213,7 +213,7 @@ def head_loss(hidden: torch.Tensor, signal: TargetSignal, stream: ResponseStream
     by_confidence = stream.weights().kind == "d_pace"
     scaled_head = heads.drafter.with_temperature(context.proposal_temperature)
     head = scaled_head if stream.loss == "cross_entropy" else heads.drafter
-    log_q = torch.zeros(len(hidden), device=hidden.device)  # stays zero where no weight reads it
+    log_q = torch.zeros(len(hidden), device=hidden.device)  # stays zero if no weight reads it
     loss_of = loss_function(stream.loss)
     correct = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
 
@@ -240,9 +240,9 @@ def head_loss(hidden: torch.Tensor, signal: TargetSignal, stream: ResponseStream
 def response_weight(
     batch: Batch, anchors: torch.Tensor, K: int, head: Head, stream: ResponseStream, committed: torch.Tensor
 ) -> float:
-    """Sum the stream's weights, if verify steps are known and no weight depends on the drafter.
+    """Sum the stream's weights, given that verify steps are known and no weight depends on the drafter.
 
-    head: the drafter's. committed: [B, A] tokens that each verify step committed.
+    head: the drafter's. committed: [B, A] number of tokens that each verify step committed.
     """
     _, _, mask, absent = _stream_positions(batch, anchors, K, head, stream, committed)
     return float(_stream_weights(stream, mask, torch.empty(0), committed, absent)[mask].sum())
@@ -251,8 +251,8 @@ def response_weight(
 def _stream_positions(
     batch: Batch, anchors: torch.Tensor, K: int, head: Head, stream: ResponseStream, committed: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return committed tokens, their columns in the head, the mask of the stream's positions, and the mask of those
-    that it lacks because the head lacks the token, each [B, A, K]."""
+    """Return committed tokens, their columns in the head, the mask of the stream's positions, and the mask of positions
+    dropped because the head lacks the token, each [B, A, K]."""
     labels, inside = block_labels(batch, anchors, K)
     columns, present = head.to_columns(labels)
     if stream.scope == "committed" and not stream.beyond:
@@ -264,9 +264,9 @@ def _stream_positions(
 def _stream_weights(
     stream: ResponseStream, mask: torch.Tensor, log_q: torch.Tensor, committed: torch.Tensor, absent: torch.Tensor
 ) -> torch.Tensor:
-    """Return the weights [B, A, K] of the stream's positions, those of `mask`.
+    """Return the weights [B, A, K] of the stream's positions, which are those of `mask`.
 
-    log_q: [N] of the committed tokens there. absent: positions that it lacks because the head lacks the token.
+    log_q: [N] of the committed tokens there. absent: positions dropped because the head lacks the token.
     """
     if stream.weights().kind == "d_pace":
         log_q_at = log_q.new_zeros(mask.shape).masked_scatter(mask, log_q)
@@ -280,15 +280,15 @@ def _stream_weights(
 
 
 def offset_weights(config: PositionWeights, mask: torch.Tensor) -> torch.Tensor:
-    """Return weights that depend on the offset alone, for all positions of `mask` [B, A, K]."""
+    """Return weights that depend only on the offset, for all positions of `mask` [B, A, K]."""
     offsets = torch.arange(1, mask.shape[2] + 1, device=mask.device)
     if config.kind == "uniform":
         return torch.ones(mask.shape, device=mask.device)
     exponential = config.kind == "exponential"
-    of_offset = (
+    weights = (
         losses.decay_weights(offsets, config.gamma) if exponential else losses.power_weights(offsets, config.delta)
     )
-    return of_offset.expand(mask.shape)
+    return weights.expand(mask.shape)
 
 
 @dataclass(frozen=True)
@@ -306,8 +306,8 @@ def _candidates(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Find the candidates at hidden states [N, H]. columns: [N] of the committed tokens in the head.
 
-    Returns their columns [N, k], the committed token always one of them; its index [N] among them; and whether the
-    drafter itself has it among its candidates, bool [N].
+    Returns their columns [N, k], always with the committed token; its index [N] among them; and whether the drafter
+    itself has it among its candidates, bool [N].
     """
     among = drafter.selector_candidates(hidden, context.heads.drafter)
     present = (among == columns[:, None]).any(-1)
@@ -318,7 +318,7 @@ def _candidates(
 def selector_loss(hidden: torch.Tensor, previous: torch.Tensor, signal: TargetSignal, loss: str) -> PositionLosses:
     """Compute the loss of the selector's choice at N positions.
 
-    hidden: [N, H] of the drafter. previous: [N] tokens before these positions. loss: a resolved name.
+    hidden: [N, H] the drafter's. previous: [N] tokens before these positions. loss: a resolved name.
     """
     context = signal.context
     drafter, head, size = context.heads.selector, context.heads.drafter, context.positions_per_chunk

@@ -1,8 +1,8 @@
 """The heads of a step's softmax: of the drafter and of the target, over the same tokens.
 
-A drafter that has a head is trained over its draft vocabulary. One that uses the target's is trained over all tokens,
-or over a sample that holds what matters: the most frequent tokens, every token of the step's answers, and fresh
-random others, so that the drafter learns to give every token little probability: it also serves with the full head.
+A drafter with its own head is trained over its draft vocabulary. A drafter that uses the target's head is trained over
+all tokens, or over a sample: the most frequent tokens, every token of the step's answers, and new random tokens in
+every step. From these it learns to give all wrong tokens little probability, since it also serves with the full head.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class SoftmaxHeads:
 
     drafter: Head
     target: Head
-    trained: bool  # whether the drafter's head belongs to its weights, so that it needs a gradient
+    trained: bool  # whether the drafter's head has weights of the drafter, so that it needs a gradient
     selector: Drafter | None = None  # the drafter, if it selects among the head's candidates (`Drafter.has_selector`)
     confidence: Callable[[torch.Tensor], torch.Tensor] | None = None  # `Drafter.confidence`, if it has one
 
@@ -35,14 +35,14 @@ class HeadSource:
     """The heads of every step of a training."""
 
     def __init__(self, drafter: Drafter, target_head: torch.Tensor, config: TrainingConfig):
-        """Keep the target's head over the drafter's vocabulary, if that is its own. target_head: [V, H]."""
+        """Keep the target's head over the drafter's vocabulary, if the drafter has its own. target_head: [V, H]."""
         self.drafter, self.target_head, self.config = drafter, target_head, config
-        own = drafter.head_over(target_head, None) if drafter.has_own_head else None
-        self._target_over_own = Head.over(target_head, own.token_ids, drafter.logit_map) if own else None
+        head = drafter.head_over(target_head, None) if drafter.has_own_head else None
+        self._target_over_own = Head.over(target_head, head.token_ids, drafter.logit_map) if head else None
 
     @property
     def is_reduced(self) -> bool:
-        """Return whether a step's head holds a sample of the tokens only."""
+        """Return whether a step's head holds only a sample of the tokens."""
         return self._target_over_own is None and self.config.head_tokens is not None
 
     def sample(self, rng: np.random.Generator, needed: Sequence[torch.Tensor]) -> SoftmaxHeads:
@@ -68,14 +68,14 @@ class HeadSource:
 
 @dataclass(frozen=True)
 class LossContext:
-    """What a loss reads beside the blocks; the same for all micro-batches of a step."""
+    """What a loss reads in addition to the blocks; the same for all micro-batches of a step."""
 
     heads: SoftmaxHeads
     target_head: torch.Tensor  # [V, H] the target's own
     positions_per_chunk: int  # bounds the memory for logits
-    sampling: SamplingParams = GREEDY  # that tokens and proposals are sampled with; greedy: proposals are argmaxes
+    sampling: SamplingParams = GREEDY  # sampling of tokens and proposals; greedy: proposals are argmaxes
 
     @property
     def proposal_temperature(self) -> float:
-        """Return what divides the drafter's logits when it samples proposals."""
+        """Return the divisor of the drafter's logits when it samples proposals."""
         return 1.0 if self.sampling.greedy else self.sampling.temperature

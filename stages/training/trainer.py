@@ -47,13 +47,13 @@ class TrainingData:
     """The answers that a drafter is trained on."""
 
     trajectories: Sequence[Trajectory]
-    sampling: SamplingParams = GREEDY  # that they were generated with
+    sampling: SamplingParams = GREEDY  # sampling of the answers
 
 
 def mapped_reader(
     ctx: StageContext, ranks: Ranks, path: Path, schema: TableSchema, columns: Sequence[str]
 ) -> MappedReader:
-    """Return a reader of a table whose `columns` need no decoding: the first rank copies them to the scratch folder."""
+    """Return a reader that reads `columns` without decoding: the first rank copies them to the scratch folder."""
     copy = ctx.work / f"{path.stem}.arrow"
     if ranks.is_main:
         RowReader(path, schema).write_copy(copy, columns)
@@ -73,12 +73,12 @@ AnyData = TypeVar("AnyData", bound=TrainingData)
 
 
 class Trainer(ABC, Generic[AnyConfig, AnyData]):
-    """Trains a drafter. `loss(step)` depends on nothing but the step, the drafter's weights and `memory`."""
+    """Trains a drafter. `micro_batches` depends only on the step, the drafter's weights and `memory`."""
 
     usable: Sequence[int]  # indices of the trajectories that are trained
-    memory: Resumable | None = None  # what is remembered between steps
-    adapter: Adapter | None = None  # what is trained in place of the weights
-    reads_target: bool  # batches need the target's hidden states, beside its features
+    memory: Resumable | None = None  # state that is kept between steps
+    adapter: Adapter | None = None  # trained in place of the weights
+    reads_target: bool  # batches need the target's hidden states, next to its features
     scores_proposals = False  # the target scores the drafter's proposals in a step
 
     def __init__(
@@ -99,7 +99,7 @@ class Trainer(ABC, Generic[AnyConfig, AnyData]):
 
     @abstractmethod
     def _resolve(self) -> None:
-        """Resolve the loss and what it needs; OPD narrows `usable` here."""
+        """Resolve the loss and its inputs; OPD narrows `usable` here."""
 
     @abstractmethod
     def micro_batches(self, step: int, limit: int | None) -> Iterator[LossReport]:
@@ -107,23 +107,23 @@ class Trainer(ABC, Generic[AnyConfig, AnyData]):
 
     @property
     def passes(self) -> float:
-        """Return how often a trajectory is trained, on average; SFT memorises few answers."""
+        """Return how often a trajectory is trained on average; SFT memorises answers if there are few."""
         return self.config.steps * self.config.sequences_per_step / len(self.usable)
 
     def rank_slice(self, step: int, limit: int | None) -> RankSlice:
-        """Return what this rank trains in a step, and start to read what it trains next."""
+        """Return this rank's part of a step, and start to read its next part."""
         indices = self._indices(step)
         rows = self._features.own_rows(indices, self.ranks)
-        own = [indices[row] for row in rows]
-        batch = self._features.batch(own, self._features.shared(indices, self.ranks))
+        mine = [indices[row] for row in rows]
+        batch = self._features.batch(mine, self._features.shared(indices, self.ranks))
         if step + 1 < self.config.steps:
             following = self._indices(step + 1)
             self._features.prefetch([following[row] for row in self._features.own_rows(following, self.ranks)])
         micro_batches = split_rows(batch, self._block_tokens, limit)
         tokens = batch.tokens
-        if self.config.head_tokens is not None and len(own) < len(indices):  # else no head needs the others' tokens
+        if self.config.head_tokens is not None and len(mine) < len(indices):  # else no head needs other ranks' tokens
             tokens = pad_tokens([self.trajectories[i] for i in indices], self.target.device)
-        return RankSlice(own, batch, micro_batches, rows, len(indices), tokens, self.ranks)
+        return RankSlice(mine, batch, micro_batches, rows, len(indices), tokens, self.ranks)
 
     def _indices(self, step: int) -> list[int]:
         order = trajectories_of_step(len(self.usable), self.config.sequences_per_step, step, self.seed)
@@ -146,7 +146,7 @@ class Trainer(ABC, Generic[AnyConfig, AnyData]):
         return self.config.anchors_per_sequence * self.drafter.block_size
 
     def train(self, ctx: StageContext) -> dict[str, float]:
-        """Run or continue all steps. Return additive totals, as `loop.train` does."""
+        """Run or continue all steps. Return additive totals, as `optimiser.train` does."""
         longest = int(trajectory_lengths(self.trajectories).max())
         limit = micro_batch_tokens(self.config, self.target, self.drafter, longest)
         if self.config.lora is not None:
@@ -171,9 +171,9 @@ class Trainer(ABC, Generic[AnyConfig, AnyData]):
 
 
 def micro_batch_tokens(config: TrainingConfig, target: Target, drafter: Drafter, longest: int) -> int:
-    """Return the tokens of trajectories and blocks that go through the drafter at once on the target's device.
+    """Return how many tokens of trajectories and blocks go through the drafter at once on the target's device.
 
-    That is what the config says, or what fits by the estimate; no more than a process trains in a step.
+    The number comes from the config, or from the estimate of memory, and is at most a process's tokens in a step.
     longest: tokens of the longest trajectory.
     """
     whole = rows_of_process(config) * (longest + config.anchors_per_sequence * drafter.block_size)

@@ -166,6 +166,6 @@ def test_no_password_survives(scheme: str, password: str) -> None:
 
 
 def test_a_field_of_a_config_is_named_as_validation_names_it() -> None:
-    with pytest.raises(ValidationError, match="is no sha256 digest") as caught:
+    with pytest.raises(ValidationError, match="is not a sha256 digest") as caught:
         TypeAdapter(dict[str, Digest]).validate_python({"drafter": "../.."})
     assert caught.value.errors()[0]["loc"] == ("drafter",)

@@ -35,14 +35,14 @@ from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.info import read_target_info
 
 _COLUMNS = ("prompt_id", "prompt_ids", "response_ids", "finish_reason")  # fields of an AcceptedAnswer
-_GROUP_TOKENS, _GROUP_ROWS = 1 << 20, 4096  # of answers that are appended together
+_GROUP_TOKENS, _GROUP_ROWS = 1 << 20, 4096  # size of a group of answers that are appended together
 
 
 def run(ctx: StageContext, config: LogsConfig) -> None:
     """Write `trajectories.parquet`, `set_aside.jsonl` (file, row, id, reason) and `logs.json` (counts, window)."""
     if config.overlaps and "earlier" not in ctx.inputs:
         ctx.log(
-            f"cannot tell which rows up to {config.after} the champion was trained on, so they are left out and "
+            f"cannot tell which rows up to {config.after} the champion was trained on, so all are skipped and "
             "logs.lateness_hours is ignored"
         )
         config = config.model_copy(update={"lateness_hours": 0.0})
@@ -127,7 +127,7 @@ def _earlier_answers(
     earlier = read_earlier_answers(ctx.inputs["earlier"], log_filter, config.sampling, progress)
     if earlier.of_other_sampling:
         ctx.log(
-            f"{earlier.of_other_sampling} answers of the earlier refresh are left out: they were sampled at another "
+            f"{earlier.of_other_sampling} answers of the earlier refresh are skipped: they were sampled at another "
             "temperature, top_p or top_k"
         )
     return earlier, None
@@ -193,7 +193,7 @@ def _max_new_answers(config: LogsConfig, earlier: EarlierAnswers | None) -> int 
 
 
 def _replay_count(config: LogsConfig, new: int) -> int:
-    """Return how many earlier answers make up `replay_share` beside this many new ones."""
+    """Return the number of earlier answers that make up `replay_share` together with this many new ones."""
     count = int(new * config.replay_share / (1 - config.replay_share) + 1e-9)
     return count if config.rows is None else min(count, config.rows - new)
 
@@ -206,16 +206,16 @@ def _nothing_usable(config: LogsConfig, log_filter: LogFilter) -> str:
         since = f"from {to_iso(config.since_time)} or later" if config.since_time is not None else ""
         after = f"later than {config.after}" if config.after is not None else ""
         window = " and ".join(part for part in (since, after) if part)
-        return f"logs: none of {rejects.rows} rows of {paths} is {window}. Give newer files, or an earlier logs.since."
+        return f"logs: none of {rejects.rows} rows of {paths} is {window}. Use newer files, or an earlier logs.since."
     reasons = ", ".join([text for text in (rejects.describe(), log_filter.describe_unselected()) if text])
     return (
-        f"logs: none of {rejects.rows} rows of {paths} can be used ({reasons}). Give rows of the shapes "
-        f"{LOG_SHAPES}, token ids if text does not survive."
+        f"logs: none of {rejects.rows} rows of {paths} can be used ({reasons}). Use rows of the shapes "
+        f"{LOG_SHAPES}, with token ids if text does not survive."
     )
 
 
 def _window(config: LogsConfig, log_filter: LogFilter) -> LogWindow:
-    """Return absolute times. newest: of all rows read, used or not; the next `since: last` begins after it."""
+    """Return absolute times. newest: of all rows read, used or not; the next `since: last` begins after this row."""
     return LogWindow(
         since=None if config.since_time is None else to_iso(config.since_time),
         after=config.after,

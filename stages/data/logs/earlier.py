@@ -1,8 +1,8 @@
 """Stage `earlier`: the logged answers that the champion was trained on, for the next refresh of its model line.
 
-Its cache key is their content and their target, wherever the file is. Stage `logs` mixes a share of them in
+Its cache key depends on their content and their target, not on the file's path. Stage `logs` mixes a share of them in
 (`logs.replay_share`) if the target and the tokenizer are still the same. It also skips these answers where its window
-overlaps what the champion's refresh has read (`logs.lateness_hours`), for which their digests suffice.
+overlaps what the champion's refresh has read (`logs.lateness_hours`). Their digests suffice for that.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class EarlierConfig(Config):
     tokenizer_digest: str
     """Its tokenizer."""
     replayed: bool = True
-    """Whether they may be mixed in. The artifact then holds the answers themselves, else their digests alone."""
+    """Whether they may be mixed in. The artifact then holds the answers themselves, else only their digests."""
 
 
 def is_available(config: EarlierConfig) -> bool:
@@ -111,7 +111,7 @@ def changes_since(folder: Path, info: TargetInfo) -> str | None:
     current = {"tokenizer": info.tokenizer_digest, "target": info.digest}
     changed = [f"the {what}" for what, digest in current.items() if origin[f"{what}_digest"] != digest]
     if not has_current_version(folder / TABLE, TRAJECTORIES):
-        changed.append("what is stored of answers")
+        changed.append("the table of answers")
     return " and ".join(changed) or None
 
 
@@ -125,9 +125,8 @@ def read_batches(path: Path, columns: list[str] | None = None) -> Iterator[pa.Ta
     with pq.ParquetFile(path, page_checksum_verification=True) as file:
         size = sum(file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups))
         rows = max(1, min(_BATCH_ROWS, file.metadata.num_rows * GROUP_BYTES // max(1, size)))
-        for group in range(
-            file.num_row_groups
-        ):  # one group per reader: a reader of all groups holds more memory the more there are
+        # one group per reader: a reader of all groups holds more memory the more there are
+        for group in range(file.num_row_groups):
             for batch in file.iter_batches(rows, [group], columns, use_threads=False):
                 yield pa.Table.from_batches([batch])
 

@@ -91,7 +91,7 @@ class InFlight:
 
 
 def _span(fields: Mapping[str, Any]) -> tuple[float, float] | None:
-    """Return when a request began and ended, in seconds since 1970; None if the row does not say so."""
+    """Return when a request began and ended, in seconds since 1970; None if the row does not say when."""
     begin, end = (None if (time := parse_time(fields.get(name))) is None else time.timestamp() for name in TIMES[:2])
     seconds = fields.get("duration_s")
     if isinstance(seconds, int | float) and not isinstance(seconds, bool) and 0 <= seconds <= _LONGEST_S:
@@ -132,8 +132,8 @@ class RowFilter(ABC, Generic[T]):
             )
         if self._unfinished > _MANY * self.accepted:
             warnings.append(
-                f"{self._unfinished} of {self.accepted} rows are text without a finish_reason. Log it: only after "
-                "`stop` is the stop token added, from which drafters learn where answers end."
+                f"{self._unfinished} of {self.accepted} rows are text without a finish_reason. Log it: after "
+                "`stop`, and only then, the stop token is added, from which drafters learn where answers end."
             )
         untimed, timed = self.in_flight.untimed, self.in_flight.timed
         if untimed and (timed or not self._config.fields.keys().isdisjoint(TIMES)):
@@ -151,7 +151,7 @@ class RowFilter(ABC, Generic[T]):
         """
 
     def accept(self, row: Row | BadRow) -> T | None:
-        """Return what the row gives; None if it is rejected. Raises DraftsmithError where no bad row is allowed."""
+        """Return the converted row; None if it is rejected. Raises DraftsmithError where no bad row is allowed."""
         self.rejects.rows += 1
         if isinstance(row, BadRow):
             # its time is unknown, so it counts as logged at about the time of the row before it
@@ -221,7 +221,7 @@ class LogFilter(RowFilter[AcceptedAnswer]):
         rejects: RejectLog,
         used_before: Set[bytes] = frozenset(),
     ):
-        """Load the tokenizer. target: folder of its artifact. used_before: `answer_content` of answers to leave out."""
+        """Load the tokenizer. target: folder of its artifact. used_before: `answer_content` of answers to skip."""
         super().__init__(config, rejects)
         self._held_out, self._used_before = held_out, used_before
         self.info = read_target_info(target)
@@ -288,7 +288,7 @@ def read_earlier_answers(
 ) -> EarlierAnswers:
     """Read the usable answers of an artifact of stage `earlier`.
 
-    sampling: of the new answers. progress: takes the number of answers read, twice.
+    sampling: of the new answers. progress: called with the number of answers read, as both arguments.
 
     Raises DraftsmithError if the table is damaged or of another version.
     """

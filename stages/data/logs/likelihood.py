@@ -1,4 +1,4 @@
-"""Tests by the target's log-probs whether answers are its own; if too many are not, says what they look like."""
+"""Tests with the target's log-probs whether answers are its own; if too many are not, says what they look like."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.sampling import SamplingParams
 
 GAP = 1.0  # nats below the best token: more than near-ties of another kernel or dtype
-UNCHOSEN_SHARE, UNCHOSEN_MIN = 0.03, 2  # tokens of a greedy answer that may be farther below: seams of tokens
-DEVIATIONS = 6.0  # of a sampled answer's log-prob from its expectation
-BEGINNING = 8  # tokens that are also tested alone
-_POSITIONS = 512  # whose logits are in memory together
+UNCHOSEN_SHARE, UNCHOSEN_MIN = 0.03, 2  # fewer tokens of a greedy answer may be farther below: retokenised text
+DEVIATIONS = 6.0  # tolerated standard deviations of a sampled answer's log-prob from its expectation
+BEGINNING = 8  # first tokens, which are also tested separately
+_POSITIONS = 512  # positions whose logits are in memory together
 
 LIKELY, UNLIKELY, OTHER_BEGINNING, TOO_LIKELY = "", "improbable", "improbable beginning", "more probable than sampled"
 
 _TEMPERATURES = (0.3, 0.6, 0.7, 0.8, 1.0, 1.2)  # that services use
 _LOOKED_AT = 8  # foreign answers that are read again to say what they look like
-_EXPLAINED = 0.75  # share of these that must be likely then
-_BEGINNING_TIMES = 2.0  # as improbable as the rest, a token: the prompt was another one
+_EXPLAINED = 0.75  # share of these that an explanation must make likely
+_BEGINNING_TIMES = 2.0  # ratio of nats per token to those of the rest: above it, the prompt was another one
 
 
 class ReadAnswer(NamedTuple):
@@ -48,7 +48,7 @@ def read_answer(target: Target, prompt: Sequence[int], answer: Sequence[int], sa
 
 def describe_foreign(config: LogsConfig, read: Sequence[ReadAnswer]) -> str:
     """Return how many answers are foreign, with the interval of their share, and why; empty if none is."""
-    reasons = Counter(each.reason for each in read if each.reason)
+    reasons = Counter(answer.reason for answer in read if answer.reason)
     if not reasons:
         return ""
     count, sampling = reasons.total(), f"temperature {config.temperature:g}"
@@ -62,11 +62,11 @@ def describe_foreign(config: LogsConfig, read: Sequence[ReadAnswer]) -> str:
 
 
 def foreign_error(target: Target, config: LogsConfig, read: Sequence[ReadAnswer]) -> str | None:
-    """Return the error if more answers are foreign than `max_foreign_share` allows, whatever the luck of the sample.
+    """Return the error if significantly more answers are foreign than `max_foreign_share` allows.
 
-    The lower end of the share's interval is compared: where the share is just allowed, one run in forty stops.
+    The lower end of the share's interval is compared: if the true share is just allowed, one run in forty stops.
     """
-    foreign = [each for each in read if each.reason]
+    foreign = [answer for answer in read if answer.reason]
     if not foreign or share_interval(len(foreign), len(read))[0] <= config.max_foreign_share:
         return None
     return (
@@ -76,32 +76,33 @@ def foreign_error(target: Target, config: LogsConfig, read: Sequence[ReadAnswer]
 
 
 def _likeness(target: Target, config: LogsConfig, foreign: Sequence[ReadAnswer]) -> str:
-    """Return what foreign answers look like, and what to set. The first explanation that makes most likely counts."""
+    """Return what foreign answers look like, and what to set: the first explanation under which most are likely."""
     sampled = [*_TEMPERATURES, *([config.temperature] if config.temperature else [])]
-    read = [_read(target, each.prompt, each.answer, sampled) for each in foreign]
+    read = [_read(target, answer.prompt, answer.answer, sampled) for answer in foreign]
 
     def explained(reasons: Iterable[str]) -> bool:
         return list(reasons).count(LIKELY) >= _EXPLAINED * len(foreign)
 
-    if config.temperature and explained(_check_greedy(each[0]) for each in read):
+    if config.temperature and explained(_check_greedy(values[0]) for values in read):
         return "They look greedy. Set logs.temperature: 0."
-    for said, prompts in _other_prompts(target, config, foreign):
+    for advice, prompts in _other_prompts(target, config, foreign):
         if explained(
-            check_likelihood(target, prompt, each.answer, config.sampling)
-            for prompt, each in zip(prompts, foreign, strict=True)
+            check_likelihood(target, prompt, answer.answer, config.sampling)
+            for prompt, answer in zip(prompts, foreign, strict=True)
         ):
-            return said
-    logprobs = torch.stack([each[1::3].sum(-1) for each in read]).sum(0)  # by temperature
+            return advice
+    logprobs = torch.stack([values[1::3].sum(-1) for values in read]).sum(0)  # by temperature
     temperature = sampled[int(logprobs.argmax())]
     other = replace(config.sampling, temperature=temperature)
-    if explained(check_likelihood(target, each.prompt, each.answer, other) for each in foreign):
+    if explained(check_likelihood(target, answer.prompt, answer.answer, other) for answer in foreign):
         return (
             f"They look sampled at a temperature of about {temperature:g}, or given by a close copy (quantised, "
             "another revision). Set logs.temperature, top_p and top_k, or target to that copy."
         )
-    excess = [each[0] if config.sampling.greedy else -each[-3] - each[-2] for each in read]  # nats, [N] of each answer
+    # nats, [N] of each answer
+    excess = [values[0] if config.sampling.greedy else -values[-3] - values[-2] for values in read]
     beginning, rest = (
-        float(torch.cat([each[part] for each in excess]).mean()) for part in (slice(BEGINNING), slice(BEGINNING, None))
+        float(torch.cat([nats[part] for nats in excess]).mean()) for part in (slice(BEGINNING), slice(BEGINNING, None))
     )
     if beginning > _BEGINNING_TIMES * rest:
         return (
@@ -109,37 +110,38 @@ def _likeness(target: Target, config: LogsConfig, foreign: Sequence[ReadAnswer])
             "beginning. Set logs.chat_template_kwargs as your service does, or log token ids."
         )
     return (
-        "They look like another model's, or another revision's. Set target to the model that gave them, or leave them "
-        "out by logs.filter or logs.since."
+        "They look like another model's, or another revision's. Set target to the model that gave them, or exclude "
+        "them with logs.filter or logs.since."
     )
 
 
 def _other_prompts(
     target: Target, config: LogsConfig, foreign: Sequence[ReadAnswer]
 ) -> Iterator[tuple[str, list[list[int]]]]:
-    """Yield what answers look like if they are likely after other prompts, and these: another switch, plain text."""
+    """Yield advice, and the prompts (another switch, plain text) after which answers must be likely for it to hold."""
     inverter = TemplateInverter(target.tokenizer, config.chat_template_kwargs)
-    messages = [inverter.messages(each.prompt) for each in foreign]
+    messages = [inverter.messages(answer.prompt) for answer in foreign]
     for switch in SWITCHES:
         kwargs = {**config.chat_template_kwargs, **switch}
         with suppress(DraftsmithError):
-            prompts = [token_ids(target.tokenizer, each, "logs", kwargs) for each in messages]
-            said = ", ".join(f"{name}: {json.dumps(value)}" for name, value in kwargs.items())
+            prompts = [token_ids(target.tokenizer, turns, "logs", kwargs) for turns in messages]
+            setting = ", ".join(f"{name}: {json.dumps(value)}" for name, value in kwargs.items())
             yield (
-                f"They look like answers after another chat template. Set logs.chat_template_kwargs: {{{said}}}.",
+                f"They look like answers after another chat template. Set logs.chat_template_kwargs: {{{setting}}}.",
                 prompts,
             )
-    plain = [list(target.tokenizer("\n\n".join(turn["content"] for turn in each))["input_ids"]) for each in messages]
+    texts = ["\n\n".join(turn["content"] for turn in turns) for turns in messages]
+    plain = [list(target.tokenizer(text)["input_ids"]) for text in texts]
     if all(plain):
         yield (
             "They look like answers to plain text, without the chat template. Log token ids (prompt_token_ids, "
-            "completion_token_ids), or leave them out by logs.filter or logs.since.",
+            "completion_token_ids), or exclude them with logs.filter or logs.since.",
             plain,
         )
 
 
 def check_likelihood(target: Target, prompt: Sequence[int], answer: Sequence[int], sampling: SamplingParams) -> str:
-    """Return what speaks against an answer, one of the constants above; empty if nothing does.
+    """Return the reason against an answer, one of the constants above; empty if there is none.
 
     Greedy answers have no token that the target clearly would not have chosen. For sampled answers, the expected log-
     prob is minus the entropy, summed over the positions. A sum over hundreds of tokens is close to normal, so its

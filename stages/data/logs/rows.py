@@ -91,7 +91,7 @@ class LoggedRow(Row):
         return f"another top_k ({logged:g}; logs.top_k is {configured})" if logged != configured else None
 
     def _number(self, name: str, default: float) -> float:
-        """Return a field as a number, or the default if it is none."""
+        """Return a field as a number, or the default if it is not one."""
         value = self.fields.get(name)
         return value if isinstance(value, int | float) and not isinstance(value, bool) else default
 
@@ -112,8 +112,8 @@ class LoggedRow(Row):
 
 
 def _has_effect(bias: Any) -> bool:
-    """Return whether a logit bias (token → number) changes anything. Parquet rows have all tokens, most without one."""
-    return isinstance(bias, dict) and any(isinstance(each, int | float) and each != 0 for each in bias.values())
+    """Return whether a logit bias (token → number) changes anything. A Parquet row has all tokens, most without one."""
+    return isinstance(bias, dict) and any(isinstance(value, int | float) and value != 0 for value in bias.values())
 
 
 @dataclass(frozen=True)
@@ -154,8 +154,8 @@ class AnswerReader:
 
     def _turn_end(self, eos_ids: list[int]) -> int:
         """Return the stop token that ends answers: the one that the chat template puts after them."""
-        own = self.tokenizer.eos_token_id
-        default = own if own in eos_ids or not eos_ids else eos_ids[0]
+        eos = self.tokenizer.eos_token_id
+        default = eos if eos in eos_ids or not eos_ids else eos_ids[0]
         after = self._encode(text_after_answer(self.tokenizer, self._template_kwargs))
         return int(next((token for token in after if token in eos_ids), default))
 

@@ -1,8 +1,8 @@
 """Stage `logs`: answers that the target gave in production, as trajectories, in place of a rollout.
 
 Replay rebuilds the trace of any drafter on any answer of the target, so logged answers serve SFT, mining and OPD
-unchanged. They must be this target's own: every row is checked as far as its tokens go (`rows.py`), and a row that is
-not used is counted and listed with its reason in `set_aside.jsonl`.
+unchanged. They must be this target's own: the tokens of every row are checked (`rows.py`), and a row that is not used
+is counted and listed with its reason in `set_aside.jsonl`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class LogsConfig(Config):
     )
     fields: FieldNames = Field(
         default={},
-        description="the rows' names of our fields, e.g. {messages: question, completion: answer}; text in place of "
+        description="the rows' names for our fields, e.g. {messages: question, completion: answer}; text in place of "
         "messages is one user message. From two of `started_at`, `ended_at`, `duration_s`, and from `server`, "
         "`draftsmith check` and the log of the stage compute `gate.loads`",
     )
@@ -57,8 +57,8 @@ class LogsConfig(Config):
         description="sampling temperature of the answers; a row that logs another one is rejected, one that logs none "
         "counts as having this one. 0 = greedy",
     )
-    top_p: float = Field(default=1.0, gt=0, le=1, description="of the answers' sampling")
-    top_k: TopK = Field(default=0, description="of the answers' sampling; 0 = none")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="top_p that the answers were sampled at")
+    top_k: TopK = Field(default=0, description="top_k that the answers were sampled at; 0 = none")
     since: Since | None = Field(
         default=None,
         description="only rows from this time on: 7d, 12h, an ISO date or time, or `last`: what the champion's refresh "
@@ -75,10 +75,10 @@ class LogsConfig(Config):
         default=1.0,
         ge=0,
         le=24 * 366,
-        description="of `since: last`: how much older than the newest row read a row may be that arrives later (in the "
-        "same second, in a file uploaded late, with the time of its request); with several hosts, at least the time "
-        "that one file spans. The window begins this much earlier, and what the champion's refresh has used of it is "
-        "not used again. 0: it begins after that row",
+        description="for `since: last`: a row that arrives later may be this much older than the newest row read (in "
+        "the same second, in a file uploaded late, with the time of its request); with several hosts, set at least the "
+        "time that one file spans. The window begins this much earlier, and rows that the champion's refresh has used "
+        "are not used again. 0: it begins after the newest row",
     )
     rows: int | None = Field(default=None, ge=1, description="use at most this many answers, the first ones")
     replay_share: float = Field(
@@ -90,7 +90,7 @@ class LogsConfig(Config):
     max_tokens: int | None = Field(
         default=None,
         ge=2,
-        description="of prompt and answer together; longer rows are rejected. Default: the target's context",
+        description="limit of prompt and answer together; longer rows are rejected. Default: the target's context",
     )
     max_bad_share: float = Field(
         default=0.01,
@@ -110,10 +110,10 @@ class LogsConfig(Config):
         ge=0,
         le=1,
         description="share of the answers that may be foreign: not what the target gives at this temperature. The run "
-        "stops where the lower end of the share's interval (95 %) is above it; with 64 scored, from 8 of them on",
+        "stops if the lower end of the share's interval (95 %) is above it: with 64 scored, from 8 foreign ones on",
     )
     chat_template_kwargs: TemplateKwargs = Field(
-        default={}, description="passed to the chat template for rows of text; the same as the service passed"
+        default={}, description="passed to the chat template for rows of text, as your service passes them"
     )
 
     @property

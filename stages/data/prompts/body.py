@@ -24,7 +24,7 @@ from draftsmith.stages.runtime.stage import StageContext
 from draftsmith.stages.targets.info import load_tokenizer, model_path, read_target_info
 
 _REPORT_EVERY = 64  # prompts
-_MOST_VALUES = 50  # of a field in `slices`: more make slices that are too small, as users' ids do
+_MOST_VALUES = 50  # values of a field in `slices`: more (users' ids) make slices that are too small
 
 
 @dataclass
@@ -36,7 +36,7 @@ class _Selection:
     tokens: dict[str, array[int]] = field(default_factory=lambda: defaultdict(lambda: array("q")))  # split -> lengths
     counts: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))  # source -> split -> rows
     labels: dict[str, tuple[str, ...]] = field(default_factory=dict)  # prompt -> its labels
-    questions: dict[str, tuple[str, ...]] = field(default_factory=dict)  # prompt -> the further ones
+    questions: dict[str, tuple[str, ...]] = field(default_factory=dict)  # prompt -> its further questions
     slices: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))  # label -> split -> rows
     text_hashes: set[str] = field(default_factory=set)  # over all splits
     held_out: set[bytes] = field(default_factory=set)  # identities, which ignore the system prompt
@@ -66,7 +66,7 @@ def run(ctx: StageContext, config: PromptsConfig) -> None:
 
         def on_candidate() -> None:
             selection.seen += 1
-            if throttle.is_due():  # all rows of a file are read before the first is selected
+            if throttle.is_due():  # all rows of a file are read before the first one is selected
                 ctx.progress(selection.selected, total, "prompts", looked_at=selection.seen)
             ctx.check_interrupted()
 
@@ -86,7 +86,7 @@ def run(ctx: StageContext, config: PromptsConfig) -> None:
                     ctx.progress(selection.selected, total, "prompts")
                     table.append(rows)
                     rows = []
-        for stream in (stream for of_source in streams for stream in of_source):
+        for stream in (stream for source_streams in streams for stream in source_streams):
             selection.wrong_class += stream.discarded
             if stream.rejects is not None:
                 stream.rejects.check()
@@ -99,8 +99,8 @@ def run(ctx: StageContext, config: PromptsConfig) -> None:
         write_table(ctx.out / "labels.parquet", LABELS, labels)
     if selection.questions:
         constants = {"chat_template_kwargs": json.dumps(config.chat_template_kwargs)}
-        asked = [{"prompt_id": prompt, "questions": later} | constants for prompt, later in selection.questions.items()]
-        write_table(ctx.out / "questions.parquet", QUESTIONS, asked)
+        later = [{"prompt_id": prompt, "questions": texts} | constants for prompt, texts in selection.questions.items()]
+        write_table(ctx.out / "questions.parquet", QUESTIONS, later)
     _summary(selection, config).write(ctx.out)
     ctx.summary(
         train=config.prompt_count("train"),
@@ -119,7 +119,7 @@ def _id_reader(tokenizer: Any, vocab_size: int, config: PromptsConfig) -> ReadId
     def read(ids: list[int], known: list[Message] | None) -> list[Message]:
         if max(ids) >= vocab_size:
             raise DraftsmithError(
-                f"token id {max(ids)} is outside the target's vocabulary of {vocab_size}. Is it another model's log?"
+                f"token id {max(ids)} is outside the target's vocabulary of {vocab_size}. Use a log of this target."
             )
         return inverter.messages(ids) if known is None else known
 
@@ -131,7 +131,7 @@ def _stream_counts(
 ) -> list[tuple[PromptStream, int]]:
     """Return how many prompts of a split each stream gives: equal shares of the total, or of its source's count.
 
-    streams: for each source.
+    streams: those of each source.
     """
 
     def equal_shares(streams: list[PromptStream], total: int) -> list[tuple[PromptStream, int]]:
@@ -139,11 +139,12 @@ def _stream_counts(
         return [(stream, share + (index < rest)) for index, stream in enumerate(streams)]
 
     if config.sources[0].counts is None:
-        return equal_shares([stream for of_source in streams for stream in of_source], config.prompt_count(split))
+        all_streams = [stream for source_streams in streams for stream in source_streams]
+        return equal_shares(all_streams, config.prompt_count(split))
     return [
         count
-        for source, of_source in zip(config.sources, streams, strict=True)
-        for count in equal_shares(of_source, getattr(source.counts, split))
+        for source, source_streams in zip(config.sources, streams, strict=True)
+        for count in equal_shares(source_streams, getattr(source.counts, split))
     ]
 
 

@@ -40,7 +40,7 @@ class _SourceBase(Config):
         default=None,
         gt=0,
         le=1,
-        description="of this source, in place of prompts.heldout_share; 1 for a benchmark that must not be trained on",
+        description="this source's share, in place of prompts.heldout_share; 1 for a benchmark never to be trained on",
     )
     suffix: str = Field(
         default="", description="appended to the last user message, e.g. an instruction on how to answer"
@@ -71,7 +71,7 @@ class JsonlSource(_RowSource):
     """Files of rows: JSON Lines, plain or compressed, or Parquet. Each row goes into at most one split.
 
     The order is by a hash of seed and text, so a file that grows still gives the same rows. `prompt_token_ids` of a row
-    are the prompt, whatever text is beside them. Rows of text alone that call tools or contain images are left out.
+    are the prompt, whatever text it also has. Rows without them that call tools or contain images are rejected.
     """
 
     kind: Literal["jsonl"] = "jsonl"
@@ -136,7 +136,7 @@ PromptSource = Annotated[ReasoningGymSource | JsonlSource | HuggingFaceSource, F
 
 
 class PromptsConfig(Config):
-    """The prompts. They depend on this section and the target's tokenizer alone, not on the seed of the run."""
+    """The prompts. They depend only on this section and the target's tokenizer, not on the seed of the run."""
 
     sources: list[PromptSource] = Field(
         min_length=1, description="tasks, files and data sets have equal shares unless every source has counts"
@@ -170,7 +170,7 @@ class PromptsConfig(Config):
         description="share of a source's rows that may be unreadable: they are rejected. 0: the first one is an error",
     )
     max_prompt_tokens: int = Field(default=512, ge=1, description="after the chat template")
-    too_long: Literal["error", "skip"] = Field(default="error", description="what a longer prompt is")
+    too_long: Literal["error", "skip"] = Field(default="error", description="what happens to a longer prompt")
     system: str | None = Field(
         default=None, description="system prompt for rows without one. Default: the template's own"
     )
@@ -195,7 +195,7 @@ class PromptsConfig(Config):
                 f"sources {', '.join(without)} have no counts, but others have. Give counts to all sources or to none."
             )
         if both := [split for split, total in totals.items() if total is not None]:
-            raise ValueError(f"the sources have counts. Leave out {', '.join(both)}.")
+            raise ValueError(f"the sources have counts. Remove {', '.join(both)}.")
         return self
 
     @model_validator(mode="after")
@@ -237,7 +237,7 @@ class PromptsConfig(Config):
         return list_files(self._paths, self.paths_field, windows)
 
     def with_pinned_files(self, listing: InputListing) -> PromptsConfig:
-        """Return this config and its sources, which then read the listed files alone."""
+        """Return this config and its sources, which then read only the listed files."""
         sources = [source.with_pinned_files(listing) for source in self.sources]
         return super().with_pinned_files(listing).model_copy(update={"sources": sources})
 
@@ -265,7 +265,7 @@ class PromptsConfig(Config):
         return remote_versions(self._paths, self.paths_field, self.pinned_files) | commits
 
 
-MORE_LOGS = "Give more logs, or a section prompts with lower counts"  # the remedy if the prompts are rows of the logs
+MORE_LOGS = "Add logs, or a section prompts with lower counts"  # the remedy if the prompts are rows of the logs
 
 
 def preflight(config: PromptsConfig, target: Path) -> None:

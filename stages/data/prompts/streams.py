@@ -72,8 +72,8 @@ class PromptStream:
     ):
         """Open the stream.
 
-        candidates: of all splits, or a function that returns those of one split. class_counts: the candidates that were
-        seen already.
+        candidates: of all splits, or a function that returns those of one split. class_counts: counts of the candidates
+        that were seen already.
         """
         self.label, self.heldout_share, self.rejects = label, heldout_share, rejects
         self._candidates = candidates
@@ -85,15 +85,15 @@ class PromptStream:
 
     def next(self, split: Split) -> PromptCandidate | None:
         """Return the next candidate for the split; None if none is left."""
-        wanted = split != "train"
-        if self._waiting[wanted]:
-            return self._waiting[wanted].popleft()
+        held_out_split = split != "train"
+        if self._waiting[held_out_split]:
+            return self._waiting[held_out_split].popleft()
         if split not in self._open:
             self._open[split] = self._candidates(split) if callable(self._candidates) else self._candidates
         for candidate in self._open[split]:
             held_out = hash_fraction(candidate.identity) < self.heldout_share
             self.class_counts[held_out] += 1
-            if held_out == wanted:
+            if held_out == held_out_split:
                 return candidate
             if callable(self._candidates):
                 self.discarded += 1
@@ -154,15 +154,15 @@ def open_streams(
     counts = {split: getattr(source.counts, split) if source.counts else config.prompt_count(split) for split in SPLITS}
 
     def ranked() -> Iterator[RankedCandidate]:
-        """Yield the candidates that may be used: without training prompts, those of the held-out class alone."""
+        """Yield the candidates that may be used: without training prompts, only those of the held-out class."""
         first, empty = rejects.rows == 0, True  # a second reading must not count or list rows again
         counted = rejects if first else RejectLog(f"{config.section}.max_bad_share", config.max_bad_share)
         rows = read_rows(match_files([source.path], config.paths_field, source.pinned_files))
         for row, candidate in candidates(rows, counted):
             empty = False
             if counts["train"] or hash_fraction(candidate.identity) < share:
-                lot = hashlib.sha256(f"{config.seed} 0 {candidate.text_hash}".encode()).digest()
-                yield (_time_rank(source, row), lot), candidate
+                digest = hashlib.sha256(f"{config.seed} 0 {candidate.text_hash}".encode()).digest()
+                yield (_time_rank(source, row), digest), candidate
             elif first:
                 class_counts[False] += 1
         if empty:
@@ -208,7 +208,7 @@ def _task_candidates(
 
 
 def _max_candidates(config: PromptsConfig) -> int:
-    """Return the limit of a task's candidates for one split: twenty for each prompt, times those of the wrong class."""
+    """Return the limit of a task's candidates for one split: twenty per prompt, and more for those of wrong class."""
     shares = [source.heldout_share or config.heldout_share for source in config.sources]
     held_out = max(config.prompt_count("heldout"), config.prompt_count("validation")) / min(shares)
     train = config.prompt_count("train") / (1 - max(share for share in [*shares, 0.0] if share < 1))
@@ -227,10 +227,10 @@ def prompt_rows(
 ) -> Iterator[tuple[Row, PromptCandidate]]:
     """Yield the rows that pass the filter, with their prompts, before suffix and system prompt are added.
 
-    The others are counted in `rejects`, which is checked at the end.
-    read_ids: without it, prompts of token ids alone have no messages. unchanged: nothing will be added to a prompt;
-    otherwise a prompt of token ids is built again from its messages, which have no tools. slices: fields whose values
-    are the labels of a prompt. of_logs: see `row_messages`.
+    Unusable rows are counted in `rejects`, which is checked at the end.
+    read_ids: without it, prompts that have only token ids have no messages. unchanged: nothing will be added to a
+    prompt; otherwise a prompt of token ids is built again from its messages, which have no tools. slices: fields whose
+    values are the labels of a prompt. of_logs: see `row_messages`.
     """
     for row in rows:
         rejects.rows += 1
@@ -267,9 +267,7 @@ def _no_prompts_error(source: JsonlSource, rejects: RejectLog) -> str:
     if not rejects.reasons:
         return f"{source.path}: no row passes the filter {source.filter}. Correct it."
     passed = "; the filter excludes the others" if source.filter else ""
-    return (
-        f"{source.path}: none of {rejects.rows} rows can be a prompt ({rejects.describe()}{passed}). Give other rows."
-    )
+    return f"{source.path}: none of {rejects.rows} rows can be a prompt ({rejects.describe()}{passed}). Use other rows."
 
 
 def _time_rank(source: JsonlSource, row: Row) -> tuple[float, ...]:
@@ -337,7 +335,7 @@ def _dataset_rows(source: HuggingFaceSource, seed: int) -> Iterator[Row]:
     rows = load_rows(source)
     name = f"{source.id}, split {source.split}"
     if len(rows) == 0:
-        raise DraftsmithError(f"{name}: the data set is empty. Give another split.")
+        raise DraftsmithError(f"{name}: the data set is empty. Choose another split.")
     order = list(range(len(rows)))
     if source.filter:
         matches_filter(source.filter, dict.fromkeys(rows.column_names), name)  # raises for a column that is missing
@@ -355,7 +353,7 @@ def load_rows(source: HuggingFaceSource) -> Any:
 
     Raises DraftsmithError, or RetryableError if the Hub does not answer.
     """
-    import datasets  # takes a second to load, and `draftsmith check` needs it for these sources alone
+    import datasets  # takes a second to load, and `draftsmith check` needs it only for these sources
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -371,7 +369,7 @@ def load_rows(source: HuggingFaceSource) -> Any:
     except (ConnectionError, FileNotFoundError) as error:
         cause = error
         if source.is_on_hub:
-            reason = "no such folder here, and not on the Hub. Check the id and the network, or give a folder."
+            reason = "no such folder here, and not on the Hub. Check the id and the network, or name a folder."
             # a data set that does not exist on the Hub, or has no data, raises another class
             away = isinstance(error, ConnectionError) or type(error) is FileNotFoundError
             kind = RetryableError if away and not constants.HF_HUB_OFFLINE else DraftsmithError

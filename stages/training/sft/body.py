@@ -1,7 +1,7 @@
 """SFT: all offsets of blocks after anchors anywhere, with the loss that the architecture's authors use.
 
 DFlash (arXiv 2602.06036): cross-entropy on the committed token, weight exp(-(k-1)/γ) at offset k. EAGLE-3
-(arXiv 2503.01840): the training-time test on the target's distribution over the draft vocabulary, 0.8 a step.
+(arXiv 2503.01840): training-time test on the target's distribution over the draft vocabulary, weight 0.8 per step.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from draftsmith.stages.training.trainer import Trainer, TrainingData, load_answe
 
 
 def run(ctx: StageContext, config: SftConfig) -> None:
-    """Train, then write the checkpoint in the layout that engines load. Without steps the drafter is taken as it is."""
+    """Train, then write the checkpoint in the layout that engines load. Without steps the drafter does not change."""
     ranks = Ranks.current(config.parallel.target_parallel)
     start = _start(ctx, config)
     stored = load_answers(ctx, ranks)
@@ -50,7 +50,7 @@ def run(ctx: StageContext, config: SftConfig) -> None:
     else:
         config.check_lora(None, config.drafter.kind)
         drafter = create_drafter(config.drafter, target, ctx.seed, frequent_tokens(counts))
-    earlier = drafter.frequent_tokens  # of the answers that it was trained on before; untrained, it keeps them
+    earlier = drafter.frequent_tokens  # of the answers of its earlier training; without new training it keeps them
     if (earlier is None or config.steps) and "train" in stored_splits(ctx.inputs["trajectories"]):  # never evaluation's
         before = None if earlier is None else earlier.cpu()
         drafter.frequent_tokens = frequent_tokens(counts, before).to(target.device)
@@ -60,7 +60,7 @@ def run(ctx: StageContext, config: SftConfig) -> None:
     coverage = 1.0 if covered is None else float(counts[covered.cpu()].sum() / counts.sum())
     ctx.log(f"{training}; {coverage:.2%} of the answers' tokens can be proposed")
     if drafter.has_own_head and config.head_tokens is not None:
-        ctx.log("sft.head_tokens is ignored: this drafter has a head of its own (drafter.draft_vocab_size)")
+        ctx.log("sft.head_tokens is ignored: this drafter has its own head (drafter.draft_vocab_size)")
     totals = training.train(ctx)
     if not ranks.is_main:
         return
@@ -75,7 +75,7 @@ def run(ctx: StageContext, config: SftConfig) -> None:
 
 
 def _start(ctx: StageContext, config: SftConfig) -> Path | None:
-    """Return the checkpoint to continue from: the input, or that of `init_from`; None: random weights."""
+    """Return the checkpoint to continue from: the input, or `init_from`; None: random weights."""
     if "drafter" in ctx.inputs:
         return ctx.inputs["drafter"] / DRAFTER_FOLDER
     return drafter_source(config.init_from, config.init_revision) if config.init_from else None
@@ -110,7 +110,7 @@ def sft_loss(
 
 
 class SftTraining(Trainer[SftConfig, TrainingData]):
-    """Trains on the answers' own tokens. `response_loss` explains what their sampling changes."""
+    """Trains on the answers' own tokens. `response_loss` explains the effect of their sampling."""
 
     def _resolve(self) -> None:
         drafter, sampling = self.drafter, self.data.sampling
@@ -122,7 +122,7 @@ class SftTraining(Trainer[SftConfig, TrainingData]):
 
     def micro_batches(self, step: int, limit: int | None) -> Iterator[LossReport]:
         rank_slice, rng = self.rank_slice(step, limit), step_rng(self.seed, step)
-        # for the full step, whatever this rank trains of it
+        # for the full step, whatever part of it this rank trains
         phases = rng.random(rank_slice.step_rows)[rank_slice.rows]
         heads = self._heads.sample(rng, [rank_slice.step_tokens])
         config = self.config
@@ -137,7 +137,7 @@ class SftTraining(Trainer[SftConfig, TrainingData]):
             yield report
 
     def __str__(self) -> str:
-        """Describe in one line what is trained."""
+        """Describe the training in one line."""
         weights = self.stream.weights()
         formula = f"exp(-(k-1)/{weights.gamma:.3g})" if weights.kind == "exponential" else "D-PACE's"
         return (

@@ -280,7 +280,7 @@ def test_a_read_only_home_can_read_the_store(a: Store, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("a")
 def test_bad_addresses_are_refused_and_errors_hold_no_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for address, why in (
-        ("bucket/prefix", "bucket/prefix is no address"),
+        ("bucket/prefix", "bucket/prefix is not an address"),
         (f"s3://me:{SECRET}@bucket/prefix", "an address with a user or password in it"),
         ("nonesuch://bucket", "nonesuch"),
     ):

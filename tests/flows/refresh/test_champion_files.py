@@ -182,13 +182,13 @@ def test_no_tag_leads_out_of_the_home(line: str, home: Path, drafters: list[Arti
         write({"version_record": json.dumps(record | {tag: "../.."})} if tag in record else {tag: "../.."})
         version = dataclasses.replace(version, tags={**version.tags, "drafter_digest": "../.."})
         for use in uses:
-            with pytest.raises(DraftsmithError, match=rf"^{line} version 1: tag draftsmith\.\w+: '\.\./\.\.' is no "):
+            with pytest.raises(DraftsmithError, match=rf"^{line} version 1: tag draftsmith\.\w+: '\.\./\.\.' is not a"):
                 use()
         assert outside() == before
         write(others)
     del record["drafter_digest"]
     write({"version_record": json.dumps(record)})
-    with pytest.raises(DraftsmithError, match=r"tag draftsmith\.drafter_digest: nothing is no sha256 digest"):
+    with pytest.raises(DraftsmithError, match=r"tag draftsmith\.drafter_digest: nothing is not a sha256 digest"):
         registry_commands.export(Display(), line, tmp_path / "again")
 
 

@@ -105,6 +105,6 @@ def test_a_run_that_another_wrote_leads_to_no_page_outside_the_store(home: Path,
     (home / "private").mkdir()
     (home / "private" / "report.html").write_text("<p>")
     run_of(home, "a-line", "theirs", report=fake_artifact("..", "private", "1" * 64, tmp_path))
-    problem = r"^run 1 Dec: promoted theirs in MLflow: param made\.report: '\.\./private' is no path"
+    problem = r"^run 1 Dec: promoted theirs in MLflow: param made\.report: '\.\./private' is not a path"
     with pytest.raises(DraftsmithError, match=problem):
         find_report("theirs", REFRESH)

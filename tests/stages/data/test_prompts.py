@@ -185,7 +185,7 @@ def test_sources_with_counts_are_mixed_evenly(target: Path, tmp_path: Path) -> N
     ("fields", "message"),
     [
         ({"train": 1}, "heldout is required"),
-        ({"train": 1, "sources": [{"counts": {"train": 1}}]}, "Leave out train"),
+        ({"train": 1, "sources": [{"counts": {"train": 1}}]}, "Remove train"),
         ({"sources": [{"counts": {"train": 1}}, {}]}, "sources 1 have no counts"),
     ],
 )

@@ -70,5 +70,5 @@ def test_a_window_of_days_is_the_same_all_day(one: int, other: int) -> None:
 
 @pytest.mark.parametrize("window", ["7 weeks", "", "yesterday", "-3d", "999999d"])
 def test_anything_else_is_not_a_window(window: str) -> None:
-    with pytest.raises(ValueError, match="Give"):
+    with pytest.raises(ValueError, match="Use"):
         resolve_window(window, NOON)

@@ -195,7 +195,7 @@ def test_tau_as_served_stands_beside_that_of_replay_and_the_targets_difference(t
     served = evaluation.model_copy(update={"drafters": drafters, "target_difference": difference})
     text = render(tmp_path, replace(data, evaluation=served)).text
     assert "by replay under transformers" in text and "4.321" in text
-    assert "quantization fp8: log-probs of 107 fixed tokens are 0.12 nats from transformers' in the mean" in text
+    assert "quantization fp8: log-probs of 107 fixed tokens are 0.12 nats from transformers' on average" in text
 
 
 def test_block_sizes_by_load_are_given_as_vllm_takes_them(tmp_path: Path) -> None:

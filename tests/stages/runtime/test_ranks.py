@@ -271,7 +271,7 @@ def test_a_rank_that_hangs_is_named_in_a_retryable_error(tmp_path: Path, inputs:
     code, events = attempt(tmp_path, inputs, hanging_rank.__name__, **TWO)
     errors = [event for event in events if event["event"] == "error"]
     assert (code, len(errors)) == (75, 1)
-    assert "rank 1 of 2 did not answer: rank 0 waited in vain (" in errors[0]["message"]
+    assert "rank 1 of 2 did not answer: rank 0 timed out (" in errors[0]["message"]
 
 
 def test_after_a_rank_ran_out_of_memory_the_next_attempt_takes_smaller_micro_batches(

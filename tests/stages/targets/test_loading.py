@@ -186,7 +186,7 @@ WRONG_SIZES: list[Any] = [-1, 0, 10**30, "8", []]
         ),
         ("config.json", SLIDING | {"sliding_window": None}, "cannot build a model from its config.json"),
         ("config.json", SLIDING | {"sliding_window": 0}, "sliding_attention over 0 positions are not supported"),
-        ("generation_config.json", {"eos_token_id": "<end>"}, "eos_token_id '<end>' is no token id"),
+        ("generation_config.json", {"eos_token_id": "<end>"}, "eos_token_id '<end>' is not a token id"),
         ("generation_config.json", {"max_new_tokens": "many"}, r"generation_config\.json: cannot be read"),
     ],
     ids=str,
@@ -257,7 +257,7 @@ def test_the_folder_of_an_adapter_is_reported_as_such(beside: tuple[str, ...], t
     """As peft saves it, or with the config of its model."""
     for name in ("adapter_config.json", "adapter_model.safetensors", *beside):
         (tmp_path / name).write_text("{}")
-    with pytest.raises(DraftsmithError, match=r"is an adapter without its model\. Merge it by peft's merge_and_unload"):
+    with pytest.raises(DraftsmithError, match=r"an adapter without its model\. Merge it with peft's merge_and_unload"):
         model_folder(str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / WEIGHTS).write_text("")

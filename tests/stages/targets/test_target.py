@@ -148,7 +148,7 @@ def forget_the_end(folder: Path) -> None:
         ),
         (
             edit_config(architectures=["NewForCausalLM"], auto_map={"AutoModel": "x.Y"}),
-            "code that a model brings along is not run",
+            "code that comes with a model is not run",
         ),
         *((edit_config(architectures=[known.ARCHITECTURE]), "for a drafter") for known in ARCHITECTURES.values()),
         (edit_config(architectures=["Eagle3LlamaForCausalLM"], model_type="llama"), "for a drafter"),
@@ -203,7 +203,7 @@ def test_no_code_of_a_package_runs_to_find_its_file(name: str, tmp_path: Path, m
 def test_names_in_an_index_of_weights_stay_in_their_folder(name: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a.weight": name}}))
-    with pytest.raises(DraftsmithError, match="which is no file of this folder"):
+    with pytest.raises(DraftsmithError, match="which is not a file of this folder"):
         TargetConfig(source=str(tmp_path)).external_files()
 
 
@@ -226,7 +226,7 @@ def test_an_unreachable_hub_model_is_one_clear_error(tmp_path: Path, monkeypatch
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     text = message("draftsmith-tests/no-such-model", tmp_path)
     assert "no network to the hub" in text
-    assert "give a local folder" in text
+    assert "use a local folder" in text
 
 
 def test_a_revision_with_a_folder_is_refused(tiny_target: Path, tmp_path: Path) -> None:
@@ -277,7 +277,7 @@ def test_a_truncated_gguf_is_an_error_before_it_is_loaded(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("family", "fields", "said"),
     [
-        ("Phi", {}, "not those of a linear head, scaled or soft-capped (its head is Linear("),
+        ("Phi", {}, "not a linear head's, scaled or soft-capped (its head is Linear("),
         ("DeepseekV4", {}, "layers of deepseek_v4 with heavily_compressed_attention are not supported"),
         ("Gemma3Text", {"use_bidirectional_attention": True}, "with attention in both directions are not supported"),
     ],

@@ -208,7 +208,7 @@ def test_earlier_answers_with_other_sampling_are_left_out(logs: Logs) -> None:
     ctx, sampling = mixed(0.7)
     assert counts(ctx)["replayed"] == 5
     assert (sampling.temperature, sampling.top_p, sampling.top_k) == pytest.approx((0.7, 0.95, 20))
-    assert any(line.startswith("25 answers of the earlier refresh are left out") for line in ctx.logs)
+    assert any(line.startswith("25 answers of the earlier refresh are skipped") for line in ctx.logs)
     ctx, sampling = mixed(0.0)
     assert counts(ctx)["replayed"] == 30 and sampling.greedy
     assert not any("left out" in line for line in ctx.logs)
@@ -338,7 +338,7 @@ def test_earlier_answers_of_an_older_table_version_are_neither_repeated_nor_repl
     inputs = {"earlier": logs.earlier(first, replayed=True)}
     ctx = logs.run(log, inputs=inputs, since="last", after=NOON, replay_share=0.5)
     assert responses(table(ctx)) == [logs.answers[2]["response_ids"]]
-    assert counts(ctx)["replay_left_out"] == "what is stored of answers"
+    assert counts(ctx)["replay_left_out"] == "the table of answers"
 
 
 def test_an_equal_answer_given_later_is_a_new_row(logs: Logs) -> None:

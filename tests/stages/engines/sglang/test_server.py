@@ -127,7 +127,7 @@ def test_an_address_has_a_scheme_and_no_credentials() -> None:
     mistyped = ("http://gpu1:3000o", "http://gpu1:300000", "http://", "http://[::1:30000", "http://gpu1:30000 ")
     secret = ("http://u:pw@gpu1:30000", "http://gpu1:30000?token=abc", "http://tok@gpu1")
     for said, urls in (
-        ("'gpu1:30000' is no address", ["gpu1:30000"]),
+        ("'gpu1:30000' is not a server address", ["gpu1:30000"]),
         ("is not a server address", mistyped),
         ("api_key_env", secret),
     ):
