@@ -172,7 +172,7 @@ def test_payloads_hold_sampling_and_the_request_for_records() -> None:
 def test_records_of_another_drafter_are_a_bad_answer() -> None:
     answer = body([20, 21, 2], [{"v": "1", "drafter": "e" * 64}, record(3, [21, 2, 23], 3, 24), None], "stop")
     with pytest.raises(
-        BadAnswerError, match=r"request p/0: its verify steps are of the drafter eeeeeeeeeeee, not of d"
+        BadAnswerError, match=r"request p/0: its verify steps come from the drafter eeeeeeeeeeee, not from d"
     ):
         read(answer)
     assert read(answer, with_records=False).steps is None
