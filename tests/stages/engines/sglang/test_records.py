@@ -121,7 +121,7 @@ def test_records_that_do_not_cover_the_answer_are_one_clear_error(records: list[
     [
         (body([]), "is empty"),
         (body([20, 900, 1, 1, 1, 1]), "another model"),
-        (body([20, 21, 22, 23, 24, 25], prompt_tokens=2), "2 prompt tokens, 3 were sent"),
+        (body([20, 21, 22, 23, 24, 25], prompt_tokens=2), "2 prompt tokens; 3 were sent"),
         (body([20, 21], reason="stop"), "no end token"),
         (body([20, 2], reason="stop", matched="NaN happened"), "ended by 'NaN happened', not by its last token"),
         (body([20, 2], reason="stop", matched="2"), "ended by '2', not by its last token"),
