@@ -163,7 +163,7 @@ SERVER = {
         arguments=CHECK,
     ),
     "an interpreter without SGLang": Bad(
-        "is not a Python that runs",
+        "is not a working Python",
         {"rollout.engine": {"kind": "sglang", "python": "/bin/false", "launch": {}}},
         arguments=CHECK,
     ),

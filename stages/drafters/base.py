@@ -27,13 +27,13 @@ LOGITS_PER_CHUNK = 2**26  # 256 MB in float32
 
 @dataclass(frozen=True)
 class DrafterInfo:
-    """The origin of a drafter, written beside its weights as `drafter.json`."""
+    """The origin of a drafter, written next to its weights as `drafter.json`."""
 
     target_digest: str = ""
     target_source: str = ""
     parents: tuple[str, ...] = ()  # content ids of the artifacts that it was trained from
     training: dict[str, Any] = field(default_factory=dict)  # stage, steps, trained positions
-    # Why a target of another digest is another one; empty in older records.
+    # How a target with another digest differs; empty in older records.
     target_dtype: str = ""
     target_revision: str = ""  # the hub's commit
     tokenizer_digest: str = ""
@@ -51,7 +51,7 @@ class DrafterInfo:
 
 
 class Context:
-    """A drafter's state of the verified prefix. Whoever reads it masks what is not before an anchor."""
+    """A drafter's state of the verified prefix. Readers mask the positions that are not before an anchor."""
 
 
 class BlockSampler(ABC):
@@ -67,7 +67,7 @@ class BlockSampler(ABC):
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the float32 logits [B, A, V'] of the next offset over the head's tokens, -inf for impossible ones.
 
-        tokens: [B, A] at the offset before it, at first the anchors' own.
+        tokens: [B, A] at the previous offset; for the first offset, the anchors' tokens.
         """
 
     def probability(self, tokens: torch.Tensor, following: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -94,22 +94,22 @@ class ParallelSampler(BlockSampler):
 class Drafter(Facts, nn.Module, ABC):
     """The draft model `q`. The target's embedding and head are frozen, shared and never saved with it."""
 
-    config: Any  # of transformers
+    config: Any  # a transformers config
     block_size: int  # anchor + proposals, as trained
     target_layer_ids: Sequence[int]  # layer k = hidden state AFTER target layer k
     frequent_tokens: torch.Tensor | None = None  # [V] token ids, most frequent first in the training data
     info = DrafterInfo()
-    folder: Path | None = None  # of the checkpoint that it was loaded from
-    adapter_rank: int | None = None  # of the adapter that is trained in place of the weights
-    logit_map: LogitMap = IDENTITY  # the target's, for heads that are made from the target's head
-    embedding_scale: float = 1.0  # the target's: a factor on the embeddings that its first layer reads
+    folder: Path | None = None  # the checkpoint that it was loaded from
+    adapter_rank: int | None = None  # rank of the adapter that is trained instead of the weights
+    logit_map: LogitMap = IDENTITY  # the target's logit map, for heads made from the target's head
+    embedding_scale: float = 1.0  # the target's factor on the embeddings that its first layer reads
     kind: ClassVar[str]  # this and `recipe` come from its `Traits`
     autoregressive: ClassVar[bool]  # hidden states of an offset depend on the tokens at earlier offsets
     has_own_head: ClassVar[bool]  # the head over the draft vocabulary is trained with the drafter
     has_selector: ClassVar[bool] = False  # the token before a proposal selects it among the head's best
     corrects_head: ClassVar[bool] = False  # adds trained terms to the target's head
-    samples_proposals: ClassVar[bool] = False  # for sampled requests, from q, which also verifies them
-    float32_weights: ClassVar[tuple[str, ...]] = ()  # beginnings of their names: engines compute these in float32
+    samples_proposals: ClassVar[bool] = False  # for sampled requests, from q; verification reads q too
+    float32_weights: ClassVar[tuple[str, ...]] = ()  # name prefixes; engines compute these in float32
     recipe: ClassVar[TrainingRecipe]
     layer_names: ClassVar[tuple[str, ...]]  # children whose linear maps read hidden states of the context or a block
 
@@ -119,7 +119,7 @@ class Drafter(Facts, nn.Module, ABC):
             "kind": self.kind,
             "layers": self.config.num_hidden_layers,
             "block size": self.block_size,
-            "parameters": f"{sum(each.numel() for each in self.parameters()) / 1e6:,.1f}M",
+            "parameters": f"{sum(parameter.numel() for parameter in self.parameters()) / 1e6:,.1f}M",
             **({"target": self.info.target_source} if self.info.target_source else {}),
             **({"trained": f"{trained['steps']} steps of {trained['stage']}"} if trained.get("steps") else {}),
             "dtype": str(weight.dtype).removeprefix("torch."),
@@ -131,7 +131,7 @@ class Drafter(Facts, nn.Module, ABC):
     def encode(self, features: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor) -> Context:
         """Encode target features [B, T, K*H] of tokens [B, T] at positions 0 … T-1 as a context for `block_hidden`.
 
-        Differentiable. What an anchor's block reads of it depends on the tokens up to the anchor alone.
+        Differentiable. The part that an anchor's block reads depends only on the tokens up to the anchor.
         """
 
     @abstractmethod
@@ -159,14 +159,14 @@ class Drafter(Facts, nn.Module, ABC):
     ) -> None:
         """Add target features [n, T, K*H] of tokens [n, T] at consecutive positions [n, T].
 
-        Entries at positions that were added before are replaced. Every row starts at most one after the last committed
+        Replaces entries at positions that were added before. Every row starts at most one after its last committed
         position.
         lengths: [n] columns before each row's padding. None: there is no padding, or it is shorter than a block.
         """
 
     @abstractmethod
     def select(self, context: Context, rows: Rows, length: int) -> Context:
-        """Return the first `length` positions of some rows, for `block_hidden`; a slice of rows is not copied.
+        """Return the first `length` positions of these rows, for `block_hidden`; a slice of rows is not copied.
 
         Takes either kind of context: from `encode` (replay drops finished rows) or from `new_context` (decoding).
         """
@@ -177,18 +177,19 @@ class Drafter(Facts, nn.Module, ABC):
 
     @abstractmethod
     def head_over(self, target_head: torch.Tensor, token_ids: torch.Tensor | None) -> Head:
-        """Return the head over some token ids (None: all that the drafter can propose). target_head: [V, H]."""
+        """Return the head over these token ids (None: all that the drafter can propose). target_head: [V, H]."""
 
     def linear_maps(self) -> dict[str, nn.Linear]:
         """Return the linear maps that read hidden states of the context or a block, by name."""
         maps = {name: module for name, module in self.named_modules() if isinstance(module, nn.Linear)}
-        return {name: each for name, each in maps.items() if name.partition(".")[0] in self.layer_names}
+        return {name: linear for name, linear in maps.items() if name.partition(".")[0] in self.layer_names}
 
     @property
     def map_sizes(self) -> tuple[int, int]:
         """Return the number of weights of the linear maps, and of their inputs and outputs together."""
         maps = self.linear_maps().values()
-        return sum(each.weight.numel() for each in maps), sum(each.in_features + each.out_features for each in maps)
+        weights = sum(linear.weight.numel() for linear in maps)
+        return weights, sum(linear.in_features + linear.out_features for linear in maps)
 
     def drafting_head(self, target_head: torch.Tensor, head_tokens: int | None) -> Head:
         """Return the head to draft with: over all tokens, or the `head_tokens` most frequent in the training data."""
@@ -202,19 +203,19 @@ class Drafter(Facts, nn.Module, ABC):
 
     @property
     def has_confidence(self) -> bool:
-        """Return whether it predicts how probable it is that its proposals are accepted."""
+        """Return whether it predicts the probability that its proposals are accepted."""
         return False
 
     def confidence(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return logits [...] of the probability that a proposal is accepted, given that those before it are.
 
-        hidden: [..., H] that the proposal comes from. Only for a drafter with `has_confidence`.
+        hidden: [..., H] states that the proposal is made from. Only for a drafter with `has_confidence`.
         """
         raise NotImplementedError
 
     @abstractmethod
     def operations(self, shape: StepShape, *, training: bool = True) -> float:
-        """Return the floating-point operations of a forward's matrix products; training: and of its backward's."""
+        """Return the floating-point operations of a forward's matrix products; `training` adds its backward's."""
 
     def block_sampler(
         self, context: Context, anchor_tokens: torch.Tensor, anchors: torch.Tensor, block_size: int, head: Head
@@ -266,7 +267,7 @@ class PreparedDrafter:
 
     @classmethod
     def packed(cls, drafter: Drafter, target: Target, head_tokens: int | None, block_size: int) -> PreparedDrafter:
-        """Return a drafter with packed weights where possible. head_tokens: as of `Drafter.drafting_head`."""
+        """Return a drafter with packed weights where possible. head_tokens: as in `Drafter.drafting_head`."""
         head = drafter.drafting_head(target.head_weight, head_tokens).for_decoding(target)
         return cls(drafter.for_decoding(), head, block_size)
 
@@ -287,7 +288,7 @@ def as_input(features: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def argmax_tokens(hidden: torch.Tensor, head: Head) -> torch.Tensor:
     """Return the argmax of the head's logits at hidden states [..., H] as token ids [...].
 
-    At most `LOGITS_PER_CHUNK` logits are in memory together.
+    At most `LOGITS_PER_CHUNK` logits are in memory at a time.
     """
     count = max(1, LOGITS_PER_CHUNK // head.weight.shape[0])
     chunks = [argmax_of_products(head.raw_logits(chunk), head) for chunk in hidden.flatten(0, -2).split(count)]
@@ -305,10 +306,10 @@ def propose_in_chunks(
     anchor_tokens: torch.Tensor,
     numbers: int,
 ) -> torch.Tensor:
-    """Return the proposals [B, A, K] for hidden states [B, A, K, H] after tokens [B, A], some blocks at a time.
+    """Return the proposals [B, A, K] for hidden states [B, A, K, H] after tokens [B, A], a few blocks at a time.
 
     propose: takes the states [1, n, K, H] and tokens [1, n] of n blocks.
-    numbers: that `propose` holds in memory for one block; n blocks hold at most `LOGITS_PER_CHUNK`.
+    numbers: floats that `propose` allocates per block; n blocks allocate at most `LOGITS_PER_CHUNK`.
     """
     B, A, count = *anchor_tokens.shape, max(1, LOGITS_PER_CHUNK // numbers)
     blocks = (x.flatten(0, 1)[None].split(count, 1) for x in (hidden, anchor_tokens))

@@ -26,7 +26,7 @@ from draftsmith.stages.runtime.memory import to_device
 KeysValues = tuple[torch.Tensor, torch.Tensor]
 
 _HIDDEN = -1e9  # added to masked scores; finite, so that a block that sees nothing of the prefix gives no NaN
-# Entries of the prefix's mask in memory: blocks are read in groups, and a group reads no further than its last block.
+# Limit of the prefix's mask, in entries. Blocks are read in groups, and a group reads no further than its last block.
 _MASK_ENTRIES = 2**22
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -35,7 +35,7 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 @dataclass(frozen=True)
 class ContextMask:
-    """What the blocks of a batch see of the prefix and of themselves.
+    """The parts of the prefix, and of themselves, that the blocks of a batch see.
 
     Entry i of a prefix is position i. Query s of a block is at position seen + s of its row: it sees entries below
     `seen`, and all keys of its own block.
@@ -62,9 +62,9 @@ class ContextMask:
     def visible(
         self, entries: slice, queries: int, rows: slice = slice(None), group: slice = slice(None)
     ) -> torch.Tensor | None:
-        """Return what `sees` returns; None if all queries see everything.
+        """Return the mask of `sees`; None if all queries see everything.
 
-        It reads the bounds on the host: on CUDA this would wait for all that is queued there.
+        It reads the bounds on the host; on CUDA this would wait for all queued kernels.
         """
         first, end = self.bounds[:, rows, group]
         within = self.window is None or end.max() + queries - 1 - self.window < entries.start
@@ -73,9 +73,9 @@ class ContextMask:
         return self.sees(entries, queries, rows, group)
 
     def sees(self, entries: slice, queries: int, rows: slice = slice(None), group: slice = slice(None)) -> torch.Tensor:
-        """Return bool [B, A, S or 1, entries]: what each query of some blocks sees of some entries of the prefix.
+        """Return bool [B, A, S or 1, entries]: the entries of the prefix that each query of these blocks sees.
 
-        It has one row for all queries if they see the same.
+        It has one row for all queries if they see the same entries.
         """
         seen = self.seen[rows, group, None, None]
         at = torch.arange(entries.start, entries.stop, device=seen.device)
@@ -90,7 +90,7 @@ class ContextMask:
         return sees
 
     def own(self, queries: int, keys: int) -> torch.Tensor | None:
-        """Return bool [S, J]: what a query sees of its own block; None: everything."""
+        """Return bool [S, J]: the keys of its own block that a query sees; None: all."""
         if not self.causal and (self.window is None or self.window >= queries):
             return None
         distance = torch.arange(queries, device=self.seen.device)[:, None] - torch.arange(keys, device=self.seen.device)
@@ -104,27 +104,27 @@ class ContextMask:
         """
         if (T, S, J) not in self._masks:
             B, A = self.seen.shape
-            # tensors, because numbers would be compiled in, and every length compiled anew
+            # tensors: numbers would be compiled in, and every new length would compile again
             device = self.seen.device
             window_or_all = T + S + J if self.window is None else self.window
-            own_ahead = 0 if self.causal else J  # own keys after the query that it sees
+            own_ahead = 0 if self.causal else J  # keys after itself that a query sees in its block
             prefix, queries, own, window, ahead = to_device([T, S, J, window_or_all, own_ahead], device)
             seen, first = self.seen, torch.zeros_like(self.seen) if self.first is None else self.first
 
             def sees(b: torch.Tensor, _h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
                 block, s = q // queries, q % queries
                 end = seen[b, block]
-                of_prefix = (k < end) & (k >= first[b, block]) & (k > end + s - window)
+                sees_prefix = (k < end) & (k >= first[b, block]) & (k > end + s - window)
                 j = (k - prefix) % own
-                of_own = ((k - prefix) // own == block) & (j <= s + ahead) & (s - j < window)
-                return torch.where(k < prefix, of_prefix, of_own)
+                sees_block = ((k - prefix) // own == block) & (j <= s + ahead) & (s - j < window)
+                return torch.where(k < prefix, sees_prefix, sees_block)
 
             _, create_mask = _flex()
             self._masks[T, S, J] = create_mask(sees, B, None, A * S, T + A * J, device)
         return self._masks[T, S, J]
 
     def chunks(self, T: int, R: int) -> list[tuple[slice, slice, slice]]:
-        """Return rows, neighbouring blocks of them, and the entries of T that these may see, to be read together.
+        """Return the chunks to read together: rows, neighbouring blocks in them, and the entries of T that these see.
 
         Blocks of R queries each are read together while their mask stays small. With windows, the entries between them
         must also be few: then the window bounds the work, however long the prefix is.
@@ -144,7 +144,7 @@ class ContextMask:
         return chunks
 
     def _windows(self, row: int, T: int, R: int) -> Iterator[tuple[slice, slice, slice]]:
-        """Yield chunks of the blocks of one row, whose windows do not move with those of other rows."""
+        """Yield chunks of the blocks of one row: its windows move independently of other rows'."""
         assert self.window is not None
         begin, low, high = 0, T, 0
         bounds = self.bounds[:, row].clip(max=T).T.tolist()
@@ -173,7 +173,7 @@ def block_attention(
     on_cpu = queries.device.type == "cpu"
     if not on_cpu and A > 1:
         return _with_flex(queries.to(dtype), (keys, values), (own_keys, own_values), context_mask)
-    # the query heads of a key head as further queries of it: keys and values are read in place, not repeated
+    # the query heads of a key head become more queries of it: keys and values are read in place, not repeated
     q = queries.to(dtype).view(B, kv_heads, heads // kv_heads, A, S, D).transpose(2, 3).flatten(3, 4).contiguous()
     if not on_cpu:
         out = _one_block(q, (keys, values), (own_keys, own_values), context_mask, S)
@@ -206,11 +206,11 @@ class _Merged(torch.autograd.Function):
         for rows, group, entries in context_mask.chunks(keys.shape[2], q.shape[3]):
             if entries.start >= entries.stop:
                 continue
-            some, mask = q[rows, :, group], _mask(context_mask.visible(entries, S, rows, group), q)
-            read = _forward(some.flatten(2, 3), keys[rows, :, entries], values[rows, :, entries], attn_mask=mask)
-            from_prefix, seen = read[0].reshape(some.shape), read[1].reshape(some.shape[:4])
+            chunk, mask = q[rows, :, group], _mask(context_mask.visible(entries, S, rows, group), q)
+            read = _forward(chunk.flatten(2, 3), keys[rows, :, entries], values[rows, :, entries], attn_mask=mask)
+            from_prefix, seen = read[0].reshape(chunk.shape), read[1].reshape(chunk.shape[:4])
             both = torch.logaddexp(total[rows, :, group], seen)
-            share = (seen - both).exp()[..., None]  # of the prefix in the softmax of the whole
+            share = (seen - both).exp()[..., None]  # the prefix's share of the whole softmax
             out[rows, :, group] = torch.lerp(out[rows, :, group].to(share.dtype), from_prefix.to(share.dtype), share)
             total[rows, :, group] = both
         ctx.save_for_backward(q, keys, values, own_keys, own_values, out, total)
@@ -221,23 +221,24 @@ class _Merged(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
         q, keys, values, own_keys, own_values, out, total = ctx.saved_tensors
         context_mask, S, grad = ctx.context_mask, ctx.S, grad_outputs[0]
-        of_q, of_own_keys, of_own_values = (torch.empty_like(x) for x in (q, own_keys, own_values))
-        of_keys, of_values = (torch.zeros(x.shape, dtype=total.dtype, device=x.device) for x in (keys, values))
+        q_grad, own_keys_grad, own_values_grad = (torch.empty_like(x) for x in (q, own_keys, own_values))
+        keys_grad, values_grad = (torch.zeros(x.shape, dtype=total.dtype, device=x.device) for x in (keys, values))
         own_sees = _each_query(context_mask.own(S, own_keys.shape[3]), q)
         for rows, group, entries in context_mask.chunks(keys.shape[2], q.shape[3]):
             whole = [x[rows, :, group] for x in (grad, q, out, total)]
             own_group = own_keys[rows, :, group], own_values[rows, :, group]
             own = _own_backward(own_group, own_sees, *whole)
-            of_q[rows, :, group], of_own_keys[rows, :, group], of_own_values[rows, :, group] = own
+            q_grad[rows, :, group], own_keys_grad[rows, :, group], own_values_grad[rows, :, group] = own
             if entries.start < entries.stop:
-                grad_of, q_of, out_of, total_of = (x.flatten(2, 3) for x in whole)
+                flat_grad, flat_q, flat_out, flat_total = (x.flatten(2, 3) for x in whole)
                 read = (keys[rows, :, entries], values[rows, :, entries])
                 mask = _mask(context_mask.visible(entries, S, rows, group), q)
-                dq, dk, dv = _backward(grad_of, q_of, *read, out_of, total_of, 0.0, False, attn_mask=mask)
-                of_q[rows, :, group] += dq.reshape(whole[1].shape)
-                of_keys[rows, :, entries] += dk
-                of_values[rows, :, entries] += dv
-        return of_q, of_keys.to(keys.dtype), of_values.to(values.dtype), of_own_keys, of_own_values, None, None
+                dq, dk, dv = _backward(flat_grad, flat_q, *read, flat_out, flat_total, 0.0, False, attn_mask=mask)
+                q_grad[rows, :, group] += dq.reshape(whole[1].shape)
+                keys_grad[rows, :, entries] += dk
+                values_grad[rows, :, entries] += dv
+        prefix_grads = keys_grad.to(keys.dtype), values_grad.to(values.dtype)
+        return q_grad, *prefix_grads, own_keys_grad, own_values_grad, None, None
 
 
 def _own_backward(
@@ -248,14 +249,14 @@ def _own_backward(
     out: torch.Tensor,
     total: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return what a block's own keys add to the gradients of q, keys and values. For so few keys the kernel is slow."""
+    """Return a block's own keys' share of the gradients of q, keys and values. The kernel is slow for few keys."""
     grad, q, out, keys, values = (x.to(total.dtype) for x in (grad, q, out, *own))
     scale = 1 / math.sqrt(q.shape[-1])
     weights = (scale * (q @ keys.mT) - total[..., None]).exp()  # [B, kv_heads, A, R, J]
     if sees is not None:
         weights = weights.masked_fill(~sees, 0.0)
-    of_scores = scale * weights * (grad @ values.mT - (grad * out).sum(-1, keepdim=True))
-    return of_scores @ keys, of_scores.mT @ q, weights.mT @ grad
+    score_grad = scale * weights * (grad @ values.mT - (grad * out).sum(-1, keepdim=True))
+    return score_grad @ keys, score_grad.mT @ q, weights.mT @ grad
 
 
 def _each_query(sees: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | None:
@@ -264,22 +265,22 @@ def _each_query(sees: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | No
 
 
 def _mask(sees: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | None:
-    """Return what to add to the scores [B, 1, A · R, keys], for bool [S, J] or [B, A, S or 1, entries]."""
-    each = _each_query(sees, q)
-    if each is None:
+    """Return the mask to add to the scores [B, 1, A · R, keys], for bool [S, J] or [B, A, S or 1, entries]."""
+    repeated = _each_query(sees, q)
+    if repeated is None:
         return None
     hidden = max(_HIDDEN, torch.finfo(q.dtype).min)  # float16 ends at -65504, which is far enough from any score
-    added = torch.zeros(each.shape, dtype=q.dtype, device=q.device).masked_fill_(~each, hidden)
+    added = torch.zeros(repeated.shape, dtype=q.dtype, device=q.device).masked_fill_(~repeated, hidden)
     return added[None, None] if added.dim() == 2 else added.flatten(1, 2)[:, None]
 
 
 def _one_block(q: torch.Tensor, prefix: KeysValues, own: KeysValues, context_mask: ContextMask, S: int) -> torch.Tensor:
-    """Attend for A = 1: prefix and block are one sequence, and no other block is read in vain."""
+    """Attend for A = 1: prefix and block are one sequence, and there are no other blocks to skip."""
     T, J = prefix[0].shape[2], own[0].shape[3]
-    keys, values = (torch.cat([of_prefix, of_own[:, :, 0]], 2) for of_prefix, of_own in zip(prefix, own, strict=True))
-    of_prefix, of_own = context_mask.sees(slice(0, T), S)[:, 0], context_mask.own(S, J)
-    own_sees = torch.ones(1, 1, device=q.device, dtype=torch.bool) if of_own is None else of_own
-    mask = torch.cat([of_prefix.expand(-1, S, -1), own_sees.expand(len(q), S, J)], -1)
+    keys, values = (torch.cat([before, block[:, :, 0]], 2) for before, block in zip(prefix, own, strict=True))
+    sees_prefix, sees_block = context_mask.sees(slice(0, T), S)[:, 0], context_mask.own(S, J)
+    own_sees = torch.ones(1, 1, device=q.device, dtype=torch.bool) if sees_block is None else sees_block
+    mask = torch.cat([sees_prefix.expand(-1, S, -1), own_sees.expand(len(q), S, J)], -1)
     return F.scaled_dot_product_attention(
         q[:, :, 0], keys, values, attn_mask=mask.repeat(1, q.shape[3] // S, 1)[:, None]
     )[:, :, None]
@@ -289,9 +290,7 @@ def _with_flex(q: torch.Tensor, prefix: KeysValues, own: KeysValues, context_mas
     assert not context_mask.ring, "requests in flight have one block each"
     _, _, _, S, D = q.shape
     T, J = prefix[0].shape[2], own[0].shape[3]
-    keys, values = (
-        torch.cat([of_prefix, of_own.flatten(2, 3)], 2) for of_prefix, of_own in zip(prefix, own, strict=True)
-    )
+    keys, values = (torch.cat([before, blocks.flatten(2, 3)], 2) for before, blocks in zip(prefix, own, strict=True))
     attend, _ = _flex()
     out = attend(
         q.flatten(2, 3),
@@ -305,14 +304,14 @@ def _with_flex(q: torch.Tensor, prefix: KeysValues, own: KeysValues, context_mas
     return out.transpose(1, 2).flatten(2).unflatten(1, (-1, S))
 
 
-# For fewer than 128 queries flex attention would take a second kernel, flex decoding. The last few blocks of an answer
-# are no reason to compile it: in float32 that takes two minutes.
+# For fewer than 128 queries flex attention would use a second kernel, flex decoding. It is not worth compiling for the
+# last few blocks of an answer: in float32 that takes two minutes.
 _KERNEL = {"BACKEND": "TRITON"}
 
 
 @cache
 def _flex(eager: bool = False) -> tuple[Any, Any]:
-    """Return flex attention, and what creates its mask."""
+    """Return flex attention, and the function that creates its mask."""
     # imported here: it loads torch's compiler, which only CUDA needs
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 

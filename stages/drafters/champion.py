@@ -1,7 +1,7 @@
-"""Stage `champion`: copies the drafter that serves, as the registry names it, into a refresh.
+"""Stage `champion`: copies the drafter that serves, according to the registry, into a refresh.
 
-Its key is its content alone: the same champion is the same artifact, wherever its files lie. If the target has changed
-since, the drafter is adopted for the new target: the refresh starts from it and has to beat it.
+Its cache key is only its content: the same champion is the same artifact, wherever its files are. If the target has
+changed since, the drafter is adopted for the new target: the refresh starts from it and has to beat it.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ class ChampionConfig(Config):
 
     line: Annotated[str, NotInKey()]
     version: Annotated[int, Field(ge=1), NotInKey()]
-    folder: Annotated[str, Field(description="of the artifact, or of the uploaded drafter"), NotInKey()]
-    content_id: Annotated[str, Field(description="of the artifact")]
-    drafter_digest: Annotated[str, Field(description="of its checkpoint")]
+    folder: Annotated[str, Field(description="folder of the artifact or of the uploaded drafter"), NotInKey()]
+    content_id: Annotated[str, Field(description="content id of the artifact")]
+    drafter_digest: Annotated[str, Field(description="digest of its checkpoint")]
     promoted_at: Annotated[str, NotInKey()] = ""
-    figures: Annotated[dict[str, Any], NotInKey()] = Field(default={}, description="what it was worth at its promotion")
+    figures: Annotated[dict[str, Any], NotInKey()] = Field(default={}, description="its metrics at its promotion")
 
     def checkpoint(self) -> Path:
         """Return the folder of the checkpoint, in the store or as uploaded. Raises DraftsmithError if it is missing."""
         source = open_store(home()).localize(Path(self.folder))
         if not source.is_dir():
             raise DraftsmithError(
-                f"{self.line} version {self.version}: its folder {source} is missing. Mount the store that it lies in, "
+                f"{self.line} version {self.version}: its folder {source} is missing. Mount the store that holds it, "
                 "or promote a version that is uploaded whole (registry.upload)."
             )
         return source

@@ -1,4 +1,4 @@
-"""Drafter checkpoints: the files that engines load, and `drafter.json`, which records where the drafter comes from."""
+"""Drafter checkpoints: the files that engines load, and `drafter.json`, which records the drafter's origin."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ INFO_FILE, TOKENS_FILE = "drafter.json", "frequent_tokens.npy"
 ARCHITECTURES: dict[str, Architecture] = {
     kind: cast("Architecture", import_module(traits.checkpoint)) for kind, traits in KINDS.items()
 }
-# Kinds that start from the weights of another one: their modules have `upgrade_config`.
+# Kinds that can start from the weights of another kind: their modules have `upgrade_config`.
 UPGRADES: dict[tuple[str, str], Any] = {
     (module.UPGRADES, kind): module for kind, module in ARCHITECTURES.items() if hasattr(module, "UPGRADES")
 }
 
 
 def read_config(folder: Path) -> tuple[str, Any]:
-    """Return the kind of a checkpoint, and its config; what engines would guess is made explicit or refused."""
+    """Return a checkpoint's kind and config. Settings that engines would guess are made explicit or refused."""
     path, raw = folder / checkpoint_format.CONFIG_FILE, checkpoint_format.read_raw_config(folder)
     kind = _kind_of(path, raw)
     with checkpoint_format.config_errors(str(path)):
@@ -58,7 +58,7 @@ def _kind_of(path: Path, raw: RawConfig) -> str:
 
 
 def _check_fits(kind: str, config: Any, target_config: Any, where: str) -> None:
-    """Refuse a drafter for a target of another shape. Reads configs only."""
+    """Refuse a drafter for a target of another shape. Reads only configs."""
     with checkpoint_format.config_errors(where):
         ARCHITECTURES[kind].check_fits(config, target_config, where)
 
@@ -67,20 +67,20 @@ def _check_fits(kind: str, config: Any, target_config: Any, where: str) -> None:
 class DrafterPlan:
     """The properties of a drafter that are known without its weights."""
 
-    kind: str  # of ARCHITECTURES
-    config: Any  # of transformers
+    kind: str  # a key of ARCHITECTURES
+    config: Any  # a transformers config
     block_size: int
     target_layer_ids: list[int]
     description: str
     parameters: int
-    map_sizes: tuple[int, int]  # as of `Drafter.map_sizes`
-    operations: Callable[..., float]  # as of `Drafter.operations`
+    map_sizes: tuple[int, int]  # same as `Drafter.map_sizes`
+    operations: Callable[..., float]  # same as `Drafter.operations`
 
 
 def with_mask_token(shape: DrafterConfig, target: TargetInfo) -> DrafterConfig:
-    """Return the shape with the mask token that it leaves open: one that no text of the target contains.
+    """Return the shape with a mask token. By default it is a token that no text of the target contains.
 
-    If a vocabulary has none, it is the token that ends answers, after which nothing is drafted.
+    If the vocabulary has no such token, it is the one that ends answers: nothing is drafted after it.
     """
     if getattr(shape, "mask_token", 0) is not None:
         return shape
@@ -90,7 +90,7 @@ def with_mask_token(shape: DrafterConfig, target: TargetInfo) -> DrafterConfig:
 def plan_of_new(shape: DrafterConfig, target_config: Any, tokenizer: Callable[[], Any]) -> DrafterPlan:
     """Plan a drafter that is still to be trained. Raises DraftsmithError if its shape does not fit the target.
 
-    shape: with its mask token (`with_mask_token`).
+    shape: has its mask token (`with_mask_token`).
     """
     config = ARCHITECTURES[shape.kind].new_config(shape, target_config, tokenizer)
     return _plan(shape.kind, config, target_config, "sft.drafter", tokenizer)
@@ -101,7 +101,7 @@ def plan_of_checkpoint(
 ) -> DrafterPlan:
     """Plan from the config.json of a checkpoint. Raises DraftsmithError if it does not fit the target.
 
-    shape: of the drafter that it is trained on as, if that is another kind (`upgrade_drafter`).
+    shape: the shape to continue training with; matters if it is of another kind (`upgrade_drafter`).
     """
     kind, config = read_config(folder)
     if shape is not None and (upgrade := UPGRADES.get((kind, shape.kind))):
@@ -111,9 +111,9 @@ def plan_of_checkpoint(
 
 
 def upgrade_drafter(drafter: Drafter, shape: DrafterConfig, target: Target, seed: int) -> Drafter:
-    """Return the drafter as one of another kind that proposes the same, if the shape names a kind that it can become.
+    """Convert the drafter to the kind of `shape`, with the same proposals, if it can become that kind.
 
-    Otherwise return the drafter itself: a checkpoint's own shape overrides the shape of a new one in a config.
+    Otherwise return the drafter itself: a checkpoint's shape overrides the shape of a new drafter in a config.
     """
     upgrade: Any = UPGRADES.get((drafter.kind, shape.kind))
     if upgrade is None:
@@ -191,7 +191,7 @@ def create_drafter(shape: DrafterConfig, target: Target, seed: int, frequent: to
 
 
 def _with_target_scales(target: Target, drafter: Drafter) -> Drafter:
-    """Set what a drafter shares with its target beside embedding and head."""
+    """Set the logit map and the embedding scale, which a drafter shares with its target."""
     drafter.logit_map, drafter.embedding_scale = target.logit_map, target.embedding_scale
     return drafter
 
@@ -206,7 +206,7 @@ def save_drafter(drafter: Drafter, folder: Path, dtype: torch.dtype) -> None:
 
 
 def write_info(folder: Path, info: DrafterInfo) -> None:
-    """Write drafter.json beside the weights."""
+    """Write drafter.json next to the weights."""
     record = {"digest": drafter_digest(folder), **asdict(info)}
     (folder / INFO_FILE).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
 
@@ -266,7 +266,7 @@ def check_drafter(folder: Path, target: TargetInfo) -> None:
     remedy = f"Load the target with {' and '.join(f'{what} {then}' for what, _, then in changed)}"
     raise DraftsmithError(
         f"drafter {folder / INFO_FILE}: trained for the target {info.target_digest[:12]}, this target is "
-        f"{target.digest[:12]}{cause}. {remedy if changed else 'Give a drafter of this target'}, or set sft.adopt: "
+        f"{target.digest[:12]}{cause}. {remedy if changed else 'Choose a drafter of this target'}, or set sft.adopt: "
         "true to start from this one."
     )
 
@@ -282,7 +282,7 @@ def check_layers(folder: Path, num_target_layers: int) -> None:
 
 
 def lineage_from(folder: Path) -> tuple[str, ...]:
-    """Return the parents of a drafter that was trained on from this checkpoint, oldest first."""
+    """Return the parents of a drafter that was trained from this checkpoint, oldest first."""
     return (*read_info(folder).parents, drafter_digest(folder))
 
 
@@ -291,7 +291,7 @@ def drafter_source(source: str, revision: str | None = None) -> Path:
     if (folder := Path(source).expanduser()).is_dir():
         if revision is not None:
             raise DraftsmithError(
-                f"sft.init_revision: {source} is a folder, and only drafters of the hub have revisions. Leave it out."
+                f"sft.init_revision: {source} is a folder, and only drafters of the hub have revisions. Remove it."
             )
         return folder
     commit = hub_commit(source, revision) or revision
@@ -301,7 +301,7 @@ def drafter_source(source: str, revision: str | None = None) -> Path:
 
 
 def check_shape(folder: Path, target_model: Path) -> None:
-    """Refuse a drafter whose config does not fit the target's. Configs only."""
+    """Refuse a drafter whose config does not fit the target's. Reads only configs."""
     _check_fits(*read_config(folder), read_target_config(target_model), str(folder))
 
 

@@ -27,7 +27,7 @@ _PARTIAL_ROTATION = "partial_rotary_factor"
 
 @contextmanager
 def config_errors(where: str) -> Iterator[None]:
-    """Turn errors of values that the reader does not expect into one clear error."""
+    """Turn errors caused by unexpected values into one clear error."""
     try:
         yield
     except DraftsmithError:
@@ -39,7 +39,7 @@ def config_errors(where: str) -> Iterator[None]:
 
 
 def read_raw_config(folder: Path) -> RawConfig:
-    """Read config.json, with rotary settings under `rope_parameters`, and converted from the layout of speculators.
+    """Read config.json; convert the layout of speculators, and put rotary settings under `rope_parameters`.
 
     Raises DraftsmithError if it is not a JSON object.
     """
@@ -47,9 +47,9 @@ def read_raw_config(folder: Path) -> RawConfig:
     try:
         raw = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
-        raise DraftsmithError(f"drafter {path}: cannot be read ({error}). Give the folder of a drafter.") from error
+        raise DraftsmithError(f"drafter {path}: cannot be read ({error}). Name the folder of a drafter.") from error
     if not isinstance(raw, dict):
-        raise DraftsmithError(f"drafter {path}: is not a JSON object. Give the folder of a drafter.")
+        raise DraftsmithError(f"drafter {path}: is not a JSON object. Name the folder of a drafter.")
     with config_errors(str(path)):
         for holder in (raw, raw.get("transformer_layer_config")):
             require_kinds(path, _containers(holder or {}))
@@ -68,7 +68,7 @@ def read_raw_config(folder: Path) -> RawConfig:
     return raw
 
 
-# Fields of a config.json that hold others. Whoever reads them handles null and absence.
+# Fields of a config.json that contain others. Their readers handle null and absence.
 _LISTS = {"architectures": str, "layer_types": str, "aux_hidden_state_layer_ids": int}
 _OBJECTS = (
     *("dflash_config", "dspark_config", "eagle_config"),
@@ -80,7 +80,7 @@ def _containers(raw: RawConfig) -> Iterator[tuple[str, Any, bool]]:
     """Yield the checks of these fields for `require_kinds`."""
     for name, kind in _LISTS.items():
         value = raw.get(name)
-        yield name, value, value is None or (isinstance(value, list) and all(type(each) is kind for each in value))
+        yield name, value, value is None or (isinstance(value, list) and all(type(item) is kind for item in value))
     for name in _OBJECTS:
         yield name, raw.get(name), isinstance(raw.get(name), dict | None)
 
@@ -96,7 +96,7 @@ def parse_config(raw: RawConfig, kind: type[Any], architecture: str, path: Path)
         config = kind(**{**raw, "architectures": [architecture]})
     except Exception as error:  # transformers has its own error classes for its fields
         raise DraftsmithError(
-            f"drafter {path}: cannot be read ({one_line(error)}). Give the folder of a drafter."
+            f"drafter {path}: cannot be read ({one_line(error)}). Name the folder of a drafter."
         ) from error
     rotation = config.rope_parameters.get("rope_type")
     known = isinstance(rotation, str) and rotation in ("default", *ROPE_INIT_FUNCTIONS)
@@ -123,14 +123,14 @@ def check_equal(where: str, checks: Iterable[tuple[str, Any, Any]]) -> None:
         if has != needs:
             raise DraftsmithError(
                 f"drafter {where}: {field} is {has}, the target's is {needs}, so it was trained for another target. "
-                "Give a drafter of this target, or leave sft.init_from out."
+                "Choose a drafter of this target, or remove sft.init_from."
             )
 
 
 def rope_checks(drafter: Any, target: Any) -> list[tuple[str, Any, Any]]:
-    """Return the checks of the rotary settings of two configs for `check_equal`.
+    """Return the checks of two configs' rotary settings for `check_equal`.
 
-    There are none if a config does not state them, or if the target's differ by layer: a drafter may then have either.
+    There are none if a config does not state them, or if the target's differ by layer: a drafter may then have any.
     """
     ours, theirs = (getattr(config, "rope_parameters", None) or {} for config in (drafter, target))
     theirs = _rotation(theirs)
@@ -144,18 +144,18 @@ def rope_checks(drafter: Any, target: Any) -> list[tuple[str, Any, Any]]:
 
 
 def refuse_other_rotations(path: Path, raw: RawConfig) -> None:
-    """Refuse drafters of which a part of each head rotates, or whose angles engines compute in another way.
+    """Refuse drafters that rotate only a part of each head, or whose angles engines compute differently.
 
-    raw: a config.json that has rope_parameters.
+    raw: the content of a config.json that has rope_parameters.
     """
     if (raw["rope_parameters"] | raw).get(_PARTIAL_ROTATION) not in (None, 1):
         raise DraftsmithError(
-            f"drafter {path}: {_PARTIAL_ROTATION} is set, and only whole heads that rotate are supported."
+            f"drafter {path}: {_PARTIAL_ROTATION} is set, and only rotation of whole heads is supported."
         )
     if reason := _rotated_otherwise(raw["rope_parameters"]):
         raise DraftsmithError(
-            f"drafter {path}: rope_parameters has {reason}, which SGLang computes otherwise than transformers. Give a "
-            "drafter without it (if it is a line's champion, begin another line with registry.name)."
+            f"drafter {path}: rope_parameters has {reason}, which SGLang computes differently from transformers. "
+            "Choose a drafter without it (if it is a line's champion, begin another line with registry.name)."
         )
 
 
@@ -169,8 +169,8 @@ def _rotated_otherwise(rope: RawConfig) -> str | None:
 def _rotation(rope: RawConfig) -> RawConfig:
     """Return the rotary settings of a drafter for a target with these settings.
 
-    They are the same, but default angles where engines disagree. Whole heads rotate, whatever the target's do: engines
-    and the models here would rotate different parts.
+    They are the same, except for default angles where engines disagree. Whole heads rotate, even if only parts of the
+    target's do: engines and the models here would rotate different parts.
     """
     if _rotated_otherwise(rope):
         return {"rope_type": "default", "rope_theta": rope["rope_theta"]}
@@ -184,7 +184,7 @@ COMPUTED: RawConfig = {
     "is_neox_style": True,
     "use_gemma_norm": False,
     "quantization_config": None,
-    "text_config": None,  # engines would read it in place of the fields around it
+    "text_config": None,  # engines would read it instead of the fields around it
 }
 
 
@@ -198,7 +198,7 @@ def refuse_other_models(path: Path, fields: RawConfig, computed: RawConfig, with
         if (value := fields.get(name)) is not None and value != neutral:
             raise DraftsmithError(
                 f"drafter {path}: {within}{name} is {json.dumps(value)[:60]}, and only {json.dumps(neutral)} is "
-                "computed here: an engine would serve another model. Give a drafter without it."
+                "computed here: an engine would serve another model. Choose a drafter without it."
             )
 
 
@@ -238,14 +238,14 @@ def check_layer_ids(where: str, ids: Sequence[int], layers: int, *, ask_for: str
     if not ids or min(ids) < 0 or max(ids) >= layers:
         raise DraftsmithError(
             f"drafter {where}: target_layer_ids {list(ids)} do not fit layers 0 … {layers - 1} of the target. "
-            "Name layers of it, or give a drafter that was trained for it."
+            "Name layers of it, or choose a drafter that was trained for it."
         )
 
 
 def unservable_layers(ids: Sequence[int], layers: int) -> str | None:
     """Return why an engine would pass these layers in another order, or not at all; None if it passes them as they are.
 
-    SGLang collects hidden states while the target runs, before its layers: in rising order, never after the last one.
+    SGLang collects hidden states before each layer while the target runs: in rising order, never after the last one.
     """
     if list(ids) != sorted(ids):
         return f"target_layer_ids {list(ids)} do not rise, and SGLang passes layers in rising order"
@@ -270,7 +270,7 @@ def save(
 ) -> None:
     """Write config.json and model.safetensors, with exactly the tensors that engines expect.
 
-    fields: of config.json, that differ from the model's. others: tensors beside the weights.
+    fields: config.json fields that differ from the model's. others: tensors in addition to the weights.
     """
     raw = drafter.config.to_dict() | {
         "block_size": drafter.block_size,
@@ -285,15 +285,15 @@ def save(
 
 
 def check_weights(folder: Path, expected: Mapping[str, tuple[int, ...]], own_name: Callable[[str], str | None]) -> None:
-    """Check that model.safetensors is complete and has exactly these tensors with these shapes. Reads its header only.
+    """Check that model.safetensors is complete and has exactly these tensors with these shapes. Reads only its header.
 
-    own_name: of an architecture. Raises DraftsmithError.
+    own_name: the architecture's `own_name`. Raises DraftsmithError.
     """
     path = folder / WEIGHTS_FILE
     try:
         with safe_open(path, framework="pt") as file:
-            names = {own: name for name in file.keys() if (own := own_name(name)) is not None}  # noqa: SIM118
-            shapes = {own: tuple(file.get_slice(name).get_shape()) for own, name in names.items()}
+            names = {weight: name for name in file.keys() if (weight := own_name(name)) is not None}  # noqa: SIM118
+            shapes = {weight: tuple(file.get_slice(name).get_shape()) for weight, name in names.items()}
     except (OSError, SafetensorError) as error:
         raise DraftsmithError(
             f"drafter {path}: cannot be read ({error}): the file is missing or cut short. Export the drafter as one "
@@ -314,12 +314,12 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _must_be_finite(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Refuse weights whose proposals would never be accepted, and whose training would fail as if it diverged."""
+    """Refuse NaN and infinite weights: no proposal would be accepted, and training would fail as if it diverged."""
     floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.itemsize > 1}
     if names := [name for name, tensor in floats.items() if not bool(tensor.isfinite().all())]:
         raise DraftsmithError(
             f"drafter {folder / WEIGHTS_FILE}: {min(names)} holds NaN or infinite weights ({len(names)} in "
-            "all): its training diverged, or its dtype is too small. Give another checkpoint."
+            "all): its training diverged, or its dtype is too small. Choose another checkpoint."
         )
 
 
@@ -348,7 +348,7 @@ def load_tensors(
 ) -> None:
     """Load the weights of a checkpoint, which must have them all and no more, and convert them to `dtype`.
 
-    others: shapes of the tensors that the checkpoint has beside the weights.
+    others: shapes of the tensors that the checkpoint has in addition to the weights.
     """
     expected = {name: tuple(p.shape) for name, p in drafter.named_parameters()}
     _check_shapes(folder, {name: tuple(t.shape) for name, t in tensors.items()}, {**expected, **others}, layout)
@@ -376,8 +376,8 @@ def target_fields(target_config: Any) -> RawConfig:
     usual = usual_layer(target_config)
     heads, latent = usual.num_attention_heads, getattr(usual, "kv_lora_rank", None)
     rope = getattr(target_config, "rope_parameters", None) or {"rope_type": "default", "rope_theta": 10000.0}
-    # If they differ by kind of layer, take those of layers that read the whole prefix, as a drafter does, unless these
-    # layers do not rotate.
+    # If the settings differ by kind of layer, take those of layers that read the whole prefix, as a drafter does,
+    # unless these layers do not rotate.
     kinds = ("full_attention", "hybrid", "sliding_attention", "hybrid_sliding")
     rope = next((rope[kind] for kind in kinds if rope.get(kind)), rope)
     eps = (getattr(target_config, name, None) for name in ("rms_norm_eps", "norm_eps", "layer_norm_eps"))
@@ -385,7 +385,7 @@ def target_fields(target_config: Any) -> RawConfig:
         "vocab_size": target_config.vocab_size,
         "hidden_size": target_config.hidden_size,
         "num_attention_heads": heads,
-        # with MLA a target caches one latent for all heads, and entries of as many heads would be larger than its own
+        # with MLA a target caches one latent for all heads; keys and values of as many heads would be larger than that
         "num_key_value_heads": math.gcd(heads, 8) if latent else usual.num_key_value_heads,
         "head_dim": getattr(usual, "head_dim", None) or target_config.hidden_size // heads,
         "max_position_embeddings": target_config.max_position_embeddings,

@@ -1,4 +1,4 @@
-"""Compiles functions for CUDA. What lies between the matrix products of a layer becomes a few kernels there."""
+"""Compiles functions for CUDA: the operations between a layer's matrix products become a few kernels."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ _MOST_GRAPHS = 64
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a function for tensors of any length."""
     # One graph for each of: gradients or none, one row or several, one block of queries or of keys or several, sizes
-    # that are equal by chance. Over the default limit of 8 a function runs uncompiled: attention with all its scores in
-    # memory.
+    # that are equal by chance. Beyond the default limit of 8 a function runs uncompiled, and attention keeps all its
+    # scores in memory.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_GRAPHS)
     return torch.compile(function, dynamic=True)
 
 
 def is_compiled(module: nn.Module, x: torch.Tensor) -> bool:
-    """Return whether a module's part is compiled for this input: in training on CUDA."""
+    """Return whether a part of a module is compiled for this input: in training on CUDA."""
     return module.training and x.is_cuda
 
 
 def fused(method: Method) -> Method:
-    """Compile a method of a module. It takes a tensor first, and returns tensors that depend on its arguments alone."""
+    """Compile a method of a module. It takes a tensor first, and returns tensors that depend only on its arguments."""
 
     @wraps(method)
     def call(self: nn.Module, x: torch.Tensor, *rest: Any) -> Any:

@@ -7,10 +7,10 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-EAGLE3_LAYERS = "eagle_aux_hidden_state_layer_ids"  # of `eagle_config`; of config.json too in an export for vLLM
-# Fields of config.json by which no drafter differs from another.
+EAGLE3_LAYERS = "eagle_aux_hidden_state_layer_ids"  # in `eagle_config`; an export for vLLM has it at the top too
+# Fields of config.json that do not distinguish drafters.
 BOOKKEEPING = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "auto_map", "use_cache"}
-BOOKKEEPING |= {"rope_theta", "rope_scaling"}  # the older names of what `rope_parameters` has
+BOOKKEEPING |= {"rope_theta", "rope_scaling"}  # older names of fields of `rope_parameters`
 BOOKKEEPING |= {EAGLE3_LAYERS}
 WEIGHTS_FILE = "model.safetensors"
 DIGESTED = ("config.json", WEIGHTS_FILE, "frequent_tokens.npy")  # the files that its proposals depend on
@@ -29,7 +29,7 @@ def drafter_digest(folder: Path) -> str:
 
 
 def content_digest(content: Mapping[str, bytes]) -> str:
-    """Return the `drafter_digest` of files in memory. content: by name."""
+    """Return the `drafter_digest` of files in memory. content: file contents by name."""
     digest = hashlib.sha256()
     for name in DIGESTED:
         if name in content:
@@ -38,7 +38,7 @@ def content_digest(content: Mapping[str, bytes]) -> str:
 
 
 def served_digest(folder: Path) -> str:
-    """Return the digest of the drafter that a server reads from a folder; of an export for vLLM, that of its source."""
+    """Return the digest of the drafter that a server reads from a folder; for an export for vLLM, its source's."""
     config = json.loads((folder / "config.json").read_text())
     if "speculators_model_type" in config or EAGLE3_LAYERS in config:
         try:

@@ -29,11 +29,11 @@ def export_speculators(source: Path, target_model: Path, target: str, folder: Pa
     architectures = json.loads((target_model / checkpoint_format.CONFIG_FILE).read_text()).get("architectures") or []
     config = speculators.to_speculators(raw, target, architectures)
     tensors = checkpoint_format.read_tensors(source)
-    dtype = tensors["fc.weight"].dtype  # not of any tensor: a confidence head is always float32
+    dtype = tensors["fc.weight"].dtype  # not just any tensor's: a confidence head is always float32
     if (scale := _embedding_scale(target_model)) != 1:
         raise DraftsmithError(
-            f"target {target_model}: multiplies its embedding by {scale:g}, and speculators' drafters read it as it "
-            "is. Export the drafter without --format."
+            f"target {target_model}: multiplies its embedding by {scale:g}, and speculators' drafters read it "
+            "unscaled. Export the drafter without --format."
         )
     embedding, head = _embedding_and_head(target_model)
     folder.mkdir(parents=True, exist_ok=True)
@@ -45,9 +45,9 @@ def export_speculators(source: Path, target_model: Path, target: str, folder: Pa
 
 
 def export_eagle3(source: Path, folder: Path) -> None:
-    """Write the EAGLE-3 checkpoint in `source` as vLLM loads it, which names a layer by its input and not its output.
+    """Write the EAGLE-3 checkpoint in `source` for vLLM, which numbers a layer by its input, not by its output.
 
-    vLLM does not read SGLang's field of layer ids, and would take others without an error.
+    vLLM does not read SGLang's field of layer ids, and would use other layers without an error.
     """
     shutil.copytree(source, folder)
     path = folder / checkpoint_format.CONFIG_FILE
@@ -63,14 +63,14 @@ def calibrate_confidence(folder: Path, source: Path, scale: float, shift: float)
     weight, bias = (f"confidence_head.proj.{name}" for name in ("weight", "bias"))
     tensors[weight] = (scale * tensors[weight].double()).float()
     tensors[bias] = (scale * tensors[bias].double() + shift).float()
-    (folder / WEIGHTS_FILE).unlink()  # mapped into memory: written anew, not over
+    (folder / WEIGHTS_FILE).unlink()  # mapped into memory: replaced, not overwritten
     raw = json.loads((folder / checkpoint_format.CONFIG_FILE).read_text())
     checkpoint_format.write_checkpoint(folder, raw, tensors)
     _write_info(source, folder)
 
 
 def _write_info(source: Path, folder: Path) -> None:
-    """Record the drafter that was exported, which has another digest, as the last parent of the copy."""
+    """Record the exported drafter as the last parent of the copy, which has another digest."""
     write_info(folder, replace(read_info(source), parents=lineage_from(source)))
 
 
@@ -88,9 +88,9 @@ def _embedding_and_head(model: Path) -> tuple[torch.Tensor, torch.Tensor]:
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118  (not a mapping)
-                    for wanted in (speculators.EMBEDDING, speculators.HEAD):
-                        if name == wanted or name.endswith(f".{wanted}"):
-                            tensors[wanted] = file.get_tensor(name)
+                    for ending in (speculators.EMBEDDING, speculators.HEAD):
+                        if name == ending or name.endswith(f".{ending}"):
+                            tensors[ending] = file.get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise DraftsmithError(f"target {path}: cannot be read ({error}). It is cut short or damaged.") from error
     if speculators.EMBEDDING not in tensors:

@@ -44,15 +44,15 @@ class Head:
         return cls(weight[ids].contiguous(), ids, logit_map)
 
     def with_temperature(self, temperature: float) -> Self:
-        """Return the logits whose softmax is the distribution sampled from at a temperature above 0."""
+        """Return the head whose logits have the distribution sampled at this temperature, above 0, as their softmax."""
         return self if temperature == 1.0 else replace(self, logit_map=self.logit_map.with_temperature(temperature))
 
     def for_decoding(self, target: Target) -> Self:
         """Return the head over packed weights (`targets/packed_linear.py`) where they can be packed."""
         if not can_pack(self.weight):
             return self
-        own = self.weight is target.head_weight
-        return replace(self, product=target.head if own else PackedLinear(self.weight))
+        is_target_head = self.weight is target.head_weight
+        return replace(self, product=target.head if is_target_head else PackedLinear(self.weight))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the float32 logits [..., V'] of hidden states [..., H]."""
@@ -61,7 +61,7 @@ class Head:
     def raw_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the products [..., V'] that the logits are computed from, in the weight's dtype.
 
-        Their order is that of the logits.
+        They rank the tokens as the logits do.
         """
         hidden = hidden.to(self.weight.dtype)
         return flat_linear(hidden, self.weight) if self.product is None else self.product(hidden)

@@ -11,7 +11,7 @@ from pydantic import Discriminator, Tag
 
 from draftsmith.stages.drafters.spec import DrafterShape, Traits
 
-# A line an architecture: the module that holds its `TRAITS`.
+# One line per architecture: the module that holds its `TRAITS`.
 _CONFIGS = (
     "draftsmith.stages.drafters.dflash.config",
     "draftsmith.stages.drafters.dflash2.config",

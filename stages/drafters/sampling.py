@@ -1,7 +1,7 @@
-"""Sampling of tokens: temperature, top-k and top-p, with uniform numbers of a (seed, position).
+"""Sampling of tokens: temperature, top-k and top-p, with uniform numbers by (seed, position).
 
-The numbers depend on nothing else, so a request samples the same tokens in any batch. A position has one number for
-each purpose, independent of the others: which of them decides a position's token is settled before it is read.
+The numbers depend on nothing else, so a request samples the same tokens in any batch. A position has an independent
+number for each purpose; which of them decides its token is known before the number is read.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Purpose(IntEnum):
     TARGET = 0  # the token is sampled from the target: without a drafter, or after a block that was accepted whole
     ACCEPT = 1  # is the proposal accepted?
     PROPOSAL = 2  # the proposal is sampled from the drafter's q
-    RESIDUAL = 3  # the token after a rejection is sampled from what q has too little of
+    RESIDUAL = 3  # the token after a rejection is sampled from max(p - q, 0)
 
 
 def uniforms(seed: int, position: int) -> np.ndarray:
@@ -35,7 +35,7 @@ def uniforms(seed: int, position: int) -> np.ndarray:
 
 
 def uniform(seed: int, position: int, purpose: Purpose = Purpose.TARGET) -> float:
-    """Return one of the numbers."""
+    """Return the number for one purpose."""
     return float(uniforms(seed, position)[purpose])
 
 
@@ -66,11 +66,11 @@ def probabilities(logits: torch.Tensor, temperature: float | torch.Tensor) -> to
 def probability_of(logits: torch.Tensor, columns: torch.Tensor, temperature: float) -> torch.Tensor:
     """Return float64 [...]: `probabilities` of float32 logits [..., V] at columns [...], to the precision of float32.
 
-    It takes no memory for a distribution in float64.
+    It allocates no distribution in float64.
     """
     relative = (logits - logits.amax(-1, keepdim=True)) / temperature
-    own = relative.gather(-1, columns[..., None])[..., 0].double().exp()
-    return own / relative.exp_().sum(-1).double()
+    weight = relative.gather(-1, columns[..., None])[..., 0].double().exp()
+    return weight / relative.exp_().sum(-1).double()
 
 
 def probability_among(
@@ -103,9 +103,9 @@ def truncate(p: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
 
 
 def truncation_mask(p: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
-    """Return bool [..., V]: the tokens of a distribution [..., V] that top-k and top-p leave out.
+    """Return bool [..., V]: the tokens of a distribution [..., V] that top-k and top-p exclude.
 
-    sampling: one that leaves tokens out.
+    sampling: has a top-k or a top-p below 1.
     """
     if not sampling.top_k:
         return _after_top_p(p, sampling.top_p)
@@ -117,14 +117,14 @@ def truncation_mask(p: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
 
 
 def is_truncated(p: torch.Tensor, tokens: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
-    """Return bool [...]: whether top-k and top-p leave tokens [...] out of distributions [..., V].
+    """Return bool [...]: whether top-k and top-p exclude tokens [...] from distributions [..., V].
 
-    The vocabulary is not sorted: of equally likely tokens, top-p leaves out none or all.
+    The vocabulary is not sorted: of equally likely tokens, top-p excludes none or all.
     """
     if sampling.top_k:
         p = _without(p, _after_top_k(p, sampling.top_k))
-    own = p.gather(-1, tokens[..., None])
-    return (own[..., 0] == 0) | ((p * (p > own)).sum(-1) >= sampling.top_p if sampling.top_p < 1 else False)
+    p_token = p.gather(-1, tokens[..., None])
+    return (p_token[..., 0] == 0) | ((p * (p > p_token)).sum(-1) >= sampling.top_p if sampling.top_p < 1 else False)
 
 
 def _without(p: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:
@@ -151,7 +151,7 @@ def sample_inverse_cdf(weights: torch.Tensor, numbers: torch.Tensor) -> torch.Te
 
 
 def scatter_to_vocab(weights: torch.Tensor, token_ids: torch.Tensor | None, vocabulary: int) -> torch.Tensor:
-    """Return the weights [..., V'] of some tokens as weights of all [..., V], 0 for the others."""
+    """Spread the weights [..., V'] of these tokens over the vocabulary [..., V], 0 for the others."""
     if token_ids is None:
         return weights
     whole = weights.new_zeros(*weights.shape[:-1], vocabulary)

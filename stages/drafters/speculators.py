@@ -1,11 +1,11 @@
 """Conversion from and to the layout of the speculators library, which vLLM loads: the same weights, another config.
 
-It exists for DFlash, DFlash2 and DSpark.
+It covers DFlash, DFlash2 and DSpark.
 
 Source: github.com/vllm-project/speculators, 0.9.0 (`models/dflash/`, `models/dflash2/`, `models/dspark/`,
-`convert/dflash/`). A layer id there counts the embedding as 0: it is one more than here. `block_size` counts a block's
-queries: as many as proposals if the anchor's own query is the one of offset 1, else one more. A checkpoint also holds
-the target's embedding and head.
+`convert/dflash/`). Layer ids there count the embedding as 0, so they are one higher than here. `block_size` counts a
+block's queries: one per proposal if the anchor's query predicts offset 1, else one more. A checkpoint also holds the
+target's embedding and head.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import torch
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.spec import RawConfig
 
-KIND = "speculators_model_type"  # the field by which such a config is recognised
+KIND = "speculators_model_type"  # the field that identifies such a config
 VERSION = "0.9.0"
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 OF_THE_TARGET = (EMBEDDING, HEAD, "verifier_lm_head.weight", "verifier_norm.weight")
 _KINDS = {"DFlashDraftModel": "dflash", "DFlash2DraftModel": "dflash2", "DSparkDraftModel": "dspark"}
 _ALSO = {"Qwen3DSparkModel": "DSparkDraftModel"}  # SGLang's name
 _SIZES = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")
-_UNARY = {"output_multiplier": 1, "final_logit_softcapping": 0}  # of a DFlash2, with the value that changes nothing
-_HEADS: RawConfig = {  # of a DSpark, with the library's defaults
+_UNARY = {"output_multiplier": 1, "final_logit_softcapping": 0}  # DFlash2 fields and the values that change nothing
+_HEADS: RawConfig = {  # DSpark fields and the library's defaults
     "markov_rank": 256,
     "markov_head_type": "vanilla",
     "enable_confidence_head": True,
@@ -64,10 +64,10 @@ def to_speculators(raw: RawConfig, target: str, target_architectures: list[str])
             f"drafter: dflash_config.{mapped[0]} is {dflash[mapped[0]]}, and speculators has no such field. Export it "
             "without --format."
         )
-    of_kind: RawConfig = {name: dflash[name] for name in _SIZES} if kind == "dflash2" else {}
+    kind_fields: RawConfig = {name: dflash[name] for name in _SIZES} if kind == "dflash2" else {}
     proposals, from_anchor = raw["block_size"] - 1, False
     if kind == "dspark":
-        of_kind = {name: raw[name] for name in _HEADS}
+        kind_fields = {name: raw[name] for name in _HEADS}
         proposals, from_anchor = raw["block_size"], raw[_FROM_ANCHOR]
     return {
         "architectures": [architecture],
@@ -87,15 +87,15 @@ def to_speculators(raw: RawConfig, target: str, target_architectures: list[str])
         "sliding_window_non_causal": both_ways,
         _FROM_ANCHOR: from_anchor,
         "tie_word_embeddings": False,
-        **of_kind,
+        **kind_fields,
     }
 
 
 def _both_ways(raw: RawConfig) -> bool:
     """Return whether its layers read a block in both directions.
 
-    Raises DraftsmithError if they differ, or if full layers do not. The library has a field for sliding layers alone,
-    and vLLM applies it to all of them (vllm-project/vllm#56692).
+    Raises DraftsmithError if they differ, or if full layers do not. The library has a field for sliding layers only,
+    and vLLM applies it to all layers (vllm-project/vllm#56692).
     """
     causal, layers = raw.get("is_causal"), set(raw.get("layer_types") or ())
     if causal:
@@ -106,14 +106,14 @@ def _both_ways(raw: RawConfig) -> bool:
         return True
     if "full_attention" in layers:
         raise DraftsmithError(
-            "drafter: only its sliding layers read the block backwards, and vLLM would read all of them so. Serve it "
-            "with SGLang, or train one whose layers are all of one kind."
+            "drafter: its sliding layers read a block only backwards and its full layers do not, and vLLM would make "
+            "all layers alike. Serve it with SGLang, or train one whose layers are all of one kind."
         )
     return False
 
 
 def from_speculators(raw: RawConfig, where: str) -> RawConfig:
-    """Convert a config.json of speculators to ours. Raises DraftsmithError for what is not computed here."""
+    """Convert a config.json of speculators to ours. Raises DraftsmithError for fields that are not computed here."""
     kind, layers = raw[KIND], raw.get("transformer_layer_config")
     architecture = next((name for name, known in _KINDS.items() if known == kind), None)
     if not isinstance(layers, dict):
@@ -129,11 +129,12 @@ def from_speculators(raw: RawConfig, where: str) -> RawConfig:
     ):
         if value != computed:
             raise DraftsmithError(
-                f"drafter {where}: {field} is {value!r}, and only {computed!r} is computed here. Give another drafter."
+                f"drafter {where}: {field} is {value!r}, and only {computed!r} is computed here. Choose another "
+                "drafter."
             )
     ids, block = raw.get("aux_hidden_state_layer_ids"), raw.get("block_size")
     if kind == "dspark" and isinstance(block, int) and not from_anchor:
-        block -= 1  # a DSpark's counts proposals here
+        block -= 1  # here the block size of a DSpark counts proposals
     dflash = {
         "mask_token_id": raw.get("mask_token_id"),
         "target_layer_ids": None if ids is None else [layer - 1 for layer in ids],
@@ -158,7 +159,7 @@ def own_tensors(
     for name, expected in ((EMBEDDING, embedding), (HEAD, head)):
         stored = tensors.get(name)
         if stored is not None and (stored.shape != expected.shape or not _same(stored, expected)):
-            raise DraftsmithError(f"drafter {where}: its {name} is not the target's. Give a drafter of this target.")
+            raise DraftsmithError(f"drafter {where}: its {name} is not the target's. Choose a drafter of this target.")
     return {name: tensor for name, tensor in tensors.items() if own_name(name) is not None}
 
 

@@ -30,7 +30,7 @@ class Request:
 class Completion:
     """The answer to a request.
 
-    `seconds` is the latency: of the embedded engine from the start of the prefill, of servers as the client measures
+    `seconds` is the latency: from the start of the prefill in the embedded engine; with servers as the client measures
     it, queueing included. `draft_seconds` and `verify_seconds` are the time of the batch's steps divided by the rows in
     them (0 if the engine does not measure them).
     """
@@ -39,8 +39,8 @@ class Completion:
     response_ids: list[int] = field(default_factory=list)
     finish_reason: str = ""  # "stop" or "length"
     steps: Steps | None = None  # None without a drafter, or if not recorded
-    verify_steps: int = 0  # their number, recorded or not; 0 without a drafter
-    retractions: int = 0  # prefills repeated by a full server: each gives a token without a verify step
+    verify_steps: int = 0  # number of verify steps, recorded or not; 0 without a drafter
+    retractions: int = 0  # prefills that a full server repeated; each gives a token without a verify step
     accepted_counts: list[int] = field(default_factory=list)  # steps with 0, 1, … accepted proposals, if only counted
     seconds: float = 0.0
     first_token_seconds: float = float("nan")  # from the request to its first token, if measured
@@ -54,8 +54,8 @@ class Completion:
 
 
 def recorded_table(completions: Iterable[Completion]) -> pa.Table:
-    """Return the recorded steps of some answers as rows of TRACE."""
-    return steps_table(TRACE, ((each.trajectory(), each.steps) for each in completions if each.steps))
+    """Return the recorded steps of answers as rows of TRACE."""
+    return steps_table(TRACE, ((done.trajectory(), done.steps) for done in completions if done.steps))
 
 
 class Engine(Protocol):
@@ -63,7 +63,7 @@ class Engine(Protocol):
 
     name: str  # stored with every answer; servers add their version
     records_trace: bool  # completions have their verify steps
-    batch_decides: bool  # the batch may change an answer, by near-ties of half precision
+    batch_decides: bool  # the batch may change an answer, through near-ties in half precision
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Yield completions in the order in which they finish."""

@@ -38,7 +38,7 @@ from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.info import load_tokenizer, model_path, read_target_info
 
 _SEAM = 16  # tokens by which an answer may become longer when its text is tokenised again
-_WRITTEN_ROWS = 64  # written to the final tables in one step; traces have many short rows: BATCH_ROWS
+_WRITTEN_ROWS = 64  # rows written to the final tables at once; traces have many short rows and use BATCH_ROWS
 
 
 def run(ctx: StageContext, config: RolloutConfig) -> None:
@@ -50,7 +50,7 @@ def run(ctx: StageContext, config: RolloutConfig) -> None:
     answers = PartialAnswers(ctx.work)
     if config.answers is not None:
         if len(requests.rounds()) > 1:
-            raise DraftsmithError("answers: prompts with further questions need a rollout. Leave the field out.")
+            raise DraftsmithError("answers: prompts with further questions need a rollout. Remove the field.")
         splits = dict(zip(prompts.ids, prompts.splits, strict=True))
         vocab_size = read_target_info(ctx.inputs["target"]).vocab_size
         asked = requests.at(range(len(requests)))
@@ -62,12 +62,12 @@ def run(ctx: StageContext, config: RolloutConfig) -> None:
             break
         except StageInterrupted:
             raise
-        except DraftsmithError:  # tokens and steps of an earlier attempt are read here for the first time
+        except DraftsmithError:  # first read of the tokens and steps of an earlier attempt
             if not answers.drop_damaged():
                 raise
     if drafter is not None:
         difference, engine = TargetDifference.read_if_there(ctx.work), config.engine
-        running = isinstance(engine, ServerEngineConfig) and engine.launch is None  # they have dtypes of their own
+        running = isinstance(engine, ServerEngineConfig) and engine.launch is None  # they choose their dtypes
         served = {
             "drafter_digest": drafter_digest(drafter),
             **config.drafting.key_material(),
@@ -83,8 +83,8 @@ def run(ctx: StageContext, config: RolloutConfig) -> None:
 class _Conversations:
     """The prompts of a rollout that have further questions, and the answers so far."""
 
-    questions: Mapping[str, Sequence[str]] = field(default_factory=dict)  # prompt -> after the first
-    messages: Mapping[str, list[Message]] = field(default_factory=dict)  # prompt -> up to the first
+    questions: Mapping[str, Sequence[str]] = field(default_factory=dict)  # prompt -> questions after the first
+    messages: Mapping[str, list[Message]] = field(default_factory=dict)  # prompt -> messages up to the first question
     tokenizer: Any = None
     template_kwargs: TemplateKwargs = field(default_factory=dict)
     answers: dict[str, list[int]] = field(default_factory=dict)  # request -> tokens
@@ -115,7 +115,7 @@ class _Conversations:
                 )
 
     def add(self, completion: Completion) -> None:
-        """Take an answer, if it is one of a conversation."""
+        """Store an answer if it belongs to a conversation."""
         name = completion.request.request_id
         if name.rpartition("/")[0] in self.questions:
             self.answers[name] = completion.response_ids
@@ -165,7 +165,7 @@ class _RequestList:
         return list(by_turn.values())
 
     def longest(self, max_positions: int) -> int:
-        """Return how many positions the longest request needs, answer included. Raises as `positions_needed`."""
+        """Return the positions that the longest request needs, with its answer. Raises like `positions_needed`."""
         longest = positions_needed(self.prompts, self._max_new_tokens, max_positions)
         if whole := self.conversations.whole(self._max_new_tokens):
             longest = max(longest, positions_needed(whole, self._max_new_tokens, max_positions))
@@ -198,7 +198,7 @@ def _generate_missing(
         kind, _, version = engine.name.partition(" ")
         if version:
             write_versions(ctx.out, **{kind: version})
-        finished = answers.finished(with_trace=engine.records_trace)  # complete without steps if none are recorded
+        finished = answers.finished(with_trace=engine.records_trace)  # answers suffice if no steps are recorded
         requests.conversations.load(answers, finished)
         batches = [
             [indices[place] for place in batch]
@@ -209,7 +209,7 @@ def _generate_missing(
         ]
         done = len(requests) - sum(map(len, batches))
         if finished:
-            ctx.log(f"{done} answers of an earlier attempt kept, {len(requests) - done} missing")
+            ctx.log(f"{done} answers of an earlier attempt kept, {len(requests) - done} still missing")
         tokens, started = 0, time.perf_counter()
         for batch in batches:
             unsaved: list[Completion] = []
@@ -282,7 +282,7 @@ def _pending_batches(
 ) -> list[Sequence[int]]:
     """Return the indices of the requests to send, batch by batch.
 
-    Where the batch decides near-ties, batches do not depend on what is finished: one that misses an answer is
+    Where the batch decides near-ties, batches do not depend on what is finished: a batch that misses an answer is
     generated again as a whole.
     """
     if not batch_decides:

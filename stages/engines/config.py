@@ -18,7 +18,7 @@ from draftsmith.stages.runtime.stage import Config, NotInKey
 from draftsmith.stages.targets.sampling import SamplingParams, TopK
 
 NO_REDUCED_HEAD = (
-    "only the embedded engine drafts from a part of the vocabulary. Remove it, or set engine.kind: embedded."
+    "only the embedded engine can draft from a part of the vocabulary. Remove it, or set engine.kind: embedded."
 )
 GREEDY_ONLY = (  # follows the name of the field
     "SGLang verifies greedily on this device, as on every CPU, so a drafter would change sampled answers. Set it to 0, "
@@ -34,7 +34,7 @@ _OTHER_RULES = "nothing: in replay EAGLE-3 proposes argmaxes, and every proposal
 _NO_PIPELINES = (
     "nothing: a server gets tensor_parallel * data_parallel GPUs, and DFLASH and DSPARK draft with no pipeline"
 )
-# Set by the stage from other fields, which a second value could contradict. Values follow "is set by".
+# Options that the stage sets from other fields; a second value could contradict them. Values follow "is set by".
 _RESERVED_OPTIONS = {
     "model": "the section target",
     "host": "nothing: launched servers listen on this machine only",
@@ -94,7 +94,7 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 def _variable_name(name: str) -> str:
     if not _VARIABLE.fullmatch(name):
-        raise ValueError("is no name of an environment variable. Give one such as SGLANG_API_KEY, not the key itself.")
+        raise ValueError("is not an environment variable's name. Write one such as SGLANG_API_KEY, not the key.")
     return name
 
 
@@ -103,7 +103,7 @@ def _no_secrets(fields: Fields) -> Fields:
     for name, why in find_secrets(fields):
         raise ValueError(
             f"{name} looks like a secret ({why}), and a config is shown in MLflow and in reports. Set it in the "
-            "environment of the command instead, which servers inherit."
+            "command's environment instead, which servers inherit."
         )
     return fields
 
@@ -125,12 +125,12 @@ class EmbeddedEngineConfig(Config):
 
 
 class LaunchConfig(Config):
-    """Servers that the stage starts, waits for and stops. Fields left out have the engine's defaults."""
+    """Servers that the stage starts, waits for and stops. By default fields have the engine's defaults."""
 
-    title: ClassVar[str]  # of the engine
+    title: ClassVar[str]  # the engine's name
     reserved: ClassVar[Mapping[str, str]]  # option -> what sets it
     servers: Annotated[
-        int, Field(ge=1, description="how many; each takes tensor_parallel * data_parallel GPUs"), NotInKey()
+        int, Field(ge=1, description="number of servers; each takes tensor_parallel * data_parallel GPUs"), NotInKey()
     ] = 1
     tensor_parallel: Annotated[int, Field(ge=1, description="GPUs that hold one copy"), NotInKey()] = 1
     data_parallel: Annotated[
@@ -138,7 +138,7 @@ class LaunchConfig(Config):
     ] = 1
     memory_fraction: Annotated[
         float | None,
-        Field(gt=0, lt=1, description="of a GPU's memory, for weights and key/value memory"),
+        Field(gt=0, lt=1, description="share of a GPU's memory for weights and key/value memory"),
         NotInKey(),
     ] = None
     options: Annotated[
@@ -147,16 +147,16 @@ class LaunchConfig(Config):
         Field(
             default_factory=dict,
             description="further options of the engine's server without their dashes, e.g. {max-num-batched-tokens: "
-            "16384} for vLLM; true: a bare flag, false: left out",
+            "16384} for vLLM; true: a bare flag, false: no option",
         ),
     ]
     environment: Annotated[
         dict[str, str],
         AfterValidator(_no_secrets),
-        Field(default_factory=dict, description="variables added to the servers' environment, which is the command's"),
+        Field(default_factory=dict, description="variables added to the servers' environment, a copy of the command's"),
     ]
     start_timeout_s: Annotated[
-        float, Field(gt=0, description="until a server answers; loading and graph capture included"), NotInKey()
+        float, Field(gt=0, description="wait until a server answers, with loading and graph capture"), NotInKey()
     ] = 900.0
 
     @field_validator("options")
@@ -168,11 +168,11 @@ class LaunchConfig(Config):
             if field := cls.reserved.get(name):
                 raise ValueError(f"{key}: is set by {field}. Remove it here.")
             if not _OPTION_NAME.fullmatch(name):
-                raise ValueError(f"{key}: is no name of an option. Write it alone, and its value after the colon.")
-            if meant := next((each for each in cls.reserved if each.startswith(name)), None):
+                raise ValueError(f"{key}: is not an option's name. Write only the name, and its value after the colon.")
+            if meant := next((option for option in cls.reserved if option.startswith(name)), None):
                 raise ValueError(f"{key}: {cls.title} would read it as --{meant}, set by {cls.reserved[meant]}.")
             if (name, value) in _RANDOM_WEIGHTS:
-                raise ValueError(f"{key}: {value} would serve random weights. Remove it.")
+                raise ValueError(f"{key}: {value} would serve random weights. Remove the option.")
             for item in value if isinstance(value, tuple) else (value,):
                 if str(item).startswith("-") and not _NUMBER.fullmatch(str(item)):
                     raise ValueError(f"{key}: {cls.title} would read its value {item!r} as another option. Correct it.")
@@ -185,18 +185,18 @@ class LaunchConfig(Config):
 
     @property
     def on_cpu(self) -> bool:
-        """Return whether the servers run on the CPU by their options."""
+        """Return whether the options make the servers run on the CPU."""
         return {option_name(key): value for key, value in self.options.items()}.get("device") == "cpu"
 
 
 class SGLangLaunchConfig(LaunchConfig):
-    """SGLang servers that the stage starts, waits for and stops. Fields left out have SGLang's defaults."""
+    """SGLang servers that the stage starts, waits for and stops. Defaults are SGLang's."""
 
     title, reserved = "SGLang", _RESERVED_SGLANG
 
 
 class VLLMLaunchConfig(LaunchConfig):
-    """vLLM servers that the stage starts, waits for and stops. Fields left out have vLLM's defaults."""
+    """vLLM servers that the stage starts, waits for and stops. Defaults are vLLM's."""
 
     title, reserved = "vLLM", _RESERVED_VLLM
 
@@ -212,26 +212,26 @@ class ServerEngineConfig(Config):
     ] = ()
     api_key_env: Annotated[
         Annotated[str, AfterValidator(_variable_name)] | None,
-        Field(description="variable of the environment with the API key of `urls`; launched servers have their own"),
+        Field(description="environment variable with the API key of `urls`; launched servers have their own key"),
         NotInKey(),
     ] = None
     launch: LaunchConfig | None = None
     python: Annotated[
         Path | None,
-        Field(description="interpreter of the environment that has the engine; left out: the one that runs Draftsmith"),
+        Field(description="interpreter of the environment that has the engine; default: the one that runs Draftsmith"),
         NotInKey(),
     ] = None
-    concurrency: Annotated[int, Field(ge=1, description="requests in flight, a replica of the model"), NotInKey()] = 32
+    concurrency: Annotated[int, Field(ge=1, description="requests in flight per replica of the model"), NotInKey()] = 32
     request_timeout_s: Annotated[float, Field(gt=0, description="wait for one answer"), NotInKey()] = 1800.0
 
     @model_validator(mode="after")
     def _urls_or_launch(self) -> Self:
         if bool(self.urls) == (self.launch is not None):
             raise ValueError(
-                "urls and launch: exactly one must be set. Give urls for running servers, or launch to start them."
+                "urls and launch: exactly one must be set. Set urls for running servers, or launch to start them."
             )
         if self.api_key_env is not None and not self.urls:
-            raise ValueError("api_key_env: is for urls, launched servers get a random key. Remove it.")
+            raise ValueError("api_key_env: is for urls; launched servers get a random key. Remove it.")
         return self
 
     @property

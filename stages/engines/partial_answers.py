@@ -18,7 +18,7 @@ from draftsmith.stages.data.row_files import BadRow, read_rows
 from draftsmith.stages.engines.base import Completion, Request, recorded_table
 
 SCHEMAS = {"timings": TIMINGS, "trace": TRACE, "trajectories": TRAJECTORIES}  # in the order of writing
-# All that a start reads, since tokens and steps may have 100 GB: ids and numbers of steps; of the trace its row count.
+# A start reads only these, since tokens and steps may have 100 GB: ids and numbers of steps, and the trace's row count.
 _COUNTED = {"timings": ["trajectory_id", "verify_steps"], "trace": [], "trajectories": ["trajectory_id"]}
 
 
@@ -33,16 +33,16 @@ class PartialAnswers:
         if completions:
             self._shards.append(
                 {
-                    "timings": [_timing(each) for each in completions],
+                    "timings": [_timing(completion) for completion in completions],
                     "trace": recorded_table(completions),
-                    "trajectories": [_trajectory(each, splits, engine) for each in completions],
+                    "trajectories": [_trajectory(completion, splits, engine) for completion in completions],
                 }
             )
 
     def finished(self, *, with_trace: bool) -> set[str]:
-        """Return the ids of the stored answers; with `with_trace`, of those whose verify steps are stored too.
+        """Return the ids of the stored answers; with `with_trace`, only answers whose verify steps are stored too.
 
-        A shard comes from one engine. One that records steps leaves them out only for answers that a server retracted,
+        A shard comes from one engine. An engine that records steps lacks them only for answers that a server retracted,
         so a shard with any step counts as traced.
         """
         answers, shards = self._read("trajectories")
@@ -73,7 +73,7 @@ class PartialAnswers:
         return tables
 
     def drop_damaged(self) -> bool:
-        """Read all shards, and forget the answers of damaged ones. Return whether there were any."""
+        """Read all shards, and forget the answers of damaged ones. Returns whether any was damaged."""
         return self._shards.drop_damaged()
 
     def _read(self, name: str) -> tuple[pa.Table, np.ndarray]:
@@ -125,8 +125,8 @@ def store_logged_answers(
     """Store the logged answer to every request, the first one of a prompt that was asked several times.
 
     files: rows of `prompt_token_ids` and `completion_token_ids`. splits: prompt id -> split. vocab_size: the target's.
-    Raises DraftsmithError if a row cannot be read, or if an answer is another model's, was sampled otherwise than its
-    request, or is missing.
+    Raises DraftsmithError if a row cannot be read, or if an answer is another model's, was sampled differently from
+    its request, or is missing.
     """
     missing = {token_digest(request.prompt_ids): request for request in requests}
     completions = []
@@ -140,16 +140,16 @@ def store_logged_answers(
             continue
         if difference := logged.sampling_difference(request.sampling):
             raise DraftsmithError(
-                f"{row.where}: the answer was not sampled as configured ({difference}). Set sampling to what the "
-                "answers were sampled with."
+                f"{row.where}: the answer was not sampled as configured ({difference}). Set sampling to the "
+                "values of the answers."
             )
         if max(ids[1], default=0) >= vocab_size:
-            raise DraftsmithError(f"{row.where}: token id outside the target's vocabulary. Give this target's answers.")
+            raise DraftsmithError(f"{row.where}: token id outside the target's vocabulary. Use this target's answers.")
         reason = "stop" if row.fields.get("finish_reason") == "stop" else "length"
         completions.append(Completion(request, ids[1], finish_reason=reason))
     if missing:
         first = next(iter(missing.values())).request_id
         raise DraftsmithError(
-            f"answers: none to {len(missing)} prompts, such as {first}. Add their rows, or ask for fewer prompts."
+            f"answers: {len(missing)} prompts have none, such as {first}. Add their rows, or ask for fewer prompts."
         )
     answers.append(completions, splits, "logs")

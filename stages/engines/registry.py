@@ -1,4 +1,4 @@
-"""Engines of servers by the kind of their config section: the one place that lists them."""
+"""The server engines by the kind of their config section."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def open_servers(
 ) -> Iterator[ServerEngine]:
     """Open servers that meet the requirements; those started here are stopped on exit.
 
-    work: launched servers' logs go to its folder `servers`. check: called while waiting for servers; an exception of
-    it ends the wait.
+    work: launched servers' logs go to its folder `servers`. check: called while waiting for servers; its
+    exception ends the wait.
     Raises DraftsmithError for a config, server or drafter that does not fit, RetryableError if no server answers.
     """
     api: ServerApi
@@ -61,7 +61,7 @@ def open_servers(
 def differing_settings(config: ServerEngineConfig, target: TargetInfo) -> list[str]:
     """Return the settings by which servers compute another target than transformers.
 
-    Of servers to be launched by their options; of running ones as they report, if they answer and are no router.
+    For servers to be launched, by their options; for running ones, as they report, if they answer and are no router.
     """
     if config.launch is not None:
         return launched_target(config.launch.options).differs(target)
@@ -71,7 +71,7 @@ def differing_settings(config: ServerEngineConfig, target: TargetInfo) -> list[s
         async with httpx.AsyncClient(headers=key_header(config.api_key())) as client:
             return await asyncio.gather(*(ask(client, url) for url in config.urls), return_exceptions=True)
 
-    found = [each.differs(target) for each in asyncio.run(reported()) if isinstance(each, ServedTarget)]
+    found = [state.differs(target) for state in asyncio.run(reported()) if isinstance(state, ServedTarget)]
     return list(dict.fromkeys(setting for settings in found for setting in settings))
 
 

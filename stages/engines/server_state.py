@@ -1,4 +1,4 @@
-"""Asks running servers what they serve: the drafter, and tau by the engine's own metrics."""
+"""Asks running servers for their drafter, and for tau according to the engine's metrics."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from draftsmith.stages.engines.vllm import swap as vllm
 from draftsmith.stages.runtime.statistics import jackknife, ratio
 
 API_KEYS = {"sglang": "SGLANG_API_KEY", "vllm": "VLLM_API_KEY"}  # kind -> variable with its servers' key, if any
-_WINDOWS = 30  # in the time that servers are watched
+_WINDOWS = 30  # windows in the time that servers are watched
 _T = TypeVar("_T")
 
 
@@ -41,7 +41,7 @@ def ask_servers(urls: Sequence[str], *, named: bool = False) -> dict[str, Server
 def count_finished(
     urls: Sequence[str], seconds: float, *, named: bool = False
 ) -> dict[str, list[Finished] | DraftsmithError]:
-    """Return what each server finishes in each window of the next seconds, or why that is unknown.
+    """Return the requests that each server finishes per window of the next seconds, or why that is unknown.
 
     Windows without a verify step do not count. named: same as in `from_servers`.
     """
@@ -54,7 +54,7 @@ def from_servers(
     """Return what `ask` returns of each server, or its error: a RetryableError if the server does not answer.
 
     named: the config or the command line names these servers, so they get the API key of the environment. A server that
-    only a tag in MLflow names never does: whoever may write tags would read it.
+    only a tag in MLflow names never gets it: anyone who may write tags could read it.
     """
 
     async def answer(url: str) -> _T | DraftsmithError:
@@ -62,7 +62,7 @@ def from_servers(
             with reachable(url):
                 async with httpx.AsyncClient() as client:
                     if named:
-                        metrics = (await query(client, "GET", f"{url}/metrics")).text  # neither kind wants a key
+                        metrics = (await query(client, "GET", f"{url}/metrics")).text  # neither engine asks for a key
                         kind = "vllm" if vllm.is_vllm(metrics) else "sglang"
                         client.headers.update(key_header(os.environ.get(API_KEYS[kind])))
                     return await ask(client, url)
@@ -70,7 +70,7 @@ def from_servers(
             return error
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             reason = f"{type(error).__name__} {error}"[:200]
-            return DraftsmithError(f"{url}: its answer cannot be read ({reason}). Check the URL and the release.")
+            return DraftsmithError(f"{url}: its answer cannot be read ({reason}). Check the URL and release.")
 
     async def answers() -> list[_T | DraftsmithError]:
         return await asyncio.gather(*map(answer, urls))
@@ -98,7 +98,7 @@ async def _windows(client: httpx.AsyncClient, url: str, seconds: float) -> list[
 
 
 async def _finished(client: httpx.AsyncClient, url: str) -> Finished:
-    """Return what a server finished since its start."""
+    """Return the requests that a server finished since its start."""
     response = await query(client, "GET", f"{url}/metrics")
     if response.status_code == 404:
         raise wrong_server(url, "has no /metrics. Start it with --enable-metrics.")
@@ -114,7 +114,7 @@ def served_tau(windows: Sequence[Finished]) -> SetMetrics:
     """
     if not windows:
         return SetMetrics(prompts=0)
-    committed, steps = (np.array([getattr(each, name) for each in windows]) for name in ("committed", "steps"))
+    committed, steps = (np.array([getattr(window, name) for window in windows]) for name in ("committed", "steps"))
     tau = jackknife(ratio, committed, steps)
     low, high = tau.interval() or (None, None)
     return SetMetrics(tau=tau.value, low=low, high=high, prompts=tau.units)

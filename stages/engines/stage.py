@@ -1,4 +1,4 @@
-"""Stage `rollout`: the target answers prompts, alone (data for SFT) or with a drafter (data for mining and OPD)."""
+"""Stage `rollout`: the target answers prompts without a drafter (data for SFT) or with one (for mining and OPD)."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ class RolloutConfig(Config):
     """Selects the prompts to answer, the engine, and how tokens are sampled."""
 
     splits: Annotated[tuple[str, ...], Field(description="splits of the prompts to answer")] = ("train",)
-    skip: Annotated[int, Field(ge=0, description="prompts to leave out at the beginning of the splits")] = 0
-    prompts: Annotated[int | None, Field(ge=1, description="how many; left out: all")] = None
+    skip: Annotated[int, Field(ge=0, description="prompts to skip at the beginning of the splits")] = 0
+    prompts: Annotated[int | None, Field(ge=1, description="number of prompts; default: all")] = None
     sampling: SamplingConfig = SamplingConfig()
     engine: EngineConfig = EmbeddedEngineConfig()
     answers: Annotated[
         str | None,
         Field(
             description="a file or glob of answers that the target gave before, in rows of prompt_token_ids and "
-            "completion_token_ids as in section logs; they are taken, and nothing is generated"
+            "completion_token_ids as in section logs; they are used, and nothing is generated"
         ),
     ] = None
     drafting: DraftingConfig = DraftingConfig()
@@ -45,7 +45,7 @@ class RolloutConfig(Config):
         Field(
             ge=1,
             description="answers in one batch: a killed stage loses at most these. The embedded engine decodes them "
-            "together, which decides near-ties of half precision. Left out: 16 per slot, or 32 of servers",
+            "together, which decides near-ties in half precision. Default: 16 per slot; with servers, 32",
         ),
     ] = None
 
@@ -63,9 +63,9 @@ class RolloutConfig(Config):
         return [] if self.answers is None else local_files([self.answers], "answers")
 
     def counts(self, available: Mapping[str, int]) -> dict[str, int]:
-        """Return how many prompts of each split are answered.
+        """Return the number of prompts to answer per split.
 
-        available: how many prompts each split has, in the order of their rows.
+        available: the number of prompts per split, in the order of their rows.
         """
         skip, left = self.skip, math.inf if self.prompts is None else self.prompts
         counts = {}
@@ -83,7 +83,7 @@ def prompt_shortage(config: RolloutConfig, available: int) -> str | None:
         return None
     return (
         f"splits {list(config.splits)} have {available} prompts, {config.skip} are skipped and "
-        f"{config.prompts or 'all others'} wanted. Raise the counts in section prompts, or lower skip or prompts."
+        f"{config.prompts or 'all others'} requested. Raise the counts in section prompts, or lower skip or prompts."
     )
 
 
@@ -101,7 +101,7 @@ def preflight(config: RolloutConfig, target: Path) -> None:
 
 
 def _compute(config: RolloutConfig) -> Compute:
-    """Return what the stage needs: nothing of this machine's devices if the servers run already."""
+    """Return what the stage needs: none of this machine's devices if the servers run already."""
     running = isinstance(config.engine, ServerEngineConfig) and config.engine.launch is None
     return Compute.LIGHT if running else Compute.HEAVY
 

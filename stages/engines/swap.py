@@ -1,8 +1,8 @@
-"""Writes a drafter into running servers, one after the other; each has to prove that it drafts with it.
+"""Writes a drafter into running servers, one after the other; each has to prove that it drafts with the new one.
 
 Our plug-in in the servers does the writing (`plugin_swap.py`). All servers are checked before the first one is written.
 If a server's verify steps are not the new drafter's, its old weights are written back and no other server is touched.
-A rollback writes all servers that answer, and proves them then: whatever they draft with is to be replaced at once.
+A rollback writes all servers that answer, and proves them afterwards: their drafter must be replaced at once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from draftsmith.stages.engines.vllm.swap import write_drafter as write_vllm
 if TYPE_CHECKING:  # it imports torch
     from draftsmith.stages.replay.proof import Proof
 
-_PLUGIN = "has no plug-in that can write a drafter. Install this Draftsmith without its dependencies beside"
+_PLUGIN = "has no plug-in that can write a drafter. Install this Draftsmith without its dependencies next to"
 _INSTALL = {
     "sglang": "sglang >=0.5.21, and start the server again.",
     "vllm": "vllm >=0.32, and start the server again with VLLM_SERVER_DEV_MODE=1 and --weight-transfer-config "
@@ -52,19 +52,19 @@ class Prover(Protocol):
         """Return the drafter of a server. Raises DraftsmithError if it is unknown, or differs by more than weights."""
 
     def load(self, olds: Sequence[NewDrafter]) -> None:
-        """Load what proofs need. Raises DraftsmithError if that is not here, or does not fit into the memory."""
+        """Load target and drafters. Raises DraftsmithError if they are not here, or do not fit into memory."""
 
     def prove(self, before: ServerState, old: NewDrafter) -> Proof:
-        """Return whether a server drafts with the new drafter, no longer with the old one."""
+        """Return whether a server drafts with the new drafter and no longer with the old one."""
 
 
 @dataclass(frozen=True)
 class Swap:
     """A swap of servers to a new drafter.
 
-    prover: of the new drafter. recorded: returns the proof of the drafter that a server serves, as the registry has it,
-    None if it has none; what a server itself says does not count. done: called with what a server serves now. named: as
-    for `from_servers`.
+    prover: proves the new drafter. recorded: returns the registry's proof of the drafter that a server serves, None if
+    it has none; the server's own report does not count. done: called with the drafter that a server serves now. named:
+    same as in `from_servers`.
     """
 
     new: NewDrafter
@@ -76,7 +76,7 @@ class Swap:
     def swap(self, urls: Sequence[str]) -> None:
         """Write the drafter into each server and prove it, the first one as the canary.
 
-        A server that serves it already is left, unless a swap to it ended before its proof.
+        A server that serves it already is skipped, unless a swap to it ended before its proof.
 
         Raises DraftsmithError before the first write if a server cannot serve the drafter, and later if a proof fails:
         that server serves its old drafter again then. Raises RetryableError if a server does not answer.
@@ -123,7 +123,7 @@ class Swap:
             raise (kinds.pop() if len(kinds) == 1 else DraftsmithError)(said)
 
     def _due(self, state: ServerState) -> ServerState | None:
-        """Return what a server drafts with before a swap that is due; None if it serves the new drafter.
+        """Return the state of a server that must be swapped; None if it serves the new drafter.
 
         Raises DraftsmithError if the drafter cannot be written into it.
         """
@@ -164,7 +164,7 @@ class Swap:
         return proof.reason
 
     def _restore(self, before: ServerState, old: NewDrafter) -> None:
-        """Write the old drafter back, unless the server serves it still. Raises DraftsmithError if that is unknown."""
+        """Write the old drafter back, unless the server still serves it. Raises DraftsmithError if that is unknown."""
         now = ask_servers([before.url], named=self.named)[before.url]
         if isinstance(now, DraftsmithError):
             raise now
@@ -189,14 +189,14 @@ class Swap:
 
 
 def _report(state: ServerState) -> Served:
-    """Return what a server reports, which is no proof."""
+    """Return a server's own report, which is no proof."""
     assert state.digest is not None and state.since is not None
     return Served(state.url, state.digest, state.since, state.pause_s, "")
 
 
 @contextmanager
 def _kept(problems: list[DraftsmithError]) -> Iterator[None]:
-    """Keep an error of the block, so that it does not keep other servers from being written."""
+    """Store an error of the block, so that the other servers are still written."""
     try:
         yield
     except DraftsmithError as error:

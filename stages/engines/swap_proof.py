@@ -28,15 +28,15 @@ from draftsmith.stages.targets.causal_lm import Target
 
 log = logging.getLogger(__name__)
 
-_ANSWERS, _TOKENS = 8, 64  # asked at a time, until the proof is not inconclusive
+_ANSWERS, _TOKENS = 8, 64  # requested at a time, until the proof is conclusive
 
 
 class ReplayProver:
-    """Makes the proof of each server; the target is read once, on the CPU, since servers occupy the GPUs.
+    """Makes the proof of each server; the target is loaded once, on the CPU, since servers occupy the GPUs.
 
     drafter_of: returns the drafter that a server serves; raises DraftsmithError if it is not known. inputs: returns the
-    target's artifact and prompts, token ids; the first ones are asked, as many as it takes. named: as for
-    `from_servers`.
+    target's artifact and prompts as token ids; prompts are sent from the first on, as many as the proof needs. named:
+    same as in `from_servers`.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class ReplayProver:
             self._drafter(drafter.folder)
 
     def prove(self, before: ServerState, old: NewDrafter) -> Proof:
-        """Return whether a server drafts with the new drafter, no longer with the one that it served before."""
+        """Return whether a server drafts with the new drafter and no longer with the one before."""
         key = API_KEYS[before.engine] if self._named else ""
         engine, block_size = identify(before.url, key if os.environ.get(key) else None)
         drafting = DraftingConfig(block_size=block_size)
@@ -88,16 +88,14 @@ class ReplayProver:
         with TemporaryDirectory() as work, open_servers(engine, required, Path(work), log.info) as server:
             for start in range(0, len(self._requests), _ANSWERS):
                 batch = server.generate(self._requests[start : start + _ANSWERS])
-                # without steps: of too few tokens, or retracted
+                # an answer lacks steps if it is too short or was retracted
                 answers += [(answer.trajectory(), answer.steps) for answer in batch if answer.steps]
                 pair = self._drafter(old.folder), self._drafter(self._new.folder)
                 proof = prove(self._target, *pair, answers, ReplayOptions(drafting), float32=float32)
                 if proof.swapped is not None:
                     break
         if proof is None or not answers:
-            raise DraftsmithError(
-                f"{before.url}: gave no answer whose steps can be read. Try again when it is less busy."
-            )
+            raise DraftsmithError(f"{before.url}: gave no answer with readable steps. Try again when it is less busy.")
         return proof
 
 

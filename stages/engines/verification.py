@@ -1,9 +1,9 @@
 """Drafting of blocks for requests in flight, and their verification by the target.
 
-Greedy requests, and drafters that propose their argmax, accept what equals the target's own token. Where a drafter
+Greedy requests, and drafters that propose argmaxes, accept a proposal that equals the target's token. Where a drafter
 samples its proposals from a distribution q, the rule is that of speculative sampling (arXiv 2211.17192): accept x with
 probability min(1, p(x) / q(x)), else sample from max(p - q, 0). Committed tokens follow p either way. A position is
-decided once: proposals after a rejection decide nothing, so the next block may use the same numbers there.
+decided once: proposals after a rejection do not count, so the next block may use the same numbers there.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ def propose_blocks(
     requests: Sequence[Request],
     vocabulary: int,
 ) -> Drafted:
-    """Draft a block after the anchor of each request. anchor_tokens, anchors: [n, 1]. vocabulary: of the target."""
+    """Draft a block after the anchor of each request. anchor_tokens, anchors: [n, 1]. vocabulary: the target's size."""
     samples = drafter.drafter.samples_proposals
-    rows = [row for row, each in enumerate(requests) if samples and not each.sampling.greedy]
+    rows = [row for row, request in enumerate(requests) if samples and not request.sampling.greedy]
     if not rows:
         return Drafted(drafter.propose(context, anchor_tokens, anchors)[:, 0])
     sampler, head, K = drafter.sampler(context, anchor_tokens, anchors), drafter.head, drafter.block_size - 1
     temperatures = torch.tensor([requests[row].sampling.temperature for row in rows], device=anchors.device)[:, None]
-    at = anchors[:, 0].tolist()  # in one transfer: each waits for the device
+    at = anchors[:, 0].tolist()  # one transfer: every transfer waits for the device
     numbers = torch.tensor(
         [[uniform(requests[row].seed, at[row] + k, Purpose.PROPOSAL) for k in range(1, K + 1)] for row in rows],
         dtype=torch.float64,
@@ -97,7 +97,7 @@ def verify(
 ) -> Verification:
     """Verify one block per request.
 
-    logits: [n, K + 1, V] of the target after the anchor and each proposal. positions: [n, K + 1] that they predict.
+    logits: [n, K + 1, V] of the target after the anchor and each proposal. positions: [n, K + 1] predicted positions.
     """
     tokens = torch.zeros_like(positions)
     accepted = [0] * len(requests)
@@ -120,7 +120,7 @@ def verify(
 def _verify_sampled(
     proposed: torch.Tensor, p: torch.Tensor, q: torch.Tensor, first: int, seed: int
 ) -> tuple[int, torch.Tensor]:
-    """Return how many proposals are accepted, and the token after them.
+    """Return the number of accepted proposals, and the token after them.
 
     proposed: [K]; p: [K + 1, V]; q: [K, V]; first: position of the first proposal.
     """

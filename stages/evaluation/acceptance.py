@@ -1,4 +1,4 @@
-"""Acceptance of drafters on the same answers: paired, so that small differences show, and where it was lowest."""
+"""Acceptance of drafters on the same answers, paired so that small differences show, and where it is lowest."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from draftsmith.stages.runtime.statistics import (
 
 
 def has_loop(tokens: Sequence[int]) -> bool:
-    """Return whether the answer has six tokens three times, so that its tau is untypical."""
+    """Return whether the answer repeats six tokens three times; its tau is then untypical."""
     grams = Counter(zip(*(tokens[k:] for k in range(6)), strict=False))
     return max(grams.values(), default=0) >= 3
 
@@ -78,14 +78,14 @@ def tau_differences(tallies: Mapping[str, AcceptanceStats], prompts: Units) -> d
 
 
 def tau_difference(tally: AcceptanceStats, other: AcceptanceStats, prompts: Units) -> Estimate:
-    """Return tau of a drafter minus that of another one on the same answers, paired over prompts."""
+    """Return a drafter's tau minus another's on the same answers, paired over prompts."""
     sums = (*_by_prompt(tally, prompts), *_by_prompt(other, prompts))
     return jackknife(ratio_difference, *sums, strata=strata_of(prompts))
 
 
 Sums: TypeAlias = tuple[np.ndarray, np.ndarray]  # committed tokens and verify steps of each prompt, or of each answer
-Units: TypeAlias = Sequence[Hashable]  # of each answer, the unit of its prompt (`independent_units`)
-Labels: TypeAlias = Sequence[Sequence[str]]  # of each answer: its prompt set, then its labels
+Units: TypeAlias = Sequence[Hashable]  # per answer, the unit of its prompt (`independent_units`)
+Labels: TypeAlias = Sequence[Sequence[str]]  # per answer: its prompt set, then its labels
 
 
 class Slice(NamedTuple):
@@ -99,7 +99,8 @@ class Slice(NamedTuple):
 
 def slice_names(labels: Labels) -> list[str]:
     """Return the prompt sets in the order of the answers, then all other labels."""
-    return list(dict.fromkeys([*(each[0] for each in labels), *sorted({n for each in labels for n in each[1:]})]))
+    others = sorted({name for names in labels for name in names[1:]})
+    return list(dict.fromkeys([*(names[0] for names in labels), *others]))
 
 
 def slices(tallies: Mapping[str, AcceptanceStats], prompts: Units, labels: Labels) -> Iterator[Slice]:
@@ -141,7 +142,7 @@ def tau_by_slice(
 ) -> dict[str, dict[str, SetMetrics]]:
     """Return slice -> drafter -> tau with its 95 % interval over prompts; `ALL` stands for all prompts.
 
-    A slice that is too small to be judged has no interval.
+    A slice that is too small has no interval.
     """
     found: dict[str, dict[str, SetMetrics]] = {}
     for each in slices(tallies, prompts, labels):
@@ -171,7 +172,7 @@ def tau_comparisons(tallies: Mapping[str, AcceptanceStats], prompts: Units, labe
 
 
 def served_tallies(requests: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> dict[str, AcceptanceStats]:
-    """Return what servers counted of each drafter: committed tokens and verify steps alone.
+    """Return the servers' counts per drafter: only committed tokens and verify steps.
 
     requests: rows of table `requests`, of the same prompts in the same order for every drafter.
     """
@@ -179,7 +180,7 @@ def served_tallies(requests: Sequence[Mapping[str, Any]], arms: Sequence[str]) -
     for arm in arms:
         own = [row for row in requests if row["arm"] == arm]
         tally = tallies[arm] = AcceptanceStats(len(own))
-        tally.committed[:] = [row["tokens"] - 1 for row in own]  # prefill commits the first one
+        tally.committed[:] = [row["tokens"] - 1 for row in own]  # prefill commits the first token
         steps = np.array([row["verify_steps"] for row in own])
         tally.steps[:] = np.where(steps == 0, tally.committed, steps)  # nothing was drafted
     return tallies
@@ -188,7 +189,7 @@ def served_tallies(requests: Sequence[Mapping[str, Any]], arms: Sequence[str]) -
 def as_served(
     replayed: EvaluationResult, tallies: Mapping[str, AcceptanceStats], prompts: Units, labels: Labels
 ) -> EvaluationResult:
-    """Return the result with tau, its differences and its slices as served, and that of replay beside it."""
+    """Return the result with tau, its differences and its slices as served, and replay's tau next to it."""
     counted = acceptance_table(tallies, prompts, [False] * len(prompts))
     fields = ("tau", "tau_low", "tau_high", "tau_degrees", "prompts", "verify_steps", "differences")
     drafters = {
@@ -207,29 +208,29 @@ def _by_prompt(tally: AcceptanceStats, prompts: Units) -> Sums:
 
 STEPS = 6  # verify steps of a stretch
 BEFORE, AFTER = 80, 16  # tokens around it
-TYPICAL, OF_ANSWERS = 2, 64  # typical stretches that are shown, from so many answers
+TYPICAL, OF_ANSWERS = 2, 64  # number of typical stretches, and of answers that they come from
 OF_SLICE = 2  # worst stretches of each slice
 Decode = Callable[[list[int]], str]
 _Stretch = tuple[float, int, int, int, Steps]  # tau, index of the answer, first step, steps
 
 
 class ContextCollector:
-    """Collects the stretches with the fewest committed tokens a step, one an answer, and typical ones.
+    """Collects the stretches with the fewest committed tokens per step, one per answer, and typical ones.
 
-    Traces may come in any order. Each slice has its worst stretches too, at most one of an answer.
+    Traces may come in any order. Each slice also has its worst stretches, at most one per answer.
     """
 
     def __init__(self, labels: Labels, count: int = 10):
         self.labels, self.count = labels, count
         self._worst: list[_Stretch] = []
-        self._middle: list[_Stretch] = []  # of each answer, its stretch of median tau
+        self._middle: list[_Stretch] = []  # per answer, its stretch of median tau
         self._by_slice: dict[str, list[_Stretch]] = {}
 
     def add(self, indices: Sequence[int], traces: Sequence[Steps]) -> None:
         """Add the traces of the answers at `indices`.
 
-        Of equally bad answers the first ones are kept, of an answer the first such stretch. An answer of fewer steps
-        is taken as a whole, unless it has none.
+        Among equally bad answers the first ones are kept; within an answer, the first such stretch. An answer with
+        fewer steps is taken as a whole, unless it has none.
         """
         for index, trace in zip(indices, traces, strict=True):
             steps = min(STEPS, len(trace))
@@ -255,9 +256,9 @@ class ContextCollector:
         """Return the worst stretches first, then those of median tau, then the worst of each slice."""
         ordered = sorted(self._middle, key=_order)
         start = max(0, (len(ordered) - TYPICAL) // 2)
-        of_labels = [name for name in slice_names(self.labels) if name in self._by_slice]
-        of_depths = [name for name in DEPTHS if name in self._by_slice]
-        several = [name for names in (of_labels, of_depths) if len(names) > 1 for name in names]
+        label_names = [name for name in slice_names(self.labels) if name in self._by_slice]
+        depth_names = [name for name in DEPTHS if name in self._by_slice]
+        several = [name for names in (label_names, depth_names) if len(names) > 1 for name in names]
         found: list[tuple[str, list[_Stretch], str | None]] = [("worst", self._worst, None)]
         found += [("typical", ordered[start : start + TYPICAL], None)]
         found += [("worst", self._by_slice[name], name) for name in several]
@@ -310,14 +311,14 @@ def _context(
     return context if name is None else context.model_copy(update={"slice": name})
 
 
-# -- confidence: how probable a drafter says acceptance is, against what was accepted. A decision is a proposal whose
-# predecessors in its block were all accepted: a logit, and whether it was accepted too.
+# -- confidence: a drafter's predicted probability of acceptance, against the outcome. A decision is a proposal whose
+# predecessors in its block were all accepted: its logit, and whether it was accepted too.
 
 _BINS = 15
 
 
 def calibration(validation: Decisions, heldout: Decisions) -> ConfidenceCalibration | None:
-    """Fit the correction on validation answers, and measure it on held-out ones; None if either have no decision."""
+    """Fit the correction on validation answers, and measure it on held-out ones; None if either has no decision."""
     if not (len(validation.logits) and len(heldout.logits)):
         return None
     scale, shift = fit(validation)
@@ -340,7 +341,7 @@ def fit(decisions: Decisions) -> tuple[float, float]:
     Source: Platt 1999, "Probabilistic outputs for support vector machines", with its targets: (N₊ + 1) / (N₊ + 2) for
     the N₊ accepted proposals and 1 / (N₋ + 2) for the rejected ones, so that the minimum is finite.
     """
-    from scipy.optimize import minimize  # here: it takes 0.12 s, for which `draftsmith status` would wait too
+    from scipy.optimize import minimize  # here: it takes 0.12 s, also in `draftsmith status`
 
     logits, accepted = decisions.logits, decisions.accepted
     targets = np.where(accepted, 1 - 1 / (accepted.sum() + 2), 1 / ((~accepted).sum() + 2))

@@ -85,20 +85,20 @@ REPLAYED = "replayed"  # traces by replay, of an unfinished attempt or a shard
 VALIDATION = "validation"
 HELDOUT = "heldout"
 _AS_SERVED = (
-    "; of the verify steps that servers counted on the held-out prompts, because the target that they compute differs "
-    "from that of replay (`tau_replayed`)"
+    "; of the verify steps that servers counted on the held-out prompts, because their target differs from "
+    "replay's (`tau_replayed`)"
 )
 _DEFINITION_OF_TAU = (
-    "committed tokens per verify step, the target's own token included (+1); held-out trajectories, trained block "
-    "size, ratio of sums over prompts, intervals by jackknife over prompts (paired; turns of a conversation that is "
-    "held out as a whole count as one)"
+    "committed tokens per verify step, with the target's own token (+1); held-out trajectories, trained block "
+    "size, ratio of sums over prompts, intervals by jackknife over prompts (paired; the turns of a conversation that "
+    "is held out as a whole count as one)"
 )
 
 
 def run(ctx: StageContext, config: EvaluationConfig) -> None:
     """Replay for tau, choose block sizes on the validation split, time all arms, compare outputs.
 
-    `acceptance.json` depends on the cache key alone; `evaluation.json` adds what depends on time.
+    `acceptance.json` depends only on the cache key; `evaluation.json` adds the results that depend on time.
     """
     looks = open_look(config, prompts_to_decode(config, ctx.inputs["prompts"])[0], ctx.earlier)
     if looks.of > 1:
@@ -187,7 +187,7 @@ def _speedups(arms: Mapping[str, SpeedMetrics]) -> dict[str, float]:
 def _with_speed(
     sets: Mapping[str, Mapping[str, SetMetrics]], speedups: Mapping[str, Mapping[str, SetMetrics]]
 ) -> dict[str, dict[str, SetMetrics]]:
-    """Return the metrics of each slice and arm, with the speed-up added where it is known."""
+    """Return the metrics of each slice and arm, with the speed-up if it is known."""
     merged = {name: dict(arms) for name, arms in sets.items()}
     for name, arms in speedups.items():
         own = merged.setdefault(name, {})
@@ -213,7 +213,7 @@ def speed_comparisons(
 
 
 def _drafters(ctx: StageContext) -> dict[str, Path]:
-    """Return arm -> artifact of its drafter: those of a refresh, then any others in the order of the inputs."""
+    """Return arm -> artifact of its drafter: first a refresh's arms, then any others in the order of the inputs."""
     arms = {name: ctx.inputs[name] for name in DRAFTERS if name in ctx.inputs}
     return arms | {n.removeprefix(PREFIX): folder for n, folder in ctx.inputs.items() if n.startswith(PREFIX)}
 
@@ -226,7 +226,7 @@ def _training_seed(folder: Path) -> int | None:
 def _measure(
     ctx: StageContext, config: EvaluationConfig, looks: Looks
 ) -> tuple[SpeedMeasurement, EvaluationResult, dict[Pair, Estimate], dict[str, object]]:
-    """Measure speed and acceptance; also return the estimated differences of tau, and what is predicted by load.
+    """Measure speed and acceptance; also return the estimated differences of tau, and the predictions by load.
 
     Nothing is predicted for servers.
     """
@@ -262,10 +262,10 @@ def _measure(
 
 @dataclass(frozen=True)
 class _Replayed:
-    """What the replays of held-out answers show of each drafter."""
+    """The results of replaying held-out answers with each drafter."""
 
     tallies: Mapping[str, AcceptanceStats]
-    units: Sequence[Unit]  # of each answer
+    units: Sequence[Unit]  # one per answer
     answers: Sequence[Trajectory]
 
 
@@ -293,7 +293,7 @@ class _Replays:
     drafters: Mapping[str, Drafter]
 
     def replayer(self, split: str, sampling: SamplingParams, shard: Shard) -> Replayer:
-        """Return the replayer of a split's answers. sampling: what they were sampled with."""
+        """Return the replayer of a split's answers. sampling: theirs."""
         options = ReplayOptions(
             self.config.drafted(),
             sampling,
@@ -347,7 +347,7 @@ class _Replays:
         return result, _Replayed(trained, units, stored.trajectories)
 
     def validation(self) -> tuple[dict[str, AcceptanceStats], int | None]:
-        """Replay every drafter on the validation split, which choices are made on. Return also how many prompts it has.
+        """Replay every drafter on the validation split, on which choices are made. Also returns its number of prompts.
 
         Empty and None without its answers.
         """

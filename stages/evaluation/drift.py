@@ -16,14 +16,14 @@ from draftsmith.stages.runtime.stage import Compute, Config, FilledIn, NotInKey,
 
 
 class DriftConfig(Config):
-    """When a refresh goes on."""
+    """The conditions for a refresh to continue."""
 
     threshold: Annotated[
         float, Field(ge=0, le=1, description="share of its tau that the champion may have lost"), NotInKey()
     ] = 0.03
     max_age_days: Annotated[
         float,
-        Field(gt=0, description="the line is refreshed anyway if its last refresh, promoted or not, is longer ago"),
+        Field(gt=0, description="refresh the line anyway if its last refresh, promoted or not, is older"),
         NotInKey(),
     ] = 90.0
     drafting: Annotated[DraftingConfig, FilledIn()] = DraftingConfig()
@@ -31,7 +31,7 @@ class DriftConfig(Config):
 
 
 def run(ctx: StageContext, config: DriftConfig) -> None:
-    """Write `drift.json`: tau with its 95 % interval over prompts, of all answers and of each slice."""
+    """Write `drift.json`: tau with its 95 % interval over prompts, for all answers and for each slice."""
     # these load torch, and planning reads this module
     from draftsmith.stages.drafters.checkpoint import load_drafter
     from draftsmith.stages.replay.replayer import Replayer

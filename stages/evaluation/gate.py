@@ -1,8 +1,8 @@
-"""Stage `gate`: the rules by which a challenger takes the champion's place.
+"""Stage `gate`: the rules for a challenger to take the champion's place.
 
-Every rule has metrics, a threshold and a result. A rule that says "better" needs evidence for it (the lower end of a
-one-sided interval), and is broken by evidence against it (the upper end); a rule that says "not worse" is broken by
-evidence against it, and passed without. A rule is inconclusive, and not passed, if its interval holds the threshold,
+Every rule has metrics, a threshold and a result. A "better" rule needs evidence for it (the lower end of a
+one-sided interval), and is broken by evidence against it (the upper end). A "not worse" rule is broken by evidence
+against it, and passes without. A rule is inconclusive, and not passed, if its interval holds the threshold,
 too little was measured, or the speeds cannot be trusted (`validity.py`). The rules of one kind share their error rate
 (Bonferroni), and so do the looks at the speeds (`looks.py`): a challenger that is as good as the champion is promoted
 in at most 5 % of cases.
@@ -38,52 +38,52 @@ from draftsmith.stages.runtime.stage import Config, Stage, StageContext
 from draftsmith.stages.runtime.statistics import CONFIDENCE, Estimate, simultaneous_level
 
 _NO_DIFFERENCE = "no measurable difference"
-_TIE_OF_FLOAT32 = 0.01  # logits that two orders of the same sums differ by at most
+_TIE_OF_FLOAT32 = 0.01  # logits: the most by which two orders of the same sums differ
 
 
 class GateConfig(Config):
-    """What a challenger must show."""
+    """The thresholds for a challenger."""
 
     min_tau_gain: Annotated[
-        float, Field(ge=0, description="share of the champion's tau that the challenger's must be above it, measurably")
+        float, Field(ge=0, description="the challenger's tau must be measurably above the champion's by this share")
     ] = 0.0
     max_set_loss: Annotated[
         float,
         Field(
             ge=0,
             le=1,
-            description="share of tau that a slice (prompt set, label, depth) may lose, before it is measurable",
+            description="tolerated loss of tau on a slice (prompt set, label, depth); fails only if significant",
         ),
     ] = 0.02
     max_speed_loss: Annotated[
-        float, Field(ge=0, le=1, description="share of the champion's speed that may be lost, before it is measurable")
+        float, Field(ge=0, le=1, description="tolerated loss of the champion's speed; fails only if significant")
     ] = 0.02
     min_speedup: Annotated[
         float,
-        Field(ge=0, description="over decoding without a drafter; the challenger must be measurably above it"),
+        Field(ge=0, description="speed-up over decoding without a drafter that the challenger must measurably exceed"),
     ] = 1.0
     loads: Annotated[
         Mapping[Annotated[int, Field(ge=1)], Annotated[float, Field(gt=0)]] | None,
         Field(
-            description="requests in flight, and their shares of the time: the speeds there must pass too, predicted "
-            "(embedded engine) or measured (servers: no number below or above those of evaluation.concurrency)"
+            description="requests in flight, and their shares of the time. Speeds there must pass too, predicted "
+            "(embedded engine) or measured (servers: only within the range of evaluation.concurrency)"
         ),
     ] = None
     judge_speed: Annotated[
-        bool, Field(description="false: tau alone decides, where no meaningful speed can be measured")
+        bool, Field(description="false: only tau decides, if no meaningful speed can be measured")
     ] = True
     max_margin: Annotated[
         float,
         Field(
             ge=0,
-            description="logits: where outputs in the serving dtype differ from those without a drafter, the "
-            "largest margin that is a near-tie",
+            description="logits: the largest margin that is a near-tie, where outputs in the serving dtype differ "
+            "from those without a drafter",
         ),
     ] = 1.0
 
 
 def run(ctx: StageContext, config: GateConfig) -> None:
-    """Write `decision.json` and `verdict.json`. A challenger that is refused is no error of the stage."""
+    """Write `decision.json` and `verdict.json`. A refused challenger is not an error of the stage."""
     evaluation = EvaluationResult.read(ctx.inputs["evaluation"])
     arms = (evaluation.challenger, CHAMPION)
     problems = [problem for arm in arms if arm in ctx.inputs and (problem := _damage(ctx.inputs[arm])) is not None]
@@ -113,7 +113,7 @@ def _damage(folder: Path) -> str | None:
 
 
 def decide(evaluation: EvaluationResult, config: GateConfig, damage: Sequence[str] = ()) -> GateDecision:
-    """Decide about the challenger of an evaluation. damage: to the files of challenger or champion."""
+    """Decide about the challenger of an evaluation. damage: errors in the files of challenger or champion."""
     challenger = evaluation.challenger
     rules = [_rule("checksums", not damage, "; ".join(damage) or "every file is as it was written")]
     rules += [*_lossless(evaluation, config), *_parity(evaluation, challenger)]
@@ -130,7 +130,7 @@ def decide(evaluation: EvaluationResult, config: GateConfig, damage: Sequence[st
 def _decision(challenger: str, champion: str | None, rules: Sequence[RuleResult]) -> GateDecision:
     """Return the decision that follows from the rules, with a sentence for the terminal.
 
-    It is inconclusive if some rule is and none is broken.
+    It is inconclusive if a rule is inconclusive and none is broken.
     """
     promote = all(rule.passed for rule in rules)
     outcome = "promoted" if promote else "refused" if any(rule.broken for rule in rules) else "inconclusive"
@@ -143,7 +143,7 @@ def _decision(challenger: str, champion: str | None, rules: Sequence[RuleResult]
         sentence = f"promoted: {challenger} {verb} {other} ({main.text if main else ''})"
     else:
         failed = "; ".join(f"{rule.name}: {rule.text}" for rule in rules if not rule.passed)
-        label = "refused by the gate" if outcome == "refused" else "inconclusive, which is no defect of the drafter"
+        label = "refused by the gate" if outcome == "refused" else "inconclusive, which is not a defect of the drafter"
         sentence = f"{label}: {challenger} against {other}: {failed}"
     return GateDecision(
         promote=promote, outcome=outcome, challenger=challenger, champion=champion, sentence=sentence, rules=rules
@@ -162,7 +162,7 @@ def _rule(
 
 
 def _lossless(evaluation: EvaluationResult, config: GateConfig) -> Iterator[RuleResult]:
-    """Check outputs token for token in float32; in the serving dtype they may differ at near-ties alone."""
+    """Check outputs token for token in float32; in the serving dtype they may differ only at near-ties."""
     exact = evaluation.exactness
     prompts, identical = exact.fp32_prompts or 0, exact.fp32_identical or 0
     if prompts:
@@ -179,7 +179,7 @@ def _lossless(evaluation: EvaluationResult, config: GateConfig) -> Iterator[Rule
 
 
 def _lossless_as_served(exact: Exactness, *, sampled: bool) -> RuleResult:
-    """Check outputs in the serving dtype alone, without knowing how sure the target was where they differ."""
+    """Check outputs only in the serving dtype, without the target's certainty where they differ."""
     share, dtype = exact.identical_share, exact.serving_dtype
     if share is None and sampled:  # on servers: the distribution is the same, the random numbers are not
         return _rule("lossless", True, "sampled outputs cannot be compared token for token")
@@ -194,7 +194,7 @@ def _lossless_as_served(exact: Exactness, *, sampled: bool) -> RuleResult:
 
 
 def _parity(evaluation: EvaluationResult, challenger: str) -> Iterator[RuleResult]:
-    """Record parity: the evaluation itself fails where a server drafts otherwise than replay."""
+    """Record parity: the evaluation already fails if a server drafts differently from replay."""
     if (parity := (evaluation.parity or {}).get(challenger)) is not None:
         text = f"tau {parity.served_tau:.3f}, by replay {parity.replayed_tau:.3f}"
         if parity.mismatch_share is not None:
@@ -203,7 +203,7 @@ def _parity(evaluation: EvaluationResult, challenger: str) -> Iterator[RuleResul
 
 
 def _tau(evaluation: EvaluationResult, challenger: str, config: GateConfig) -> RuleResult:
-    (overall,) = (each for each in evaluation.compared("tau", challenger, CHAMPION) if each.set is None)
+    (overall,) = (pair for pair in evaluation.compared("tau", challenger, CHAMPION) if pair.set is None)
     assert overall.gain is not None
     estimate = estimate_of(overall.gain)
     gain, low = estimate.value, estimate.upper(1 - CONFIDENCE)
@@ -221,7 +221,7 @@ def _tau(evaluation: EvaluationResult, challenger: str, config: GateConfig) -> R
 
 
 def _tau_alone(evaluation: EvaluationResult, challenger: str) -> RuleResult:
-    """Check that drafting helps at all, where there is no champion and speed is not judged."""
+    """Check that drafting helps at all, if there is no champion and speed is not judged."""
     drafter = evaluation.drafters[challenger]
     tau, low, high = drafter.tau, drafter.tau_low, drafter.tau_high
     text = f"{tau:.3f}{'' if low is None else f', at least {low:.3f}'}; above 1.000 wanted"
@@ -258,7 +258,7 @@ def _speed(evaluation: EvaluationResult, challenger: str, config: GateConfig) ->
 
 
 def _at_loads(evaluation: EvaluationResult, challenger: str, config: GateConfig) -> Iterator[RuleResult]:
-    """Check the speeds at the config's requests in flight; for measured ones the speed warnings there count too."""
+    """Check the speeds at the config's requests in flight; if measured, the speed warnings there count too."""
     others = [PLAIN, *([CHAMPION] if evaluation.has_champion else [])]
     for other in others if config.loads else ():
         wanted = config.min_speedup if other == PLAIN else 1 - config.max_speed_loss
@@ -283,7 +283,7 @@ def _at_loads(evaluation: EvaluationResult, challenger: str, config: GateConfig)
 
 
 def _around(curve: Sequence[LoadPoint], loads: Iterable[int]) -> list[int]:
-    """Return the requests in flight of the points that the loads lie at or between."""
+    """Return the requests in flight of the points at or around the loads."""
     numbers = [point.concurrency for point in curve]
     found = {numbers[bisect_right(numbers, load) - 1] for load in loads}
     return sorted(found | {numbers[bisect_left(numbers, load)] for load in loads})
@@ -299,7 +299,7 @@ def _speed_rule(
 ) -> RuleResult:
     """Check one comparison of speeds: better than without a drafter, or not worse than the champion.
 
-    in_flight: of the settings whose speed warnings concern it.
+    in_flight: requests in flight of the settings whose speed warnings concern it.
     """
 
     def warnings(*kinds: str) -> list[str]:
@@ -318,7 +318,7 @@ def _speed_rule(
     low, high = math.exp(estimate.upper(1 - level)), math.exp(estimate.upper(level))
     logarithm = math.log(wanted) if wanted else -math.inf
     passed = None if reasons else decides(estimate, logarithm, level) if better else high >= wanted
-    if not reasons and not passed:  # noise widens intervals: a rule that passes in spite of it passes
+    if not reasons and not passed:  # noise widens intervals: a rule that passes despite it passes
         reasons = warnings(NOISE)
     if reasons:
         text = f"{value:.3f} {times}, inconclusive: {'; '.join(reasons)}"
@@ -332,14 +332,14 @@ def _speed_rule(
 
 
 def _end(better: bool | None, low: float, high: float, form: str) -> str:
-    """Return the ends of an interval that a rule rests on. better: that it shows; None: its interval shows nothing."""
+    """Return the ends of a rule's interval as text. better: the result; None: the interval shows nothing."""
     if better is None:
         return f"from {low:{form}} to {high:{form}}"
     return f"at least {low:{form}}" if better else f"at most {high:{form}}"
 
 
 def _more_prompts(evaluation: EvaluationResult, name: str, estimate: Estimate, wanted: float) -> str:
-    """Return how many more prompts would decide, as long as further looks can measure them."""
+    """Return the number of further prompts that would decide, if further looks can measure them."""
     look = evaluation.look
     if name != "speed-up" or look.number == look.of:
         return _NO_DIFFERENCE

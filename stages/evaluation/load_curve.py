@@ -1,15 +1,15 @@
 """Speed by the number of requests in flight: measured on servers, predicted for the embedded engine.
 
-A prediction comes from acceptance by replay, and the time of a step at each number. A step takes the same time whatever
-is accepted, so a few steps with empty caches measure it. Where several answers end in one step, the prompts that follow
+A prediction comes from acceptance by replay, and the time of a step at each number. The time of a step does not depend
+on acceptance, so a few steps with empty caches measure it. If several answers end in one step, the prompts that follow
 them share a forward. An engine with N requests in flight takes for an answer of L tokens, of which a step commits tau
 on average:
 
     S = (L - 1) / tau(w)                              steps of an answer
     step(N, w) · S / N + E[refill(K)] · S / N         K ~ Binomial(N, 1 / S): answers that end in a step
 
-w: tokens that a step verifies for each request. Without a drafter w and tau are 1. L is that of the timed runs.
-refill(k): the time of reading k prompts, as many as `PREFILL_TOKENS` allow in one forward; of more, in proportion.
+w: tokens that a step verifies per request. Without a drafter w and tau are 1. L comes from the timed runs.
+refill(k): the time of reading k prompts, as many as `PREFILL_TOKENS` allow in one forward; for more, in proportion.
 """
 
 from __future__ import annotations
@@ -50,16 +50,16 @@ from draftsmith.stages.runtime.statistics import (
 )
 
 IN_FLIGHT: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)
-PASSES = 5  # over all arms and widths, after one that is not counted
-SHARE = 0.15  # of the time of the timed runs, which the steps may take
-Cell: TypeAlias = tuple[str, int]  # arm, and tokens verified for each request
+PASSES = 5  # over all arms and widths, after one uncounted pass
+SHARE = 0.15  # limit for the steps, as a share of the time of the timed runs
+Cell: TypeAlias = tuple[str, int]  # arm, and tokens verified per request
 T = TypeVar("T")
 StepSeconds: TypeAlias = Mapping[int, Mapping[Cell, np.ndarray]]  # requests in flight -> cell -> [passes]
 
 
 @dataclass(frozen=True)
 class AverageAnswer:
-    """The mean answer at one setting, and what its prompt costs."""
+    """The mean answer at one setting, and the cost of its prompt."""
 
     tokens: float
     together: Sequence[int]  # numbers of prompts that are read together, ascending from 1
@@ -73,14 +73,14 @@ class AverageAnswer:
 
 
 def _spread(items: Sequence[T], count: int) -> list[T]:
-    """Return `count` items of a sorted list, spread as random ones are on average."""
+    """Return `count` items of a sorted list, spread like the average of random ones."""
     return [items[int((n + 1) / (count + 1) * len(items))] for n in range(count)]
 
 
 def per_answer(refill: np.ndarray, concurrency: int, steps: np.ndarray) -> np.ndarray:
-    """Return [...] the engine's time for the prompt of an answer of so many steps [...].
+    """Return [...] prefill seconds amortised per answer of `steps` [...].
 
-    refill: [concurrency + 1] the time of reading so many prompts. Every request in flight ends in a step with the same
+    refill: [concurrency + 1] the time of reading 0, 1, … prompts. Every request in flight ends in a step with the same
     probability.
     """
     ended, chance = np.arange(concurrency + 1), 1 / np.maximum(steps, 1)[..., None]
@@ -90,7 +90,7 @@ def per_answer(refill: np.ndarray, concurrency: int, steps: np.ndarray) -> np.nd
 
 
 def widths_of(block_size: int) -> list[int]:
-    """Return the block sizes that are compared: powers of two, and the trained one."""
+    """Return the block sizes to compare: powers of two, and the trained one."""
     return [*(size for size in (2, 4, 8, 16, 32) if size < block_size), block_size]
 
 
@@ -104,9 +104,9 @@ def measure_times(
 ) -> tuple[StepSeconds, AverageAnswer]:
     """Return the times of steps with and without each drafter at every number in flight, and of reading prompts.
 
-    A pass times all of them once: what slows the machine for seconds is then in the spread of the passes. Fewer numbers
-    are measured if memory ends, or the passes would take more than `SHARE` of `timed_seconds`, the time of the timed
-    runs. runs: those at this setting.
+    A pass times all of them once, so that a slowdown of seconds shows in the spread of the passes. Fewer numbers are
+    measured if memory runs out, or the passes would take more than `SHARE` of `timed_seconds`, the time of the timed
+    runs. runs: at this setting.
     """
     started = time.monotonic()
     trained = {arm: drafter.block_size for arm, drafter in drafters.items()}
@@ -124,7 +124,7 @@ def measure_times(
         return Request(str(row), answers[row].tokens[:end], widest + 1, sampling, row)
 
     def time_refills(index: int, counts: Sequence[int]) -> dict[Cell, float]:
-        """Return the seconds of reading prompts with each arm. Here the second part of a cell is their number."""
+        """Return the seconds of reading prompts with each arm. The second part of a cell is their number here."""
         read = {count: [request(row, end) for end, row in _spread(prompts, count)] for count in counts}
         cache = test.target.new_cache(counts[-1], longest)
         timers = {
@@ -135,7 +135,7 @@ def measure_times(
         return _one_pass(timers, index)
 
     def time_steps(index: int, concurrency: int) -> dict[Cell, float]:
-        """Return the seconds of a step of each cell, with requests as far as those that began at random times."""
+        """Return the seconds of a step of each cell, with requests advanced as if they began at random times."""
         requests = [request(row, end) for end, row in _spread(ends, concurrency)]
         cache = test.target.new_cache(concurrency, len(requests[-1].prompt_ids) + widest)
         return _one_pass({cell: each.step_timer(requests, cell[1], cache) for cell, each in engines.items()}, index)
@@ -170,7 +170,7 @@ def measure_times(
 
 
 def _one_pass(timers: Mapping[Cell, Callable[[], float]], index: int) -> dict[Cell, float]:
-    """Return the seconds that each cell took; the order changes from pass to pass."""
+    """Return the seconds of each cell; the order changes from pass to pass."""
     cells = list(timers)
     first = index * len(cells) // (1 + PASSES)
     return {cell: timers[cell]() for cell in (cells[first:] + cells[:first])[:: -1 if index % 2 else 1]}
@@ -192,8 +192,8 @@ class _Speed:
     arm: str
     width: int
     concurrency: int
-    seconds: np.ndarray  # [passes] of a step
-    refill: np.ndarray  # [passes, concurrency + 1] of reading so many prompts
+    seconds: np.ndarray  # [passes] seconds of a step
+    refill: np.ndarray  # [passes, concurrency + 1] seconds of reading 0, 1, … prompts
     committed: np.ndarray  # [units] tokens
     steps: np.ndarray  # [units]
     tokens: float  # of an answer
@@ -205,13 +205,13 @@ class _Speed:
 
     @property
     def per_pass(self) -> np.ndarray:
-        """Return the engine's time for one answer, of each pass."""
+        """Return the engine's time for one answer, per pass."""
         sums = self.committed.sum(), self.steps.sum()
         passes = zip(self.seconds, self.refill, strict=True)
         return np.array([self.answer_seconds(step, refill, *sums) for step, refill in passes])
 
     def by_tau(self, committed: np.ndarray, steps: np.ndarray) -> np.ndarray:
-        """Return the engine's time for one answer of the mean pass."""
+        """Return the engine's time for one answer in the mean pass."""
         return self.answer_seconds(float(self.seconds.mean()), self.refill.mean(0), committed, steps)
 
     @property
@@ -220,7 +220,7 @@ class _Speed:
 
 
 def _log_ratio(own: _Speed, other: _Speed, strata: Sequence[Hashable]) -> Estimate:
-    """Return the logarithm of how many times as fast the first is as the other: the error of the passes and of tau.
+    """Return the logarithm of the ratio of the two speeds, with the error of the passes and of tau.
 
     strata: [units].
     """
@@ -246,8 +246,8 @@ def predict(
         for arm, tally in tallies.items()
         for width in widths_of(tally.block_size)
     }
-    some = next(iter(sums.values()))[0]
-    sums[PLAIN, 1] = [some, some]
+    tokens = next(iter(sums.values()))[0]
+    sums[PLAIN, 1] = [tokens, tokens]
     points = []
     for concurrency, cells in steps.items():
         refill = {arm: answer.refill_seconds(arm, concurrency) for arm in answer.refill}
@@ -277,7 +277,7 @@ def predict(
 def from_timed_runs(comparisons: Sequence[ArmComparison], tables: Sequence[SpeedTable]) -> list[LoadPoint]:
     """Return the measured speeds at the temperature of the first table, fewest requests in flight first.
 
-    comparisons: of speed, at every setting. tables: of every setting.
+    comparisons: speeds at every setting. tables: one per setting.
     """
     arms = {each.concurrency: each.arms for each in tables if each.temperature == tables[0].temperature}
     points = [

@@ -1,9 +1,9 @@
-"""Looks at the speed of a challenger: where one look cannot decide, the next measures more prompts and adds them.
+"""Looks at the speed of a challenger: if one look cannot decide, the next measures more prompts and adds them.
 
 An evaluation whose speed-up is neither measurably above the gate's threshold nor measurably below it is inconclusive,
 and the next run from `evaluation` takes another look. Look k of K decodes the k-th `evaluation.speed_prompts` held-out
-prompts, so the number of prompts is fixed before anything is seen. Looks share the gate's error rate α by the spending
-function α·∛(k/K) of Kim and DeMets (1987): up to look k, that much of it may be spent. Most is spent at the first look,
+prompts, so the number of prompts is fixed before any result. Looks share the gate's error rate α by the spending
+function α·∛(k/K) of Kim and DeMets (1987): that much of it may be spent up to look k. Most is spent at the first look,
 since a refresh should rarely need another.
 """
 
@@ -29,7 +29,7 @@ from draftsmith.stages.evaluation.verdicts import estimate_of
 from draftsmith.stages.runtime.statistics import CONFIDENCE, Estimate
 
 MOST_LOOKS = 3
-_POWER = 1 / 3  # of the spending function
+_POWER = 1 / 3  # exponent of the spending function
 _GRID = np.linspace(-12.0, 12.0, 4801)  # sums of up to three standard normal values
 
 
@@ -42,9 +42,9 @@ def level_of(look: Look) -> float:
 def _levels(looks: int) -> list[float]:
     """Return the level of each look. Every look adds an independent part of the same size to the estimate.
 
-    Lan and DeMets (1983): `density` is that of the sum, without the cases in which an earlier look has passed. The
-    bound of a look cuts off the tail that it may spend. Bounds become levels, which are used with Student's t (Jennison
-    and Turnbull 2000, 3.8).
+    Lan and DeMets (1983): `density` is the density of the sum, without the cases in which an earlier look has passed.
+    The bound of a look cuts off the tail that it may spend. Bounds become levels, which are used with Student's t
+    (Jennison and Turnbull 2000, 3.8).
     """
     step = _GRID[1] - _GRID[0]
     normal = np.exp(-(_GRID**2) / 2) / math.sqrt(2 * math.pi)
@@ -62,7 +62,7 @@ def _levels(looks: int) -> list[float]:
 def decides(estimate: Estimate, wanted: float, level: float) -> bool | None:
     """Return whether a value is measurably above the threshold; None if its interval holds it.
 
-    level: of each one-sided bound.
+    level: the level of each one-sided bound.
     """
     if not math.isfinite(estimate.error):
         return None
@@ -73,7 +73,7 @@ def decides(estimate: Estimate, wanted: float, level: float) -> bool | None:
 
 
 def prompts_wanted(estimate: Estimate, wanted: float, level: float) -> float:
-    """Return how many prompts in all would decide if value and spread stayed the same; infinity at the threshold."""
+    """Return the total prompts that would decide if value and spread stayed the same; infinity at the threshold."""
     distance = abs(estimate.value - wanted)
     if not distance or not math.isfinite(estimate.error):
         return math.inf
@@ -90,12 +90,12 @@ def needs_another(evaluation: EvaluationResult, min_speedup: float) -> bool:
 
 @dataclass(frozen=True)
 class Looks:
-    """The look that an evaluation takes, and what earlier ones measured."""
+    """The look that an evaluation takes, and the measurements of earlier ones."""
 
     number: int
     of: int
-    prompts: Sequence[Prompt]  # that this look decodes
-    requests: Sequence[Row]  # of earlier looks, as `runs`
+    prompts: Sequence[Prompt]  # prompts that this look decodes
+    requests: Sequence[Row]  # requests of earlier looks, like `runs`
     runs: Sequence[Row]
     earlier: EvaluationResult | None = None
 
@@ -113,7 +113,7 @@ class Looks:
 
 
 def open_look(config: EvaluationConfig, heldout: Sequence[Prompt], earlier: Path | None) -> Looks:
-    """Return the look to take: the one after that of the `earlier` evaluation, or its own again if that was unreliable.
+    """Return the look to take: the one after the `earlier` evaluation's, or the same again if that was unreliable.
 
     earlier: the inconclusive artifact that this evaluation replaces; None: there is none.
     """

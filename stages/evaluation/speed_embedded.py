@@ -1,9 +1,9 @@
 """Decoding speed in this process: on one loaded target, all arms decode a prompt before the next one comes. Exactness.
 
-What else the machine does then slows all arms alike, so their ratios hold on a busy machine. On a CPU one thread
+Other load on the machine then slows all arms alike, so their ratios hold on a busy machine. On a CPU one thread
 decodes: two share cores with other programs so unevenly that ratios differ by half.
 
-Exactness compares outputs with a drafter to those without one, and reports how sure the target was where they differ.
+Exactness compares outputs with and without a drafter, and reports how sure the target was where they differ.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ ENGINE = "embedded"
 
 @dataclass(frozen=True)
 class Decoder:
-    """How an arm decodes."""
+    """The drafter, if any, and the settings that an arm decodes with."""
 
     drafter: Drafter | None = None
     block_size: int = 1
@@ -147,7 +147,7 @@ class EmbeddedSpeedTest:
         """Return rows of `requests` and `turns` of all looks; this one has `rounds` rounds.
 
         If repetitions disagree it has twice as many. A round at one setting is stored when all arms are timed: an
-        interrupted evaluation goes on with the next one.
+        interrupted evaluation continues with the next one.
         """
         requests, runs, prompts = list(looks.requests), list(looks.runs), looks.prompts
         warm: set[Setting] = set()
@@ -181,15 +181,15 @@ class EmbeddedSpeedTest:
     ) -> tuple[list[Row], list[Row]]:
         """Decode all prompts with every arm; the arms alternate by small batches in an order that changes.
 
-        before: answers so far, and in all, for the progress.
+        before: numbers of answers so far and in all, for the progress.
         """
         names, batches = list(arms), _batches(prompts, setting)
         answers: dict[str, list[Completion]] = {arm: [] for arm in arms}
         seconds = dict.fromkeys(arms, 0.0)
         meter, done = LoadMeter(), before[0]
         for index, batch in enumerate(batches):
-            # in a fixed order, time slices of other programs may meet the same arm again and again; every second round
-            # is reversed, since what was decoded before makes an arm faster or slower
+            # in a fixed order, time slices of other programs may hit the same arm again and again; every second round
+            # is reversed, since the arm before it makes an arm faster or slower
             order = random.Random(f"{self.seed} {round // 2} {index}").sample(names, len(names))
             for arm in order[:: -1 if round % 2 else 1]:
                 answered, wall = self.decode(self.target, arms[arm], batch, setting, round=round)
@@ -219,8 +219,8 @@ def choose_block_sizes(
 ) -> tuple[dict[str, int], dict[str, dict[str, float]]]:
     """Return each drafter's fastest candidate on validation prompts, and tokens/s of every candidate, measured once.
 
-    The candidates of an arm alternate by small batches. Measurements are stored: an evaluation that goes on must not
-    choose anew.
+    The candidates of an arm alternate by small batches. Measurements are stored: a resumed evaluation must not
+    choose again.
     """
     path = test.ctx.work / "block_sizes.json"
     measured: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.exists() else {}
@@ -249,8 +249,8 @@ def exactness_in_fp32(
 ) -> dict[str, int]:
     """Compare decoding with and without a drafter in float32, token for token, all prompts in one batch.
 
-    Returns how many prompts, and how many came out equal with every checkpoint. checkpoints: with the block size that
-    each decodes with.
+    Returns the number of prompts, and of prompts with equal outputs for every checkpoint. checkpoints: with the block
+    size that each decodes with.
     """
     if not test.config.exactness_prompts:
         return {"fp32_prompts": 0, "fp32_identical": 0}
@@ -288,7 +288,7 @@ def compare_with_plain(requests: Sequence[Row], sampled: bool) -> None:
 
 
 def pair_key(row: Row) -> tuple[int, float, int, str]:
-    """Return what an answer has in common with the one without a drafter that it is compared with."""
+    """Return the key that an answer shares with its counterpart without a drafter."""
     return row["round"], row["temperature"], row["concurrency"], row["prompt_id"]
 
 
@@ -305,8 +305,8 @@ def add_margins(
 ) -> None:
     """Fill `margin` of greedy answers that differ from those without a drafter.
 
-    The margin is the number of logits by which the worse of the two tokens lies below the target's best; a small one
-    is a near-tie of the dtype. requests: with and without a drafter. check: called between forwards.
+    The margin is the number of logits by which the worse of the two tokens lies below the target's best; a small
+    margin is a near-tie of the dtype. requests: with and without a drafter. check: called between forwards.
     """
     by_id = {prompt.prompt_id: prompt for prompt in prompts}
     plain = {pair_key(row): row for row in requests if row["arm"] == PLAIN}

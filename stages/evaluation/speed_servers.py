@@ -5,8 +5,8 @@ Arms are compared within a round, so GPUs need not be equally fast.
 
 All servers have the same settings except for the drafter. In every round each arm's server is started, warmed up and
 timed at every setting, with an empty prefix cache; the order of the arms rotates by round, so that a machine that slows
-down does so for all. Every timed run is stored, so an interrupted evaluation goes on with the next one; on another
-machine with the next round, whose runs are compared with each other.
+down does so for all arms. Every timed run is stored, so an interrupted evaluation continues with the next one; on
+another machine with the next round, since runs within a round are compared.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ from draftsmith.stages.runtime.memory import release_memory
 from draftsmith.stages.runtime.stage import StageContext, progress_callback
 from draftsmith.stages.targets.causal_lm import Target
 
-WARM_UP_TOKENS = 16  # a prefill and some steps at every batch size
-_TRIES = 3  # at a timed run in which no request is lost
+WARM_UP_TOKENS = 16  # a prefill and a few steps at every batch size
+_TRIES = 3  # for a timed run without lost requests
 _TURNS = "turns.parquet"
 _Job = TypeVar("_Job")
 _Made = TypeVar("_Made")
@@ -77,13 +77,13 @@ _Made = TypeVar("_Made")
 
 @dataclass(frozen=True)
 class ServerSpeedTest:
-    """The servers of an evaluation: what they share, and how they decode."""
+    """The servers of an evaluation: their shared settings, and their timed decoding."""
 
     ctx: StageContext
     config: EvaluationConfig
     engine: ServerEngineConfig
     drafters: Mapping[str, Path]  # arm -> checkpoint
-    trained: Mapping[str, int]  # arm -> block size that its drafter was trained on
+    trained: Mapping[str, int]  # arm -> block size that its drafter was trained with
     longest: int  # positions of the longest request
     target_dtype: str  # that servers compute in
     shares: Sequence[str | None] = (None,)  # CUDA_VISIBLE_DEVICES of each round that runs beside others
@@ -117,7 +117,7 @@ class ServerSpeedTest:
             yield engine
 
     def warm_up(self, engine: ServerEngine, prompts: Sequence[Prompt]) -> None:
-        """Make the first calls, which compile and allocate, some for each batch size, without measuring them."""
+        """Make the first calls, which compile and allocate, a few per batch size, without measuring them."""
         for setting in self.settings:
             again = [prompts[i % len(prompts)] for i in range(setting.concurrency)]
             requests = requests_for(again, self.config, setting, self.ctx.seed, WARM_UP_TOKENS)
@@ -128,7 +128,7 @@ class ServerSpeedTest:
     ) -> tuple[list[Completion], float, float]:
         """Return answers in the order of the requests, the wall time in seconds, and the CPU share of other programs.
 
-        The prefix cache is empty before. All requests are sent again if one was lost and repeated, which took time.
+        The prefix cache is empty first. All requests are sent again if one was lost and repeated, which took time.
         trace: ask for the verify steps, which costs a little time. Raises RetryableError if some are lost each time.
         """
         engine.set_concurrency(setting.concurrency)
@@ -253,7 +253,7 @@ def _decode_heldout(test: ServerSpeedTest, heldout: Sequence[Prompt]) -> list[Ro
 
 
 def _start_round(folder: Path, arms: Sequence[str]) -> None:
-    """Prepare the folder of a round: one that another machine started, and did not finish, is measured anew."""
+    """Prepare the folder of a round: a round that another machine started and did not finish is measured again."""
     if all((folder / arm / _TURNS).exists() for arm in arms):
         return
     note, here = folder / "machine.json", json.dumps(machine().to_json())
@@ -263,7 +263,7 @@ def _start_round(folder: Path, arms: Sequence[str]) -> None:
 
 
 def _add_margins(test: ServerSpeedTest, requests: Sequence[Row], heldout: Sequence[Prompt]) -> None:
-    """Compute the target's logit margin in this process where answers differ with and without a drafter."""
+    """Compute the target's logit margin in this process where answers with and without a drafter first differ."""
     if different := sum(row["first_difference"] >= 0 for row in requests):
         test.ctx.log(
             f"{different} answers differ between decoding with and without a drafter. Computing the target's logit "
@@ -314,7 +314,7 @@ def _time_arm(
 def _trace(
     test: ServerSpeedTest, engine: ServerEngine, arm: str, block_size: int, heldout: Sequence[Prompt], can_trace: bool
 ) -> None:
-    """Decode, untimed, the answers that parity is checked on, with their steps where the server records them."""
+    """Decode, untimed, the answers for the parity check, with their steps if the server records them."""
     setting = test.settings[0]
     requests = requests_for(heldout[: test.config.parity_prompts], test.config, setting, test.ctx.seed)
     answers, *_ = test.decode(engine, requests, setting, trace=can_trace)
@@ -380,7 +380,7 @@ def _check_parity(
             gate, explained_by_ties(partial(_loaded, target, replayer, drafter[arm]), by_id.__getitem__)
         )
         try:
-            # sampled steps have replay's distribution, and are not the same one by one
+            # sampled steps have replay's distribution, but single steps differ
             comparable = steps.num_rows and not samples_proposals(drafter[arm], sampling)
             replayed = steps_table(TRACE, zip(trajectories, traces, strict=True))
             if comparable:
@@ -397,7 +397,7 @@ def _check_parity(
                 shutil.rmtree(work / stale, ignore_errors=True)
             raise
         parity[arm] = Parity.model_validate(by_step | by_tau)
-    del target, drafter  # the servers of the next rounds need all memory, as those of the first round
+    del target, drafter  # the servers of the next rounds need all memory
     release_memory()
     return parity
 

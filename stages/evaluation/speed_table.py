@@ -2,12 +2,12 @@
 
 Two arms that decode the same prompts in the same round are compared by the logarithm of the ratio of their tokens/s.
 Where the arms alternate prompt by prompt, the prompts are the repetitions: the ratio is that of sums over prompts, with
-the jackknife's error. That error includes the noise of a busy machine; what slows all arms of a prompt alike cancels.
+the jackknife's error. That error includes the noise of a busy machine; a slowdown of all arms of a prompt cancels.
 
-Timed runs of whole arms (servers; several requests in flight) have two errors. Rounds are the repetitions: what slows a
-whole round (heat, other programs) cancels. The prompts are the same in every run and a sample of those that are served,
-some of which a drafter guesses better: that error is the jackknife's over prompts, or with several requests in flight a
-bootstrap's of the time that the runs take. Sampled answers differ from round to round.
+Timed runs of whole arms (servers; several requests in flight) have two errors. Rounds are the repetitions: a slowdown
+of a whole round (heat, other programs) cancels. The prompts are the same in every run and a sample of the served ones,
+some of which a drafter predicts better: that error is the jackknife's over prompts, or with several requests in flight
+a bootstrap's over the duration of the runs. Sampled answers differ from round to round.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def at_setting(rows: Sequence[Row], setting: Setting) -> list[Row]:
 
 
 def speed_metrics(runs: Sequence[Row], requests: Sequence[Row], units: Units) -> dict[str, SpeedMetrics]:
-    """Return the metrics of each arm at one setting; those that no row has (latencies, accepted lengths) stay unset.
+    """Return the metrics of each arm at one setting; metrics that no row has (latencies, accepted lengths) stay unset.
 
     `speedup` is over decoding without a drafter, `ratios` over other drafters, both with 95 % intervals (`log_ratios`).
     """
@@ -83,7 +83,7 @@ def speed_metrics(runs: Sequence[Row], requests: Sequence[Row], units: Units) ->
 
 
 def _drafting_metrics(runs: Sequence[Row], requests: Sequence[Row]) -> dict[str, object]:
-    """Return what one drafter's runs and requests show of drafting and verification."""
+    """Return the metrics of drafting and verification from one drafter's runs and requests."""
     tokens, prompts, wall, draft, verify, steps = (
         float(sum(run[name] for run in runs))
         for name in ("tokens", "prompts", "wall_seconds", "draft_seconds", "verify_seconds", "verify_steps")
@@ -107,17 +107,17 @@ def _drafting_metrics(runs: Sequence[Row], requests: Sequence[Row]) -> dict[str,
 
 
 def alternates(runs: Sequence[Row]) -> bool:
-    """Return whether the arms of these runs decoded one prompt after the other, each by all arms."""
+    """Return whether all arms of these runs decoded a prompt before the next one came."""
     return bool(runs) and all(run["concurrency"] == 1 and run.get("batches", 1) > 1 for run in runs)
 
 
 def speed_by_slice(
     requests: Sequence[Row], labels: Mapping[str, Sequence[str]], units: Units, *, alternating: bool
 ) -> dict[str, dict[str, SetMetrics]]:
-    """Return slice -> drafter -> speed-up over decoding without a drafter, as the slice's requests saw it.
+    """Return slice -> drafter -> speed-up over decoding without a drafter, as seen by the slice's requests.
 
-    requests: at one setting. labels: of each prompt, its set first. A request's speed is its tokens by its latency,
-    which requests in flight share. alternating: as `alternates` of the runs.
+    requests: at one setting. labels: per prompt, its set first. A request's speed is its tokens divided by its latency,
+    which requests in flight share. alternating: `alternates` of the runs.
     """
     found: dict[str, dict[str, SetMetrics]] = {}
     for name in dict.fromkeys(chain.from_iterable(labels.values())):
@@ -140,11 +140,11 @@ def speed_by_slice(
 def log_ratios(
     runs: Sequence[Row], requests: Sequence[Row], wanted: Sequence[Pair], units: Units
 ) -> dict[Pair, Estimate]:
-    """Return the logarithm of how many times as fast the first arm of each pair is as the other one.
+    """Return the logarithm of the ratio of speeds, first arm over the other, of each pair.
 
-    Its units are prompts where arms alternate. Else they are rounds, and its error is of rounds and prompts; of the
-    rounds alone where no row has the time of its request. The error is unknown with a single unit, or where one prompt
-    outweighs all others.
+    Its units are prompts if arms alternate. Otherwise they are rounds, and its error covers rounds and prompts, or only
+    rounds if no row has the time of its request. The error is unknown with a single unit, or if one prompt outweighs
+    all others.
     """
     found = {}
     in_flight = runs[0].get("concurrency", 1) if runs else 1
@@ -163,7 +163,7 @@ def log_ratios(
 
 
 def _over_prompts(requests: Sequence[Row], pair: Pair, units: Units, in_flight: int) -> Estimate | None:
-    """Return the logarithm as the requests of all rounds saw it, with its error over prompts.
+    """Return the logarithm as seen by the requests of all rounds, with its error over prompts.
 
     With several in flight it is the error of the runs' wall time. None if the requests have no times.
     """
@@ -185,7 +185,7 @@ def _over_prompts(requests: Sequence[Row], pair: Pair, units: Units, in_flight: 
 
 
 def _factor(estimate: Estimate) -> Difference:
-    """Return a factor with its 95 % interval, which is None where the error is unknown."""
+    """Return a factor with its 95 % interval, which is None if the error is unknown."""
     low, high = estimate.interval() or (None, None)
     return Difference(
         value=math.exp(estimate.value),
@@ -218,9 +218,9 @@ _RESAMPLES = 200
 def error_over_prompts(
     requests: Sequence[Row], pair: tuple[str, str], keys: Sequence[Hashable], in_flight: int
 ) -> float:
-    """Return the bootstrap's standard error of the logarithm of how many times as fast the first arm is.
+    """Return the bootstrap's standard error of the logarithm of the ratio of speeds.
 
-    Units are resampled within their stratum, and within the rounds that asked them: looks have prompts of their own.
+    Units are resampled within their stratum, and within the rounds that decoded them: each look has its own prompts.
     requests: of these two arms, in the order in which they were sent. keys: the unit of each request.
     """
     first_sent = {row["prompt_id"]: index for index, row in reversed(list(enumerate(requests)))}

@@ -1,4 +1,4 @@
-"""Declaration of stage `evaluation`: what each drafter is worth on held-out prompts."""
+"""Declaration of stage `evaluation`: acceptance and speed of each drafter on held-out prompts."""
 
 from __future__ import annotations
 

@@ -41,11 +41,11 @@ class SpeedMeasurement:
     requests: list[Row]
     runs: list[Row]
     candidates: dict[str, dict[str, float]]  # arm -> block size -> tokens/s; without the arms that had no choice
-    validation_prompts: int  # that the candidates decoded, each of them once
+    validation_prompts: int  # validation prompts decoded once per candidate
     exactness: Exactness
     parity: dict[str, Parity] | None = None  # by arm; None: nothing was served
-    target_difference: TargetDifference | None = None  # of the servers' target from transformers'
-    heldout: Sequence[Row] = ()  # then: requests of all held-out prompts with every drafter, untimed
+    target_difference: TargetDifference | None = None  # the servers' target against transformers'
+    heldout: Sequence[Row] = ()  # if the served target differs: all held-out prompts with every drafter, untimed
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class TimedRun:
 
     engine: str
     round: int
-    order: int  # of the arm in the round
+    order: int  # the arm's position in the round
     arm: str
     block_size: int
     setting: Setting
@@ -62,8 +62,8 @@ class TimedRun:
     def row(self, answers: Sequence[Completion], wall_seconds: float, others_share: float, batches: int = 1) -> Row:
         """Return the row of table `turns`.
 
-        wall_seconds: for all answers. others_share: of the CPU, from `LoadMeter`. batches: into which the prompts were
-        split, between which the other arms decoded theirs.
+        wall_seconds: for all answers. others_share: of the CPU, from `LoadMeter`. batches: the number of parts of the
+        prompts, between which the other arms decoded theirs.
         """
         return {
             "round": self.round,
@@ -110,13 +110,13 @@ class TimedRun:
 
 
 def settings_of(config: EvaluationConfig) -> list[Setting]:
-    """Return every temperature at every concurrency, in the order of the config: the first is the headline's."""
+    """Return every temperature at every concurrency, in the order of the config. The first is the headline's."""
     temperatures = config.temperatures or (config.sampling.temperature,)
     return [Setting(temperature, concurrency) for temperature in temperatures for concurrency in config.concurrency]
 
 
 def rounds_of(ctx: StageContext, config: EvaluationConfig, is_steady: Callable[[], bool]) -> Iterator[tuple[int, int]]:
-    """Yield every round of a look with the number of them, which doubles if repetitions disagree after the config's."""
+    """Yield every round of a look with the number of rounds, which doubles if repetitions disagree."""
     most = config.rounds
     for round in itertools.count():
         if round == config.rounds and not is_steady():
@@ -135,7 +135,7 @@ def requests_for(
     max_new: int | None = None,
     round: int = 0,
 ) -> list[Request]:
-    """Return one request a prompt, the same for every arm.
+    """Return one request per prompt, the same for every arm.
 
     Each round has its own random numbers: arms that sample differ by luck, and with the same numbers in every round
     that difference would be in no error estimate.
@@ -146,9 +146,9 @@ def requests_for(
 
 
 def accepted_lengths(answer: Completion) -> list[int]:
-    """Return the proposals accepted by each verify step; in ascending order where the engine only counted them.
+    """Return the proposals accepted by each verify step; in ascending order if the engine only counted them.
 
-    Such a count ignores the answer's end: a last step that went past it counts in full.
+    Such a count ignores the answer's end: a last step beyond it counts in full.
     """
     if answer.steps:
         return answer.steps.accepted.tolist()
@@ -156,7 +156,7 @@ def accepted_lengths(answer: Completion) -> list[int]:
 
 
 def candidate_sizes(config: EvaluationConfig, trained: int) -> list[int]:
-    """Return the block sizes to choose from: none larger than the trained one."""
+    """Return the block sizes to choose from, at most the trained one."""
     return sorted({min(size, trained) for size in config.block_sizes or (trained,)})
 
 
@@ -166,7 +166,7 @@ def describe_block_sizes(sizes: Mapping[str, int]) -> str:
 
 
 def fastest(speeds: Mapping[int, float]) -> int:
-    """Return the block size with the most tokens/s; the smaller of two equals."""
+    """Return the block size with the most tokens/s; the smaller if two are equal."""
     return max(speeds, key=speeds.__getitem__)
 
 
@@ -180,7 +180,7 @@ class LoadMeter:
         self._began, self._machine, self._own = time.perf_counter(), psutil.cpu_times(), own_seconds()
 
     def others_share(self) -> float:
-        """Return the share of all cores' CPU time that other processes, and other guests of the host, took since.
+        """Return the share of all cores' CPU time that other processes, and other guests of the host, took since then.
 
         NaN if too little time has passed.
         """
@@ -214,7 +214,7 @@ def _cpu_name() -> str:
 
 
 def own_seconds() -> float:
-    """Return the CPU time of this process and its descendants (servers that it launched), ended ones included."""
+    """Return the CPU time of this process and its descendants (servers that it launched), also of ended ones."""
     this = psutil.Process()
     seconds = 0.0
     for process in (this, *this.children(recursive=True)):

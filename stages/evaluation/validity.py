@@ -1,7 +1,7 @@
-"""Speed warnings: which speeds of an evaluation cannot be trusted, and why. The gate finds such speeds inconclusive.
+"""Speed warnings: which speeds of an evaluation cannot be trusted, and why. For the gate such speeds are inconclusive.
 
-Arms are compared on the same prompts, so what a machine does to all of them alike cancels. What is left is checked
-here: too few prompts or timed runs, a speed-up that no drafter can have, and repetitions of the same comparison that
+Arms are compared on the same prompts, so effects of the machine on all arms cancel. The rest is checked
+here: too few prompts or timed runs, a speed-up that is impossible, and repetitions of the same comparison that
 differ so much that the machine decides the result. The last two are measured again.
 """
 
@@ -18,18 +18,18 @@ from draftsmith.stages.evaluation.timed_runs import Row, Setting
 from draftsmith.stages.evaluation.verdicts import FEWEST_RUNS
 
 FEWEST_PROMPTS = 4  # in a timed run
-_PROMPTS_PER_REQUEST = 2  # in flight: with as many prompts as are in flight, intervals of 95 % miss in 13 to 18 %
+_PROMPTS_PER_REQUEST = 2  # in flight: with one per request, 95 % intervals miss in 13 to 18 % of cases
 ABOVE_TAU = 1.05  # times tau: what noise may add to a speed-up
 # Standard errors that repetitions leave on a log speed-up. Prompt by prompt, more are measured above the first if it is
-# more than a quarter of the whole error. Runs of servers cost more, and are repeated above the second. What is above
-# the second then, the machine decided.
+# more than a quarter of the whole error. Runs of servers cost more, and are repeated above the second. If the
+# error is still above the second, the machine decided the result.
 STEADY, NOISY = 0.02, 0.05
 _OF_WHOLE = 1 / 4
-BUSY = 0.15  # share of the CPU time that others take
+BUSY = 0.15  # share of the CPU time of other programs
 
-# Kinds of warnings. LOAD concerns tokens/s alone: ratios hold.
+# Kinds of warnings. LOAD concerns only tokens/s: ratios hold.
 PROMPTS, TURNS, TAU, NOISE, LOAD = "prompts", "turns", "tau", "noise", "load"
-AGAIN = (TAU, NOISE)  # a matter of the moment: another measurement may be free of them
+AGAIN = (TAU, NOISE)  # temporary: another measurement may be free of them
 
 
 def speed_warnings(runs: Sequence[Row], requests: Sequence[Row], settings: Sequence[Setting]) -> list[SpeedWarning]:
@@ -50,20 +50,20 @@ def speed_warnings(runs: Sequence[Row], requests: Sequence[Row], settings: Seque
 
 
 def fewest_prompts(concurrency: int) -> int:
-    """Return how many prompts a timed run needs: one with several requests in flight ends with its slowest."""
+    """Return the prompts that a timed run needs: with several requests in flight it ends with its slowest."""
     return FEWEST_PROMPTS if concurrency == 1 else max(FEWEST_PROMPTS, _PROMPTS_PER_REQUEST * concurrency)
 
 
 def few_runs(runs: int) -> str:
-    """Return why so few timed runs are inconclusive."""
+    """Return why this number of timed runs is inconclusive."""
     return f"{runs} timed run{'s' * (runs != 1)}, {FEWEST_RUNS} are needed: raise evaluation.rounds"
 
 
 def machine_errors(runs: Sequence[Row], requests: Sequence[Row]) -> dict[str, float]:
-    """Return arm -> standard error of its log speed-up by what differs between repetitions, at one setting.
+    """Return arm -> standard error of its log speed-up from the differences between repetitions, at one setting.
 
-    Where arms alternate prompt by prompt, a repetition is the same prompt in another round; else it is a round. The
-    prompts' own spread is not in it. Arms with too few repetitions (one round; two of whole runs) are left out.
+    Where arms alternate prompt by prompt, a repetition is the same prompt in another round; otherwise it is a round.
+    The spread of the prompts is not in it. Arms with too few repetitions (one round; two of whole runs) are skipped.
     """
     by_prompt = alternates(runs)
     ratios: dict[str, list[np.ndarray]] = {}
@@ -110,7 +110,7 @@ def _few(runs: Sequence[Row], setting: Setting) -> Iterator[tuple[str, ...]]:
 def _above_tau(runs: Sequence[Row], requests: Sequence[Row], setting: Setting) -> Iterator[tuple[str, ...]]:
     """Yield the arms whose speed-up exceeds tau.
 
-    A verify step costs at least what a step without a drafter costs, so no speed-up exceeds tau. Several requests in
+    A verify step costs at least as much as a step without a drafter, so no speed-up exceeds tau. Several requests in
     flight end when the slowest ends: then the best tau of a single request is the bound.
     """
     for arm, ratios in _by_round(runs, PLAIN).items():
@@ -146,7 +146,7 @@ def _busy(runs: Sequence[Row]) -> Iterator[tuple[str, ...]]:
 
 
 def _by_round(runs: Sequence[Row], other: str) -> dict[str, np.ndarray]:
-    """Return arm -> [rounds] logarithm of how many times as fast it was as the other arm in the same round."""
+    """Return arm -> [rounds] logarithm of its speed over the other arm's in the same round."""
     speeds: dict[str, dict[int, float]] = {}
     for run in runs:
         speeds.setdefault(run["arm"], {})[run["round"]] = math.log(run["tokens"] / run["wall_seconds"])

@@ -1,6 +1,6 @@
 """Comparisons of drafters: which pairs are compared, and verdicts whose intervals hold together.
 
-Every verdict of an evaluation has an interval; all of them together leave out no true difference at 95 %.
+Every verdict of an evaluation has an interval; together they contain all true differences at 95 %.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import numpy as np
 from draftsmith.artifacts.results.evaluation import CHAMPION, ArmComparison, EstimateRecord, LoadPoint, Verdict
 from draftsmith.stages.runtime.statistics import Estimate, simultaneous_level
 
-Pair = tuple[str, str]  # an arm, and the one it is compared with
+Pair = tuple[str, str]  # an arm, and the arm it is compared with
 
-AGAINST_ALL = (CHAMPION, "sft")  # what every other drafter is compared with: the first of these among the arms
+AGAINST_ALL = (CHAMPION, "sft")  # every other drafter is compared with the first of these among the arms
 FURTHER: tuple[Pair, ...] = (("opd", "control"),)
-FEWEST_IN_SLICE = 4  # prompts before a slice is judged: with fewer, an interval tells nothing
-FEWEST_RUNS = 5  # timed runs before two speeds may be called different: with fewer, their spread is unknown
+FEWEST_IN_SLICE = 4  # prompts for a slice to be judged: with fewer, an interval means nothing
+FEWEST_RUNS = 5  # timed runs to call two speeds different: with fewer, their spread is unknown
 
 
 def pairs(arms: Sequence[str]) -> list[Pair]:
@@ -66,14 +66,14 @@ def _verdict(kind: str, pair: Pair, estimate: Estimate, level: float, enough: bo
 def comparison(
     kind: str, pair: Pair, estimate: Estimate, **fields: str | float | EstimateRecord | None
 ) -> ArmComparison:
-    """Return the record of an estimated difference. fields: further ones of the record."""
+    """Return the record of an estimated difference. fields: further fields of the record."""
     return ArmComparison.model_validate(
         {"kind": kind, "arm": pair[0], "other": pair[1], **estimate_record(estimate).to_json(), **fields}
     )
 
 
 def too_small(estimate: Estimate) -> str:
-    """Return why a slice is too small to be judged; empty if it is not."""
+    """Return why a slice is too small to be judged; empty if it is large enough."""
     if round(estimate.degrees + 1) >= FEWEST_IN_SLICE:  # prompts in effect
         return ""
     prompts = f"{estimate.units} prompt{'s' * (estimate.units != 1)}"
@@ -97,15 +97,15 @@ def estimate_of(record: ArmComparison | EstimateRecord) -> Estimate:
 
 
 def load_factor(point: LoadPoint) -> tuple[float, float | None, float | None]:
-    """Return how many times as fast an arm is as another one, with the ends of its 95 % interval."""
+    """Return an arm's speed as a multiple of another's, with the ends of its 95 % interval."""
     low, high = (math.exp(end) for end in estimate_of(point).interval() or (math.nan, math.nan))
     return math.exp(point.value), *((low, high) if math.isfinite(low) else (None, None))
 
 
 def at_loads(curve: Sequence[LoadPoint], loads: Mapping[int, float]) -> tuple[Estimate, float] | None:
-    """Return the logarithm of how many times as fast an arm is as another at a mix of loads, and its tokens/s.
+    """Return the logarithm of an arm's speed over another's at a mix of loads, and its tokens/s.
 
-    curve: ascending, interpolated between its points. loads: requests in flight -> share of the time. None if some load
+    curve: ascending, interpolated between its points. loads: requests in flight -> share of the time. None if a load
     lies below or above the curve. The errors of all loads are added: they come from the same prompts.
     """
     if not curve or min(loads) < curve[0].concurrency or max(loads) > curve[-1].concurrency:

@@ -1,6 +1,6 @@
 """The body of stage `mining`: replays and scores the answers, writes the table, and compares it with the served steps.
 
-Groups that were mined stay on disk, so that a rerun goes on after them.
+Mined groups stay on disk, so that a rerun continues after them.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ from draftsmith.stages.runtime.stage import WHOLE, Shard, StageContext
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.info import model_path, read_target_info
 
-SHARD = "shard.json"  # of a shard's artifact: what is in it
+SHARD = "shard.json"  # the content list of a shard's artifact
 
 
 def run(ctx: StageContext, config: MiningConfig) -> None:
-    """Mine what no shard holds yet, then write the table in the order of the answers, and its summary."""
+    """Mine the answers that no shard holds yet, then write the table in the order of the answers, and its summary."""
     stored = _read_answers(ctx, config)
     trajectories = stored.trajectories
     drafter = ctx.inputs["drafter"] / DRAFTER_FOLDER
@@ -55,7 +55,7 @@ def run(ctx: StageContext, config: MiningConfig) -> None:
     shards = mine_shard(ctx, config, stored, ctx.work)
     tokenizer = AutoTokenizer.from_pretrained(model_path(ctx.inputs["target"]), local_files_only=True)
 
-    # Long answers have millions of steps: none is a Python object from here on, and never are all in memory.
+    # Long answers have millions of steps: from here on none is a Python object, and never are all in memory.
     metrics = MiningMetrics(config.drafting.block_size or block_size_of(drafter))
     rows = shards.rows(trajectories.ids)
     total = int(rows.counts.sum())
@@ -63,7 +63,7 @@ def run(ctx: StageContext, config: MiningConfig) -> None:
         for batch in rows.batches(VERIFY_STEPS.columns.names):
             table.append(batch)
             metrics.add(batch)
-            ctx.progress(table.rows, total, "steps put together")  # which takes minutes
+            ctx.progress(table.rows, total, "steps put together")  # takes minutes
             ctx.check_interrupted()
     totals = shards.totals(trajectories.ids)
     sampled = samples_proposals(skeleton_of(drafter), stored.sampling)
@@ -99,7 +99,7 @@ def shard(ctx: StageContext, config: MiningConfig, part: Shard) -> None:
 
 
 def _read_answers(ctx: StageContext, config: MiningConfig) -> StoredTrajectories:
-    """Return the answers that are mined, in the artifact's order."""
+    """Return the answers to mine, in the artifact's order."""
     stored = load_trajectories(ctx.inputs["trajectories"])
     count = len(stored.trajectories)
     if config.table != "sample" or count <= SAMPLE:
@@ -147,10 +147,10 @@ def check_parity(
 ) -> ParityMetrics | None:
     """Compare the steps that the engine recorded and counted while it served with the replayed ones.
 
-    sampled: proposals are. Steps are replay's in distribution then, and only their number can be compared.
+    sampled: whether proposals are sampled. Steps then equal replay's in distribution; only their number is compared.
 
     Returns None unless the same drafter served with the same settings. Raises DraftsmithError if more steps differ than
-    allowed: the drafter that was served is then not this one.
+    allowed: then another drafter was served.
     """
     folder, drafter = ctx.inputs["trajectories"], ctx.inputs["drafter"] / DRAFTER_FOLDER
     served_with = TraceSource.read_if_there(folder)

@@ -1,6 +1,6 @@
 """Parallel replay: chains of anchors that start at many positions of many trajectories and coalesce.
 
-A block depends on its anchor alone, so chains from different starts meet: a rejection sends both to the same next
+A block depends only on its anchor, so chains from different starts meet: a rejection sends both to the same next
 anchor. Every round evaluates one block of every live chain in one packed forward; a chain stops at an anchor that
 another chain has evaluated. The trace is then read off by walking from the first anchor. Work stays close to one block
 per verify step, while sequential rounds fall by the number of chains. `chains=1` is one chain per trajectory.
@@ -22,16 +22,16 @@ from draftsmith.stages.replay.sampled import TargetSampler, VerifiedBlocks, draf
 from draftsmith.stages.replay.steps import Steps
 from draftsmith.stages.runtime.memory import to_device
 
-# Blocks that a round should hold, by type of device, before more chains are worth their extra blocks: by then matrix
-# products are at their full rate on a CPU, and a GPU does more than launch kernels (256: not measured).
+# Blocks per round, by type of device, up to which more chains are worth their extra blocks. Then matrix products run at
+# full rate on a CPU, and a GPU does more than launch kernels (256: not measured).
 BLOCKS_PER_ROUND = {"cpu": 32, "cuda": 256}
-# Live rows are copied together once this share of the batch is left; the copies of all rounds add up to a few contexts.
+# Live rows are compacted once this share of the batch is left; the copies of all rounds add up to a few contexts.
 COMPACT_AT = 0.75
 NOT_EVALUATED = -1
 # A chain from any position joins the trace after a rejection or two. Two chains share a stretch only if at least this
-# many rejections are expected in it, so that few blocks are evaluated in vain.
+# many rejections are expected in it, so that few blocks are wasted.
 REJECTIONS_TO_SPLIT = 16
-BLOCKS_TO_ESTIMATE = 8  # blocks that the rate of rejections is estimated from, at least
+BLOCKS_TO_ESTIMATE = 8  # minimum number of blocks for an estimate of the rejection rate
 
 
 @torch.no_grad()
@@ -47,9 +47,9 @@ def replay_chains(
     """Return the traces of a batch of trajectories.
 
     context: of the same trajectories, padded to one length.
-    chains: starts in each trajectory, spread evenly. None: one, and more while a round holds fewer than
+    chains: starts per trajectory, spread evenly. None: one, and more while a round holds fewer than
     `BLOCKS_PER_ROUND` blocks and the text ahead of a chain is long enough for two to meet.
-    sampler: of the same trajectories, if proposals are sampled; None: they are argmaxes.
+    sampler: for the same trajectories, if proposals are sampled; None: they are argmaxes.
     with_proposals: False leaves sampled proposals zero, because sampling them is expensive.
     """
     device = drafter.head.weight.device
@@ -76,7 +76,7 @@ def replay_chains(
         # a view: no block reads at or after its anchor
         visible = drafter.drafter.select(context, slice(0, len(rows)), int(anchors.max()))
         blocks = draft(drafter, visible, tokens, anchors_RA, sampler, with_proposals=with_proposals)
-        verified = torch.cat([blocks.accepted[..., None], blocks.proposed], -1).cpu().numpy()  # in one copy
+        verified = torch.cat([blocks.accepted[..., None], blocks.proposed], -1).cpu().numpy()  # one copy
         accepted, proposed = verified[..., 0], verified[..., 1:]
         expected = None if blocks.expected is None else blocks.expected.cpu().numpy()
         for r, row in enumerate(rows):
@@ -99,12 +99,12 @@ def with_confidence(
     for row, trace in enumerate(traces):
         logits = np.zeros(trace.proposed.shape, dtype=np.float32)
         for start in range(0, len(logits), BLOCKS_PER_ROUND[device.type]):
-            some = slice(start, start + BLOCKS_PER_ROUND[device.type])
-            anchors = to_device(trace.anchors[some], device)[None]
-            visible = drafter.drafter.select(context, slice(row, row + 1), int(trace.anchors[some].max()))
-            before = tokens[row, anchors[..., None] + offsets]  # of the answer, as those of accepted proposals are
+            part = slice(start, start + BLOCKS_PER_ROUND[device.type])
+            anchors = to_device(trace.anchors[part], device)[None]
+            visible = drafter.drafter.select(context, slice(row, row + 1), int(trace.anchors[part].max()))
+            before = tokens[row, anchors[..., None] + offsets]  # the answer's tokens, like accepted proposals
             hidden = drafter.drafter.block_hidden(visible, before, anchors)
-            logits[some] = drafter.drafter.confidence(hidden)[0].cpu().numpy()
+            logits[part] = drafter.drafter.confidence(hidden)[0].cpu().numpy()
         found.append(replace(trace, confidence=logits))
     return found
 
@@ -119,8 +119,8 @@ def successors(
 ) -> torch.Tensor:
     """Return the anchors [R, A] that a verify step at each of `anchors` [R, A] leads to.
 
-    After the end of a trajectory it is the first anchor, which every drafter visits.
-    context, sampler: of the same R trajectories; sampler None: proposals are argmaxes.
+    After the end of a trajectory this is the first anchor, which every drafter visits.
+    context, sampler: for the same R trajectories; sampler None: proposals are argmaxes.
     """
     tokens = committed_tokens(trajectories, drafter.block_size - 1, anchors.device)
     first, last = (
@@ -162,14 +162,14 @@ def draft(
 
 @dataclass
 class RejectionRate:
-    """Counts how often the drafter is rejected in a batch."""
+    """Counts the drafter's rejections in a batch."""
 
     blocks: int = 0
     rejections: int = 0
     committed: int = 0  # tokens
 
     def rejections_in(self, tokens: int) -> float:
-        """Return the rejections to expect in a stretch of text; 0 until enough blocks were counted."""
+        """Return the expected rejections in a stretch of text; 0 until enough blocks were counted."""
         return tokens * self.rejections / self.committed if self.blocks >= BLOCKS_TO_ESTIMATE else 0.0
 
 
@@ -183,15 +183,15 @@ class ChainState:
         self.live = sorted({self.first + answer * c // chains for c in range(chains if answer else 0)})
         self.accepted = np.full(self.length, NOT_EVALUATED, dtype=np.int64)
         self.proposed = np.zeros((self.length, proposals), dtype=np.int64)
-        self.expected: np.ndarray | None = None  # where proposals are sampled
+        self.expected: np.ndarray | None = None  # set if proposals are sampled
 
     @property
     def filler(self) -> int:
-        """Return an anchor that may be evaluated once more, where a batch needs one."""
+        """Return an anchor that may be evaluated again, to fill a batch."""
         return self.live[0] if self.live else min(self.first, self.length - 1)
 
     def split(self, wanted: int, rate: RejectionRate) -> None:
-        """Start chains amid the longest stretches of unread text, until `wanted` are live or stretches are short."""
+        """Start chains inside the longest stretches of unread text, until `wanted` are live or stretches are short."""
         while 0 < len(self.live) < wanted:
             known = np.append(np.flatnonzero(self.accepted != NOT_EVALUATED), self.live)
             ends = np.sort(np.append(known, self.last + 1))
@@ -206,7 +206,7 @@ class ChainState:
     ) -> None:
         """Record the blocks of the live chains, in their order, and move each chain to its next anchor.
 
-        accepted: [A] proposals accepted; proposed: [A, K] token ids; expected: [A] committed tokens on average, where
+        accepted: [A] proposals accepted; proposed: [A, K] token ids; expected: [A] mean committed tokens, if
         proposals are sampled. Entries after the live chains are padding.
         """
         count = len(self.live)
@@ -250,7 +250,7 @@ def replay_sequentially(
 ) -> Steps:
     """Return the trace of a drafter, one block after the other: the reference that parallel replay must equal.
 
-    context: of this trajectory alone (batch of one), over all its positions.
+    context: for only this trajectory (batch of one), over all its positions.
     """
     tokens, anchor = trajectory.tokens, trajectory.first_anchor
     device = head.weight.device

@@ -1,4 +1,4 @@
-"""Mined steps as a table, a row per verify step: in shards on disk while a mining is unfinished, and summarised."""
+"""Mined steps as a table with a row per verify step: in shards on disk until the mining is done, and summarised."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CERTAIN = 0.9  # the target's probability of its best token
 
 
 class MiningMetrics:
-    """Sums up verify steps from rows of VERIFY_STEPS, however they are divided. Sums are divided once, at the end."""
+    """Sums up verify steps from rows of VERIFY_STEPS, in any partition. Sums are divided once, at the end."""
 
     def __init__(self, block_size: int):
         self.block_size = block_size
@@ -57,7 +57,7 @@ class MiningMetrics:
         """Return the content of summary.json of stage `mining`, to which the stage adds the last fields."""
         rejected, corrections = self._rejected.most_common(20), self._corrections.most_common(20)
         return {
-            "definition_of_tau": "committed tokens per verify step, the target's own token included (+1)",
+            "definition_of_tau": "committed tokens per verify step, with the target's own token (+1)",
             "tau": self._committed / self.steps,
             "steps": self.steps,
             "error_positions": self._errors,
@@ -86,33 +86,33 @@ class MiningMetrics:
 
 
 class ValueCounts:
-    """Counts how often values occur, with 16 bytes for each different one of a batch."""
+    """Counts values, with 16 bytes for each distinct value of a batch."""
 
     def __init__(self) -> None:
         self._values, self._counts = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
 
     def add(self, values: np.ndarray) -> None:
-        different, first, counts = np.unique(values, return_index=True, return_counts=True)
-        self._values.append(different[np.argsort(first)])
+        distinct, first, counts = np.unique(values, return_index=True, return_counts=True)
+        self._values.append(distinct[np.argsort(first)])
         self._counts.append(counts[np.argsort(first)])
 
     def most_common(self, count: int) -> list[tuple[int, int]]:
         """Return values and their counts, most frequent first; of equal counts, the value that occurred first."""
-        different, first, of_batches = np.unique(np.concatenate(self._values), return_index=True, return_inverse=True)
-        counts = np.bincount(of_batches, np.concatenate(self._counts), len(different)).astype(np.int64)
+        distinct, first, inverse = np.unique(np.concatenate(self._values), return_index=True, return_inverse=True)
+        counts = np.bincount(inverse, np.concatenate(self._counts), len(distinct)).astype(np.int64)
         order = np.lexsort((first, -counts))[:count]
-        return list(zip(different[order].tolist(), counts[order].tolist(), strict=True))
+        return list(zip(distinct[order].tolist(), counts[order].tolist(), strict=True))
 
 
-_SHARD_STEPS = 1 << 16  # that wait for the next shard
+_SHARD_STEPS = 1 << 16  # steps that wait for the next shard
 # The table is in another order than the shards: a row group is read for a trajectory or two.
 _GROUP_BYTES = 1 << 18
 _SCHEMAS = {"evaluated_blocks": EVALUATED, "verify_steps": VERIFY_STEPS}
-_TOTALS = ("evaluated_blocks", "outside_nucleus")  # of each trajectory, columns of EVALUATED
+_TOTALS = ("evaluated_blocks", "outside_nucleus")  # columns of EVALUATED, per trajectory
 
 
 class MinedShards(BufferedShards):
-    """The mined groups of an unfinished mining on disk, so that a rerun goes on after them."""
+    """The mined groups of an unfinished mining on disk, so that a rerun continues after them."""
 
     def __init__(self, work: Path, done: Sequence[Path] = ()):
         """Open the shards in `work`. done: folders of other processes that together hold all groups, read instead."""
@@ -140,7 +140,7 @@ class MinedShards(BufferedShards):
     def totals(self, ids: pa.Array) -> dict[str, int]:
         """Return the blocks that were drafted for these trajectories, and their tokens outside the nucleus."""
         counts = np.zeros((len(_TOTALS), len(ids)), dtype=np.int64)
-        for path in self.paths("evaluated_blocks"):  # by trajectory: one that was mined again is not counted twice
+        for path in self.paths("evaluated_blocks"):  # by trajectory, so that one mined twice counts once
             table = read_table(path, EVALUATED)
             index = index_in(table, "trajectory_id", ids)
             for of_name, name in zip(counts, _TOTALS, strict=True):

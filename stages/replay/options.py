@@ -12,12 +12,12 @@ from draftsmith.stages.runtime.stage import WHOLE, NotInKey, Shard
 from draftsmith.stages.targets.sampling import GREEDY, SamplingParams
 
 TREE_TOKENS = 512  # rejected proposals of a trajectory that the target scores in one forward
-POSITIONS_PER_CHUNK = 1024  # whose logits are in memory together
+POSITIONS_PER_CHUNK = 1024  # positions whose logits are in memory at a time
 TokensPerForward: TypeAlias = Annotated[
     int,
     Field(
         ge=1,
-        description="of answers, with padding, that the target reads in one forward (a longer answer alone); features, "
+        description="tokens of answers, with padding, per forward of the target (a longer answer by itself); features, "
         "keys and values grow with it: lower where memory is tight, higher where a GPU is not busy",
     ),
 ]
@@ -27,7 +27,7 @@ MaxParityMismatch: TypeAlias = Annotated[
     Field(
         ge=0,
         le=1,
-        description="share of served verify steps that replay may contradict, by what was accepted and proposed up to "
+        description="share of served verify steps that replay may contradict, in accepted counts or in proposals up to "
         "the first rejection: near-ties in bf16. In float32 with greedy decoding none may, and all proposals count. "
         "tau as served may not be measurably lower than replay's in any case. 1: never fail",
     ),
@@ -43,10 +43,10 @@ PARITY_MISMATCH = 0.35
 class ReplayOptions:
     """The options of a replay."""
 
-    drafting: DraftingConfig = field(default_factory=DraftingConfig)  # left out: as each drafter was trained
-    sampling: SamplingParams = GREEDY  # of the answers; drafters with `samples_proposals` sample their proposals so too
+    drafting: DraftingConfig = field(default_factory=DraftingConfig)  # default: as each drafter was trained
+    sampling: SamplingParams = GREEDY  # of the answers, and of proposals that a drafter samples
     chains: int | None = None  # as in `replay_chains`
     with_proposals: bool = True  # as in `replay_chains`
-    with_confidence: bool = False  # of drafters that have one
+    with_confidence: bool = False  # if a drafter predicts it
     tokens_per_group: int = 4096  # with padding
-    shard: Shard = WHOLE  # of the groups, which are the same for all shards
+    shard: Shard = WHOLE  # of the groups; all shards have the same groups

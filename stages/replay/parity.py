@@ -21,11 +21,11 @@ from draftsmith.stages.runtime.statistics import jackknife
 LOGPROB_TOLERANCE = 1e-3  # float32: kernels of other shapes differ by about 1e-5
 # Fewer proposals that replay accepts, or fewer steps that an engine needed more than replay, may all be near-ties.
 CERTAIN = 10
-# By how much the served tau may be lower than that of replay. Near-ties in bf16 change up to 18 % of the steps, some
+# The largest share by which served tau may be below replay's. Near-ties in bf16 change up to 18 % of the steps, some
 # for the better and some for the worse. If 60 % of these were for the worse, tau of 2 would lose
 # 18 % · 20 % · 1 / 2 = 1.8 %.
 TAU_TOLERANCE = 0.02
-PARITY_LEVEL = 0.99  # one-sided, and high: a refusal ends a run of hours
+PARITY_LEVEL = 0.99  # one-sided, and high: a refusal ends a run that took hours
 FEWEST_ANSWERS = 5  # fewer give no useful estimate of the error; then max_parity_mismatch alone decides
 _CAUSE = "The engine served another drafter, or computes it differently. Check rotary settings, layer ids and dtype."
 
@@ -36,14 +36,14 @@ ExplainedByTies: TypeAlias = Callable[[str, pa.Table], bool]
 
 @dataclass(frozen=True)
 class ParityTolerance:
-    """How far served and replayed steps may differ."""
+    """The allowed differences between served and replayed steps."""
 
-    section: str  # of the config, for the error
+    section: str  # section of the config, for the error
     float32: bool  # both were computed in float32
     greedy: bool  # decoding was greedy
     allowed: float  # max_parity_mismatch
-    same_target: bool = True  # served as transformers computes it; else its own difference changes steps too
-    subject: str = ""  # whose steps, for the error, e.g. "drafter sft: "
+    same_target: bool = True  # the server computes it like transformers; otherwise the target changes steps too
+    subject: str = ""  # owner of the steps, for the error, e.g. "drafter sft: "
 
     @property
     def limit(self) -> float:
@@ -66,14 +66,14 @@ COMPARED = ("trajectory_id", "anchor", "accepted", "proposed_ids", "target_logpr
 
 
 def check_steps(tolerance: ParityTolerance, served: pa.Table, replayed: pa.Table) -> dict[str, float]:
-    """Compare all served steps with replayed ones. Raises DraftsmithError as `StepComparison.check` does."""
+    """Compare all served steps with replayed ones. Raises like `StepComparison.check`."""
     comparison = StepComparison(tolerance)
     comparison.add(served, replayed)
     return comparison.check()
 
 
 class StepComparison:
-    """Compares served with replayed steps, some trajectories at a time."""
+    """Compares served with replayed steps, a few trajectories at a time."""
 
     def __init__(self, tolerance: ParityTolerance, explained: ExplainedByTies = lambda *_: False) -> None:
         """Begin without steps. explained: asked only where no step may differ."""
@@ -83,13 +83,13 @@ class StepComparison:
         self._largest_difference: float | None = None
 
     def add(self, served: pa.Table, replayed: pa.Table) -> None:
-        """Compare the steps of some trajectories, which come in no other call.
+        """Compare the steps of trajectories that come in no other call.
 
-        Both tables have the columns `COMPARED`. Trajectories that only `replayed` has are left out. A step differs if
+        Both tables have the columns `COMPARED`. Trajectories that only `replayed` has are ignored. A step differs if
         the other side has no step at its anchor, or one with other proposals or with another number of accepted ones.
-        Below float32 proposals after the first rejected one may be others: verification decides nothing by them, and
+        Below float32, proposals after the first rejected one may differ: verification ignores them, and
         a block of 15 has a near-tie among them more often than not. An engine that reports no proposals is compared by
-        the numbers of accepted ones.
+        the numbers of accepted proposals.
         """
         known = served["trajectory_id"].unique()
         replayed = select_in_order(replayed, "trajectory_id", known)
@@ -159,13 +159,13 @@ def check_tau(
     replayed: [answers] verify steps of replay.
 
     Raises DraftsmithError if the served tau differs by more than `tolerance.allowed`, or if the engine accepted nothing
-    where replay accepts; of the same target also if it is measurably lower than that of replay, and in float32 with
+    where replay accepts; with the same target also if it is measurably lower than replay's, and in float32 with
     greedy decoding if the counts of any answer differ.
     """
     counted = np.where(served == 0, committed, served).astype(np.float64)
     tokens, steps = float(committed.sum()), float(replayed.sum())
     served_tau, replayed_tau = tokens / float(counted.sum()), tokens / steps
-    # as a share of replay's tau: the tokens are the same, so only steps are left of it
+    # as a share of replay's tau: the tokens are the same, so only the steps matter
     difference = jackknife(lambda ours, theirs: ours / theirs - 1, replayed.astype(np.float64), counted)
     high = difference.upper(PARITY_LEVEL) if difference.units >= FEWEST_ANSWERS else None
     metrics: ParityMetrics = {
@@ -177,7 +177,7 @@ def check_tau(
     }
     if tolerance.allowed >= 1:
         return metrics
-    extra_steps = float(counted.sum()) - steps  # that the engine needed more than replay
+    extra_steps = float(counted.sum()) - steps  # steps of the engine in excess of replay
     lower = tolerance.same_target and high is not None and high < -TAU_TOLERANCE and extra_steps >= CERTAIN
     unused = served_tau <= 1.0 and tokens - steps >= CERTAIN
     inexact = tolerance.limit == 0 and bool((counted != replayed).any())
@@ -200,15 +200,15 @@ def _pairs(served: pa.Table, replayed: pa.Table, *, exact: bool) -> tuple[np.nda
 
 
 def _keys(table: pa.Table, trajectories: pa.Array) -> np.ndarray:
-    """Return int64 [rows]: a number that is unique to trajectory and anchor."""
+    """Return int64 [rows]: a unique number per trajectory and anchor."""
     return (index_in(table, "trajectory_id", trajectories) << 32) + table["anchor"].to_numpy().astype(np.int64)
 
 
 def _same(a: pa.Table, b: pa.Table, *, exact: bool) -> np.ndarray:
     """Return bool [rows]: whether both steps accept as many proposals, and have as many and the same.
 
-    exact: all proposals must be the same, otherwise those that verification decides by. They are not compared if no
-    step of `a` has any.
+    exact: all proposals must be the same; otherwise those that decide verification. They are not compared if no step
+    of `a` has any.
     """
     longest = max((pc.max(pc.list_value_length(t["proposed_ids"])).as_py() or 0 for t in (a, b)), default=0)
     ours, theirs = (pad_lists(table, "proposed_ids", longest, -1, np.int64) for table in (a, b))
@@ -234,11 +234,11 @@ def _largest_difference(served: pa.Table, replayed: pa.Table, *, exact: bool) ->
     both = pc.and_(pc.is_valid(served["target_logprobs"]), pc.is_valid(replayed["target_logprobs"]))
     tables = served.filter(both), replayed.filter(both)
     lengths = [pc.list_value_length(table["target_logprobs"]).to_numpy() for table in tables]
-    longest = max((int(each.max()) for each in lengths if len(each)), default=0)
+    longest = max((int(counts.max()) for counts in lengths if len(counts)), default=0)
     a, b = (pad_lists(table, "target_logprobs", longest, np.nan, np.float64) for table in tables)
     scored = ~np.isnan(b) & (np.arange(longest) < lengths[0][:, None])  # replay scores nothing after the answer's end
     if not exact:
-        scored &= _decisive(tables[0], longest)  # later ones may be of other proposals
+        scored &= _decisive(tables[0], longest)  # later ones may belong to other proposals
     if not scored.any():
         return None
     with np.errstate(invalid="ignore"):  # both may be -inf, and are equal then

@@ -6,7 +6,7 @@ at the anchors of the served steps.
 - In float32 with greedy decoding every step must be the new drafter's: the same proposals, as many accepted.
 - Otherwise near-ties round either way. Wald's sequential test takes the likelihood ratio of the accepted counts. An
   argmax proposal is the answer's token with P = Φ(margin / noise): the margin is that token's logit less the highest
-  other one, the noise the most that was seen of a correct bfloat16 engine, as for the parity gate
+  other one, the noise the largest of a correct bfloat16 engine, as for the parity gate
   (tests/stages/replay/test_parity_noise.py). A sampled proposal is accepted with P = min(1, q / p) (`sampled.py`).
 """
 
@@ -32,12 +32,12 @@ from draftsmith.stages.runtime.memory import to_device
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.sampling import SamplingParams
 
-ServedAnswer: TypeAlias = tuple[Trajectory, Steps]  # its steps as served; `proposed` is [S, 0] if only counts are known
+ServedAnswer: TypeAlias = tuple[Trajectory, Steps]  # the served steps; `proposed` is [S, 0] if only counts are known
 
-ERROR_RATE = 0.01  # of a swap that did not happen and is reported as proven
+ERROR_RATE = 0.01  # rate of swaps reported as proven that did not happen
 DECISIVE = -math.log(ERROR_RATE)  # log-likelihood ratio: Wald's bound
 MISFIT = -float(ndtri(ERROR_RATE))  # standard deviations
-NOISY_SHARE, NOISY_PROPOSALS = 0.18, 7  # share of blocks in which noise changes one of so many proposals
+NOISY_SHARE, NOISY_PROPOSALS = 0.18, 7  # share of blocks in which noise changes one of this many proposals
 LAPSE = 0.05  # the least probability of either outcome of a proposal: a single odd step decides nothing
 
 
@@ -60,9 +60,9 @@ def prove(
 ) -> Proof:
     """Decide whether the new drafter made the steps of these answers. If inconclusive, call it again with more.
 
-    answers: none that a full server retracted, since tokens of these belong to no step.
+    answers: not retracted by a full server, since some tokens of a retracted answer belong to no step.
     options: block size and sampling, as served.
-    float32: server and target compute in it.
+    float32: server and target compute in float32.
     """
     replayer = Replayer(target, options)
     sampling, pair = replayer.options.sampling, (replayer.prepare(old), replayer.prepare(new))
@@ -71,11 +71,11 @@ def prove(
     if not answers:
         return Proof(None, "No verify step was recorded. Ask for longer answers.")
     if float32 and sampling.greedy:
-        not_old, not_new = (sum(_different_steps(target, drafter, each) for each in answers) for drafter in pair)
+        not_old, not_new = (sum(_different_steps(target, drafter, answer) for answer in answers) for drafter in pair)
         swapped = False if not_new else True if not_old else None
         reason = f"{not_new} of {steps} verify steps are not the new drafter's, {not_old} are not the old one's."
     else:
-        by_old, by_new = (log_probabilities(chances(target, each, answers, sampling), answers) for each in pair)
+        by_old, by_new = (log_probabilities(chances(target, drafter, answers, sampling), answers) for drafter in pair)
         counts = np.concatenate([served.accepted for _, served in answers])
         evidence = step_evidence(by_old, by_new, counts).sum(0)
         swapped = decide(evidence)
@@ -85,7 +85,7 @@ def prove(
         )
     remedies = {
         True: "The new drafter serves.",
-        False: "The server drafts with other weights: write them again.",
+        False: "The server drafts with other weights. Write the drafter again.",
         None: "Ask for more answers.",
     }
     return Proof(swapped, f"{reason} {remedies[swapped]}")
@@ -100,13 +100,13 @@ def decide(evidence: np.ndarray) -> bool | None:
 
 
 def misfit(evidence: np.ndarray) -> float:
-    """Return by how many standard deviations the steps are less likely than the new drafter's own."""
+    """Return the standard deviations by which the steps are less likely than the new drafter's own."""
     _, shortfall, variance = evidence
     return float(shortfall / math.sqrt(variance)) if variance > 0 else 0.0
 
 
 def step_evidence(old: np.ndarray, new: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Return [S, 3]: log-likelihood ratio of new to old; how far it falls short of new's expected one; its variance.
+    """Return [S, 3]: log-likelihood ratio of new to old; its shortfall from new's expected one; its variance.
 
     old, new: [S, K + 1] from `log_probabilities`; counts: [S] accepted proposals, as served.
     """
@@ -118,7 +118,7 @@ def step_evidence(old: np.ndarray, new: np.ndarray, counts: np.ndarray) -> np.nd
 def log_probabilities(chances: np.ndarray, answers: Sequence[ServedAnswer]) -> np.ndarray:
     """Return [S, K + 1] log-probabilities of 0 … K accepted proposals, -inf for more than the answer has left.
 
-    chances: [S, K] that a proposal of the served steps is accepted if those before it are.
+    chances: [S, K] probabilities that a proposal of the served steps is accepted if those before it are.
     """
     chances, offsets = np.clip(chances, LAPSE, 1 - LAPSE), np.arange(chances.shape[1] + 1)
     left = np.concatenate([len(t.tokens) - 1 - served.anchors for t, served in answers])
@@ -133,8 +133,8 @@ def chances(
 ) -> np.ndarray:
     """Return [S, K]: the probability that a proposal of the served steps is accepted if those before it are."""
     if samples_proposals(drafter.drafter, sampling):
-        return np.concatenate([_sampled_chances(target, drafter, each, sampling) for each in answers])
-    margins, leads = np.concatenate([_margins(target, drafter, each) for each in answers], 1)
+        return np.concatenate([_sampled_chances(target, drafter, answer, sampling) for answer in answers])
+    margins, leads = np.concatenate([_margins(target, drafter, answer) for answer in answers], 1)
     probabilities: np.ndarray = ndtr(margins / noise_of(leads))
     return probabilities
 

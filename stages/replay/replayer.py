@@ -1,4 +1,4 @@
-"""Replays and mines a set of trajectories, in groups of similar length that the target reads in one forward each."""
+"""Replays and mines a set of trajectories, in groups of similar length with one forward of the target each."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.sampling import SamplingParams
 
 Result = TypeVar("Result")
-KeptGroup: TypeAlias = tuple[Sequence[str], EncodedGroup]  # names of the trajectories of a forward with its cache
-GroupTraces: TypeAlias = tuple[list[int], list[dict[str, Steps]]]  # indices in the set, and traces by drafter of each
+KeptGroup: TypeAlias = tuple[Sequence[str], EncodedGroup]  # trajectory names of a forward that kept its cache
+GroupTraces: TypeAlias = tuple[list[int], list[dict[str, Steps]]]  # indices in the set, each one's traces by drafter
 MinedGroup: TypeAlias = list[tuple[Trajectory, Steps]]  # scored
 
 
@@ -56,15 +56,15 @@ class Replayer:
     def __init__(
         self, target: Target, options: ReplayOptions | None = None, log: Callable[[str], None] = do_nothing
     ) -> None:
-        """Share one target. log: takes a line when memory was refused and a group is done in two halves."""
+        """Share one target. log: takes a line when a group is halved because memory was refused."""
         self.target, self.options, self.log = target, options or ReplayOptions(), log
 
     def traces(
         self, drafters: Mapping[str, Drafter], trajectories: Sequence[Trajectory], **settings: Unpack[ReplaySettings]
     ) -> dict[str, list[Steps]]:
-        """Return the traces of every drafter, in the order of the trajectories. settings: as of `groups`.
+        """Return the traces of every drafter, in the order of the trajectories. settings: same as in `groups`.
 
-        All traces are in memory together: for the metrics of many trajectories there is `acceptance`.
+        All traces are in memory together; use `acceptance` for the metrics of many trajectories.
         """
         traces: dict[int, dict[str, Steps]] = {}
         for indices, by_drafter in self.groups(drafters, trajectories, **settings):
@@ -81,12 +81,12 @@ class Replayer:
     ) -> dict[str, AcceptanceStats]:
         """Return the acceptance of every drafter, without keeping the traces.
 
-        also: takes the traces of a drafter too. settings: as of `groups`.
+        also: takes the traces of a drafter too. settings: same as in `groups`.
         """
         stats = {name: AcceptanceStats(len(trajectories)) for name in drafters}
         for indices, by_drafter in self.groups(drafters, trajectories, **settings):
             for name, of_drafter in stats.items():
-                traces = [each[name] for each in by_drafter]
+                traces = [trace[name] for trace in by_drafter]
                 of_drafter.add(indices, traces)
                 if also and name in also:
                     also[name].add(indices, traces)
@@ -101,11 +101,11 @@ class Replayer:
         cache: Path | None = None,
         shards: Sequence[Path] = (),
     ) -> Iterator[GroupTraces]:
-        """Yield the traces of every drafter, some trajectories at a time, each trajectory once.
+        """Yield the traces of every drafter, a few trajectories at a time, each trajectory once.
 
-        progress: takes the number of trajectories done and of all, after every group.
-        cache: a folder of this replay alone, in which an interrupted one finds what it has done.
-        shards: caches of other processes, which replayed shards of the same set.
+        progress: takes the numbers of finished and of all trajectories, after every group.
+        cache: a folder for only this replay, from which it resumes after an interruption.
+        shards: caches of other processes that replayed shards of the same set.
         """
         options = self.options
         layer_ids = sorted({layer for d in drafters.values() for layer in d.target_layer_ids})
@@ -161,7 +161,7 @@ class Replayer:
 
         The target reads a group once: its hidden states serve the drafter and the proposals up to the first rejection.
         suffixes: score the proposals after it too, on the key/value cache of that read.
-        finished: takes the indices of a group; groups that it returns True for are left out.
+        finished: takes the indices of a group; groups for which it returns True are skipped.
         """
         sampling = self.options.sampling
         prepared = self.prepare(drafter)
@@ -185,16 +185,16 @@ class Replayer:
     ) -> list[Result]:
         """Return the results of `work`, one per trajectory of a group; in two halves if memory is refused.
 
-        A row of a batch does not depend on the others, because what is masked contributes nothing.
+        A row of a batch does not depend on the others, because masked entries contribute nothing.
         """
 
-        def work_on(some: Sequence[int]) -> Sequence[Result]:
-            return work(Group.padded([trajectories[i] for i in some], self.target.device))
+        def work_on(part: Sequence[int]) -> Sequence[Result]:
+            return work(Group.padded([trajectories[i] for i in part], self.target.device))
 
         return retry_in_halves(indices, work_on, self.log)
 
     def prepare(self, drafter: Drafter) -> PreparedDrafter:
-        """Return the drafter as it is replayed, with packed weights where possible. Call it once for all groups."""
+        """Return the drafter ready for replay, with packed weights where possible. Call it once for all groups."""
         drafting = self.options.drafting
         block_size = drafting.block_size or drafter.block_size
         return PreparedDrafter.packed(drafter, self.target, drafting.head_tokens, block_size)
@@ -249,8 +249,8 @@ def group_indices(
 ) -> Iterator[list[int]]:
     """Yield the indices of groups of at most `tokens_per_group` tokens with padding (or of one trajectory).
 
-    The groups depend on the lengths alone and are the same however many shards there are, because the last bits of a
-    result may depend on its group's shape. shard: whose groups are yielded.
+    The groups depend only on the lengths and are the same for any number of shards, because the last bits of a
+    result may depend on its group's shape. shard: the one whose groups are yielded.
     """
     for number, indices in enumerate(group_by_length(trajectory_lengths(trajectories), tokens_per_group)):
         if shard.contains(number):
@@ -269,12 +269,12 @@ def score(
     tokens_per_group: int,
     kept: Sequence[KeptGroup] = (),
 ) -> list[Steps]:
-    """Score the rejected proposals of some steps of each trajectory, in the trajectories' order.
+    """Score the rejected proposals in each trajectory's given steps, in the trajectories' order.
 
-    kept: forwards of the target over all of these trajectories; left out, it reads them again.
+    kept: forwards of the target over all of these trajectories; by default it reads them again.
     """
     scores: dict[int, Steps] = {}
-    with torch.autocast(target.device.type, enabled=False):  # a training loop's is for the drafter alone
+    with torch.autocast(target.device.type, enabled=False):  # a training loop's autocast is only for the drafter
         for indices, encoded in _encoded(target, trajectories, traces, tokens_per_group, kept):
             of_group = [_NO_STEPS if i is None else traces[i] for i in indices]
             scored = score_traces(target, encoded, of_group, rejected_only=True)
@@ -292,7 +292,7 @@ def _encoded(
     tokens_per_group: int,
     kept: Sequence[KeptGroup],
 ) -> Iterator[tuple[list[int | None], EncodedGroup]]:
-    """Yield forwards over the trajectories, and which of them each row is; None: a row of no use."""
+    """Yield forwards over the trajectories, and each row's trajectory; None: an unused row."""
     if not kept:
         tree_tokens = tree_tokens_of(traces[0].proposed.shape[1] + 1)
         for indices in group_indices(trajectories, tokens_per_group):
@@ -309,7 +309,7 @@ def _encoded(
 
 
 def tree_tokens_of(block_size: int) -> int:
-    """Return the free entries of a cache that proposals are scored on."""
+    """Return the free entries of a cache for the scoring of proposals."""
     return max(TREE_TOKENS, block_size)
 
 
@@ -318,7 +318,7 @@ def encode_group(
 ) -> EncodedGroup:
     """Run the target over a group of trajectories, padded to tokens [B, T].
 
-    layer_ids: layers that the features are taken from.
+    layer_ids: the layers of the features.
     tree_tokens: free cache entries after each trajectory; 0: no cache is kept.
     """
     if not tree_tokens:
@@ -332,7 +332,7 @@ def encode_group(
 
 
 def samples_proposals(drafter: Drafter, sampling: SamplingParams) -> bool:
-    """Return whether proposals for requests with this sampling are sampled from the drafter's q, or are argmaxes."""
+    """Return whether proposals at this sampling are sampled from the drafter's q; otherwise they are argmaxes."""
     return drafter.samples_proposals and not sampling.greedy
 
 
@@ -345,9 +345,9 @@ _WAITING = 1 << 12  # trajectories
 
 
 class TraceCache(BufferedShards):
-    """Stores the traces of a replay on disk while it runs, so that an interrupted one goes on from there.
+    """Stores the traces of a replay on disk while it runs, so that an interrupted one continues from there.
 
-    The folder is of this replay alone.
+    The folder is only for this replay.
     """
 
     def __init__(self, folder: Path):
@@ -382,7 +382,7 @@ def stored_traces(folder: Path) -> Iterator[GroupTraces]:
         table = read_table(path, REPLAYED)
         columns = zip(*table.columns, strict=True)
         for index, drafter, length, proposals, blocks, outside, *steps, expected, confidence in columns:
-            anchors, accepted, proposed = (each.values.to_numpy().astype(np.int64) for each in steps)
+            anchors, accepted, proposed = (column.values.to_numpy().astype(np.int64) for column in steps)
             traces.setdefault(index.as_py(), {})[drafter.as_py()] = Steps(
                 length.as_py(),
                 anchors,

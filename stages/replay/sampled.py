@@ -1,4 +1,4 @@
-"""Replay of drafters that sample their proposals from a q of their own, on stored answers of a sampled target.
+"""Replay of drafters that sample their proposals from their own q, on stored answers of a sampled target.
 
 It is exact in distribution.
 
@@ -8,9 +8,9 @@ proposal has the distribution max(q - p, 0), normalised, and the rest of the blo
 as everything is accepted, the tokens that the drafter sees are the answer's. A proposal that is an argmax is the case
 q(y) = 1: accepted iff it is y, on average over p.
 
-A committed token that the stated top-k and top-p leave out (p(y) = 0) is verified by p before truncation. Such tokens
-are counted (`outside_nucleus`). Answers that were sampled as stated have next to none: other kernels and dtypes move a
-token over the edge now and then. More of them show that the answers were sampled otherwise, so that tau by replay is
+A committed token that the stated top-k and top-p exclude (p(y) = 0) is verified by p before truncation. Such tokens
+are counted (`outside_nucleus`). Answers that were sampled as stated have almost none: other kernels and dtypes move a
+token over the edge now and then. More of them show that the answers were sampled differently, so that tau by replay is
 wrong.
 """
 
@@ -41,7 +41,7 @@ from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.kv_cache import Rows
 from draftsmith.stages.targets.sampling import SamplingParams
 
-FEW_OUTSIDE = 0.01  # share that is no reason for a warning: random weights in bfloat16 came to 0.5 %
+FEW_OUTSIDE = 0.01  # share up to which nothing is logged: random weights in bfloat16 came to 0.5 %
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,14 @@ class VerifiedBlocks:
 
     proposed: torch.Tensor  # [R, A, K] token ids
     accepted: torch.Tensor  # [R, A] proposals accepted
-    expected: torch.Tensor | None = None  # [R, A] float64 tokens committed, on average over what is sampled
+    expected: torch.Tensor | None = None  # [R, A] float64 committed tokens, averaged over samples
 
 
 @dataclass(frozen=True)
 class TargetSampler:
     """The target's distributions along R trajectories, and the random numbers that verification uses there.
 
-    The numbers depend on the trajectory's name alone: they are the same for every drafter and in any batch, and
+    The numbers depend only on the trajectory's name: they are the same for every drafter and in any batch, and
     independent of the numbers that the answer was sampled with.
     """
 
@@ -65,9 +65,9 @@ class TargetSampler:
     numbers: torch.Tensor  # [R, T + K, purposes] float64, uniform
     lengths: torch.Tensor  # [R] tokens
     sampling: SamplingParams
-    logits: Callable[[torch.Tensor], torch.Tensor]  # of hidden states [..., H]: [..., V]
+    logits: Callable[[torch.Tensor], torch.Tensor]  # from hidden states [..., H] to [..., V]
     vocabulary: int  # V
-    cached: torch.Tensor  # [R, T] float64 results of `answer_probability`, NaN where not computed yet
+    cached: torch.Tensor  # [R, T] float64 results of `answer_probability`, NaN if not computed yet
 
     @classmethod
     def for_trajectories(
@@ -81,7 +81,7 @@ class TargetSampler:
     ) -> TargetSampler:
         """Create the sampler of a group of trajectories.
 
-        hidden: [R, T, H]. proposals: K of a block. salt: another one gives other random numbers.
+        hidden: [R, T, H]. proposals: K of a block. salt: a different one gives other random numbers.
         """
         shape = hidden.shape[1] + proposals, len(Purpose)  # filled position by position: any width has the same numbers
         by_row = [np.random.default_rng(seed_from_name(t.trajectory_id, salt)).random(shape) for t in trajectories]
@@ -91,13 +91,13 @@ class TargetSampler:
         return cls(hidden, numbers, lengths, sampling, target.logits, len(target.head_weight), cached)
 
     def select(self, rows: Rows) -> TargetSampler:
-        """Return the sampler of some of the trajectories."""
+        """Return the sampler of these trajectories."""
         own = ("hidden", "numbers", "lengths", "cached")
         return replace(self, **{name: getattr(self, name)[rows] for name in own})
 
     @property
     def positions_per_chunk(self) -> int:
-        """Return how many float64 distributions over the vocabulary are in memory together."""
+        """Return the number of float64 distributions over the vocabulary in memory at a time."""
         return max(1, LOGITS_PER_CHUNK // (2 * self.vocabulary))
 
     def numbers_at(self, positions: torch.Tensor, purpose: Purpose) -> torch.Tensor:
@@ -108,12 +108,12 @@ class TargetSampler:
     def answer_probability(self, positions: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
         """Return float64 [R, N]: the probability of the answers' tokens `following` [R, N] after positions [R, N].
 
-        It is 1 where there is no token (-1). For tokens that top-k or top-p leave out, it is the probability before
+        It is 1 where there is no token (-1). For tokens that top-k or top-p exclude, it is the probability before
         truncation. Every position is computed once.
         """
         at = positions.clamp(max=self.hidden.shape[1] - 1)
         cached = self.cached
-        # a position may come more than once, with the answer's token and, from a block that ends before it, with -1
+        # a position may occur with the answer's token and, from a block that ends before it, with -1
         tokens = torch.full_like(cached, -1, dtype=torch.int64).scatter_reduce_(1, at, following, "amax")
         missing = torch.nonzero((tokens >= 0) & cached.isnan())
         for chunk in missing.split(self.positions_per_chunk):
@@ -131,7 +131,7 @@ class TargetSampler:
 
     @torch.no_grad()
     def distribution_at(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Return float64 [n, V]: what the target samples from in rows [n] after positions [n]."""
+        """Return float64 [n, V]: the distributions that the target samples from in rows [n] after positions [n]."""
         positions = positions.clamp(max=self.hidden.shape[1] - 1)
         return sampling_distribution(self._logits(rows, positions), self.sampling)
 
@@ -161,16 +161,16 @@ class ExpectedCommits:
         """Start at the anchors [R, A], with nothing accepted yet."""
         self.sampler, self.anchors = sampler, anchors
         self.offset = 0
-        self.accepting = torch.ones_like(anchors, dtype=torch.bool)  # everything was accepted so far
+        self.accepting = torch.ones_like(anchors, dtype=torch.bool)  # whether everything was accepted so far
         self.accepted = torch.zeros_like(anchors)
         self.committed = torch.ones(anchors.shape, dtype=torch.float64, device=anchors.device)  # on average
-        self._survival = self.committed.clone()  # probability that everything is accepted so far
+        self._survival = self.committed.clone()  # probability that everything was accepted so far
 
     def take(self, q: torch.Tensor, p: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """Take the next offset of all blocks. Return bool [R, A]: whether a step ends there with a rejected proposal.
 
         q, p: float64 [R, A], the probabilities of the answer's tokens under drafter and target (`answer_probability`).
-        tokens: [R, A] of the answer, -1 after its end.
+        tokens: [R, A] the answer's, -1 after its end.
         """
         self.offset += 1
         verified = tokens >= 0
@@ -196,18 +196,18 @@ def draft_sampled(
     *,
     with_proposals: bool,
 ) -> VerifiedBlocks:
-    """Do for sampled proposals what `draft` does for argmaxes: sample a block after every anchor that fits the answer.
+    """The counterpart of `draft` for sampled proposals: sample a block after every anchor, consistent with the answer.
 
     tokens: [R, T + K] of the answers, -1 after their ends; anchors: [R, A].
-    with_proposals: False leaves the proposals zero; how many are accepted is known without them.
+    with_proposals: False leaves the proposals zero; the accepted counts are known without them.
     """
     at_once = max(1, sampler.positions_per_chunk // len(anchors))
     if anchors.shape[1] > at_once:
         chunks = [
-            draft_sampled(drafter, context, sampler, tokens, some, with_proposals=with_proposals)
-            for some in anchors.split(at_once, 1)
+            draft_sampled(drafter, context, sampler, tokens, part, with_proposals=with_proposals)
+            for part in anchors.split(at_once, 1)
         ]
-        parts = zip(*((each.proposed, each.accepted, each.expected) for each in chunks), strict=True)
+        parts = zip(*((chunk.proposed, chunk.accepted, chunk.expected) for chunk in chunks), strict=True)
         return VerifiedBlocks(*(torch.cat(part, 1) for part in parts))
     before = tokens.gather(1, anchors).clamp(min=0)
     ahead = anchors[..., None] + torch.arange(drafter.block_size - 1, device=anchors.device)  # before each offset
@@ -251,7 +251,7 @@ def _propose(
 def outside_nucleus(
     target: Target, hidden: torch.Tensor, trajectories: Sequence[Trajectory], sampling: SamplingParams
 ) -> list[int]:
-    """Count the tokens of each trajectory that top-k and top-p leave out, of those that verify steps commit.
+    """Count the tokens of each trajectory that verify steps commit and that top-k and top-p exclude.
 
     hidden: [B, T, H] of the target. sampling: not greedy.
     """
@@ -268,11 +268,11 @@ def outside_nucleus(
 
 
 def truncation_warning(share: float | None, sampling: SamplingParams) -> str | None:
-    """Return what to log for a share of tokens outside the nucleus; None for few, or where no drafter samples."""
+    """Return the warning for a share of tokens outside the nucleus; None for few, or if no drafter samples."""
     if share is None or share <= FEW_OUTSIDE:
         return None
     return (
         f"warning: {share:.1%} of the answers' tokens cannot be sampled with {sampling.truncation} at temperature "
-        f"{sampling.temperature:g}, so tau may be wrong. Set logs.top_p and logs.top_k to what the answers were "
-        "sampled with; min_p and penalties cannot be set, so use answers without them, or greedy ones."
+        f"{sampling.temperature:g}, so tau may be wrong. Set logs.top_p and logs.top_k to the answers' "
+        "values; min_p and penalties cannot be set, so use answers without them, or greedy ones."
     )

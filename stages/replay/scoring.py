@@ -1,4 +1,4 @@
-"""Scores traces: the target's log-probs of every proposal, rejected suffixes on their draft-induced prefix included.
+"""Scores traces: the target's log-probs of every proposal, also of rejected suffixes on their drafted prefix.
 
 Up to the first rejection the prefix is the trajectory itself, whose hidden states are known already. After it the
 prefix holds rejected proposals: those tokens are appended to the trajectory's cache as leaves of a tree, all verify
@@ -21,8 +21,8 @@ from draftsmith.stages.runtime.memory import to_device
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.kv_cache import Rows, SlotCache
 
-# Rows are scored together while padding stays below this share of the leaves, or below a number of tokens that a
-# forward hardly notices: every forward has a fixed cost too.
+# Rows are scored together while padding stays below this share of the leaves, or below a number of tokens that
+# hardly slows a forward: every forward has a fixed cost too.
 PADDING_SHARE = 0.25
 FREE_PADDING = 64
 
@@ -33,9 +33,9 @@ class EncodedGroup:
 
     ids: torch.Tensor  # [B, T]
     hidden: torch.Tensor  # [B, T, H]
-    features: torch.Tensor | None = None  # [B, T, K*H] of the layers that were asked for
-    cache: SlotCache | None = None  # of the forward, rows 0 … B-1
-    tree_tokens: int = TREE_TOKENS  # entries of each row of the cache that are free, from T on
+    features: torch.Tensor | None = None  # [B, T, K*H] of the requested layers
+    cache: SlotCache | None = None  # the forward's, rows 0 … B-1
+    tree_tokens: int = TREE_TOKENS  # free entries of each row of the cache, from T on
 
 
 def score_traces(
@@ -55,7 +55,7 @@ def score_traces(
     scores = [np.full(t.proposed.shape, np.nan, dtype=np.float32) for t in traces]
     best = [np.full(len(t), np.nan, dtype=np.float32) for t in traces]
 
-    # ---- offsets up to the first rejection: predicted by the trajectory's own hidden states
+    # ---- offsets up to the first rejection: predicted by the trajectory's hidden states
     begin = [t.accepted if rejected_only else np.zeros_like(t.anchors) for t in traces]
     on_trajectory = _Proposals.from_traces(traces, begin, [t.on_trajectory for t in traces])
     for start in range(0, len(on_trajectory.row), POSITIONS_PER_CHUNK):
@@ -93,12 +93,12 @@ def score_traces(
 
 @dataclass(frozen=True)
 class _Proposals:
-    """Some proposals of some traces, flat, in the order of row, step and offset: every field is [N]."""
+    """Proposals of several traces, flat, in the order of row, step and offset: every field is [N]."""
 
     row: np.ndarray
     step: np.ndarray
     column: np.ndarray  # offset - 1
-    within: np.ndarray  # index among those of its step
+    within: np.ndarray  # index within its step
     anchor: np.ndarray
     rejected_offset: np.ndarray
     token: np.ndarray
@@ -136,7 +136,7 @@ class _Proposals:
 
 
 def _cache_rows(rows: np.ndarray, device: torch.device) -> Rows:
-    """Return sorted rows of the cache, as a slice if they are neighbours: these are read in place."""
+    """Return sorted rows of the cache, as a slice if they are neighbours: a slice is read in place."""
     first, end = int(rows[0]), int(rows[-1]) + 1
     return slice(first, end) if end - first == len(rows) else to_device(rows, device)
 
@@ -148,7 +148,7 @@ def _logprobs(logits: torch.Tensor, total: torch.Tensor, tokens: np.ndarray) -> 
 
 
 def _leaf_chunks(leaves: _Proposals, tree_tokens: int) -> Iterator[_Proposals]:
-    """Yield the leaves of one forward each: at most `tree_tokens` of a row, whole steps, rows of similar counts."""
+    """Yield the leaves of each forward: at most `tree_tokens` of a row, whole steps, rows of similar counts."""
     chunk = np.zeros(len(leaves.row), dtype=np.int64)
     starts = np.flatnonzero(leaves.within == 0)
     if not len(starts):
@@ -162,15 +162,15 @@ def _leaf_chunks(leaves: _Proposals, tree_tokens: int) -> Iterator[_Proposals]:
         chunk[start:end] = run
         size += end - start
     for c in range(chunk.max() + 1):
-        some = leaves.select(chunk == c)
-        for rows in _similar_rows(np.bincount(some.row)):
-            yield some.select(np.isin(some.row, rows))
+        part = leaves.select(chunk == c)
+        for rows in _similar_rows(np.bincount(part.row)):
+            yield part.select(np.isin(part.row, rows))
 
 
 def _similar_rows(counts: np.ndarray) -> Iterator[list[int]]:
     """Yield groups of rows with about equally many leaves, because padding costs as much as leaves.
 
-    Rows without leaves are left out.
+    Rows without leaves are skipped.
     """
     group: list[int] = []
     padding = leaves = 0
@@ -193,7 +193,7 @@ def _score_leaves(
     traces: Sequence[Steps],
     scores: list[np.ndarray],
 ) -> None:
-    """Run one forward over some leaves. It writes to entries T, T+1, … of the cache, which the next one overwrites."""
+    """Run one forward over these leaves. It writes to entries T, T+1, … of the cache, which the next one overwrites."""
     assert group.cache is not None
     T = group.ids.shape[1]
     cache_rows, row = np.unique(leaves.row, return_inverse=True)
@@ -220,8 +220,8 @@ def _score_leaves(
     )
     hidden = out.hidden[tuple(to_device(np.stack([row, slot]), device))]
     for start in range(0, len(row), POSITIONS_PER_CHUNK):
-        some = slice(start, start + POSITIONS_PER_CHUNK)
-        _write_following(target, hidden[some], leaves.select(some), traces, scores)
+        part = slice(start, start + POSITIONS_PER_CHUNK)
+        _write_following(target, hidden[part], leaves.select(part), traces, scores)
 
 
 def _write_following(
@@ -240,13 +240,13 @@ def _score_one_by_one(
 ) -> None:
     """Run two short forwards per rejection: over the text up to it, and over the proposals from it on.
 
-    The latter leave the states as they are, and write entries that the text after them replaces.
+    The latter does not advance states, and writes entries that the text after it replaces.
     """
     assert group.cache is not None
     ids, cache = group.ids, group.cache
     starts = np.flatnonzero(leaves.within == 0)
     ends = np.append(starts[1:], len(leaves.row))
-    committed = (leaves.anchor + leaves.rejected_offset)[starts]  # positions before the rejected one
+    committed = (leaves.anchor + leaves.rejected_offset)[starts]  # positions before the rejected proposal
     row = read = -1
     for index in np.lexsort((committed, leaves.row[starts])):  # blocks may overlap: in the order of their rejections
         step, end = leaves.select(slice(starts[index], ends[index])), int(committed[index])

@@ -16,7 +16,7 @@ from draftsmith.stages.runtime.stage import Compute, Config, FilledIn, Stage
 
 
 class MiningConfig(Config):
-    """How the trace is rebuilt."""
+    """The settings of replay for mining."""
 
     drafting: DraftingConfig = DraftingConfig()
     tokens_per_target_forward: TokensPerForward = 8192
@@ -24,8 +24,8 @@ class MiningConfig(Config):
     table: Annotated[
         Literal["sample", "full", "scored"],
         Field(
-            description="sample: the steps of a few hundred answers; full: of all; scored: "
-            "also the target's log-probs of what follows a rejected proposal"
+            description="sample: the steps of a few hundred answers; full: of all answers; scored: "
+            "also the target's log-probs of the proposals after a rejected one"
         ),
         FilledIn(),
     ] = "scored"

@@ -14,7 +14,7 @@ from draftsmith.stages.replay.steps import NO_TOKEN, Steps
 
 
 def steps_table(schema: TableSchema, answers: Iterable[tuple[Trajectory, Steps]]) -> pa.Table:
-    """Return the steps of some answers as rows of TRACE or VERIFY_STEPS; those of the latter are scored."""
+    """Return the steps of answers as rows of TRACE or, if scored, of VERIFY_STEPS."""
     parts = [_columns(*answer, schema) for answer in answers]
     return to_table(schema, pa.concat_tables(parts) if parts else schema.columns.empty_table())
 
@@ -45,7 +45,7 @@ def _columns(trajectory: Trajectory, steps: Steps, schema: TableSchema) -> pa.Ta
 
 
 def _lists(values: np.ndarray, known: np.ndarray, kind: pa.DataType) -> pa.Array:
-    """Return [rows] lists: of the rows of `values` [rows, width] what is known."""
+    """Return [rows] lists: the known part of each row of `values` [rows, width]."""
     offsets = np.append(0, known.sum(1).cumsum()).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values[known]).cast(kind))
 
@@ -54,7 +54,7 @@ STORED = ("anchor", "accepted", "proposed_ids", "target_logprobs")  # columns th
 
 
 def stored_steps(table: pa.Table, length: int, proposals: int) -> Steps:
-    """Return the steps of one trajectory from its rows of VERIFY_STEPS. length: its tokens. proposals: of a block."""
+    """Return the steps of one trajectory from its rows of VERIFY_STEPS. length: its tokens. proposals: per block."""
     anchors, accepted = (table[name].to_numpy().astype(np.int64) for name in ("anchor", "accepted"))
     proposed = pad_lists(table, "proposed_ids", proposals, 0, np.int64)
     logprobs = pad_lists(table, "target_logprobs", proposals, np.nan, np.float32)

@@ -12,26 +12,26 @@ if TYPE_CHECKING:
     import torch
 
 Array = TypeVar("Array", np.ndarray, "torch.Tensor")
-NO_TOKEN = -1  # a proposal of a block that is shorter than others of its answer
+NO_TOKEN = -1  # fills a block that is shorter than others of its answer
 
 
 @dataclass(frozen=True, eq=False)
 class Steps(Generic[Array]):
     """The verify steps of one trajectory as arrays [S], or those at the anchors of a batch as tensors [B, A].
 
-    Every step has K proposals. What the columns say of a step does not depend on the others.
+    Every step has K proposals. A step's values do not depend on the other steps.
     """
 
     length: int | Array  # tokens of the trajectory; [B, 1] in a batch
     anchors: Array  # absolute positions of the last committed tokens
-    accepted: Array  # proposals accepted; those beyond the end of the trajectory are not
+    accepted: Array  # accepted proposals; never beyond the end of the trajectory
     proposed: Array  # [..., K] token ids; [..., 0] where only numbers are known
     target_logprobs: Array | None = None  # float32 [..., K] of the proposals, given those before them; NaN: not scored
-    best_logprob: Array | None = None  # float32, of the target's best token at the rejection; NaN without one
-    proposals: int | None = None  # K, where `proposed` has other columns: none, or those of a larger block
-    expected: Array | None = None  # float64 tokens committed, on average over samples; None: argmaxes
+    best_logprob: Array | None = None  # float32, target's best token at the rejection; NaN without one
+    proposals: int | None = None  # K, if `proposed` has other columns: none, or a larger block's
+    expected: Array | None = None  # float64 committed tokens, averaged over samples; None: argmaxes
     confidence: Array | None = None  # float32 [..., K] logits, meaningful for proposals `on_trajectory`
-    evaluated_blocks: int = 0  # work: blocks drafted to find the steps
+    evaluated_blocks: int = 0  # cost: blocks drafted to find the steps
     outside_nucleus: int = 0  # committed tokens outside the stated sampling's nucleus; counted if proposals are sampled
 
     def __len__(self) -> int:
@@ -60,7 +60,7 @@ class Steps(Generic[Array]):
 
     @property
     def expected_committed(self) -> Array:
-        """Return what `committed` is on average over the samples after each anchor.
+        """Return the mean of `committed` over the samples after each anchor.
 
         Its sum is the less noisy estimate of tau: a trace with more steps than usual is one whose random numbers cut
         the steps short.
@@ -81,8 +81,8 @@ class Steps(Generic[Array]):
 def recorded_steps(length: int, rows: Sequence[tuple[int, int, Sequence[int], Sequence[float] | None]]) -> Steps:
     """Return the steps that an engine recorded one by one.
 
-    length: tokens of prompt and answer. rows: of each step anchor, accepted proposals, proposals, and the target's
-    log-probs of these, which are dropped unless all steps have them.
+    length: tokens of prompt and answer. rows: per step the anchor, accepted count, proposals and the target's log-probs
+    of the proposals, which are dropped unless all steps have them.
     """
     anchors, accepted, blocks, logprobs = zip(*rows, strict=True) if rows else ((), (), (), ())
     width = max(map(len, blocks), default=0)
@@ -122,14 +122,14 @@ class AcceptanceStats:
     """Sums and histograms over the traces of one drafter on N trajectories, which may come in any order."""
 
     def __init__(self, trajectories: int):
-        self.committed = np.zeros(trajectories)  # [N] tokens that verify steps committed, on average if sampled
+        self.committed = np.zeros(trajectories)  # [N] tokens committed by verify steps; means if sampled
         self.steps = np.zeros(trajectories)  # [N] verify steps
         self.committed_at = np.zeros((trajectories, len(DEPTHS)))  # [N, depths] the same by depth of the anchor
         self.steps_at = np.zeros((trajectories, len(DEPTHS)))
         self.lengths: np.ndarray = np.zeros((trajectories, 0))  # [N, K + 2] steps by the number of committed tokens
         # [N, depths, K + 1] steps by the number of accepted proposals, and of proposals inside the trajectory
         self.accepted_at = self.judged_at = np.zeros((trajectories, len(DEPTHS), 0), dtype=np.int64)
-        self._decisions: list[tuple[np.ndarray, np.ndarray]] = []  # of each trajectory
+        self._decisions: list[tuple[np.ndarray, np.ndarray]] = []  # per trajectory
         # tokens that steps with sampled proposals committed, and those of them outside the nucleus
         self._sampled = self._outside = 0
 
@@ -163,16 +163,16 @@ class AcceptanceStats:
     def acceptance_by_offset(self, answers: np.ndarray | slice = EVERY, depths: slice = EVERY) -> list[float]:
         """Return for each offset the share of its proposals that are accepted, and all before them; at most [K].
 
-        Of all steps, or of those of some answers at some depths. Offsets that none of them reaches are dropped.
+        Counts the steps of these answers at these depths. Offsets that no step reaches are dropped.
         """
-        accepted, judged = (each[answers, depths].sum((0, 1)) for each in (self.accepted_at, self.judged_at))
+        accepted, judged = (counts[answers, depths].sum((0, 1)) for counts in (self.accepted_at, self.judged_at))
         return [float(accepted[k:].sum() / judged[k:].sum()) for k in range(1, len(judged)) if judged[k:].any()]
 
     @property
     def decisions(self) -> Decisions:
-        """Return what the traces say of the drafter's confidence, the same in whatever order they came."""
+        """Return the confidence and outcome of the traces' proposals, in an order that does not depend on theirs."""
         parts = self._decisions or [(np.zeros(0), np.zeros(0, dtype=bool))]
-        logits, accepted = (np.concatenate(each) for each in zip(*parts, strict=True))
+        logits, accepted = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         order = np.lexsort((accepted, logits))
         return Decisions(logits[order].astype(np.float64), accepted[order])
 
@@ -196,5 +196,5 @@ class AcceptanceStats:
 
     @property
     def outside_nucleus_share(self) -> float | None:
-        """Share of the committed tokens that top-k and top-p leave out; None if no proposals are sampled."""
+        """Share of the committed tokens that top-k and top-p exclude; None if no proposals are sampled."""
         return self._outside / self._sampled if self._sampled else None

@@ -31,8 +31,8 @@ R = TypeVar("R", bound=ResultFile)
 
 
 def run(ctx: StageContext, config: ReportConfig) -> None:
-    """Write `report.html`, `headline.json` with its metrics that do not depend on time, and `review.json` with the
-    review, all metrics and the configs: what MLflow shows."""
+    """Write `report.html`, `headline.json` with the metrics that do not depend on time, and `review.json` with the
+    review, all metrics and the configs, which MLflow shows."""
     folder = ctx.inputs["evaluation"]
     evaluation = EvaluationResult.read(folder)
     decision = GateDecision.read(ctx.inputs["gate"]) if "gate" in ctx.inputs else None
@@ -83,7 +83,7 @@ def run(ctx: StageContext, config: ReportConfig) -> None:
 
 
 def _facts(evaluation: EvaluationResult, lineage: Sequence[LineageEntry], logs: LogsSummary | None) -> dict[str, str]:
-    """Return when, where, by whom and from what the metrics were measured."""
+    """Return the time, place, user and data of the measurement."""
     times = [entry.manifest.created_at for entry in lineage if entry.manifest.created_at]
     ends: list[str] = []
     if logs is not None:
@@ -117,7 +117,7 @@ def _user() -> str:
 
 
 def _fetch_result(kind: type[R], entry: LineageEntry | None) -> R | None:
-    """Read a file of an artifact, from the store's bucket if another host made it; None if it has none."""
+    """Read a file of an artifact, from the store's bucket if another host made it; None if there is none."""
     if entry is None:
         return None
     if not (entry.folder / kind.FILE).is_file() and kind.FILE in entry.manifest.files:
@@ -128,7 +128,7 @@ def _fetch_result(kind: type[R], entry: LineageEntry | None) -> R | None:
 def _measured_now(
     inputs: Mapping[str, Path], evaluation: EvaluationResult, decision: GateDecision | None
 ) -> Iterator[HistoryPoint]:
-    """Yield what this refresh adds to the history of its line: its drift check, and its challenger."""
+    """Yield this refresh's additions to the history of its line: its drift check, and its challenger."""
     if "drift" in inputs:
         overall = DriftResult.read(inputs["drift"]).overall.to_json()
         at = read_manifest(inputs["drift"]).created_at

@@ -1,4 +1,4 @@
-"""Every metric of a report by one name, for searches in MLflow; the artifacts that it rests on, and what they cost."""
+"""Every metric of a report under one name, for searches in MLflow; the artifacts behind it, and their cost."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from draftsmith.artifacts.store.manifest import MANIFEST, InputEntry, Manifest, 
 from draftsmith.stages.evaluation.verdicts import estimate_of, load_factor
 from draftsmith.stages.report.stage import ReportConfig
 
-_TRAJECTORIES = "trajectories"  # the input of stages that read answers, which several nodes make
+_TRAJECTORIES = "trajectories"  # input of stages that read answers; several nodes make answers
 _ANSWERS_OF = {"evaluation": "heldout", "drift": "heldout", "sft": "rollout"}  # reader -> node; else `assisted`
 
 
@@ -37,12 +37,12 @@ class LineageEntry:
 
     @property
     def key(self) -> str:
-        """Return the artifact as it is named in the store."""
+        """Return the artifact's name in the store."""
         return f"{self.manifest.stage}/{self.manifest.key[:16]}"
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """Return the config by which two refreshes are compared: a champion is its version."""
+        """Return the config for comparing two refreshes: a champion is its version."""
         config = self.manifest.config
         return {n: config.get(n) for n in ("line", "version")} if self.manifest.stage == CHAMPION else config
 
@@ -58,7 +58,7 @@ class LineageEntry:
         return int(servers * launch.get("tensor_parallel", 1) * launch.get("data_parallel", 1))
 
     def count(self, metric: str) -> float | None:
-        """Return what the stage generated or trained (`response_tokens`, `positions` or `tflop`).
+        """Return the stage's count of work: `response_tokens`, `positions` or `tflop`.
 
         None if it reports nothing, and for tokens that production generated.
         """
@@ -73,7 +73,7 @@ def device_seconds(lineage: Sequence[LineageEntry]) -> float:
 
 
 def wall_seconds(lineage: Sequence[LineageEntry]) -> float:
-    """Return the wall time of all stages, reused ones included."""
+    """Return the wall time of all stages, with reused ones."""
     return sum(entry.manifest.duration_s for entry in lineage)
 
 
@@ -107,7 +107,7 @@ def _with_line(manifest: Manifest, config: ReportConfig) -> Manifest:
 
 
 def _answer_node(reader: str, stage: str) -> str:
-    """Return the node that made the answers which a node reads. stage: of these answers."""
+    """Return the node that made the answers which a node reads. stage: the stage of these answers."""
     return _ANSWERS_OF.get(reader, "assisted") if stage == "rollout" else stage
 
 
@@ -129,7 +129,7 @@ def report_metrics(
     lineage: Sequence[LineageEntry] = (),
     data: Mapping[str, Record | None] | None = None,
 ) -> dict[str, float]:
-    """Return the metrics by name; those that are missing or no finite numbers are left out.
+    """Return the metrics by name; missing and non-finite ones are skipped.
 
     `tau.ARM`, `tau.ARM/SLICE`, `speedup.cCONCURRENCY.tTEMPERATURE` (the challenger's), `speedup.ARM.c….t…`,
     `speedup.ARM/SLICE` (at the first setting), `tau_gain` and `tau_gain/SLICE` (share of the champion's), all with
@@ -235,7 +235,7 @@ def _set_metrics(role: str, arm: str, evaluation: EvaluationResult) -> Named:
 
 
 def _champion_metrics(evaluation: EvaluationResult, challenger: str) -> Named:
-    """Yield the challenger's gain of tau and its speed over the champion's, with their intervals."""
+    """Yield the challenger's gain of tau and speed over the champion, with their intervals."""
     for each in evaluation.compared("tau", challenger, CHAMPION):
         if each.gain is not None and each.base:
             gain = estimate_of(each.gain)

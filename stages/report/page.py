@@ -32,17 +32,17 @@ from draftsmith.stages.report.stage import HistoryPoint
 from draftsmith.stages.report.tables import Step
 from draftsmith.stages.report.template import PAGE, STYLE
 
-_SHOWN = 2  # contexts of each kind that are not folded
+_SHOWN = 2  # unfolded contexts of each kind
 
 
 @dataclass(frozen=True)
 class ReportData:
-    """The content of a report. Anything missing is left out or shown as —."""
+    """The content of a report. Missing parts are skipped or shown as —."""
 
     title: str
     evaluation: EvaluationResult = field(default_factory=EvaluationResult)
     decision: GateDecision | None = None
-    facts: Mapping[str, str] = field(default_factory=dict)  # for the line below the title: name -> value
+    facts: Mapping[str, str] = field(default_factory=dict)  # the line below the title: name -> value
     steps: Sequence[Step] = ()
     history: Sequence[HistoryPoint] = ()
     contexts: Sequence[AnswerContext] = ()  # of the challenger
@@ -73,7 +73,7 @@ def render_report(path: Path, data: ReportData) -> None:
         cost=_cost_sentence(data.lineage) + _saved_sentence(data.lineage, data.decision),
         steps=data.steps,
         choice=tables.choice_sentence(evaluation) if data.decision is not None else "",
-        contexts=_in_order([each for each in data.contexts if each.slice is None]),
+        contexts=_in_order([context for context in data.contexts if context.slice is None]),
         contexts_by_slice=groupby((each for each in data.contexts if each.slice is not None), attrgetter("slice")),
         shown=2 * _SHOWN,
         data=_json({name: {} if each is None else each.to_json() for name, each in summaries.items()})
@@ -117,20 +117,20 @@ def _plots(data: ReportData) -> dict[str, str]:
 
 
 def _cost_sentence(lineage: Sequence[LineageEntry]) -> str:
-    """Return what the refresh took; empty if its durations are unknown."""
+    """Return the cost of the refresh; empty if its durations are unknown."""
     total = wall_seconds(lineage)
     if not total:
         return ""
     longest, devices = max(lineage, key=lambda entry: entry.manifest.duration_s), device_seconds(lineage)
     on_devices = f" and {duration(devices)} of device time" if devices > total else ""
     return (
-        f"The refresh took {duration(total)} ({total:,.0f} s) of stages{on_devices}, reused ones included; the longest "
+        f"The refresh took {duration(total)} ({total:,.0f} s) of stages{on_devices}, with reused ones; the longest "
         f"was {longest.name} with {duration(longest.manifest.duration_s)}."
     )
 
 
 def _saved_sentence(lineage: Sequence[LineageEntry], decision: GateDecision | None) -> str:
-    """Return what the challenger saves at the team's load; empty if that was not asked for, or it saves nothing."""
+    """Return the challenger's savings at the team's load; empty without a load or savings."""
     rule, spent = decision.at_load if decision is not None else None, device_seconds(lineage) / 3600
     factor = (rule.metrics["value"] or 0.0) if rule is not None else 0.0
     if factor <= 1 or not spent:
@@ -160,8 +160,8 @@ def _json(shown: Mapping[str, object]) -> str:
 
 def _in_order(contexts: Sequence[AnswerContext]) -> list[AnswerContext]:
     """Return the two worst, two typical ones, then the rest."""
-    typical = [each for each in contexts if each.kind == "typical"]
-    worst = [each for each in contexts if each.kind != "typical"]
+    typical = [context for context in contexts if context.kind == "typical"]
+    worst = [context for context in contexts if context.kind != "typical"]
     return [*worst[:_SHOWN], *typical[:_SHOWN], *worst[_SHOWN:], *typical[_SHOWN:]]
 
 

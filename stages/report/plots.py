@@ -50,7 +50,7 @@ _styled = style.context(_STYLE, after_reset=True)  # whatever the user's matplot
 
 @_styled
 def acceptance_by_offset(drafters: Mapping[str, Sequence[float]], names: Mapping[str, str]) -> str:
-    """Plot the share of proposals accepted at each position, a line for each drafter."""
+    """Plot the share of proposals accepted at each position, one line per drafter."""
     figure, axes = _axes(3.4)
     for arm, shares in drafters.items():
         offsets = range(1, len(shares) + 1)
@@ -63,7 +63,7 @@ def acceptance_by_offset(drafters: Mapping[str, Sequence[float]], names: Mapping
 
 @_styled
 def gain_by_slice(gains: Sequence[SliceGain], allowed: float | None) -> str:
-    """Plot the challenger's gain over the champion on each slice, as a forest plot. allowed: the loss that is."""
+    """Plot the challenger's gain over the champion on each slice, as a forest plot. allowed: the allowed loss."""
     figure, axes = _axes(0.9 + 0.26 * len(gains))
     for row, gain in enumerate(gains):
         low, high = gain.ends or (gain.value, gain.value)
@@ -81,7 +81,7 @@ def gain_by_slice(gains: Sequence[SliceGain], allowed: float | None) -> str:
 
 @_styled
 def tau_by_slice(slices: Mapping[str, Mapping[str, SetMetrics]]) -> str:
-    """Plot each drafter's acceptance length on every slice with its interval, where there is no champion."""
+    """Plot each drafter's acceptance length on every slice with its interval, if there is no champion."""
     arms = list(dict.fromkeys(arm for each in slices.values() for arm in each))
     figure, axes = _axes(0.9 + (0.12 + 0.14 * len(arms)) * len(slices))
     for place, arm in enumerate(arms):

@@ -1,9 +1,9 @@
 """One typed review of an evaluation and its gate: the final screen, `review.json` and the report are made from it.
 
 Differences between variants have intervals that are adjusted for the number of comparisons (`EvaluationResult.
-verdicts`), and are significant by those alone. Intervals of a variant alone are widened to the same level.
+verdicts`); only these decide significance. Intervals of single variants are widened to the same level.
 
-A report is written before anything follows from it: its outcome is that of the gate, not what was done.
+A report is written before anything is done: its outcome is the gate's decision, not the action.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ABSENT = "—"
 
 
 def name_of(arm: str) -> str:
-    """Return the name of a variant; one of `draftsmith evaluate` keeps its own."""
+    """Return the name of a variant; a variant of `draftsmith evaluate` keeps its name."""
     return NAMES.get(arm, arm)
 
 
@@ -50,16 +50,16 @@ def target_name(source: str) -> str:
 
 
 def number(value: Any, form: str) -> str:
-    """Return a formatted number, or `ABSENT` if it is none."""
+    """Return a formatted number, or `ABSENT` if it is not a number."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return ABSENT
     return format(value, form)
 
 
 def interval(numbers: Iterable[Any], form: str) -> str:
-    """Return a value with its low and high end in brackets, where they are known; a line may break before them.
+    """Return a value with its low and high end in brackets, if known; a line may break before them.
 
-    From 100 on they have no decimals, so that a wide interval does not make a wide column.
+    Ends of 100 or more have no decimals, so that a wide interval does not make a wide column.
     """
     wide = re.sub(r"\.\df$", ".0f", form)
     value, *ends = (number(each, wide if each is not None and abs(each) >= 100 else form) for each in numbers)
@@ -73,7 +73,7 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-MANY_LOOPS = 0.05  # share of the held-out answers from which it is a warning
+MANY_LOOPS = 0.05  # share of the held-out answers at which loops cause a warning
 _GROUPS = {"lossless": "lossless", "near-ties": "lossless", "tau": "acceptance", LOAD_RULES[1]: "speed-up"}
 _LABELS = {
     "promoted": "The gate says: promote",
@@ -85,7 +85,7 @@ _LONGEST = 100  # characters of a reason in the sentence
 
 
 class Metric(Record):
-    """A value with its interval, where it is known."""
+    """A value with its interval, if known."""
 
     value: float
     low: float | None = None
@@ -97,9 +97,9 @@ class Metric(Record):
 
 
 class MetricDifference(Metric):
-    """A variant beside another one: acceptance length minus the other's, or speed as a factor of the other's."""
+    """A variant against another: acceptance length minus the other's, or speed as a factor of the other's."""
 
-    significant: bool | None = None  # None: inconclusive, too little was measured or the speeds are unreliable
+    significant: bool | None = None  # None: inconclusive, from too few measurements or unreliable speeds
 
     @property
     def mark(self) -> str:
@@ -120,16 +120,16 @@ class Variant(Record):
     acceptance: Metric
     tokens_per_s: float | None
     speedup: Metric | None
-    differences: Mapping[str, MetricDifference]  # of the acceptance length, by the other variant
+    differences: Mapping[str, MetricDifference]  # differences of the acceptance length, by other variant
     speed_over: Mapping[str, MetricDifference]
-    unreliable: bool  # its speed
+    unreliable: bool  # whether its speed is
 
 
 class Check(Record):
     """A rule of the gate as the screen shows it."""
 
     name: str
-    group: str  # of rules that are one tick on the screen
+    group: str  # rules with one tick on the screen
     result: str  # passed, failed, inconclusive
     text: str
 
@@ -140,18 +140,18 @@ class Check(Record):
 
 
 class Review(Record):
-    """What an evaluation found, and what its gate decided."""
+    """The results of an evaluation, and the decision of its gate."""
 
     outcome: Outcome
     challenger: str
-    other: str | None  # the variant that all are compared with
-    level: float  # of every interval
+    other: str | None  # the variant that all others are compared with
+    level: float  # level of every interval
     comparisons: int
     variants: Sequence[Variant]
     checks: Sequence[Check]
-    warnings: Sequence[str]  # on data and outputs
+    warnings: Sequence[str]  # about data and outputs
     speed_warnings: Sequence[str]
-    more_prompts: int | None  # that the next run from `evaluation` measures, as this one was inconclusive; 0: the same
+    more_prompts: int | None  # for the next run from `evaluation` after an inconclusive one; 0: the same
     exactness: Sequence[str]
     headline: str  # tokens/s before and after
     machine: str
@@ -277,7 +277,7 @@ def _speed_warnings(evaluation: EvaluationResult) -> list[str]:
 
 
 def exactness_sentences(evaluation: EvaluationResult) -> list[str]:
-    """Return sentences on outputs that equal the target's, and on serving that equals replay."""
+    """Return sentences about equality of outputs with the target's, and of serving with replay."""
     found = evaluation.exactness
     sentences = []
     if found.fp32_prompts:
@@ -326,7 +326,7 @@ def _rate(tokens_per_s: float) -> str:
 
 
 def machine_text(evaluation: EvaluationResult) -> str:
-    """Return `2 × NVIDIA H100`, or the number of CPU cores where there is no GPU."""
+    """Return `2 × NVIDIA H100`, or the number of CPU cores without a GPU."""
     machine = evaluation.machine
     gpus = [f"{count} × {name}" if count > 1 else name for name, count in Counter(machine.gpus).items()]  # noqa: RUF001
     return ", ".join(gpus) or (f"{machine.cores} CPU cores" if machine.cores else "")
@@ -367,7 +367,7 @@ def _outcome(kind: str, sentence: str, reasons: Sequence[str] = (), followed: st
 
 
 def rule_name(rule: str) -> str:
-    """Return a rule of the gate as readers know it: `acceptance length on chat`."""
+    """Return a rule of the gate in the readers' words: `acceptance length on chat`."""
     return re.sub(r"^tau( of )?", lambda found: "acceptance length" + (" on " if found[1] else ""), rule)
 
 
@@ -379,7 +379,7 @@ def _reason(rule: RuleResult) -> tuple[str, str]:
 
 
 def _measured_sentence(evaluation: EvaluationResult) -> str:
-    """Return the challenger's acceptance length beside that of the first arm that it is compared with."""
+    """Return the challenger's acceptance length next to that of the first arm it is compared with."""
     arm = evaluation.challenger
     sentence = f"{name_of(arm)} has an acceptance length of {evaluation.drafters[arm].tau:.2f}"
     for verdict in evaluation.verdicts:

@@ -1,4 +1,4 @@
-"""Declaration of stage `report`: what mining, the trainings and the evaluation found, on one page."""
+"""Declaration of stage `report`: the results of mining, trainings and evaluation on one page."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class HistoryPoint(Record):
 
 
 class ReportConfig(Config):
-    """What the report shows. A run fills in what it compares with."""
+    """The content of the report. A run fills in the fields for comparison."""
 
     contexts: Annotated[
         bool,
         Field(
-            description="show stretches of held-out answers; false: `report.html`, which MLflow gets too, has no texts "
-            "of users"
+            description="show stretches of held-out answers; false: `report.html`, which MLflow gets too, has no "
+            "users' texts"
         ),
     ] = True
     champion: Annotated[

@@ -19,7 +19,7 @@ _COUNTS = ("response_tokens", "positions", "tflop")  # metrics that stages repor
 
 @dataclass(frozen=True)
 class Table:
-    """A table as it is read."""
+    """A table with its head and caption."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -101,7 +101,7 @@ def by_setting(evaluation: EvaluationResult) -> Table:
 
 
 def single_points(evaluation: EvaluationResult) -> dict[str, str]:
-    """Return a sentence in place of each plot that would have one point: by name of the plot."""
+    """Return a sentence for each plot that would have only one point, by name of the plot."""
     found = {}
     drafters, curves = evaluation.drafters, {arm: evaluation.load_curve(arm) for arm in evaluation.drafters}
     if drafters and all(len(each.acceptance_by_offset) == 1 for each in drafters.values()):
@@ -156,7 +156,7 @@ class SliceGain:
 
     name: str
     value: float
-    ends: tuple[float, float] | None  # of an interval that holds jointly with the others'; None: inconclusive
+    ends: tuple[float, float] | None  # of an interval that holds jointly with the others; None: inconclusive
     problem: str = ""  # why it is inconclusive
 
 
@@ -186,7 +186,7 @@ def by_slice(evaluation: EvaluationResult) -> Table:
         lengths = [interval((each.tau, each.low, each.high), ".3f") for each in own]
         rows.append([name, str(prompts), *lengths, *([_gain(gains.get(name))] if gains else [])])
     head = ["slice", "prompts", *map(name_of, arms), *(["challenger vs champion"] if gains else [])]
-    note = "Acceptance lengths. In brackets: 95 % intervals of each slice alone."
+    note = "Acceptance lengths. In brackets: 95 % intervals of each single slice."
     note += " Those of the gains hold for all slices together." * bool(gains)
     return Table(head, rows, "By slice", note)
 
@@ -206,7 +206,7 @@ def by_offset(evaluation: EvaluationResult) -> Table:
 
 
 def confidence(evaluation: EvaluationResult) -> Table:
-    """Return how well each drafter with a confidence head knows what will be accepted, before and after calibration."""
+    """Return the calibration of each drafter's confidence head, before and after its correction."""
     found = {arm: each.confidence for arm, each in evaluation.drafters.items() if each.confidence is not None}
     fields = {"confidence": ".3f", "accepted": ".3f", "error": ".4f", "error_calibrated": ".4f"}
     fields |= {"decisions": ",d", "scale": ".3f", "shift": "+.3f"}
@@ -237,7 +237,7 @@ def gate(review: Review) -> Table:
 
 
 def choice_sentence(evaluation: EvaluationResult) -> str:
-    """Return why this variant is the challenger, and which one measured better; empty where there was no choice."""
+    """Return why this variant is the challenger, and which one measured better; empty if there was no choice."""
     lengths = {arm: tau for arm, tau in (evaluation.validation_tau or {}).items() if arm != CHAMPION}
     if len(lengths) < 2:
         return ""
@@ -252,7 +252,7 @@ def choice_sentence(evaluation: EvaluationResult) -> str:
 
 
 def stages(lineage: Sequence[LineageEntry]) -> Table:
-    """Return every artifact that the report rests on, with its time and tokens, and the totals."""
+    """Return every artifact behind the report, with its time and tokens, and the totals."""
     rows = [
         [name, where, duration(wall_seconds(group)), duration(device_seconds(group)), *_counts(group)]
         for name, where, group in [*((_name(each), each.key, [each]) for each in lineage), ("total", "", lineage)]
@@ -267,7 +267,7 @@ def stages(lineage: Sequence[LineageEntry]) -> Table:
         "TFLOP of training",
     ]
     note = (
-        "Wall time of the attempt that finished, reused stages included; device time: times the devices of its config."
+        "Wall time of the attempt that finished, with reused stages. Device time: wall time times the config's devices."
     )
     return Table(head, rows, "Stages", note, text_columns=2)
 
@@ -292,7 +292,7 @@ _UNSAFE = ("checksums", "lossless")  # groups of rules: a drafter that breaks on
 
 @dataclass(frozen=True)
 class Step:
-    """A command, its purpose, and how long it takes where that is known."""
+    """A command, its purpose, and its duration if known."""
 
     purpose: str
     command: str
@@ -305,7 +305,7 @@ class Step:
 
 
 def next_steps(review: Review, command: Invocation, seconds: Mapping[str, float]) -> list[Step]:
-    """Return what to do after this outcome. command: of this refresh. seconds: duration of its nodes."""
+    """Return the next steps after this outcome. command: this refresh's. seconds: durations of its nodes."""
     look = Step("see why", shlex.join(["draftsmith", "report", command.config, "--open"]))
     if command.line is None:
         return [look]
@@ -340,5 +340,5 @@ def next_steps(review: Review, command: Invocation, seconds: Mapping[str, float]
 
 
 def refresh_anyway(command: Invocation) -> Step:
-    """Return what to do if the champion is current."""
+    """Return the next step if the champion is current."""
     return Step("refresh anyway", command.run("--force", "drift"))

@@ -1,6 +1,6 @@
-"""The report's page: a Jinja template, in a module so that a change of it changes the digest of the stage's code.
+"""The report's page: a Jinja template in a module, so that a change changes the digest of the stage's code.
 
-Everything is escaped: names of slices, tokens and answers are not ours.
+Everything is escaped: names of slices, tokens and answers come from outside.
 """
 
 PAGE = """
@@ -139,7 +139,7 @@ PAGE = """
 
 {%- call section("Drafters") %}
 {{ table(tables.drafters) }}
-<p class="quiet">Acceptance length: tokens per verify step, the target's own token included (+1). SGLang logs the same
+<p class="quiet">Acceptance length: tokens per verify step, with the target's own token (+1). SGLang logs it
 as accept length, vLLM as mean acceptance length. Measured by {% if as_served -%}
 the verify steps that servers counted on the same held-out prompts for all drafters
 {%- else %}replay of the same held-out answers for all drafters{% endif %}.</p>
@@ -161,7 +161,7 @@ the verify steps that servers counted on the same held-out prompts for all draft
 
 {%- call section("By slice") %}
 {{ plot(plots.by_slice, "95 % intervals hold for all slices together. Dashed: the loss that the gate allows.") }}
-{{ plot(plots.tau_by_slice, "With 95 % intervals of each slice alone; none where a slice is too small.") }}
+{{ plot(plots.tau_by_slice, "With 95 % intervals of each single slice; none if a slice is too small.") }}
 {{ table(tables.by_slice) }}
 {%- call fold("Acceptance by offset and slice") %}{{ table(tables.by_offset) }}{% endcall %}
 {%- endcall %}
@@ -174,14 +174,14 @@ the verify steps that servers counted on the same held-out prompts for all draft
 {%- endcall %}
 
 {%- call section("Trend") %}
-{{ plot(plots.trend, "Each drafter on the prompts of its own refresh, with 95 % intervals over prompts.") }}
+{{ plot(plots.trend, "Each drafter on the prompts of its refresh, with 95 % intervals over prompts.") }}
 {%- endcall %}
 
 {%- call section("Contexts") %}
 {%- if contexts %}
 <p class="quiet">Stretches of held-out answers. <span class="kept">Accepted proposals</span> are underlined, a
-<del>rejected proposal</del> and what was <del class="dropped">proposed after it</del> are struck out, and what the
-<span class="chosen">target chose</span> instead is boxed. ␣ is a space, ⏎ a line break.</p>
+<del>rejected proposal</del> and the <del class="dropped">proposals after it</del> are struck out, and the
+<span class="chosen">target's choice</span> is boxed. ␣ is a space, ⏎ a line break.</p>
 {%- for each in contexts[:shown] %}
 {{ context(each) }}
 {%- endfor %}

@@ -173,7 +173,7 @@ def test_servers_of_something_else_are_refused(
     refused("serves the target without a drafter", plain_url, drafter=drafter)
     refused(f"drafts with [0-9a-f]{{12}}, not {other}", dflash_url, drafter=other)
     refused(r"drafts blocks of 8, drafting\.block_size means 5", dflash_url, drafter=drafter, block_size=5)
-    refused("takes 1022 positions a request, the longest needs 1023", plain_url, longest=1023)
+    refused("takes 1022 positions per request, the longest needs 1023", plain_url, longest=1023)
     refused("the target is|whose tokenizer|other weights", plain_url, target_folder=plain_artifact)
 
 

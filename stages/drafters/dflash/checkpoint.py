@@ -19,7 +19,7 @@ from draftsmith.stages.targets.layers import is_size
 
 ARCHITECTURE = "DFlashDraftModel"
 MODEL = DFlashDrafter
-# Fields that SGLang's DFlash reads and that are not computed here, with the value that changes nothing
+# Fields that SGLang's DFlash reads and this package does not compute, with the values that change nothing
 # (srt/models/dflash.py, srt/speculative/dflash_utils.py; 0.5.20 and 0.5.23).
 _COMPUTED = {"has_embed_tokens": False, "attention_sink_bias": False}
 _COMPUTED_WITHIN = {  # `dflash_config`
@@ -33,10 +33,10 @@ _COMPUTED_WITHIN = {  # `dflash_config`
     "selector_top_k": 0,
 }
 _COMPUTED_EITHER = {"projector_type": None, "sample_from_anchor": True}  # at the top or within
-# Architectures with the same config fields that draft in another way.
+# Architectures with the same config fields that draft differently.
 _OTHER_ARCHITECTURES = ("DFlash2", "DFlashLaguna", "DSpark")
 own_name, save = speculators.own_name, checkpoint_format.save
-MASK_ADVICE = "Remove sft.drafter.mask_token: one that no text contains is then chosen."
+MASK_ADVICE = "Remove sft.drafter.mask_token: a token that no text contains is then chosen."
 
 
 def default_layer_ids(num_target_layers: int, count: int) -> list[int]:
@@ -46,16 +46,16 @@ def default_layer_ids(num_target_layers: int, count: int) -> list[int]:
     return [round(1 + i * (num_target_layers - 4) / (count - 1)) for i in range(count)]
 
 
-def mask_token_id(tokenizer: Any, wanted: str | int) -> int:
+def mask_token_id(tokenizer: Any, token: str | int) -> int:
     """Return the id of the mask token. Raises DraftsmithError if it is not one token of the vocabulary.
 
-    wanted: an id is used as it is, because models keep unused rows after the tokenizer's tokens.
+    token: an id is used as it is, because models keep unused rows after the tokenizer's tokens.
     """
-    if isinstance(wanted, int):
-        return wanted
-    index = tokenizer.convert_tokens_to_ids(wanted)
-    if index is None or index == tokenizer.unk_token_id or tokenizer.convert_ids_to_tokens(index) != wanted:
-        raise DraftsmithError(f"sft.drafter.mask_token: {wanted!r} is not a token of the target. {MASK_ADVICE}")
+    if isinstance(token, int):
+        return token
+    index = tokenizer.convert_tokens_to_ids(token)
+    if index is None or index == tokenizer.unk_token_id or tokenizer.convert_ids_to_tokens(index) != token:
+        raise DraftsmithError(f"sft.drafter.mask_token: {token!r} is not a token of the target. {MASK_ADVICE}")
     return int(index)
 
 
@@ -116,7 +116,7 @@ def parse(path: Path, raw: RawConfig, architecture: str = ARCHITECTURE, computed
     for name in raw.get("architectures") or []:
         if name != architecture and any(other in name for other in _OTHER_ARCHITECTURES):
             raise DraftsmithError(
-                f"drafter {path}: architectures names {name}, which is not DFlash. Give a DFlash drafter."
+                f"drafter {path}: architectures names {name}, which is not DFlash. Choose a DFlash drafter."
             )
     checkpoint_format.refuse_other_models(path, raw, checkpoint_format.COMPUTED | _COMPUTED | _COMPUTED_EITHER)
     within = {name: value for name, value in _COMPUTED_WITHIN.items() if name not in computed}

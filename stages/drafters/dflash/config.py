@@ -10,17 +10,17 @@ from draftsmith.stages.drafters.spec import DrafterShape, TrainingRecipe, Traits
 
 
 class DFlashConfig(DrafterShape):
-    """Shape of a new DFlash drafter. Sizes left out follow the target, as z-lab's checkpoints do."""
+    """Shape of a new DFlash drafter. By default sizes follow the target, as in z-lab's checkpoints."""
 
     kind: Literal["dflash"] = "dflash"
     num_layers: Annotated[int, Field(ge=1, description="decoder layers")] = 5
     block_size: Annotated[int, Field(ge=2, description="anchor + proposals")] = 16
     target_layer_ids: Annotated[
         tuple[int, ...] | None,
-        Field(description="layer k = the hidden state AFTER target layer k; left out: spread over the depth"),
+        Field(description="layer k = the hidden state AFTER target layer k; default: spread over the depth"),
     ] = None
     num_target_features: Annotated[
-        int | None, Field(ge=1, description="how many target layers to spread; left out: one a drafter layer")
+        int | None, Field(ge=1, description="target layers to spread; default: one per drafter layer")
     ] = None
     mask_token: Annotated[
         str | int | None,
@@ -29,18 +29,18 @@ class DFlashConfig(DrafterShape):
             "the first that no text contains, which `draftsmith check` names"
         ),
     ] = None
-    intermediate_size: Annotated[int | None, Field(ge=1, description="width of the MLP; left out: the target's")] = None
+    intermediate_size: Annotated[int | None, Field(ge=1, description="width of the MLP; default: the target's")] = None
     sliding_window: Annotated[
         int | None,
         Field(
             ge=1,
-            description="positions that a query of a sliding layer sees, its own included; such layers read the block "
-            "backwards only, as engines do; left out: all layers see everything",
+            description="positions that a query of a sliding layer sees, with its own; such layers read the block only "
+            "backwards, as in engines; default: all layers see everything",
         ),
     ] = None
     layer_types: Annotated[
         tuple[Literal["full_attention", "sliding_attention"], ...] | None,
-        Field(description="of every layer, with sliding_window; left out: all slide"),
+        Field(description="type of every layer, with sliding_window; default: all slide"),
     ] = None
 
     @model_validator(mode="after")

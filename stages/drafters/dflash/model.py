@@ -32,12 +32,12 @@ class FeatureContext(Context):
 
     layers: list[KeysValues]  # entry i is position i
     window: int | None = None  # positions before its anchor that a block sees; None: all of them
-    rings: bool = False  # in layers with a window, entry i is the newest position that is i modulo their number
+    rings: bool = False  # in layers with a window, entry i is the newest position that is i modulo their length
 
 
 @dataclass
 class FeatureSlots(Context):
-    """The context while decoding, with one row per request. A layer with a window keeps in a ring what it can reach."""
+    """The context while decoding, with one row per request. A layer with a window keeps its reach in a ring."""
 
     layers: list[KeyValueSlots]
 
@@ -116,13 +116,13 @@ class DFlashLayer(nn.Module):
     def forward(
         self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], context: KeysValues, context_mask: ContextMask
     ) -> torch.Tensor:
-        """Run the layer. x: [B, Q, H] positions of A blocks, as many of each; context_mask: of these blocks."""
+        """Run the layer. x: [B, Q, H] positions of A blocks, equally many per block; context_mask: of these blocks."""
         queries, keys, values, *rest = self.before(x, rope, context_mask.seen.shape[1])
         return self.after(x, block_attention(queries, context, (keys, values), context_mask), *rest)
 
     @fused
     def before(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], blocks: int) -> tuple[torch.Tensor, ...]:
-        """Return the queries, keys and values of x [B, Q, H], and what `after` needs besides."""
+        """Return the queries, keys and values of x [B, Q, H], and further inputs of `after`."""
         return self.self_attn.of_blocks(self.input_layernorm(x), rope, blocks)
 
     @fused
@@ -167,7 +167,7 @@ class DFlashDrafter(Drafter):
         """Set random weights with a sane first loss, about the logarithm of the vocabulary's size. head_weight: [V, H].
 
         Two things make a naive start explode. The frozen head expects the scale of the target's final norm, tens of
-        units: the final norm starts where the logits have unit variance instead. And every query starts from the same
+        units: so the final norm starts where the logits have unit variance. And every query starts from the same
         mask embedding, whose own logit would tower over all others: the layers' outputs start large enough to drown it.
         """
         for name, parameter in self.named_parameters():
@@ -213,11 +213,11 @@ class DFlashDrafter(Drafter):
 
     @property
     def queries(self) -> int:
-        """Return how many tokens of a block the layers read."""
+        """Return the number of block tokens that the layers read."""
         return self.block_size
 
     def operations(self, shape: StepShape, *, training: bool = True) -> float:
-        """Count operations of a training, with N = rows · T positions, b = rows · A blocks of B tokens, q and k the
+        """Count the operations of a training, with N = rows · T positions, b = rows · A blocks of B tokens, q and k the
         widths of queries and keys:
 
         fc: N · F·H², forward and the gradient of its weights (2 passes; the target's features need none); all other
@@ -237,8 +237,8 @@ class DFlashDrafter(Drafter):
         seen = sum(shape.seen_within(span.window) for span in self.spans)  # of all layers
         attention = B * q * seen + c.num_hidden_layers * tokens * q * B
         head = shape.head_positions * shape.head_rows * H
-        of_attention, of_head = (7, 2) if training else (2, 1)
-        return 2.0 * (fc + c.num_hidden_layers * layer + of_attention * attention + of_head * head)
+        attention_passes, head_passes = (7, 2) if training else (2, 1)
+        return 2.0 * (fc + c.num_hidden_layers * layer + attention_passes * attention + head_passes * head)
 
     def new_context(self, rows: int, capacity: int) -> FeatureSlots:
         entries = [capacity if s.window is None else min(capacity, s.window + self.block_size) for s in self.spans]
@@ -280,8 +280,8 @@ class DFlashDrafter(Drafter):
             layers = [(keys[rows, :, :length], values[rows, :, :length]) for keys, values in context.layers]
             return FeatureContext(layers, context.window)
         assert isinstance(context, FeatureSlots)
-        of_layers = zip(self.spans, context.layers, strict=True)
-        layers = [s.read(rows, length if span.window is None else s.capacity) for span, s in of_layers]
+        pairs = zip(self.spans, context.layers, strict=True)
+        layers = [s.read(rows, length if span.window is None else s.capacity) for span, s in pairs]
         return FeatureContext(layers, rings=True)
 
     def move_row(self, context: Context, source: int, to: int) -> None:

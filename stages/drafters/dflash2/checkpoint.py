@@ -21,20 +21,20 @@ from draftsmith.stages.targets.causal_lm import Target
 ARCHITECTURE = "DFlash2DraftModel"
 MODEL = DFlash2Drafter
 UPGRADES = "dflash"  # the kind whose weights it can start from
-# Of `dflash_config`:
+# Fields of `dflash_config`:
 _SIZES = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")
-_MULTIPLIER, _SOFTCAP = "output_multiplier", "final_logit_softcapping"  # from the head's products to unary scores
+_MULTIPLIER, _SOFTCAP = "output_multiplier", "final_logit_softcapping"  # map the head's products to unary scores
 check_fits, target_layer_ids, own_name = dflash.check_fits, dflash.target_layer_ids, dflash.own_name
 save, load_weights = dflash.save, dflash.load_weights
 
 
 def new_config(shape: DFlash2Config, target_config: Any, tokenizer: Callable[[], Any]) -> Qwen3Config:
-    """Return the config of a new drafter: DFlash's, with the sizes of what DFlash lacks."""
+    """Return the config of a new drafter: DFlash's, with the sizes of the additions."""
     return upgrade_config(dflash.new_config(shape, target_config, tokenizer), shape)
 
 
 def upgrade_config(config: Qwen3Config, shape: DFlash2Config) -> Qwen3Config:
-    """Return the config of a DFlash drafter that continues as a DFlash2: what both have stays as it is."""
+    """Return the config of a DFlash drafter that continues as a DFlash2. Shared fields stay as they are."""
     extended = copy.deepcopy(config)
     extended.architectures = [ARCHITECTURE]
     extended.dflash_config = {**config.dflash_config, **{name: getattr(shape, name) for name in _SIZES}}

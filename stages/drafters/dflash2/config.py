@@ -11,7 +11,7 @@ from draftsmith.stages.drafters.spec import TrainingRecipe, Traits
 
 
 class DFlash2Config(DFlashConfig):
-    """Shape of a new DFlash2 drafter, or of what is added to a DFlash drafter that training starts from."""
+    """Shape of a new DFlash2 drafter, or of the additions to a DFlash drafter that training starts from."""
 
     kind: Literal["dflash2"]  # type: ignore[assignment]
     conv_kernel_size: Annotated[

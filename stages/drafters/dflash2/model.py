@@ -28,11 +28,11 @@ class CandidateSelector(nn.Module):
 
     Source: SGLang's `CandidateSelector` (srt/models/dflash.py, 0.5.20 and 0.5.23). Candidate c after token p has the
     score unary[c] + <A[p] ⊙ W h, B[c]>. A is `predecessor_codebook`, B `successor_codebook`, both [V, r], W is
-    `hidden_projection`. A unary score is the head's logit: the head's product, by the scale and the soft cap in the
-    checkpoint's config, which are the target's. The token before the first offset is the anchor's. The softmax over the
-    candidates is the distribution q of an offset. Greedily the best candidate is taken offset by offset, given the one
-    before it. What stands before an offset is a candidate too, so the scores of all pairs are computed in one batch,
-    and only the path through them is sequential.
+    `hidden_projection`. A unary score is the head's logit: the head's product with the target's scale and soft cap,
+    which the checkpoint's config holds. The token before the first offset is the anchor's. The softmax over the
+    candidates is the distribution q of an offset. Greedy decoding takes the best candidate offset by offset, given the
+    one before it. The token before an offset is a candidate too, so the scores of all pairs are computed in one
+    batch, and only the path through them is sequential.
     """
 
     def __init__(self, hidden_size: int, vocab_size: int, rank: int, top_k: int, unary_map: LogitMap):
@@ -44,7 +44,7 @@ class CandidateSelector(nn.Module):
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
-        """Give every pair the score 0, so that the head's best token is taken. B alone is zero, and has a gradient."""
+        """Give every pair the score 0, so that the head's best token wins. Only B is zero, and it has a gradient."""
         nn.init.normal_(self.predecessor_codebook, generator=generator)
         width = self.hidden_projection.in_features
         nn.init.normal_(self.hidden_projection.weight, std=width**-0.5, generator=generator)
@@ -74,8 +74,8 @@ class CandidateSelector(nn.Module):
 
     def best(self, hidden: torch.Tensor, anchor_tokens: torch.Tensor, head: Head) -> torch.Tensor:
         """Return the best path [B, A, K] through the candidates. hidden: [B, A, K, H]; anchor_tokens: [B, A]."""
-        of_block = hidden.shape[2] * self.top_k * self.successor_codebook.shape[1]
-        return propose_in_chunks(partial(self._best, head=head), hidden, anchor_tokens, of_block)
+        floats_per_block = hidden.shape[2] * self.top_k * self.successor_codebook.shape[1]
+        return propose_in_chunks(partial(self._best, head=head), hidden, anchor_tokens, floats_per_block)
 
     def _best(self, hidden: torch.Tensor, anchor_tokens: torch.Tensor, head: Head) -> torch.Tensor:
         columns, unary = self.candidates(hidden, head)
@@ -155,7 +155,7 @@ class BlockConvolution(nn.Module):
         grouped = x.unflatten(-1, (self.groups, -1))
         base = self.base_kernel[side].unflatten(-1, (self.groups, -1))  # [taps, groups, H / groups]
         out = (base[0] + kernels[..., 0, :, None]) * grouped
-        for tap in range(1, min(self.taps, x.shape[-2])):  # what is before the block counts as zero
+        for tap in range(1, min(self.taps, x.shape[-2])):  # positions before the block count as zero
             shifted = F.pad(grouped[..., :-tap, :, :], (0, 0, 0, 0, tap, 0))
             out = out + (base[tap] + kernels[..., tap, :, None]) * shifted
         return out.flatten(-2)
@@ -191,7 +191,7 @@ class DFlash2Drafter(DFlashDrafter):
     def __init__(self, config: Qwen3Config, embedding: torch.Tensor):
         """Create the model.
 
-        config: as for DFlash, with the sizes of convolutions and selector in `dflash_config`, and the scale and soft
+        config: DFlash's, with the sizes of convolutions and selector in `dflash_config`, and the scale and soft
         cap of unary scores.
         """
         super().__init__(config, embedding)
@@ -212,7 +212,7 @@ class DFlash2Drafter(DFlashDrafter):
         self.initialise_additions(generator)
 
     def initialise_additions(self, generator: torch.Generator, scale: float = 1.0) -> None:  # noqa: ARG002
-        """Initialise what DFlash lacks so that the proposals are the same as without it."""
+        """Initialise the additions to DFlash so that they leave the proposals as they are."""
         for module in self.modules():
             if isinstance(module, BlockConvolution):
                 module.initialise()
@@ -249,7 +249,7 @@ class DFlash2Drafter(DFlashDrafter):
         return selector.unary_map(unary) + pairs[..., 0, :]
 
     def operations(self, shape: StepShape, *, training: bool = True) -> float:
-        """Count operations as for DFlash, and in addition, in a training:
+        """Count operations as in DFlash. A training adds:
 
         the projections of the kernels, H · 2·taps·groups twice per layer and token, in 3 passes; for each position with
         a loss the candidates, V'·H once, and their scores, k·H (unary) in 3 passes, k·r (pairs) and H·r (projection) in
@@ -262,8 +262,8 @@ class DFlash2Drafter(DFlashDrafter):
         convolutions = c.num_hidden_layers * shape.linear(
             shape.blocks * self.block_size, 3 if training else 1, *kernels
         )
-        of_position = k * r + H * r
+        per_position = k * r + H * r
         if training:
-            of_position = shape.head_rows * H + 3 * k * H + (4 if shape.rank is None else 3) * of_position
-        selector = shape.head_positions * of_position
+            per_position = shape.head_rows * H + 3 * k * H + (4 if shape.rank is None else 3) * per_position
+        selector = shape.head_positions * per_position
         return super().operations(shape, training=training) + 2.0 * (convolutions + selector)

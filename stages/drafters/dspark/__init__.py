@@ -1,1 +1,1 @@
-"""DSpark (arXiv 2607.05147): DFlash's block with a bias of the token before each offset."""
+"""DSpark (arXiv 2607.05147): DFlash's block, with a bias from the token before each offset."""

@@ -25,7 +25,7 @@ ARCHITECTURE = "Qwen3DSparkModel"
 MODEL = DSparkDrafter
 UPGRADES = "dflash"  # the kind whose weights it can start from
 _HEAD = "vanilla"  # the head that is computed here; SGLang knows two others
-OTHER_NAMES = ("DSparkDraftModel", "LingDSparkModel")  # of the same model
+OTHER_NAMES = ("DSparkDraftModel", "LingDSparkModel")  # other names of the same model
 target_layer_ids = dflash.target_layer_ids
 # SGLang uses the target's, and reads none of these from a drafter (srt/models/dspark.py).
 _SHARED = ("embed_tokens.", "lm_head.", "rotary_emb.")
@@ -43,7 +43,7 @@ def new_config(shape: DSparkConfig, target_config: Any, tokenizer: Callable[[], 
 def upgrade_config(config: Qwen3Config, shape: DSparkConfig) -> Qwen3Config:
     """Return the config of a DFlash drafter that continues as DSpark.
 
-    Every offset keeps its query, so that of the anchor is unused.
+    Every offset keeps its query, so the anchor's query is unused.
     """
     return _with_additions(config, shape, from_anchor=False)
 
@@ -58,7 +58,7 @@ def _with_additions(config: Qwen3Config, shape: DSparkConfig, *, from_anchor: bo
 
 
 def check_fits(drafter: Qwen3Config, target: Any, where: str) -> None:
-    """Refuse what DFlash refuses, and targets for which SGLang divides a DSpark's states."""
+    """Refuse the same as DFlash, and targets for which SGLang divides a DSpark's states."""
     dflash.check_fits(drafter, target, where)
     if (divisor := getattr(target, "logits_mup_width_multiplier", None)) not in (None, 1):
         raise DraftsmithError(
@@ -86,7 +86,7 @@ def parse(path: Path, raw: RawConfig) -> Qwen3Config:
     for name, value in raw.items():
         if name.startswith("dspark_") and name != "dspark_config" and value is not None:
             raise DraftsmithError(
-                f"drafter {path}: {name} is of a drafter inside its target. Give one with its own checkpoint."
+                f"drafter {path}: {name} belongs to a drafter inside its target. Choose one with its own checkpoint."
             )
     fields = {name: _either(path, raw, name) for name in _EITHER}
     proposals, rank, kind = (fields[name] for name in ("block_size", "markov_rank", "markov_head_type"))
@@ -102,11 +102,11 @@ def parse(path: Path, raw: RawConfig) -> Qwen3Config:
             *((name, value, isinstance(value, bool)) for name, value in flags.items()),
         ],
     )
-    own = {name: raw[name] for name in raw.keys() - {*_EITHER, *_NESTED, *flags}}
+    others = {name: raw[name] for name in raw.keys() - {*_EITHER, *_NESTED, *flags}}
     shared = {"mask_token_id": fields["mask_token_id"], "target_layer_ids": fields["target_layer_ids"]}
     nested = {name: value for within in _NESTED for name, value in (raw.get(within) or {}).items()}
     shared |= {"block_size": proposals + 1}
-    as_dflash = own | {"block_size": proposals + 1, "dflash_config": nested | shared}
+    as_dflash = others | {"block_size": proposals + 1, "dflash_config": nested | shared}
     config = dflash.parse(path, as_dflash | {"architectures": [ARCHITECTURE]}, ARCHITECTURE)
     config.markov_rank, config.markov_head_type = rank, kind
     for name, value in flags.items():
@@ -132,13 +132,13 @@ def save(drafter: DSparkDrafter, folder: Path, dtype: torch.dtype) -> None:
 
 
 def own_name(name: str) -> str | None:
-    """Return the name of a file's tensor in the model, without the prefix that some have; None for the target's."""
+    """Return the name of a file's tensor in the model, without the prefix in some files; None for the target's."""
     name = name.removeprefix("model.")
     return None if name.startswith(_SHARED) else speculators.own_name(name)
 
 
 def load_weights(drafter: DSparkDrafter, folder: Path, target: Target, dtype: torch.dtype) -> None:
-    """Load the weights of a checkpoint, which may also have the target's."""
+    """Load the weights of a checkpoint, which may also hold the target's."""
     stored = checkpoint_format.read_tensors(folder)
     if checkpoint_format.is_speculators(folder):
         stored = speculators.own_tensors(stored, target.embedding, target.head_weight, str(folder))

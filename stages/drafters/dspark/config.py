@@ -11,14 +11,14 @@ from draftsmith.stages.drafters.spec import TrainingRecipe, Traits
 
 
 class DSparkConfig(DFlashConfig):
-    """Shape of a new DSpark drafter, or of what is added to a DFlash drafter that training starts from."""
+    """Shape of a new DSpark drafter, or of the additions to a DFlash drafter that training starts from."""
 
     kind: Literal["dspark"]  # type: ignore[assignment]
     block_size: Annotated[int, Field(ge=2, description="anchor + proposals")] = 8
-    markov_rank: Annotated[int, Field(ge=1, description="of the bias of the token before an offset")] = 256
+    markov_rank: Annotated[int, Field(ge=1, description="rank of the bias from the token before an offset")] = 256
     confidence_head: Annotated[
         bool,
-        Field(description="learn how probable it is that a proposal is accepted, by which SGLang may cut blocks"),
+        Field(description="predict the probability that a proposal is accepted; SGLang may cut blocks by it"),
     ] = True
 
 

@@ -1,9 +1,9 @@
-"""The DSpark draft model: one backbone forward drafts a block, whose offsets then see the proposals before them.
+"""The DSpark draft model: one backbone forward drafts a block, and its offsets then read the proposals before them.
 
 Source: arXiv 2607.05147, and SGLang 0.5.23 (srt/models/dspark.py, srt/speculative/dspark_components). The backbone is
-DFlash's. The logits of an offset are the target's head of its hidden state plus a low-rank bias of the token before it
-(`MarkovHead`), so a block is sampled offset by offset, and each offset has its own q. A linear head predicts, from
-hidden state and token or from the state alone, how probable it is that the proposal is accepted, given that those
+DFlash's. The logits of an offset are the target's head on its hidden state plus a low-rank bias from the token before
+it (`MarkovHead`), so a block is sampled offset by offset, and each offset has its own q. A linear head predicts, from
+hidden state and token or from the state alone, the probability that the proposal is accepted, given that those
 before it are.
 """
 
@@ -47,7 +47,7 @@ class MarkovHead(nn.Module):
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
-        """Start without a bias: W2 alone is zero, and so has a gradient."""
+        """Start without a bias: only W2 is zero, so it has a gradient."""
         nn.init.normal_(self.markov_w1.weight, std=self.rank**-0.5, generator=generator)
         nn.init.zeros_(self.markov_w2.weight)
 
@@ -60,7 +60,7 @@ class MarkovHead(nn.Module):
 class BiasedHead(Head):
     """The target's head over hidden states, plus `bias` [V, r] over e of the token before them (`MarkovHead`).
 
-    Its products are the logits, whatever scale or soft cap the target's own have: SGLang samples from their softmax
+    Its products are the logits, whatever scale or soft cap the target's logits have: SGLang samples from their softmax
     (srt/models/dspark.py, `compute_base_logits`), and losses compare it with the target's distribution.
     It takes both concatenated, [..., H + r]. The bias is over all tokens: its rows are read at every use, so that
     several graphs with separate gradients can share one head.
@@ -72,7 +72,7 @@ class BiasedHead(Head):
         return self.unbiased(hidden) + self.biases(hidden[..., self.weight.shape[1] :])
 
     def unbiased(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the products of the hidden states alone [..., H or more], which do not depend on proposals."""
+        """Return the products of only the hidden states [..., H or more], which do not depend on proposals."""
         return super().raw_logits(hidden[..., : self.weight.shape[1]])
 
     def biases(self, read: torch.Tensor) -> torch.Tensor:
@@ -93,7 +93,7 @@ class ConfidenceHead(nn.Module):
 class DSparkDrafter(DFlashDrafter):
     """The draft model. Parameter names are SGLang's: DFlash's, `markov_head.…`, `confidence_head.proj.…`.
 
-    Hidden states of an offset are H + r wide: the backbone's, and e of the token before.
+    Hidden states of an offset are H + r wide: the backbone's state, and e of the previous token.
     """
 
     kind, recipe = TRAITS.kind, TRAITS.recipe
@@ -103,11 +103,11 @@ class DSparkDrafter(DFlashDrafter):
     def __init__(self, config: Qwen3Config, embedding: torch.Tensor):
         """Create the model.
 
-        config: as for DFlash, with `markov_rank`, `enable_confidence_head`, `confidence_head_with_markov` and
+        config: DFlash's, with `markov_rank`, `enable_confidence_head`, `confidence_head_with_markov` and
         `sample_from_anchor`.
         """
         super().__init__(config, embedding)
-        self.from_anchor: bool = config.sample_from_anchor  # the anchor's own query is the one of offset 1
+        self.from_anchor: bool = config.sample_from_anchor  # the anchor's query predicts offset 1
         self.markov_head = MarkovHead(config.vocab_size, config.markov_rank)
         self.confidence_reads_token: bool = config.confidence_head_with_markov
         width = config.hidden_size + (config.markov_rank if self.confidence_reads_token else 0)
@@ -118,9 +118,9 @@ class DSparkDrafter(DFlashDrafter):
         self.initialise_additions(generator)
 
     def initialise_additions(self, generator: torch.Generator, scale: float = 1.0) -> None:
-        """Initialise what DFlash lacks: no bias, and a confidence of 1/2 for every proposal.
+        """Initialise the additions to DFlash: no bias, and a confidence of 1/2 for every proposal.
 
-        scale: of the target's logits. Of a DSpark they are the products themselves (`BiasedHead`).
+        scale: the scale of the target's logits. A DSpark's logits are the products themselves (`BiasedHead`).
         """
         with torch.no_grad():
             self.norm.weight.mul_(scale)
@@ -178,20 +178,20 @@ class DSparkDrafter(DFlashDrafter):
         return self.block_size - self.from_anchor
 
     def operations(self, shape: StepShape, *, training: bool = True) -> float:
-        """Count operations as for DFlash, and in addition, in a training:
+        """Count operations as in DFlash. A training adds:
 
         for each position with a loss, a third pass of V'·H, because logits with a trained bias are computed again in
         backward, and the bias itself, V'·r, in 4 passes; with an adapter, which leaves the bias as it is, in 2.
         """
         rank = self.markov_head.rank
-        of_bias = 4 if shape.rank is None else 2
-        of_position = self.config.hidden_size + of_bias * rank if training else rank
-        heads = shape.head_positions * shape.head_rows * of_position
+        bias_passes = 4 if shape.rank is None else 2
+        per_position = self.config.hidden_size + bias_passes * rank if training else rank
+        heads = shape.head_positions * shape.head_rows * per_position
         return super().operations(shape, training=training) + 2.0 * heads
 
 
 class MarkovSampler(BlockSampler):
-    """Samples blocks after one backbone forward. If `LOGITS_PER_CHUNK` suffice, the head is read once for all."""
+    """Samples blocks after one backbone forward. Reads the head once for all offsets if `LOGITS_PER_CHUNK` allow."""
 
     head: BiasedHead
 

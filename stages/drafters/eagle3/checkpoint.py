@@ -20,7 +20,7 @@ from draftsmith.stages.targets.causal_lm import Target
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 MODEL = Eagle3Drafter
-# Chains of 7, the depth of the paper's training-time test, if a checkpoint does not state how far it drafts.
+# Chains of 7, the depth of the paper's training-time test, if a checkpoint states no block size.
 DEFAULT_BLOCK_SIZE = 8
 # Variants of the layout under which the same tensors mean another model.
 _UNSUPPORTED = (
@@ -29,12 +29,12 @@ _UNSUPPORTED = (
 )
 _EMBEDDING, _MAPS = "embed_tokens.weight", ("d2t", "t2d")
 _LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
-# From this depth on, the three layers that SGLang captures by itself differ.
+# At this depth or more, the three layers that SGLang captures by default differ.
 _DEEP_ENOUGH = 7
 
 
 def default_layer_ids(num_target_layers: int) -> list[int]:
-    """Return the layers that SGLang captures by itself: before layers 2, L/2 and L-3, after the preceding ones.
+    """Return the layers that SGLang captures by default: before layers 2, L/2 and L-3, so after the preceding ones.
 
     In targets of fewer than 7 layers two of these coincide; their layers are at the beginning, middle and end.
     """
@@ -51,7 +51,7 @@ def new_config(shape: Eagle3Config, target_config: Any, tokenizer: Callable[[], 
     if draft_vocab_size > target_config.vocab_size:
         raise DraftsmithError(
             f"sft.drafter.draft_vocab_size: {draft_vocab_size} is more than the target's {target_config.vocab_size} "
-            "tokens. Lower it, or leave it out."
+            "tokens. Lower or remove it."
         )
     return LlamaConfig(
         architectures=[ARCHITECTURE],
@@ -68,7 +68,7 @@ def new_config(shape: Eagle3Config, target_config: Any, tokenizer: Callable[[], 
 
 
 def _with_heads_that_divide(fields: RawConfig) -> RawConfig:
-    """Return the fields with a number of heads that divides the width, as a Llama requires; some targets' does not."""
+    """Return the fields with a number of heads that divides the width, as Llama requires; some targets' does not."""
     hidden, heads = fields["hidden_size"], fields["num_attention_heads"]
     if hidden % heads == 0:
         return fields
@@ -86,9 +86,7 @@ def create(config: LlamaConfig, target: Target, frequent: torch.Tensor | None = 
     """
     size = config.draft_vocab_size
     if size < config.vocab_size and frequent is None:
-        raise DraftsmithError(
-            "sft.drafter.draft_vocab_size: needs the frequencies of the target's tokens. Leave it out."
-        )
+        raise DraftsmithError("sft.drafter.draft_vocab_size: needs the frequencies of the target's tokens. Remove it.")
     chosen = torch.arange(size) if frequent is None else frequent[:size].cpu().sort().values
     return Eagle3Drafter(config, target.embedding, chosen)
 
@@ -109,17 +107,17 @@ def description(config: LlamaConfig, tokenizer: Callable[[], Any]) -> str:  # no
 def parse(path: Path, raw: RawConfig) -> LlamaConfig:
     """Parse the config.json of a checkpoint.
 
-    Without layer ids the layers are SGLang's choice. It depends on the target's depth, so `check_fits` sets the ids.
+    Without layer ids SGLang chooses the layers. Its choice depends on the target's depth, so `check_fits` sets the ids.
     """
     if raw.get("num_hidden_layers", 1) != 1:
         raise DraftsmithError(
             f"drafter {path}: num_hidden_layers is {raw['num_hidden_layers']}, and only one layer is supported. "
-            "Give another drafter."
+            "Choose another drafter."
         )
     eagle = raw.get("eagle_config") or {}
     for field in _UNSUPPORTED:
         if raw.get(field) or eagle.get(field):
-            raise DraftsmithError(f"drafter {path}: {field} is set, and this variant is not supported. Give another.")
+            raise DraftsmithError(f"drafter {path}: {field} is set, and this variant is not supported. Use another.")
     checkpoint_format.refuse_other_models(path, raw, checkpoint_format.COMPUTED | {"num_aux_hidden_states": FEATURES})
     stated = {name: raw.get(name) for name in ("vocab_size", "hidden_size")}
     stated["rope_parameters.rope_theta"] = (raw.get("rope_parameters") or {}).get("rope_theta")
@@ -196,7 +194,7 @@ def load_weights(drafter: Eagle3Drafter, folder: Path, target: Target, dtype: to
     tensors = checkpoint_format.read_tensors(folder)
     tensors.pop(_EMBEDDING, None)
     size, vocab = drafter.config.draft_vocab_size, drafter.config.vocab_size
-    if size == vocab:  # checkpoints over the whole vocabulary may leave the maps out
+    if size == vocab:  # checkpoints over the whole vocabulary may lack the maps
         tensors.setdefault("d2t", torch.zeros(size, dtype=torch.int64))
         tensors.setdefault("t2d", torch.ones(vocab, dtype=torch.bool))
     maps = {"d2t": (size,), "t2d": (vocab,)}

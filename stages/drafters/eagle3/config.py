@@ -11,21 +11,21 @@ from draftsmith.stages.drafters.spec import DrafterShape, TrainingRecipe, Traits
 
 
 class Eagle3Config(DrafterShape):
-    """Shape of a new EAGLE-3 drafter. Sizes left out follow the target."""
+    """Shape of a new EAGLE-3 drafter. By default sizes follow the target."""
 
     kind: Literal["eagle3"]
     block_size: Annotated[
-        int, Field(ge=2, description="anchor + chain; training unrolls as many steps as the chain is long")
+        int, Field(ge=2, description="anchor + chain; training unrolls one step per token of the chain")
     ] = 8
     target_layer_ids: Annotated[
         tuple[int, int, int] | None,
-        Field(description="layer k = the hidden state AFTER target layer k; left out: SGLang's choice"),
+        Field(description="layer k = the hidden state AFTER target layer k; default: SGLang's choice"),
     ] = None
     draft_vocab_size: Annotated[
         int | None,
-        Field(ge=2, description="propose only from this many most frequent tokens of the answers; left out: all"),
+        Field(ge=2, description="propose only from the most frequent tokens of the answers, this many; default: all"),
     ] = None
-    intermediate_size: Annotated[int | None, Field(ge=1, description="width of the MLP; left out: the target's")] = None
+    intermediate_size: Annotated[int | None, Field(ge=1, description="width of the MLP; default: the target's")] = None
 
 
 TRAITS = Traits(

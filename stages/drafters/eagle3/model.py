@@ -4,8 +4,8 @@ Source: arXiv 2503.01840, section 3, and the parameter layout of its public chec
 is made of the token at i + 1 and a feature of position i: `fc` of three of the target's hidden states for verified
 positions, the layer's own output for proposals. Its output predicts the token at i + 2.
 
-There is one layer, so keys and values of an entry depend on its own token and feature alone: entries of the verified
-prefix need no attention, all anchors share them, and what a block reads depends on the trajectory alone. Unrolling a
+There is one layer, so keys and values of an entry depend only on its token and feature: entries of the verified
+prefix need no attention, all anchors share them, and the input of a block depends only on the trajectory. Unrolling a
 chain on the trajectory's tokens is the training-time test of the paper; on its own proposals it is drafting.
 """
 
@@ -33,7 +33,7 @@ FEATURES = 3  # low, middle, high
 
 @dataclass
 class PrefixContext(Context):
-    """Entries and features of the verified prefix: those of position i at index i."""
+    """Entries and features of the verified prefix: position i at index i."""
 
     keys: torch.Tensor  # [B, kv_heads, T, head_dim], rotated; entry i is final once the token at i + 1 is
     values: torch.Tensor  # [B, kv_heads, T, head_dim]
@@ -43,13 +43,13 @@ class PrefixContext(Context):
 class PrefixSlots(Context):
     """The context while decoding: one row per request, position p at index p + 1.
 
-    Index 0 takes the unused entry before the first position, so that a prompt needs no special case.
+    Index 0 holds the unused entry before the first position, so that a prompt needs no special case.
     """
 
     def __init__(self, rows: int, capacity: int):
         self.entries = KeyValueSlots(rows, capacity + 1)
         self.rows, self.capacity = rows, capacity
-        self.features: torch.Tensor | None = None  # [rows, capacity + 1, H], allocated when the first ones come
+        self.features: torch.Tensor | None = None  # [rows, capacity + 1, H], allocated with the first features
 
 
 class EagleAttention(nn.Module):
@@ -128,9 +128,9 @@ class _Chain(BlockSampler):
 
     def __init__(self, drafter: Eagle3Drafter, context: PrefixContext, anchors: torch.Tensor, head: Head | None = None):
         self.drafter, self.context = drafter, context
-        if head is not None:  # None: the caller needs hidden states alone
+        if head is not None:  # None: the caller needs only hidden states
             self.head = head
-        self.positions = (anchors - 1).clamp(min=0)  # of the entry that holds the anchor's token
+        self.positions = (anchors - 1).clamp(min=0)  # position of the entry that holds the anchor's token
         self.features = context.features.gather(
             1, self.positions[..., None].expand(-1, -1, context.features.shape[-1])
         )  # [B, A, H]
@@ -165,7 +165,7 @@ class Eagle3Drafter(Drafter):
         """Create the model.
 
         config: Llama fields plus `block_size`, `draft_vocab_size` and `eagle_config`.
-        embedding: [V, H]. draft_tokens: [draft_vocab_size] sorted ids of the target's vocabulary; left out: the first.
+        embedding: [V, H]. draft_tokens: [draft_vocab_size] sorted ids of the target's vocabulary; default: the first.
         """
         super().__init__()
         self.config = config
@@ -182,7 +182,7 @@ class Eagle3Drafter(Drafter):
         self.rotary = LlamaRotaryEmbedding(config)
 
     def initialise(self, generator: torch.Generator, target_head: torch.Tensor) -> None:
-        """Set random weights. The head starts as rows of the target's; the norm gives its logits unit variance.
+        """Set random weights. The head starts as rows of the target's head; the norm gives its logits unit variance.
 
         target_head: [V, H].
         """
@@ -251,8 +251,8 @@ class Eagle3Drafter(Drafter):
         return Head(self.lm_head.weight, None if whole else self.draft_tokens)
 
     def operations(self, shape: StepShape, *, training: bool = True) -> float:
-        """Count operations of a training, with N = rows · T positions, e = rows · A · K entries of chains, q and k the
-        widths of queries and keys:
+        """Count the operations of a training, with N = rows · T positions, e = rows · A · K entries of chains, q and k
+        the widths of queries and keys:
 
         fc: N · 3H², forward and the gradient of its weights (2 passes; the target's features need none); all other
         weights in 3 passes: N · 4Hk (prefix) + e · (3Hq + 4Hk + 3HI) (chains); attention, 2 products forward and 5
@@ -271,8 +271,8 @@ class Eagle3Drafter(Drafter):
         maps += shape.linear(entries, passes, (2 * H, q), (2 * H, k), (2 * H, k), (q, H), (H, mlp), (H, mlp), (mlp, H))
         attention = K * q * shape.seen_within(None) + entries * q * (K + 1) / 2
         head = shape.head_positions * shape.head_rows * H
-        of_attention, of_head = (7, 4 if shape.rank is None else 3) if training else (2, 1)
-        return 2.0 * (maps + of_attention * attention + of_head * head)
+        attention_passes, head_passes = (7, 4 if shape.rank is None else 3) if training else (2, 1)
+        return 2.0 * (maps + attention_passes * attention + head_passes * head)
 
     def new_context(self, rows: int, capacity: int) -> PrefixSlots:
         return PrefixSlots(rows, capacity)

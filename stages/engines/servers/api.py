@@ -1,4 +1,4 @@
-"""The interface of one kind of server, and the checks that the answers of every kind must pass."""
+"""The interface of one kind of server, and the checks of every kind's answers."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from draftsmith.stages.targets.info import TargetInfo
 
 @dataclass(frozen=True)
 class ServerInfo:
-    """What a server reported of itself."""
+    """A server's report about itself."""
 
     version: str
     records_trace: bool
     greedy_only: bool = False  # it drafts and verifies greedily, so sampled answers would not be the target's
-    replicas: int = 1  # of the model
-    remarks: list[str] = field(default_factory=list)  # what could not be checked, or is worth knowing
-    target_difference: TargetDifference | None = None  # from what transformers computes, by its settings
+    replicas: int = 1  # replicas of the model
+    remarks: list[str] = field(default_factory=list)  # checks that were not possible, and other notes
+    target_difference: TargetDifference | None = None  # from transformers' results, by the server's settings
 
 
 class BadAnswerError(DraftsmithError):
@@ -36,17 +36,17 @@ class BadAnswerError(DraftsmithError):
 class ServerApi(ABC):
     """One kind of server: its command line, its endpoints and its answers. An object serves one engine.
 
-    The asynchronous methods run in the engine's event loop. They raise RequestLostError or one of its kinds for what
-    may succeed when repeated, and DraftsmithError for what would not.
+    The asynchronous methods run in the engine's event loop. They raise RequestLostError or a subclass if a
+    repetition may succeed, and DraftsmithError if it would not.
     """
 
-    title: ClassVar[str]  # of the kind, for messages
-    no_trace: ClassVar[str]  # why servers do not record verify steps, where they do not
-    id_field: ClassVar[str]  # of a request's body: its id, by which it is aborted
+    title: ClassVar[str]  # the kind's name in messages
+    no_trace: ClassVar[str]  # reason for missing verify steps
+    id_field: ClassVar[str]  # field of a request's body with the id, by which it is aborted
 
     @abstractmethod
     def processes(self, folder: Path, api_key: str) -> list[ServerProcess]:
-        """Return the servers of `launch`, not started yet; they write their logs to `folder`."""
+        """Return the servers of `launch`, not yet started; they write their logs to `folder`."""
 
     @abstractmethod
     async def check(self, client: httpx.AsyncClient, url: str, *, ours: bool) -> ServerInfo:
@@ -60,7 +60,7 @@ class ServerApi(ABC):
     async def generate(
         self, client: httpx.AsyncClient, url: str, name: str, payload: Json, *, stream: bool = False
     ) -> ServerAnswer:
-        """Send a request. name: of the request, for errors. stream: measure the first token's time.
+        """Send a request. name: the request's, for errors. stream: measure the first token's time.
 
         Raises RequestLostError, or DraftsmithError if the server refuses the request.
         """
@@ -82,11 +82,11 @@ class ServerApi(ABC):
         """Make the next requests find an empty prefix cache."""
 
     def close(self) -> None:
-        """Remove what `processes` wrote beside the logs. Called when the servers have ended."""
+        """Remove the files other than logs that `processes` wrote. Called when the servers have ended."""
         return
 
     async def workers(self, _client: httpx.AsyncClient, _url: str) -> list[str] | None:
-        """Return the addresses of a router's healthy servers; None: it is no router."""
+        """Return the addresses of a router's healthy servers; None: not a router."""
         return None
 
     async def check_router(self, _client: httpx.AsyncClient, _url: str) -> None:
@@ -101,9 +101,9 @@ class ServerApi(ABC):
 def wrong_tokens(
     request: Request, tokens: list[int], reason: str, matched: object, prompt_tokens: int, target: TargetInfo
 ) -> str | None:
-    """Return what is wrong with the tokens of an answer and what to do; None if they are right.
+    """Return the error in the tokens of an answer and its remedy; None if they are right.
 
-    reason: "stop" or "length". matched: what ended it, if the server reports that.
+    reason: "stop" or "length". matched: the token or text that ended it, if the server reports it.
     """
     if not tokens:
         return "is empty. Look at the server's log."
@@ -113,11 +113,11 @@ def wrong_tokens(
             "served. Serve the target."
         )
     if prompt_tokens != len(request.prompt_ids):
-        return f"is to {prompt_tokens} prompt tokens, {len(request.prompt_ids)} were sent. Look at the server's log."
+        return f"saw {prompt_tokens} prompt tokens; {len(request.prompt_ids)} were sent. Look at the server's log."
     if reason == "stop" and tokens[-1] not in target.eos_ids:
         return f"ends at token {tokens[-1]}, no end token of the target. Start the server without other stop tokens."
     if reason == "stop" and matched not in (None, tokens[-1]):
-        # SGLang replaces a token outside the vocabulary by an end token, and reports it here alone.
+        # SGLang replaces a token outside the vocabulary by an end token, and reports it only here.
         return (
             f"was ended by {matched!r}, not by its last token. Look for a stop string, or an error in the server's log."
         )

@@ -30,13 +30,13 @@ from draftsmith.stages.engines.servers.http import (
 )
 from draftsmith.stages.engines.servers.process import ServerProcess
 
-_MAX_DEATHS = 2  # of servers that had a request: it is not sent again
-_PROBE_AFTER_S = 60.0  # without an answer of a server that has requests, before its health is checked
-_FAILING_LIMIT_S = 60.0  # of failing health checks, before a server is lost
-# of a server that is up and computes nothing: it may compile; SGLang's watchdog ends it at 300
+_MAX_DEATHS = 2  # give up a request after this many servers die holding it
+_PROBE_AFTER_S = 60.0  # without an answer from a server with requests: check its health
+_FAILING_LIMIT_S = 60.0  # of failing health checks: the server is lost
+# of a server that is up but computes nothing: it may compile; SGLang's watchdog ends it after 300 s
 _STALLED_LIMIT_S = 600.0
-_FULL_LIMIT_S = 3600.0  # without any answer of a full server, before its requests are given up
-_FULL_PAUSE_S, _MAX_FULL_PAUSE_S = 1.0, 600.0  # before a full server is tried again
+_FULL_LIMIT_S = 3600.0  # without any answer of a full server: give up its requests
+_FULL_PAUSE_S, _MAX_FULL_PAUSE_S = 1.0, 600.0  # until a full server is tried again
 
 
 class LostTooOftenError(RetryableError):
@@ -85,13 +85,13 @@ class Server:
     """A server as the client sees it, created inside the event loop. Times are of the monotonic clock."""
 
     url: str
-    replicas: int = 1  # of the model, which share its requests
-    workers: tuple[str, ...] = ()  # of a router: the servers that it routes to
+    replicas: int = 1  # replicas of the model, which share its requests
+    workers: tuple[str, ...] = ()  # the servers that a router routes to
     process: ServerProcess | None = None  # started here
     requests: set[str] = field(default_factory=set)  # in flight
     lost: str | None = None  # why it gets no more requests
     lost_event: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
-    health_check: asyncio.Task[None] | None = None  # it gets no new requests meanwhile
+    health_check: asyncio.Task[None] | None = None  # meanwhile it gets no new requests
     answered_at: float = field(default_factory=time.monotonic)
     was_full: bool = False
 
@@ -109,11 +109,11 @@ class PendingRequest:
     name: str
     payload: Json
     read: Callable[[ServerAnswer], Completion]
-    avoid: Server | None = None  # where it failed last: used only if no other server is left
-    failures: int = 0  # attempts that count; the refusal of a full server does not
+    avoid: Server | None = None  # its last failure was here: used only if no other server is left
+    failures: int = 0  # attempts that count; refusals of a full server do not
 
     def give_up(self, error: BaseException) -> bool:
-        """Count a failure. Returns whether the request is not sent again."""
+        """Count a failure. Returns whether to give up the request."""
         if isinstance(error, ServerFullError):
             assert self.avoid is not None
             return time.monotonic() - self.avoid.answered_at > _FULL_LIMIT_S
@@ -124,7 +124,7 @@ class PendingRequest:
 class ServerPool:
     """Distributes requests over servers; to be used inside one event loop.
 
-    config: limits the requests in flight per replica, and the time of one. stream: measure the first token's time.
+    config: limits the requests in flight per replica, and the time per request. stream: measure the first token's time.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class ServerPool:
         stream: bool = False,
     ):
         self.servers, self._deaths = servers, deaths
-        self.retries = 0  # attempts that had to be repeated
+        self.retries = 0  # repeated attempts
         self._api, self._client, self._stream = api, client, stream
         self._timeout_s = config.request_timeout_s
         self._concurrency, self._log = config.concurrency, log
@@ -149,7 +149,7 @@ class ServerPool:
 
     @property
     def capacity(self) -> int:
-        """Return how many requests may be in flight while no server is lost."""
+        """Return the number of requests that may be in flight while no server is lost."""
         return self._total or sum(self._concurrency * server.replicas for server in self.servers)
 
     async def set_concurrency(self, total: int | None) -> None:
@@ -158,7 +158,7 @@ class ServerPool:
         self._wake()
 
     async def forget_deaths(self, requests: Collection[str]) -> None:
-        """Let these requests be sent again, though servers died with them."""
+        """Allow these requests to be sent again although servers died with them."""
         self._deaths.forget(requests)
 
     async def send(self, name: str, payload: Json, read: Callable[[ServerAnswer], Completion]) -> Completion:
@@ -232,7 +232,7 @@ class ServerPool:
         if server.health_check is not None:
             return False
         if self._total is not None:
-            return sum(len(each.requests) for each in self.servers) < self._total
+            return sum(len(other.requests) for other in self.servers) < self._total
         return len(server.requests) < self._concurrency * server.replicas
 
     def _wake(self) -> None:
@@ -241,7 +241,7 @@ class ServerPool:
         self._changed = asyncio.Event()
 
     async def _post(self, server: Server, request: PendingRequest) -> ServerAnswer:
-        """Send a request once. A loss is raised when it is known whether the server still lives."""
+        """Send a request once. Raises a loss once it is known whether the server still lives."""
         request_id = uuid.uuid4().hex
         payload = {**request.payload, self._api.id_field: request_id}
         generating = self._api.generate(self._client, server.url, request.name, payload, stream=self._stream)
@@ -292,7 +292,7 @@ class ServerPool:
                     await self._api.abort(self._client, url, request_id)
 
     def _check_health(self, server: Server) -> Awaitable[None]:
-        """Start one health check for all requests of a server that want it, or join the one that runs."""
+        """Start one health check for all waiting requests of a server, or join the running one."""
         if server.health_check is None:
             server.health_check = asyncio.create_task(self._run_health_check(server))
         return asyncio.shield(server.health_check)
@@ -311,7 +311,7 @@ class ServerPool:
 
         try:
             await retry_on(RequestLostError, give_up=give_up)(check)()
-        except Exception as error:  # of any kind: requests must not wait for ever
+        except Exception as error:  # any kind: requests must not wait for ever
             self._deaths.record(server.requests, server.url)
             if server.lost is None:
                 server.lost = server.ended() or str(error)

@@ -1,7 +1,7 @@
-"""Requests to write another drafter, in a server's processes: their fields, the drafter's files, and all ranks' answer.
+"""Handles requests for another drafter in a server's processes: fields, the drafter's files, the answer of all ranks.
 
-Anybody who reaches a server's port can send one, so the server's own environment says where uploads come from. Only an
-upload needs another package (mlflow-skinny).
+Anyone who reaches a server's port can send one, so only the server's environment says where uploads come from. Only
+an upload needs another package (mlflow-skinny).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from draftsmith.artifacts.identifiers import sha256_digest, upload_address
 from draftsmith.artifacts.redaction import redacted
 from draftsmith.stages.drafters.digest import DIGESTED, content_digest
 
-MOST_BYTES = 32 << 30  # of an upload
+MOST_BYTES = 32 << 30  # limit of an upload
 _REASON_CHARS = 2000
 
 
@@ -28,35 +28,35 @@ class WantedDrafter:
     """The drafter that a server is to serve, and where its files are."""
 
     drafter: str  # digest
-    folder: str  # of the checkpoint, which may not be on this host
+    folder: str  # the checkpoint's, which may not be on this host
     upload: str  # `Version.uploaded`, empty if there is none
 
 
 def wanted_drafter(fields: object) -> WantedDrafter:
     """Return the fields of a request; a later client may send others too. Raises ValueError if one is malformed."""
     if not isinstance(fields, dict):
-        raise ValueError("the request is no JSON object. Send the fields drafter, folder and upload.")
+        raise ValueError("the request is not a JSON object. Send the fields drafter, folder and upload.")
     folder, upload = fields.get("folder", ""), fields.get("upload", "")
     if not isinstance(folder, str) or not folder.startswith("/") or not folder.isprintable():
-        raise ValueError("folder is no absolute path. Send that of the checkpoint.")
+        raise ValueError("folder is not an absolute path. Send the checkpoint's.")
     if not isinstance(upload, str):
-        raise ValueError("upload is no text. Send the address of the version's upload.")
+        raise ValueError("upload is not a string. Send the address of the version's upload.")
     if upload and not upload_address(upload, where="upload").startswith("runs:/"):
         raise ValueError("upload: only addresses such as runs:/ID/drafter are fetched. Correct it.")
     return WantedDrafter(sha256_digest(fields.get("drafter"), where="drafter"), folder, upload)
 
 
 def read_drafter(wanted: WantedDrafter) -> dict[str, bytes]:
-    """Return the files that a drafter's proposals depend on, by name; of its upload if its folder is not here.
+    """Return the files that a drafter's proposals depend on, by name; from its upload if its folder is not here.
 
-    Raises ValueError if the files are others, or are too large.
+    Raises ValueError if the files are different or too large.
     """
     folder = Path(wanted.folder)
     with TemporaryDirectory() as scratch:
         fetched = wanted.upload and not folder.is_dir()
         source = _fetched(wanted.upload, Path(scratch)) if fetched else folder
         content = {name: (source / name).read_bytes() for name in DIGESTED if (source / name).exists()}
-    if content_digest(content) != wanted.drafter:  # of what is loaded, and not of files that may change
+    if content_digest(content) != wanted.drafter:  # digest of the loaded bytes, since files may change
         raise ValueError(
             f"{folder} on the server's host does not have the files of drafter {wanted.drafter[:12]}. Mount the "
             "store there under the same path, or set registry.upload, and install mlflow-skinny and set "
@@ -84,8 +84,8 @@ def _size(run: str, path: str) -> int:
     """Return the bytes of all files of a run below a path."""
     from mlflow.artifacts import list_artifacts
 
-    found = list_artifacts(run_id=run, artifact_path=path)
-    return sum(_size(run, file.path) if file.is_dir else int(file.file_size or 0) for file in found)
+    entries = list_artifacts(run_id=run, artifact_path=path)
+    return sum(_size(run, file.path) if file.is_dir else int(file.file_size or 0) for file in entries)
 
 
 def reason_of(error: Exception) -> str:

@@ -20,17 +20,17 @@ from draftsmith.stages.engines.servers.http import RefusedRequestError
 
 T = TypeVar("T")
 _CHECK_S = 0.5  # between two calls of `check` while waiting for servers
-_MAX_UNANSWERED = 20  # requests; beyond, the cause is not the prompt
+_MAX_UNANSWERED = 20  # requests; if more fail, the prompt is not the cause
 # Errors of one request: others may succeed.
 _REQUEST_ERRORS = (RefusedRequestError, TimedOutError, LostTooOftenError, PoisonRequestError, BadAnswerError)
 
 
 class UnansweredError(DraftsmithError):
-    """Some requests have no answer, and would have none the next time."""
+    """Some requests have no answer, and would get none the next time."""
 
 
 def proceed() -> None:
-    """Do nothing: the caller never stops."""
+    """Do nothing: never stop."""
 
 
 class LoopThread:
@@ -74,7 +74,7 @@ class ServerEngine:
     def __init__(self, loop: LoopThread, fleet: Fleet, check: Callable[[], None]):
         self._loop, self._fleet, self._pool, self._check = loop, fleet, fleet.pool, check
         self.records_trace = fleet.records_trace
-        self.batch_decides = False  # a server batches whatever it has at the moment
+        self.batch_decides = False  # a server batches its current requests
         self.name, self.target_difference = fleet.name, fleet.target_difference
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
@@ -139,7 +139,7 @@ class ServerEngine:
 
     @property
     def retries(self) -> int:
-        """Return how many attempts at requests were lost so far, or got an answer that does not fit the request."""
+        """Return the number of attempts that were lost so far, or whose answer did not fit the request."""
         return self._pool.retries
 
     def set_concurrency(self, total: int | None) -> None:

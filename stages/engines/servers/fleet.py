@@ -74,7 +74,7 @@ class Fleet:
         return any(info.greedy_only for info in self._info.values())
 
     async def start(self) -> None:
-        """Launch the servers if there are none yet, and check each. Raises DraftsmithError if one is wrong.
+        """Launch the servers if there are none yet, and check them all. Raises DraftsmithError if one is wrong.
 
         If one of several does not start or answer, the others serve.
         """

@@ -14,10 +14,10 @@ import httpx
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 
 Json: TypeAlias = dict[str, Any]  # an object of a server's HTTP API
-_FULL_503 = ("queue", "waiting timeout", "higher priority")  # in SGLang's texts when its queue is full
-_TRANSIENT_4XX = frozenset({408, 425})  # of a router's queue
+_FULL_503 = ("queue", "waiting timeout", "higher priority")  # parts of SGLang's messages when its queue is full
+_TRANSIENT_4XX = frozenset({408, 425})  # from a router's queue
 _UNAUTHORIZED = frozenset({401, 403})
-_QUERY_TIMEOUT_S = 120.0  # of the handshake: a first generation may compile kernels
+_QUERY_TIMEOUT_S = 120.0  # for the handshake: the first generation may compile kernels
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class ServerAnswer:
     body: Json
     seconds: float = 0.0
     first_token_seconds: float = float("nan")
-    url: str = ""  # of the server
+    url: str = ""  # the server's
 
 
 class RequestLostError(Exception):
@@ -35,7 +35,7 @@ class RequestLostError(Exception):
 
 
 class ServerFullError(RequestLostError):
-    """The server takes no request at the moment. wait_s: for how long, if it reported so."""
+    """The server takes no requests at the moment. wait_s: the wait that it reported, if any."""
 
     def __init__(self, reason: str, wait_s: float = 0.0):
         super().__init__(reason)
@@ -47,14 +47,14 @@ class ServerStalledError(RequestLostError):
 
 
 class RefusedRequestError(DraftsmithError):
-    """The server refuses this request, and would refuse it the next time."""
+    """The server refuses this request, and would refuse it again."""
 
 
 async def get_json(client: httpx.AsyncClient, url: str, name: str) -> Json:
     """Return the body of an endpoint."""
     response = await query(client, "GET", f"{url}/{name}")
     if response.status_code == 404:
-        raise wrong_server(url, f"has no /{name}. Give the address of a server of a supported release.")
+        raise wrong_server(url, f"has no /{name}. Check the URL and the server's release.")
     check_status(name, url, response.status_code, response.text)
     return json_object(response)
 
@@ -70,14 +70,14 @@ async def query(
 
 
 def json_object(response: httpx.Response) -> Json:
-    """Return the body of an answer. Raises DraftsmithError if it is no JSON object."""
+    """Return the body of an answer. Raises DraftsmithError if it is not a JSON object."""
     try:
         body = response.json()
     except ValueError:
         body = None
     if not isinstance(body, dict):
         raise DraftsmithError(
-            f"engine: {response.url} gives no JSON object. Give the address of a server of a supported release."
+            f"engine: {response.url} did not return a JSON object. Check the URL and the server's release."
         )
     return body
 
@@ -100,7 +100,7 @@ def wrong_server(url: str, reason: str) -> DraftsmithError:
 
 @contextmanager
 def lost_unless_readable() -> Iterator[None]:
-    """Raise RequestLostError if the request inside gets no answer over HTTP, or one that has another form."""
+    """Raise RequestLostError if the request inside gets no answer over HTTP, or an answer of another form."""
     try:
         yield
     except httpx.HTTPError as error:
@@ -126,7 +126,7 @@ async def health_check(limit_s: float) -> AsyncIterator[None]:
 
 
 async def post(client: httpx.AsyncClient, url: str, name: str, payload: Json) -> Json:
-    """Send a request and return the body of the answer. name: of the request, for errors."""
+    """Send a request and return the body of the answer. name: the request's, for errors."""
     response = await client.post(url, json=payload)
     check_status(name, url, response.status_code, response.text, response.headers.get("Retry-After"))
     return dict(response.json())
@@ -162,7 +162,7 @@ def key_header(api_key: str | None) -> dict[str, str]:
 def check_status(name: str, url: str, status: int, text: str, retry_after: str | None = None) -> None:
     """Raise RequestLostError for a status that may change, DraftsmithError for a refusal.
 
-    name: of the request. text: of the answer. retry_after: the header of that name.
+    name: the request's. text: the answer's. retry_after: the header of that name.
     """
     if status == 200:
         return

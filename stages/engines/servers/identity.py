@@ -1,7 +1,8 @@
-"""Whether a server serves the target: its tokenizer, and its weights by its log-probs of fixed tokens.
+"""Checks that a server serves the target: its tokenizer, and its weights by its log-probs of fixed tokens.
 
-The target scores these tokens here on the CPU. With the same weights the mean absolute difference of their log-probs is
-rounding. Where a server quantises the weights or the cache, or computes in another dtype, the difference is recorded.
+The target scores these tokens here on the CPU. With the same weights the mean absolute difference of the log-probs is
+only rounding. Where a server quantises the weights or the cache, or computes in another dtype, the difference is
+recorded.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.info import TargetInfo, model_path, read_target_info
 from draftsmith.stages.targets.loading import model_without_weights
 
-TOLERANCE = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.1}  # nats, of the mean; the coarser of the two dtypes'
-# nats, of the mean, of a server of unknown weights that quantises: 8 bits of weights, activations and cache moved
-# SmolLM2-135M and a target of 0.82 million parameters by up to 0.21, another revision of the latter is 4.7 away
+TOLERANCE = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.1}  # of the mean, nats; the coarser of both dtypes counts
+# Of the mean, nats, for a server of unknown weights that quantises. 8 bits of weights, activations and cache moved
+# SmolLM2-135M and a target of 0.82 million parameters by up to 0.21; another revision of the latter is 4.7 away
 # (`python -m tests.benchmarks.handshake`).
 QUANTISED_TOLERANCE = 0.3
 _SAME = {"bf16": "bfloat16", "half": "float16", "float": "float32"}  # names of dtypes
@@ -39,11 +40,11 @@ class TargetTooLargeError(Exception):
 
 
 async def check_tokenizer(client: httpx.AsyncClient, url: str, path: str, required: ServerRequirements) -> list[str]:
-    """Compare a server's tokenizer with the target's. Returns what could not be checked."""
+    """Compare a server's tokenizer with the target's. Returns the checks that were not possible."""
     response = await query(client, "POST", f"{url}/tokenize", {"prompt": PROBE_TEXT, "add_special_tokens": False})
     tokens = json_object(response).get("tokens") if response.status_code == 200 else None
     if tokens is None:
-        return [f"{url} does not tokenize: its vocabulary could not be compared"]
+        return [f"{url} has no tokenizer endpoint: its vocabulary could not be compared"]
     if tokens != required.probe_ids:
         raise wrong_server(url, f"serves {path}, whose tokenizer is not that of the target {required.target.source}.")
     return []
@@ -51,7 +52,7 @@ async def check_tokenizer(client: httpx.AsyncClient, url: str, path: str, requir
 
 @dataclass(frozen=True)
 class ServedTarget:
-    """What a server reports of the target that it serves; None or "auto": it does not report that."""
+    """A server's report of its target. None or "auto": not reported."""
 
     url: str
     path: str
@@ -61,7 +62,7 @@ class ServedTarget:
     known: bool = False  # its weights are the target's: it was started here, or serves the target's commit
 
     def differs(self, target: TargetInfo) -> list[str]:
-        """Return the settings that differ from what transformers computes."""
+        """Return the settings that differ from transformers' computation."""
         own = {"dtype": target.dtype, "quantization": target.quantisation, "kv_cache_dtype": target.dtype}
         reported = {name: _SAME.get(value, value) for name in own if (value := getattr(self, name))}
         return [f"{name} {value}" for name, value in reported.items() if value not in ("auto", own[name])]
@@ -74,10 +75,10 @@ class ServedTarget:
 
 
 def launched_target(options: Options, url: str = "", path: str = "") -> ServedTarget:
-    """Return what a server that is started here computes by its options."""
-    given = {option_name(key): str(value) for key, value in options.items()}
-    quantization = given.get("quantization") or given.get("torchao-config")
-    return ServedTarget(url, path, None, quantization, given.get("kv-cache-dtype"), known=True)
+    """Return the target that a server started here serves, by its options."""
+    values = {option_name(key): str(value) for key, value in options.items()}
+    quantization = values.get("quantization") or values.get("torchao-config")
+    return ServedTarget(url, path, None, quantization, values.get("kv-cache-dtype"), known=True)
 
 
 async def check_weights(
@@ -86,10 +87,10 @@ async def check_weights(
     required: ServerRequirements,
     log: Callable[[str], None],
 ) -> tuple[list[str], TargetDifference | None]:
-    """Compare a server's log-probs of the fixed tokens with the target's. Known weights only if a setting differs.
+    """Compare a server's log-probs of the fixed tokens with the target's; of known weights only if a setting differs.
 
     scored: returns the server's log-probs, None if it gives none.
-    Returns what was compared or could not be, and the difference if settings differ. Raises DraftsmithError for others.
+    Returns a remark, and the difference if settings differ. Raises DraftsmithError for other weights.
     """
     target, tokens = required.target, required.scored_ids
     url, path, differs = served.url, served.path, served.differs(target)
@@ -124,7 +125,7 @@ async def check_weights(
 def own_logprobs(target_folder: Path, tokens: Sequence[int], log: Callable[[str], None]) -> list[float]:
     """Return the target's log-probs (nats) of `tokens` after the first, in its dtype on the CPU; computed once.
 
-    Raises TargetTooLargeError instead of loading weights that the memory does not hold.
+    Raises TargetTooLargeError instead of loading weights that do not fit into memory.
     """
     with _LOCK:  # several servers are checked concurrently, and one check loads the weights
         if (logprobs := _OWN_LOGPROBS.get((target_folder, *tokens))) is None:
@@ -133,12 +134,12 @@ def own_logprobs(target_folder: Path, tokens: Sequence[int], log: Callable[[str]
 
 
 def check_memory(target_folder: Path) -> str:
-    """Return the size of a target's weights on the CPU. Raises TargetTooLargeError if the memory does not hold them."""
+    """Return the size of a target's weights on the CPU. Raises TargetTooLargeError if they do not fit."""
     parameters = sum(p.numel() for p in model_without_weights(model_path(target_folder)).parameters())
     size = parameters * getattr(torch, read_target_info(target_folder).dtype).itemsize
     needed, free = f"{size / 1e9:.1f} GB", free_memory_bytes()
     if size > free:
-        raise TargetTooLargeError(f"which takes {needed} of memory where {free / 1e9:.1f} GB are free")
+        raise TargetTooLargeError(f"which takes {needed} of memory, and {free / 1e9:.1f} GB are free")
     return needed
 
 

@@ -1,4 +1,4 @@
-"""Servers that the stage starts: GPUs, ports, log, and an end together with the stage."""
+"""Servers that the stage starts: their GPUs, ports and log. They end together with the stage."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from draftsmith.stages.runtime.child_process import ChildProcess, last_lines
 from draftsmith.stages.runtime.process import EXPANDABLE_SEGMENTS
 
 _STOP_GRACE_S = 20.0  # SGLang checks for SIGTERM every 5 s, then frees its memory itself
-_KILL_WAIT_S = 5.0  # for killed processes to disappear; zombies that nobody reaps stay
+_KILL_WAIT_S = 5.0  # for killed processes to disappear; zombies that no parent reaps stay
 _USAGE_ERROR = 2  # argparse's exit code
 _PORTS = range(20000, 32000)
 _NUMBERED = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}  # as nvidia-smi numbers the GPUs
@@ -46,7 +46,7 @@ def assign_gpus(launch: LaunchConfig, gpus: Sequence[str]) -> list[str | None]:
         shape += f" and data_parallel {launch.data_parallel}" if launch.data_parallel > 1 else ""
         raise DraftsmithError(
             f"engine.launch: {launch.servers} servers of {shape} need {launch.servers * each} GPUs, "
-            f"{len(gpus)} are visible. Lower one of them."
+            f"{len(gpus)} are visible. Lower one of these numbers."
         )
     return [",".join(gpus[i * each : (i + 1) * each]) for i in range(launch.servers)]
 
@@ -54,8 +54,8 @@ def assign_gpus(launch: LaunchConfig, gpus: Sequence[str]) -> list[str | None]:
 class ServerProcess:
     """A server, or a router, as a `ChildProcess` that logs to a file.
 
-    api_key: required of every request, so that other users of the machine cannot use the server. It is given in a file
-    with mode 0600, which keeps it out of the command line that everybody can read. None: the environment has it.
+    api_key: required of every request, so that other users of the machine cannot use the server. It is passed in a file
+    with mode 0600, which keeps it out of the command line, which everybody can read. None: the environment has it.
     """
 
     def __init__(
@@ -161,7 +161,7 @@ def server_processes(
 ) -> list[ServerProcess]:
     """Return the servers of a config, not started yet.
 
-    environment: variables beside those of this process. log_path: of the logs, which get the servers' numbers.
+    environment: variables in addition to this process's. log_path: the logs', to which servers' numbers are added.
     """
     shares = assign_gpus(launch, usable_gpus())
     return [

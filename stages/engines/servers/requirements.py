@@ -1,6 +1,6 @@
 """Requirements that every server of an engine must meet: target, drafter, and context for the longest request.
 
-How an engine drafts with a checkpoint is read from its config.json, without torch.
+The way an engine drafts with a checkpoint is read from its config.json, without torch.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SCORED_TEXT = (  # its log-probs are compared where a server's weights have no k
 
 @dataclass(frozen=True)
 class ServerRequirements:
-    """What a server must serve."""
+    """The target, drafter and limits that a server must serve."""
 
     target: TargetInfo
     target_folder: Path  # the target's artifact
@@ -35,7 +35,7 @@ class ServerRequirements:
     probe_ids: list[int]  # PROBE_TEXT in the target's tokenizer, without special tokens
     scored_ids: list[int]  # SCORED_TEXT, likewise
     longest: int  # positions of the longest request
-    concurrency: int  # requests in flight, a replica of the model
+    concurrency: int  # requests in flight per replica of the model
     measure_first_token: bool = False
     drafter_folder: Path | None = None
     drafter_digest: str | None = None
@@ -93,15 +93,15 @@ def server_requirements(
 def _check_slots(drafter_folder: Path) -> None:
     """Raise DraftsmithError for a DSpark of the speculators library that SGLang reads one slot off.
 
-    There a block has a query of the anchor's own that proposes nothing, which SGLang counts as the first proposal
+    There the anchor has a query that proposes nothing, which SGLang counts as the first proposal
     (sgl-project/sglang#30982). Converted to SGLang's layout, the same drafter is read right.
     """
     raw = _drafter_config(drafter_folder)
     if raw.get("speculators_model_type") == "dspark" and raw.get("sample_from_anchor") is False:
         raise DraftsmithError(
             f"drafter {drafter_folder}: is in the layout of speculators with sample_from_anchor: false, which SGLang "
-            "reads one slot off, so that it accepts about 1. Run a config with it as sft.init_from and sft.steps: 0, "
-            "and serve the `draftsmith export` of that."
+            "reads one slot off, so tau is about 1. Run a config with it as sft.init_from and sft.steps: 0, and serve "
+            "the `draftsmith export` of the result."
         )
 
 
@@ -145,7 +145,7 @@ def _drafter_config(folder: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise DraftsmithError(f"drafter {path}: cannot be read ({error}). Give a drafter's folder.") from error
+        raise DraftsmithError(f"drafter {path}: cannot be read ({error}). Name a drafter's folder.") from error
     if not isinstance(raw, dict):
-        raise DraftsmithError(f"drafter {path}: is not a JSON object. Give a drafter's folder.")
+        raise DraftsmithError(f"drafter {path}: is not a JSON object. Name a drafter's folder.")
     return raw

@@ -1,4 +1,4 @@
-"""What running servers of any kind report of their drafter, and the reading of their metrics."""
+"""Reports of running servers of any kind about their drafter, and the reading of their metrics."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.identifiers import Digest
 
-STATE_VERSION = 1  # of `SwapReport`: "v" in what a plug-in reports
+STATE_VERSION = 1  # version of `SwapReport`: "v" in a plug-in's report
 Time: TypeAlias = Annotated[str, Field(pattern=r"^[0-9TZ:.+-]{0,40}$")]  # ISO 8601, UTC
 _KnownDrafter: TypeAlias = Digest | Literal[""]  # empty: its files are not on the server's host
 _SAMPLE = re.compile(r"^([a-z_:]+)(?:\{.*\})? (\S+)", re.MULTILINE)
@@ -29,7 +29,7 @@ class TracedRequest:
 
 @dataclass(frozen=True)
 class ServerState:
-    """What a server reports of its drafter."""
+    """A server's report about its drafter."""
 
     url: str
     engine: str  # kind
@@ -37,31 +37,31 @@ class ServerState:
     dtype: str = ""
     algorithm: str | None = None  # None: it serves without a drafter
     block_size: int = 0  # tokens of a verify step
-    tau: float | None = None  # of all verify steps since its start, whatever drafter made them
+    tau: float | None = None  # over all verify steps since its start, by any drafter
     started_with: str = ""  # folder or hub id of the drafter in its options
-    # of a server that can be swapped
+    # for a server that can be swapped:
     digest: str | None = None  # of the drafter, empty if its files are not here; None: nothing can write another one
     since: str | None = None  # when it began to serve that drafter, ISO 8601, UTC
     before: str = ""  # digest of the drafter before the last swap
-    pause_s: float = 0.0  # of the last swap
-    traced: Mapping[str, Sequence[TracedRequest]] | None = None  # digest -> requests that ended last; None: not traced
+    pause_s: float = 0.0  # pause of the last swap
+    traced: Mapping[str, Sequence[TracedRequest]] | None = None  # digest -> last ended requests; None: not traced
 
 
 @dataclass(frozen=True)
 class SwapReport:
-    """What a server's plug-in reports of its drafter. A later plug-in may report more."""
+    """A server plug-in's report about its drafter. A later plug-in may report more."""
 
     drafter: _KnownDrafter  # digest
     since: Time  # empty: not written yet
     before: _KnownDrafter  # digest of the drafter before the last swap, empty before the first one
-    pause_s: Annotated[float, Field(ge=0)] = 0.0  # of the last swap
+    pause_s: Annotated[float, Field(ge=0)] = 0.0  # pause of the last swap
 
 
 _REPORT = TypeAdapter(SwapReport)
 
 
 def read_report(url: str, report: object) -> SwapReport:
-    """Return what a server's plug-in reports. Raises DraftsmithError if that is of an unknown form."""
+    """Return the report of a server's plug-in. Raises DraftsmithError if its form is unknown."""
     try:
         return _REPORT.validate_python(report)
     except ValidationError as error:
@@ -95,7 +95,7 @@ class NewDrafter:
 
 
 def sums(metrics: str, names: Sequence[str]) -> list[float]:
-    """Return samples of Prometheus metrics, summed over their labels; 0 for a name without any."""
+    """Return samples of Prometheus metrics, summed over their labels; 0 for a name without samples."""
     totals = dict.fromkeys(names, 0.0)
     for name, value in _SAMPLE.findall(metrics):
         if name in totals:

@@ -1,4 +1,4 @@
-"""SGLang's servers: their endpoints, as the engine of servers uses them."""
+"""The endpoints of SGLang's servers, for the server engine."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from draftsmith.stages.engines.sglang.server import cuda_environment, router_wor
 _HEALTH_TIMEOUT_S = 30.0  # SGLang answers within 20
 _CONNECT_TIMEOUT_S = 10.0
 _HEALTH_GENERATION_TIMEOUT_S = 60.0
-_STREAM_INTERVAL = 1 << 30  # the first token alone, then all others in one piece
+_STREAM_INTERVAL = 1 << 30  # only the first token, then all others in one piece
 _ABORT_TIMEOUT_S = 5.0
 _FLUSH_TIMEOUT_S = 60.0
 _POLL_S = 0.5
@@ -100,8 +100,8 @@ class SGLangApi(ServerApi):
     async def check_health(self, client: httpx.AsyncClient, url: str) -> None:
         """Check that the server computes.
 
-        GET /health_generate answers 200 as soon as the scheduler has returned anything to anybody, and 503 after 20 s
-        without. Where there is no such endpoint, a short generation is sent.
+        GET /health_generate answers 200 as soon as the scheduler has returned anything, and 503 after 20 s
+        without. A server without this endpoint gets a short generation.
         """
         name, limit = "of the health check", httpx.Timeout(_HEALTH_TIMEOUT_S, connect=_CONNECT_TIMEOUT_S)
         payload = {"input_ids": [0], "sampling_params": {"temperature": 0, "max_new_tokens": 1}}

@@ -1,10 +1,10 @@
 """Checks of a server before its first request: same model, same drafter, and enough context.
 
-SGLang's own `/weights_checker` cannot be compared with files: it hashes tensors as they lie on a GPU (merged, sharded,
+SGLang's own `/weights_checker` cannot be compared with files: it hashes tensors as stored on a GPU (merged, sharded,
 by a Triton kernel), and fails on a CPU.
 
-Greedy verification is found at a temperature that makes all tokens of the vocabulary about equally likely; a device may
-be reported as `cuda` and is none. The first token is sampled from the prompt without a verify step. If the next
+Greedy verification is detected at a temperature that makes all tokens of the vocabulary about equally likely; a server
+may report `cuda` without having it. The first token is sampled from the prompt without a verify step. If the next
 `_EQUAL` tokens equal those of greedy decoding, they were not sampled: by chance that happens once in
 (vocabulary)^`_EQUAL`.
 """
@@ -42,7 +42,7 @@ _REQUEST_NAME = "of the handshake"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _TEMPERATURE = 1e3
 _EQUAL = 3
-_ROUNDS = 3  # a near-tie of half precision may hide greedy verification in one round
+_ROUNDS = 3  # a near-tie in half precision may hide greedy verification in one round
 
 
 async def check_server(
@@ -82,7 +82,7 @@ async def check_server(
 
 
 async def served_block_size(client: httpx.AsyncClient, url: str) -> int | None:
-    """Return how many tokens a server drafts, the anchor included; None if it drafts none."""
+    """Return the tokens of a server's verify step, with the anchor; None if it does not draft."""
     size: int | None = (await get_json(client, url, "server_info")).get("speculative_num_draft_tokens")
     return size
 
@@ -94,7 +94,7 @@ async def router_passes_records(client: httpx.AsyncClient, url: str, required: S
 
 
 def _check_drafter(url: str, server: Json, required: ServerRequirements) -> list[str]:
-    """Check that the server drafts as required. Returns what is worth knowing."""
+    """Check that the server drafts as required. Returns remarks."""
     algorithm = server.get("speculative_algorithm")
     for name in ("speculative_accept_threshold_single", "speculative_accept_threshold_acc"):
         if algorithm and (threshold := server.get(name)) not in (None, 1):
@@ -137,7 +137,7 @@ def _check_context(url: str, server: Json, required: ServerRequirements) -> None
     if limits and required.longest > min(limits):
         raise wrong_server(
             url,
-            f"takes {min(limits)} positions a request, the longest needs {required.longest}. Lower "
+            f"takes {min(limits)} positions per request, the longest needs {required.longest}. Lower "
             "sampling.max_new_tokens or prompts.max_prompt_tokens, or raise --context-length or --max-total-tokens.",
         )
 
@@ -145,7 +145,7 @@ def _check_context(url: str, server: Json, required: ServerRequirements) -> None
 def _check_running_requests(url: str, server: Json, required: ServerRequirements) -> list[str]:
     """Check that no request has to wait in the server's queue, which an evaluation would measure. Returns a remark."""
     limits = [state.get("effective_max_running_requests_per_dp") for state in server.get("internal_states") or ()]
-    limit = min((int(each) for each in limits if each), default=required.concurrency)
+    limit = min((int(bound) for bound in limits if bound), default=required.concurrency)
     if limit >= required.concurrency:
         return []
     problem = (
@@ -169,18 +169,18 @@ async def _check_generation(client: httpx.AsyncClient, url: str, server: Json, r
     read_completion(request, answer, required.target, digest)
     if server.get("speculative_algorithm") and not meta.get("spec_verify_ct"):
         raise wrong_server(
-            url, "does not report how many verify steps a request took (spec_verify_ct). Use a supported release."
+            url, "does not report a request's number of verify steps (spec_verify_ct). Use a supported release."
         )
     return digest is not None
 
 
 async def reported_target(client: httpx.AsyncClient, url: str) -> ServedTarget:
-    """Return what a server says of the target that it computes."""
+    """Return a server's report about its target."""
     return _served_target(url, "", await get_json(client, url, "server_info"), ours=False)
 
 
 def _served_target(url: str, path: str, server: Json, *, ours: bool) -> ServedTarget:
-    """Return what a server's /server_info says of the target. path: the model that it serves."""
+    """Return the target according to a server's /server_info. path: the served model."""
     quantization = server.get("quantization") or server.get("torchao_config")
     return ServedTarget(url, path, server.get("dtype"), quantization, server.get("kv_cache_dtype"), known=ours)
 
@@ -206,15 +206,15 @@ async def served_logprobs(client: httpx.AsyncClient, url: str, tokens: Sequence[
     answer = await _post(client, url, _REQUEST_NAME, asked)
     try:
         scored = answer.body["meta_info"]["input_token_logprobs"][1:]
-        logprobs = [float(each[0]) for each in scored]
-        scored_tokens = [int(each[1]) for each in scored]
+        logprobs = [float(entry[0]) for entry in scored]
+        scored_tokens = [int(entry[1]) for entry in scored]
     except (KeyError, IndexError, TypeError, ValueError):
         return None
     return logprobs if scored_tokens == list(tokens[1:]) and all(map(math.isfinite, logprobs)) else None
 
 
 async def verifies_greedily(client: httpx.AsyncClient, url: str, target: TargetInfo, prompt_ids: list[int]) -> bool:
-    """Return whether a server that drafts verifies greedily whatever the temperature.
+    """Return whether a server that drafts verifies greedily at any temperature.
 
     prompt_ids: any prompt. Raises DraftsmithError if an answer does not fit its request.
     """
@@ -231,7 +231,7 @@ async def verifies_greedily(client: httpx.AsyncClient, url: str, target: TargetI
 
 
 async def _generate(client: httpx.AsyncClient, url: str, request: Request, *, traced: bool = False) -> ServerAnswer:
-    """Send a request whose answer no end token cuts short, and return the answer."""
+    """Send a request whose answer is not cut by an end token, and return the answer."""
     payload = generate_payload(request, (), traced)
     payload["sampling_params"]["ignore_eos"] = True
     return await _post(client, url, request.request_id, payload)

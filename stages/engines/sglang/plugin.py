@@ -1,7 +1,7 @@
 """A plug-in for SGLang's servers that records verify steps, and writes another drafter into them (`plugin_swap.py`).
 
 SGLang loads it by the entry-point group `sglang.srt.plugins`, in an environment that has this project installed without
-its dependencies: its imports need nothing but the standard library, torch, numpy, and sglang with its own packages.
+its dependencies: it imports only the standard library, torch, numpy, and sglang with its packages.
 
 [README.md](README.md#plug-in) describes the records.
 """
@@ -23,7 +23,7 @@ _DSPARK_ACCEPT = "sglang.srt.speculative.dspark_components.dspark_verify.TargetV
 _EAGLE = "sglang.srt.speculative.eagle_worker_v2.EAGLEWorkerV2"
 _EAGLE_SAMPLE = "sglang.srt.speculative.eagle_utils.eagle_sample"
 
-# The hooked or called functions, with the arguments that are read
+# The hooked or called functions, with the arguments that the hooks read
 REQUIRED: dict[str, tuple[str, ...]] = {
     f"{_DFLASH}.__init__": ("server_args",),
     f"{_DFLASH}.forward_batch_generation": ("batch",),
@@ -40,7 +40,7 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "sglang.srt.managers.utils.GenerationBatchResult.auxiliary_host_output": (),
     "sglang.srt.layers.logits_processor.LogitsProcessorOutput.auxiliary_device_output": (),
 }
-# The same of the hooks that write another drafter, or report of it. Without one of them a server only records.
+# The same for the hooks that write another drafter or report about it. If one is missing, a server only records.
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 _CHECK_WEIGHTS = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager.check_weights"
 _DECODE = (
@@ -53,7 +53,7 @@ SWAP_REQUIRED: dict[str, tuple[str, ...]] = {
     f"{_SCHEDULER}.pause_generation": ("recv_req",),
     f"{_SCHEDULER}.continue_generation": ("recv_req",),
     f"{_SCHEDULER}.flush_cache": (),
-    f"{_SCHEDULER}.is_fully_idle": ("ignore_waiting",),  # 0.5.20 empties no cache while retracted requests wait
+    f"{_SCHEDULER}.is_fully_idle": ("ignore_waiting",),  # 0.5.20 does not empty the cache while retracted requests wait
     _CHECK_WEIGHTS: ("recv_req",),
     _DECODE: ("batch", "result"),
 }
@@ -86,7 +86,7 @@ def check_release(required: dict[str, tuple[str, ...]] = REQUIRED) -> None:
 def _refusal(version: str, reason: str) -> str:
     return (
         f"draftsmith's plug-in does not work with sglang {version}: {reason}. It supports {SUPPORTED}. Install such "
-        "a release, or start the server without the plug-in (SGLANG_PLUGINS lists those to load)."
+        "a release, or start the server without the plug-in (SGLANG_PLUGINS lists plug-ins to load)."
     )
 
 
@@ -100,7 +100,7 @@ def activate() -> None:
     except RuntimeError as error:
         raise SystemExit(str(error)) from error
 
-    # Imported after the check, which reports what these would fail on.
+    # Imported after the check, which reports the causes of failing imports.
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     from draftsmith.stages.engines.sglang.plugin_hooks import Recorder, RequestLog

@@ -1,9 +1,9 @@
 """The plug-in's hooks: record verify steps on the device, move them to the host, and add them to answers.
 
 A step's numbers are packed into one new tensor on the device's stream. It travels as SGLang's own "auxiliary output":
-the scheduler copies it beside the step's tokens (on its copy stream where scheduling overlaps) and hands it back when
+the scheduler copies it with the step's tokens (on its copy stream where scheduling overlaps) and hands it back when
 the tokens have been committed, so nothing here waits for the device. If no request of a batch asks for records, the
-original is called after one check per request.
+original runs after one check per request.
 
 `RequestLog` sums up the verify steps of a share of the requests, for `draftsmith watch`.
 """
@@ -31,7 +31,7 @@ from draftsmith.stages.replay.steps import DEPTH_ENDS, DEPTHS
 log = logging.getLogger(__name__)
 
 LOWEST = -1e4  # log-prob of a token that a mask forbids: -inf is not JSON
-CHUNK = 128  # positions whose float32 logits are held at a time: 80 MB for 150,000 tokens
+CHUNK = 128  # positions with float32 logits in memory at a time: 80 MB for 150,000 tokens
 
 
 def wants_trace(request: Any) -> bool:
@@ -41,7 +41,7 @@ def wants_trace(request: Any) -> bool:
 
 
 def chain_logprobs(logits: torch.Tensor, candidates: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
-    """Return the log-probs of the proposals of some rows, float32 [len(rows), B - 1].
+    """Return the log-probs of the proposals of `rows`, float32 [len(rows), B - 1].
 
     logits: [batch·B, V] of the target, row b·B + j after the j-th candidate of b. candidates: [batch, B], the anchor's
     token first.
@@ -50,8 +50,8 @@ def chain_logprobs(logits: torch.Tensor, candidates: torch.Tensor, rows: Sequenc
     at = _on_device([row * B + j for row in rows for j in range(B - 1)], logits.device)
     proposed = candidates.reshape(-1)[at + 1].long()
     chunks = [
-        torch.log_softmax(logits[some].float(), dim=-1).gather(1, tokens[:, None])[:, 0]
-        for some, tokens in zip(at.split(CHUNK), proposed.split(CHUNK), strict=True)
+        torch.log_softmax(logits[places].float(), dim=-1).gather(1, tokens[:, None])[:, 0]
+        for places, tokens in zip(at.split(CHUNK), proposed.split(CHUNK), strict=True)
     ]
     return torch.cat(chunks).view(len(rows), B - 1)
 
@@ -99,11 +99,11 @@ def _on_device(values: list[int], device: torch.device) -> torch.Tensor:
 class BatchTrace:
     """The records of a batch: SGLang's DeviceAuxiliaryOutput before the copy to the host, HostAuxiliaryOutput after.
 
-    steps: None after a prefill, the packed tensor after a verification, or the reason why that has no record.
+    steps: None after a prefill, the packed tensor after a verification, or the reason for a missing record.
     """
 
     drafter: str
-    rows: Sequence[int]  # of the batch, whose requests asked
+    rows: Sequence[int]  # rows of the batch whose requests asked
     steps: torch.Tensor | str | None
 
     def copy_to_host(self, copy_tensor: Callable[[torch.Tensor], torch.Tensor]) -> BatchTrace:
@@ -118,10 +118,10 @@ class BatchTrace:
         else:
             records = [head if self.steps is None else {**head, "refused": self.steps} for _ in self.rows]
         for row, record in zip(self.rows, records, strict=True):
-            if (commit := commits[row]) is None:  # a chunk of a prompt, or finished or retracted meanwhile
+            if (commit := commits[row]) is None:  # a chunk of a prompt, or meanwhile finished or retracted
                 continue
             start = commit.output_index
-            # a prefill within an answer, after a retraction, is no step
+            # a prefill within an answer, after a retraction, is not a step
             element = record if self.steps is not None or start == 0 else None
             put_record(batch.reqs[row], start, len(commit.token_ids), element)
 
@@ -144,7 +144,7 @@ def traced_share(setting: str) -> float:
     except ValueError:
         share = -1.0
     if not 0 <= share <= 1:
-        raise SystemExit(f"{ENVIRONMENT} is {setting!r}, which is no share of requests. Set a number from 0 to 1.")
+        raise SystemExit(f"{ENVIRONMENT} is {setting!r}, which is not a share of requests. Set a number from 0 to 1.")
     return share
 
 
@@ -154,8 +154,8 @@ class Recorder:
     def __init__(self) -> None:
         self.drafter = ""
         self.active = False
-        self.share = traced_share(os.environ.get(ENVIRONMENT, ""))  # of requests; 1 puts records into all answers
-        self.rows: Sequence[int] = ()  # of the running batch, whose requests asked
+        self.share = traced_share(os.environ.get(ENVIRONMENT, ""))  # share of requests; 1 puts records into all answers
+        self.rows: Sequence[int] = ()  # rows of the running batch whose requests asked
         self.steps: torch.Tensor | str | None = None  # of the running batch's verification
 
     def after_load(self, _result: None, worker: Any, *_args: Any, **_kwargs: Any) -> None:
@@ -167,8 +167,8 @@ class Recorder:
         folder = drafter_folder(arguments.speculative_draft_model_path, arguments.speculative_draft_model_revision)
         self.drafter = "" if folder is None else drafter_digest(folder)
         self.active = True
-        some = f"requests that ask, and sums of a share of {self.share:g}"
-        asks = {0.0: "requests that ask", 1.0: "every request"}.get(self.share, some)
+        mixed = f"requests that ask, and sums of a share of {self.share:g}"
+        asks = {0.0: "requests that ask", 1.0: "every request"}.get(self.share, mixed)
         log.info("draftsmith: traces of %s, protocol %s, drafter %s", asks, PROTOCOL, self.drafter[:12] or "unknown")
 
     def traced_rows(self, batch: Any) -> Sequence[int]:
@@ -217,7 +217,7 @@ class Recorder:
         if not self.rows:
             return original(executor, *args, **kwargs)
         if kwargs["layout"] is not None:
-            self.steps = "SGLANG_RAGGED_VERIFY_MODE may cut blocks, so accepted proposals are not the drafter's alone"
+            self.steps = "SGLANG_RAGGED_VERIFY_MODE may cut blocks, so acceptance depends on more than the drafter"
             return original(executor, *args, **kwargs)
         candidates = kwargs["verify_ids_2d"]
         logprobs = chain_logprobs(kwargs["target_logits"], candidates, self.rows)  # before it modifies the logits
@@ -253,7 +253,7 @@ class Recorder:
 def drafter_folder(source: str | None, revision: str | None) -> Path | None:
     """Return the drafter's folder, or SGLang's snapshot of the hub; None if neither is found.
 
-    source: None for a target that drafts with a head of its own.
+    source: None for a target that drafts with its own head.
     """
     if source is None:
         return None
@@ -272,7 +272,7 @@ LAST = 512  # requests kept
 
 
 class RequestLog:
-    """The hooks of one scheduler process. The sums of a running request are an attribute of it, so they end with it."""
+    """The hooks of one scheduler process. The sums of a running request are its attribute, so they end with it."""
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
@@ -283,17 +283,17 @@ class RequestLog:
         """Wrap `process_batch_result_decode`, which commits a verify step to each request that has not ended."""
         if not self._recorder.active:
             return original(processor, batch, result)
-        running = [each for each in batch.reqs if not each.finished() and self._is_chosen(each)]
-        starts = [len(each.output_ids) for each in running]
+        running = [request for request in batch.reqs if not request.finished() and self._is_chosen(request)]
+        starts = [len(request.output_ids) for request in running]
         returned = original(processor, batch, result)
         for request, start in zip(running, starts, strict=True):
             end = len(request.output_ids) if request.finished_len is None else request.finished_len
-            if end > start:  # else retracted, or aborted
+            if end > start:  # otherwise it was retracted or aborted
                 self._add(request, start, end - start)
         return returned
 
     def after_internal_state(self, result: Any, *_args: Any, **_kwargs: Any) -> None:
-        """Add the requests that ended last, by drafter, to what `/server_info` reports of every scheduler."""
+        """Add the last ended requests, by drafter, to the report of every scheduler in `/server_info`."""
         if self._recorder.active:
             requests: Json = {}
             for drafter, ended, depths in self._ended:
@@ -301,7 +301,7 @@ class RequestLog:
             result.internal_state[REQUESTS_STATE] = requests
 
     def _is_chosen(self, request: Any) -> bool:
-        """Return whether a request belongs to the share. Those that ask for records measure, and are left out."""
+        """Return whether a request belongs to the share. Requests that ask for records are measurements: excluded."""
         if not hasattr(request, "draftsmith_sums"):
             number = int.from_bytes(blake2b(request.rid.encode(), digest_size=4).digest(), "big")
             chosen = number < self._recorder.share * 2**32 and not wants_trace(request)
@@ -309,7 +309,7 @@ class RequestLog:
         return request.draftsmith_sums is not None
 
     def _add(self, request: Any, start: int, committed: int) -> None:
-        """Add a step that committed so many output tokens from the `start`-th on; keep the request if it has ended."""
+        """Add a step with `committed` output tokens from the `start`-th on; keep the request if it has ended."""
         depths = request.draftsmith_sums.setdefault(self._recorder.drafter, {})
         anchor = len(request.origin_input_ids) + start - 1
         sums = depths.setdefault(DEPTHS[bisect(DEPTH_ENDS, anchor)], [0, 0])

@@ -1,8 +1,8 @@
 """The plug-in's hooks that write another drafter into a running server, and report which one is served.
 
-The request is SGLang's `/weights_checker` with an action of our own, since it reaches every scheduler, takes any text
+The request is SGLang's `/weights_checker` with our own action, since it reaches every scheduler, takes any text
 and returns one. A server without the plug-in refuses an unknown action and changes nothing. The action is
-`draftsmith:` and the JSON of
+`draftsmith:` followed by the JSON of
 
     {"drafter": digest, "folder": path, "upload": "runs:/ID/drafter"}
 
@@ -11,7 +11,7 @@ requests are served; the answer's `message` is {"state": "reading"} then. When a
 request writes the weights, and the message is {"state": "served", "since": …, "pause_s": …}.
 
 Weights are loaded into other memory first, by the model's own loader. They are then copied into the served parameters,
-whose addresses captured graphs hold, and so is what SGLang derived from parameters.
+whose addresses captured graphs hold. The same is done with the tensors that SGLang derived from parameters.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ class DrafterSwap:
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
-        self._scheduler: Any = None  # of a server whose drafter can be written
+        self._scheduler: Any = None  # set if the server's drafter can be written
         self._since = ""
-        self._reader = ThreadPoolExecutor(1, "draftsmith-swap")  # one at a time, whoever asks
+        self._reader = ThreadPoolExecutor(1, "draftsmith-swap")  # one drafter at a time
         self._reading: tuple[str, Future[dict[str, bytes]]] | None = None  # digest and files
-        # digest and parameters, on the CPU: to be written, and as they were before the last swap
+        # digest and parameters on the CPU: those to write, and those before the last swap
         self._ready: tuple[str, dict[str, torch.Tensor]] | None = None
         self._previous: tuple[str, dict[str, torch.Tensor]] | None = None
-        self._pause_s = 0.0  # of the last swap
+        self._pause_s = 0.0  # pause of the last swap
 
     def after_start(self, _result: None, scheduler: Any, *_args: Any, **_kwargs: Any) -> None:
         """Run after `Scheduler.__init__`, which has loaded the drafter."""
@@ -71,7 +71,7 @@ class DrafterSwap:
         self._scheduler, self._since = scheduler, _now()
 
     def after_internal_state(self, result: Any, *_args: Any, **_kwargs: Any) -> None:
-        """Add the served drafter to what `/server_info` reports of every scheduler."""
+        """Add the served drafter to the report of every scheduler in `/server_info`."""
         if self._scheduler is not None:
             result.internal_state[SWAP_STATE] = {
                 "v": STATE_VERSION,
@@ -95,20 +95,20 @@ class DrafterSwap:
         return CheckWeightsReqOutput(success=True, message=json.dumps(answer))
 
     def serve(self, wanted: WantedDrafter, gather: Callable[[str], list[str]]) -> Json:
-        """Make the wanted drafter the served one as soon as it can be. Returns the state, the same on every rank.
+        """Serve the wanted drafter as soon as possible. Returns the state, the same on every rank.
 
-        gather: of the states of all ranks. Raises RefusedSwapError.
+        gather: collects the states of all ranks. Raises RefusedSwapError.
         """
         started = time.monotonic()
         try:
             state = self._prepare(wanted)
-        except Exception as error:  # of any kind: a rank that raises would leave the others waiting
+        except Exception as error:  # any kind: a rank that raises would leave the others waiting
             reason = reason_of(error)
             log.warning("draftsmith: drafter %s is refused: %s", wanted.drafter[:12], reason)
             self._reading = self._ready = None
             state = f"refused: {reason}"
         states = gather(state)
-        if refused := next((each for each in states if each.startswith("refused: ")), None):
+        if refused := next((state for state in states if state.startswith("refused: ")), None):
             raise RefusedSwapError(refused.removeprefix("refused: "))
         if "reading" in states:
             return {"state": "reading"}
@@ -118,13 +118,13 @@ class DrafterSwap:
         return {"state": "served", "since": self._since, "pause_s": self._pause_s}
 
     def _prepare(self, wanted: WantedDrafter) -> str:
-        """Return "served", "reading" or "ready", which the parameters in `_ready` are. Raises if they do not fit."""
+        """Return "served", "reading" or "ready" (parameters are in `_ready`). Raises if they do not fit."""
         if self._scheduler is None:
             raise RefusedSwapError("this server's drafter cannot be written: it needs DFLASH, DSPARK or EAGLE3")
         digest = wanted.drafter
         if digest == self._recorder.drafter:
             return "served"
-        if self._ready is not None and self._ready[0] == digest:  # and other ranks were not
+        if self._ready is not None and self._ready[0] == digest:  # other ranks were not
             return "ready"
         if self._previous is not None and self._previous[0] == digest:
             self._ready = self._previous
@@ -151,7 +151,7 @@ class DrafterSwap:
         assert self._ready is not None
         (digest, weights), worker = self._ready, self._scheduler.draft_worker
         served = dict(draft_runner(worker).model.named_parameters())
-        # in the mode of SGLang's loop, in which it has derived some tensors: no others may be written outside of it
+        # in inference mode like SGLang's loop: tensors that were derived in it may only be written in it
         with _paused(self._scheduler), torch.inference_mode():
             if not self._scheduler.flush_cache():
                 raise RefusedSwapError("its cache cannot be emptied while requests wait for a grammar. Try again")
@@ -176,14 +176,14 @@ def _parsed(text: str) -> WantedDrafter:
 
 
 def draft_runner(worker: Any) -> Any:
-    """Return SGLang's runner of the draft model."""
+    """Return SGLang's runner for the draft model."""
     return worker.draft_model_runner if hasattr(worker, "draft_model_runner") else worker.draft_worker.draft_runner
 
 
 def load_aside(model: Any, tensors: Mapping[str, torch.Tensor], shared: set[int]) -> dict[str, torch.Tensor]:
-    """Return the model's parameters, on the CPU, as its own loader fills them from a checkpoint. Writes nothing.
+    """Return the model's parameters, on the CPU, as its loader fills them from a checkpoint. Writes nothing.
 
-    shared: addresses of parameters that are the target's. Raises RefusedSwapError unless all others are filled.
+    shared: addresses of the target's parameters. Raises RefusedSwapError unless all others are filled.
     """
     parameters = dict(model.named_parameters())
     served = {name: parameter.data for name, parameter in parameters.items()}
@@ -209,12 +209,12 @@ def load_aside(model: Any, tensors: Mapping[str, torch.Tensor], shared: set[int]
     if tokens is not None and (now is None or not torch.equal(now.cpu(), tokens.cpu())):
         raise RefusedSwapError("the drafter proposes other tokens of the vocabulary. Start the server with it")
     if missing := sorted(name for name in own if aside[name].isnan().any()):
-        raise RefusedSwapError(f"the drafter's weights leave out {missing[0]}, or are NaN ({len(missing)} parameters)")
+        raise RefusedSwapError(f"the drafter's weights lack {missing[0]}, or are NaN ({len(missing)} parameters)")
     return {name: aside[name] for name in own}
 
 
 def derived_tensors(worker: Any) -> Pairs:
-    """Return the tensors that SGLang derived from the drafter's parameters and keeps, each with its value of now."""
+    """Return the tensors that SGLang derived from the drafter's parameters and keeps, each with its current value."""
     pairs: Pairs = []
     if (helper := getattr(worker, "_fused_kv_helper", None)) is not None:  # DFLASH on a GPU: keys and values of layers
         fresh = type(helper)(
@@ -240,9 +240,9 @@ def derived_tensors(worker: Any) -> Pairs:
 def bundled(bundle: Any) -> list[torch.Tensor]:
     """Return the tensors of DSPARK's fused write: from 0.5.23 on, its function closes over the weights."""
     if isinstance(bundle, tuple):
-        return [each for each in bundle if isinstance(each, torch.Tensor)]
+        return [item for item in bundle if isinstance(item, torch.Tensor)]
     cells = [cell.cell_contents for cell in bundle.project.__closure__]
-    return [each for each in [*cells, bundle.k_norm_weights] if isinstance(each, torch.Tensor)]
+    return [item for item in [*cells, bundle.k_norm_weights] if isinstance(item, torch.Tensor)]
 
 
 @contextmanager

@@ -8,11 +8,11 @@ from typing import Any, TypeAlias
 Json: TypeAlias = dict[str, Any]  # an object of SGLang's HTTP API
 KEY = "draftsmith_trace"  # in a request's custom parameters, and in the answer's meta_info
 PROTOCOL = "1"  # version of the records: "v" in each
-ENVIRONMENT = "DRAFTSMITH_TRACE"  # environment variable of a server: 1 traces every request, less a share of them
+ENVIRONMENT = "DRAFTSMITH_TRACE"  # environment variable of a server: 1 traces every request, a smaller number a share
 SWAP_ACTION = "draftsmith:"  # start of the action of /weights_checker that writes another drafter; JSON follows
 # In each of /server_info's internal states: the fields of `servers.state.SwapReport`
 SWAP_STATE = "draftsmith"
-# There too, if a share of the requests is traced, those that ended last:
+# In the same place, if a share of the requests is traced, the last ended ones:
 # {digest of the drafter: [[seconds since 1970, {depth: [committed tokens, verify steps]}], …]}
 REQUESTS_STATE = "draftsmith_requests"
 FIRST, END = (0, 5, 20), (0, 5, 24)

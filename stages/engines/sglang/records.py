@@ -13,7 +13,7 @@ from draftsmith.stages.engines.sglang.protocol import KEY, PROTOCOL, Json
 from draftsmith.stages.replay.steps import Steps, recorded_steps
 from draftsmith.stages.targets.info import TargetInfo
 
-# SGLang takes what a request leaves out from the server's `--preferred-sampling-params`, so nothing is left out.
+# SGLang fills missing fields from the server's `--preferred-sampling-params`, so every field is set.
 _NEUTRAL = {
     "top_p": 1.0,
     "top_k": -1,
@@ -65,7 +65,7 @@ def read_completion(
 ) -> Completion:
     """Return the completion of a finished /generate.
 
-    drafter_digest: of the drafter whose verify steps are read; None: no steps are read.
+    drafter_digest: the drafter whose verify steps are read; None: no steps are read.
     Raises BadAnswerError, which names the request, if the answer does not fit it.
     """
     try:
@@ -86,8 +86,8 @@ def read_completion(
         drafter = recorded_drafter(request.request_id, meta)
         if drafter not in (None, drafter_digest):
             raise BadAnswerError(
-                f"request {request.request_id}: its verify steps are of the drafter "
-                f"{drafter[:12] or 'without a digest'}, not of {drafter_digest[:12]}. Start the server with that one."
+                f"request {request.request_id}: its verify steps come from the drafter "
+                f"{drafter[:12] or 'without a digest'}, not from {drafter_digest[:12]}. Start the server with that one."
             )
         steps = read_steps(request, tokens, meta)
     return Completion(
@@ -106,8 +106,8 @@ def read_completion(
 def read_steps(request: Request, tokens: list[int], meta: Json) -> Steps:
     """Return the verify steps of an answer from the plug-in's records, one element per output token.
 
-    The first token comes from the prefill; every other one must belong to exactly one step. A step that went past the
-    end of the answer is cut there, as the embedded engine does. Raises BadAnswerError otherwise,
+    The first token comes from the prefill; every other one must belong to exactly one step. A step beyond the
+    end of the answer is cut there, as in the embedded engine. Raises BadAnswerError otherwise,
     and for log-probs that are NaN.
     """
     records = meta.get(KEY) or []
@@ -129,7 +129,7 @@ def read_steps(request: Request, tokens: list[int], meta: Json) -> Steps:
             raise _incomplete(request, f"the step at token {at} has other tokens than the answer")
         logprobs = record.get("logprobs")
         # JSON has no NaN: SGLang writes null
-        if any(each is None or not math.isfinite(each) for each in logprobs or ()):
+        if any(value is None or not math.isfinite(value) for value in logprobs or ()):
             raise BadAnswerError(
                 f"request {request.request_id}: the server's log-probs at token {index} are NaN, and so are its "
                 "logits. Look for a dtype or a kernel that overflows."

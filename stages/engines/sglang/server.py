@@ -1,10 +1,10 @@
 """The command line of a SGLang server, its environment, and the servers of a router.
 
-What launched servers need of their environment is checked before anything starts, without importing SGLang or torch.
+The environment of launched servers is checked before anything starts, without importing SGLang or torch.
 
-A router forwards only fields of a request that it knows (0.3.2: not `custom_params`, `stream_interval` or
-`/abort_request`). So its servers record verify steps only if their environment asks for it, which a request through the
-router finds out, and an abort goes to each of them.
+A router forwards only known fields of a request (0.3.2: not `custom_params`, `stream_interval` or
+`/abort_request`). So its servers record verify steps only if their environment asks for it; a request through the
+router tests this. An abort goes to each of them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from draftsmith.stages.engines.sglang.protocol import SUPPORTED, supported
 # Runs inside the servers (pyproject's entry point) and records verify steps. Named here, it counts in the code digest
 # of every stage that uses servers.
 ENTRY_POINT = "draftsmith.stages.engines.sglang.plugin:activate"
-_CUDA, _DRIVER = 13, 580  # of the supported releases on PyPI, and the first driver that runs it
+_CUDA, _DRIVER = 13, 580  # CUDA of the supported releases on PyPI, and its first driver
 _SYSTEM_NVCC = "/usr/local/cuda/bin/nvcc"  # SGLang's last choice
 
 
@@ -58,8 +58,8 @@ def server_command(config: SGLangEngineConfig, required: ServerRequirements) -> 
         parts += ["--tp-size", str(launch.tensor_parallel)]
     if launch.data_parallel > 1:
         parts += ["--dp-size", str(launch.data_parallel)]
-    # With a drafter SGLang computes 48 requests at a time by default, without one 2,048 or more. All that are in flight
-    # may be at one replica.
+    # With a drafter SGLang computes 48 requests at a time by default, without one 2,048 or more. All requests in
+    # flight may be at one replica.
     parts += ["--max-running-requests", str(config.concurrency * launch.data_parallel)]
     if launch.memory_fraction is not None:
         parts += ["--mem-fraction-static", str(launch.memory_fraction)]
@@ -70,7 +70,7 @@ def server_command(config: SGLangEngineConfig, required: ServerRequirements) -> 
 
 
 def drafting_options(folder: Path, algorithm: str, block_size: int) -> list[str]:
-    """Return the options by which a server drafts with this checkpoint, `block_size - 1` tokens a step."""
+    """Return the options for a server to draft with this checkpoint, `block_size - 1` tokens per step."""
     parts = ["--speculative-algorithm", algorithm, "--speculative-draft-model-path", os.fspath(folder.absolute())]
     if algorithm == "EAGLE3":  # a chain has one branch
         parts += ["--speculative-num-steps", str(block_size - 1), "--speculative-eagle-topk", "1"]
@@ -80,10 +80,10 @@ def drafting_options(folder: Path, algorithm: str, block_size: int) -> list[str]
 
 
 def write_schedule(folder: Path, schedule: Sequence[Sequence[int]]) -> list[str]:
-    """Write SGLang's adaptive config beside an EAGLE-3 checkpoint; return the options that have it read.
+    """Write SGLang's adaptive config next to an EAGLE-3 checkpoint; return the options that make SGLang read it.
 
-    schedule: [fewest, most, proposals] for each range of requests in flight. With one candidate a range, SGLang takes
-    the range of the batch and adapts nothing else. It does so for EAGLE and EAGLE3 alone.
+    schedule: [fewest, most, proposals] for each range of requests in flight. With one candidate per range, SGLang uses
+    the range of the batch and adapts nothing else. It does so only for EAGLE and EAGLE3.
     """
     path = folder.absolute() / "sglang-adaptive.json"
     steps = {str(fewest): {"candidate_steps": [proposals]} for fewest, _, proposals in schedule}
@@ -92,7 +92,7 @@ def write_schedule(folder: Path, schedule: Sequence[Sequence[int]]) -> list[str]
 
 
 def write_step_costs(folder: Path, drafting: Mapping[str, float], verifying: Mapping[str, float]) -> list[str]:
-    """Write the step times by which a DSPARK of a ragged mode chooses how many proposals it verifies; return options.
+    """Write the step times by which DSPARK's ragged modes choose the number of verified proposals; return options.
 
     drafting: seconds by requests in flight. verifying: by tokens of all requests. SGLang adds both to `bias_seconds`.
     """
@@ -116,8 +116,8 @@ def cuda_packages(python: Path) -> Path | None:
 def build_tools(python: Path, environment: Mapping[str, str]) -> dict[str, str]:
     """Return PATH and CUDA_HOME with which a server on CUDA finds ninja and nvcc, since it compiles its kernels.
 
-    pip installs both into the environment, where no PATH leads unless it is activated.
-    environment: the server's without them. A CUDA_HOME there stays.
+    pip installs both into the environment, which is on no PATH unless it is activated.
+    environment: the server's, without the tools. Its CUDA_HOME is kept.
     """
     variables = {"PATH": os.pathsep.join([os.fspath(python.parent), environment.get("PATH", os.defpath)])}
     cuda = cuda_packages(python)
@@ -129,7 +129,7 @@ def build_tools(python: Path, environment: Mapping[str, str]) -> dict[str, str]:
 def cuda_environment(python: Path, launch: LaunchConfig, folder: Path) -> dict[str, str]:
     """Return the variables that a server on CUDA gets in addition to this process's.
 
-    folder: gets libcudart.so, with which SGLang links its kernels: pip installs the library as libcudart.so.13 alone.
+    folder: gets libcudart.so, with which SGLang links its kernels: pip installs the library only as libcudart.so.13.
     """
     inherited = {**os.environ, **launch.environment}
     variables = {**launch.environment, **build_tools(python, inherited)}
@@ -186,16 +186,16 @@ def environment_warnings(config: SGLangEngineConfig, environment: EngineEnvironm
         )
     if config.trace and not environment.plugin:
         warnings.append(
-            f"the plug-in ({PLUGIN_GROUPS[config.kind]}: {PLUGIN}) is not installed beside sglang, so mining will "
+            f"the plug-in ({PLUGIN_GROUPS[config.kind]}: {PLUGIN}) is not installed next to sglang, so mining will "
             f"replay. `{config.interpreter} -m pip install --no-deps .` in this project's folder adds it."
         )
     return warnings
 
 
 async def router_workers(client: httpx.AsyncClient, url: str) -> list[str] | None:
-    """Return the addresses of a router's healthy servers; None: it is no router.
+    """Return the addresses of a router's healthy servers; None: not a router.
 
-    Raises RetryableError if it does not answer or cannot say, DraftsmithError for one that wants a key.
+    Raises RetryableError if it does not answer or cannot say, DraftsmithError if it asks for a key.
     """
     with reachable(url):
         response = await query(client, "GET", f"{url}/workers")
@@ -203,6 +203,6 @@ async def router_workers(client: httpx.AsyncClient, url: str) -> list[str] | Non
             return None  # a gateway that knows no such path
         try:
             check_status("of the handshake", url, response.status_code, response.text)
-            return [str(each["url"]) for each in response.json()["workers"] if each.get("is_healthy")]
+            return [str(worker["url"]) for worker in response.json()["workers"] if worker.get("is_healthy")]
         except (RefusedRequestError, ValueError, KeyError, TypeError):
             return None  # a server, or a gateway in front of one, which the handshake checks

@@ -1,4 +1,4 @@
-"""What a SGLang server reports of its drafter and of finished requests, and the writing of another drafter into it.
+"""Reports of a SGLang server about its drafter and finished requests, and the writing of another drafter into it.
 
 Our plug-in there does the writing (`plugin_swap.py`).
 """
@@ -32,7 +32,7 @@ _COUNTERS = [f"sglang:{name}_total" for name in ("num_requests", "generation_tok
 async def server_state(client: httpx.AsyncClient, url: str) -> ServerState:
     """Return the state of a server. Raises RequestLostError if it does not answer."""
     server = await get_json(client, url, "server_info")
-    states = server.get("internal_states") or ()  # of each replica
+    states = server.get("internal_states") or ()  # one per replica
     taus = [tau for state in states if (tau := state.get("avg_spec_accept_length"))]
     reported = ServerState(
         url,
@@ -69,12 +69,12 @@ def _traced(states: Sequence[Json]) -> Mapping[str, Sequence[TracedRequest]] | N
 
 
 def finished(metrics: str) -> Finished:
-    """Return what a server finished since its start, by its metrics."""
+    """Return the requests that a server finished since its start, by its metrics."""
     requests, tokens, steps = sums(metrics, _COUNTERS)
     return Finished(requests, tokens - requests, steps)
 
 
-_WRITE_TIMEOUT_S = 300.0  # a write waits for the step that is computed
+_WRITE_TIMEOUT_S = 300.0  # a write waits for the running step
 _READ_LIMIT_S = 1800.0  # until a server has read the files
 _POLL_S = 0.5
 
@@ -91,7 +91,7 @@ async def write_drafter(client: httpx.AsyncClient, url: str, new: NewDrafter) ->
         check_status("of a swap", url, response.status_code, response.text)
         # as SGLang joins the messages of replicas
         replicas = [json.loads(part) for part in json_object(response)["message"].split(" | ")]
-        if all(each["state"] == "served" for each in replicas):
-            return {name: max(each[name] for each in replicas) for name in ("since", "pause_s")}
+        if all(replica["state"] == "served" for replica in replicas):
+            return {name: max(replica[name] for replica in replicas) for name in ("since", "pause_s")}
         await asyncio.sleep(_POLL_S)
     raise RetryableError(f"{url}: did not read the drafter in {_READ_LIMIT_S:.0f} s. Look at its log.")

@@ -1,1 +1,1 @@
-"""vLLM servers over HTTP. Nothing here imports vllm."""
+"""vLLM servers over HTTP. Only `plugin` and `plugin_swap` import vllm, inside the servers."""

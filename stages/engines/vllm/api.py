@@ -1,4 +1,4 @@
-"""vLLM's servers: their endpoints, as the engine of servers uses them."""
+"""The endpoints of vLLM's servers, for the server engine."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from draftsmith.stages.engines.vllm.records import (
 from draftsmith.stages.engines.vllm.server import server_command
 
 _HEALTH_LIMIT_S = 60.0
-_STREAM_INTERVAL = 1 << 30  # the first tokens alone, then all others in one piece
+_STREAM_INTERVAL = 1 << 30  # only the first tokens, then all others in one piece
 
 
 class VLLMApi(ServerApi):
@@ -77,7 +77,7 @@ class VLLMApi(ServerApi):
     async def generate(
         self, client: httpx.AsyncClient, url: str, name: str, payload: Json, *, stream: bool = False
     ) -> ServerAnswer:
-        """Send a request; the events of a streamed answer are put together to one body."""
+        """Send a request; join the events of a streamed answer into one body."""
         started, endpoint = time.perf_counter(), f"{url}/v1/completions"
         first_token, body, choice = float("nan"), Json(), Json()
         tokens: list[int] = []
@@ -114,7 +114,7 @@ class VLLMApi(ServerApi):
                 completion.retractions = 1  # their number cannot be compared with replay's either
                 if str(reason) not in self._unread:
                     self._unread.add(str(reason))
-                    self._log(f"verify steps of {request.request_id} (and of others like it) are left out: {reason}")
+                    self._log(f"verify steps of {request.request_id} (and of others like it) are dropped: {reason}")
         return completion
 
     async def check_health(self, client: httpx.AsyncClient, url: str) -> None:

@@ -1,6 +1,6 @@
 """Checks of a vLLM server before its first request: same model, reported verify steps, enough context.
 
-A stock server reports little of itself, so its answers are compared. They cannot show which drafter it has: parity with
+A stock server reports little about itself, so its answers are compared. They cannot show its drafter; parity with
 replay does (`stages/replay/parity.py`, `draftsmith diagnose`).
 """
 
@@ -53,7 +53,7 @@ async def check_server(
 ) -> ServerInfo:
     """Check one server. Raises RetryableError if it does not answer, DraftsmithError if it is the wrong one.
 
-    ours: it was started here, so its files are the right ones. options: that it was started with then.
+    ours: it was started here, so its files are the right ones. options: its options in that case.
     """
     with reachable(url):
         version = str((await get_json(client, url, "version")).get("version", "?"))
@@ -69,7 +69,7 @@ async def check_server(
         if (limit := card.get("max_model_len")) is not None and required.longest > limit:
             raise wrong_server(
                 url,
-                f"takes {limit} positions a request, the longest needs {required.longest}. Lower "
+                f"takes {limit} positions per request, the longest needs {required.longest}. Lower "
                 "sampling.max_new_tokens or prompts.max_prompt_tokens, or raise --max-model-len.",
             )
         request = Request(_NAME, required.probe_ids, _PROBE_TOKENS)
@@ -84,7 +84,7 @@ async def check_server(
 
 
 async def reported_target(client: httpx.AsyncClient, url: str, path: str = "") -> ServedTarget:
-    """Return what a server reports: a stock one its cache's dtype alone, one in development mode its config."""
+    """Return a server's report: only the dtype of its cache from a stock server, its config in development mode."""
     response = await query(client, "GET", f"{url}/server_info?config_format=json")
     if response.status_code == 200:
         config = json_object(response)["vllm_config"]
@@ -96,7 +96,7 @@ async def reported_target(client: httpx.AsyncClient, url: str, path: str = "") -
 
 
 async def is_vllm(client: httpx.AsyncClient, url: str) -> bool:
-    """Return whether a server is one of vLLM. Raises RequestLostError if it does not answer."""
+    """Return whether a server is vLLM's. Raises RequestLostError if it does not answer."""
     response = await query(client, "GET", f"{url}/v1/models")
     if response.status_code == 404:
         return False
@@ -105,13 +105,13 @@ async def is_vllm(client: httpx.AsyncClient, url: str) -> bool:
 
 
 async def served_block_size(client: httpx.AsyncClient, url: str) -> int | None:
-    """Return the tokens of a verify step, the anchor included; None from a server that reports none."""
+    """Return the tokens of a verify step, with the anchor; None from a server that reports none."""
     metrics = drafting_metrics(await _generate(client, url, Request(_NAME, [0], _PROBE_TOKENS)))
     return int(metrics["num_spec_tokens"]) + 1 if metrics else None
 
 
 def _check_drafter(url: str, metrics: Json | None, required: ServerRequirements) -> list[str]:
-    """Check that the server drafts as required. Returns what is worth knowing."""
+    """Check that the server drafts as required. Returns remarks."""
     if required.block_size is None:
         return [f"{url} drafts: answers are the target's all the same, verification is lossless"] if metrics else []
     if metrics is None:
@@ -123,14 +123,14 @@ def _check_drafter(url: str, metrics: Json | None, required: ServerRequirements)
     if (proposals := metrics.get("num_spec_tokens")) != required.block_size - 1:
         raise wrong_server(
             url,
-            f"drafts {proposals} tokens a step, drafting.block_size means {required.block_size - 1}. Start it with "
+            f"drafts {proposals} tokens per step, drafting.block_size means {required.block_size - 1}. Start it with "
             "that num_speculative_tokens in --speculative-config.",
         )
     return []
 
 
 async def _generate(client: httpx.AsyncClient, url: str, request: Request, **fields: object) -> Json:
-    """Send a request whose answer no end token cuts short, and return the answer."""
+    """Send a request whose answer is not cut by an end token, and return the answer."""
     payload = completion_payload(request, ()) | {"ignore_eos": True} | fields
     response = await query(client, "POST", f"{url}/v1/completions", payload)
     check_status(request.request_id, url, response.status_code, response.text)

@@ -1,7 +1,7 @@
-"""A plug-in for vLLM's servers: their own update of draft weights reads a drafter's folder.
+"""A plug-in for vLLM's servers: vLLM's update of draft weights reads a drafter's folder.
 
 vLLM loads it by the entry-point group `vllm.general_plugins`, in an environment that has this project installed without
-its dependencies. It registers one more backend beside `nccl` and `ipc`, whose senders need a GPU of the server's.
+its dependencies. It registers a backend in addition to `nccl` and `ipc`, whose senders need one of the server's GPUs.
 """
 
 from __future__ import annotations

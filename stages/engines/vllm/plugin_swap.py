@@ -3,12 +3,12 @@
 `POST /update_weights` with `{"update_info": {"drafter": digest, "folder": path, "upload": "runs:/ID/drafter", "served":
 digest before}}`, between `/start_draft_weight_update` and `/finish_weight_update`, writes it. Every rank reads the
 files, and vLLM's own loader copies its part of them into the served parameters. Those that the drafter shares with the
-target are not written. If a rank cannot, all ranks write their weights before back, and the request fails; no step runs
-meanwhile. The weights before the last update are kept in memory, so that their files are not needed to write them back.
+target are not written. If a rank cannot, all ranks write their previous weights back and the request fails; no step
+runs meanwhile. The weights before the last update are kept in memory, so that writing them back needs no files.
 
 DFlash and DSpark also hold copies of parameters, such as the key/value projections of all layers in one. vLLM's loader
 makes new copies before every layer is restored (0.32.0), and captured graphs keep the addresses of the old ones. So
-they are made once more, and copied into the old ones.
+they are made again, and copied into the old ones.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from draftsmith.stages.engines.servers.drafter_files import gather, read_drafter
 
 @dataclass
 class NoInfo(WeightTransferInitInfo):
-    """Nothing is agreed on beforehand."""
+    """Nothing has to be agreed on beforehand."""
 
 
 @dataclass
 class Checkpoint(WeightTransferUpdateInfo):
-    """The fields of a `WantedDrafter`, and the digest of the drafter that is served before."""
+    """The fields of a `WantedDrafter`, and the digest of the drafter served before."""
 
     drafter: str
     folder: str
@@ -62,10 +62,10 @@ class FolderBackend(WeightTransferEngine[NoInfo, Checkpoint]):
     def start_weight_update(self) -> None:
         """Refuse an update of the target."""
         if self.model is self._default_model:
-            raise RuntimeError("this backend writes drafters alone. Use /start_draft_weight_update")
+            raise RuntimeError("this backend writes only drafters. Use /start_draft_weight_update")
 
     def receive_weights(self, update_info: Checkpoint) -> None:
-        """Write the drafter, or change nothing if its files are others than they should be or do not fit on a rank."""
+        """Write the drafter, or change nothing if its files are the wrong ones or do not fit on a rank."""
         served = dict(self.model.named_parameters())
         targets = {parameter.data_ptr() for parameter in self._default_model.parameters()}
         own = {name: parameter for name, parameter in served.items() if parameter.data_ptr() not in targets}
@@ -81,7 +81,7 @@ class FolderBackend(WeightTransferEngine[NoInfo, Checkpoint]):
                     tensors = load(read_drafter(wanted)["model.safetensors"])
                     shared = served.keys() - own.keys()
                     self._load({n: t for n, t in tensors.items() if not {n, f"model.{n}"} & shared})
-            except Exception as error:  # of any kind: a rank that raises would leave the others waiting
+            except Exception as error:  # any kind: a rank that raises would leave the others waiting
                 failed = error
             states = gather("" if failed is None else reason_of(failed), get_tp_group().cpu_group)
             if problem := next(filter(None, states), None):
@@ -101,7 +101,7 @@ class FolderBackend(WeightTransferEngine[NoInfo, Checkpoint]):
             finalize_layerwise_reload(self.model, self.model_config)
 
     def _derive(self, copies: dict[str, torch.Tensor]) -> None:
-        """Make the copies of parameters again, at the addresses of these."""
+        """Make the copies of parameters again, at the addresses of `copies`."""
         inner = self.model.model
         if hasattr(inner, "_build_fused_kv_buffers"):
             inner._build_fused_kv_buffers()

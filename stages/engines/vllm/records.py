@@ -1,6 +1,6 @@
-"""Bodies for vLLM's /v1/completions, and completions of its answers, with the verify steps that it reports.
+"""Bodies for vLLM's /v1/completions, and completions from its answers, with the reported verify steps.
 
-[README.md](README.md#verify-steps) says how anchors follow from them.
+[README.md](README.md#verify-steps) shows how anchors follow from them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from draftsmith.stages.engines.servers.http import Json, ServerAnswer
 from draftsmith.stages.replay.steps import Steps, recorded_steps
 from draftsmith.stages.targets.info import TargetInfo
 
-# vLLM takes what a request leaves out from the checkpoint's generation_config.json, so nothing is left out.
+# vLLM fills missing fields from the checkpoint's generation_config.json, so every field is set.
 _NEUTRAL = {
     "n": 1,
     "top_p": 1.0,
@@ -43,7 +43,7 @@ def completion_payload(request: Request, eos_ids: Sequence[int]) -> Json:
 
 
 class UnreadStepsError(Exception):
-    """The verify steps of an answer are not those of whole blocks one after the other; the message is the reason."""
+    """The verify steps of an answer are not consecutive whole blocks; the message is the reason."""
 
 
 def drafting_metrics(body: Json) -> Json | None:
@@ -52,7 +52,7 @@ def drafting_metrics(body: Json) -> Json | None:
 
 
 def read_completion(request: Request, answer: ServerAnswer, target: TargetInfo) -> Completion:
-    """Return the completion of an answer, without its verify steps but with their number.
+    """Return the completion of an answer, with the number of its verify steps but not the steps.
 
     Raises BadAnswerError, which names the request, if the answer does not fit it.
     """
@@ -67,7 +67,7 @@ def read_completion(request: Request, answer: ServerAnswer, target: TargetInfo) 
             raise BadAnswerError(f"{name} is a chunk of a streamed answer.")
         prompt, tokens = (choices[0].get(field) for field in ("prompt_token_ids", "token_ids"))
         if prompt is None or tokens is None:
-            raise BadAnswerError(f"{name} is without token ids (return_token_ids).")
+            raise BadAnswerError(f"{name} has no token ids (return_token_ids).")
         tokens, stop_reason = [int(token) for token in tokens], choices[0].get("stop_reason")
     except (KeyError, TypeError, ValueError) as error:
         raise BadAnswerError(f"{name} has no {error}. Use a supported release of vLLM.") from error
@@ -90,16 +90,16 @@ def read_steps(request: Request, tokens: Sequence[int], metrics: Json) -> Steps:
     Raises UnreadStepsError if the steps are not reported one by one, if they do not commit every token after the first,
     or if the server drafted fewer proposals in some of them.
     """
-    each = [metrics.get(name) or [] for name in ("per_step_accepted", "per_step_drafted")]  # missing if there are none
-    if len(each[0]) != metrics["num_spec_steps"]:
-        raise UnreadStepsError("the server reports their number alone (--per-request-spec-decode-metrics detailed)")
+    counts = [metrics.get(name) or [] for name in ("per_step_accepted", "per_step_drafted")]  # missing without steps
+    if len(counts[0]) != metrics["num_spec_steps"]:
+        raise UnreadStepsError("the server reports only their number (--per-request-spec-decode-metrics detailed)")
     width, at = int(metrics["num_spec_tokens"]), 1  # at: the next token without a step
     steps: list[tuple[int, int, list[int], None]] = []
-    for accepted, drafted in zip(*each, strict=True):
+    for accepted, drafted in zip(*counts, strict=True):
         left = len(tokens) - at
         if left <= 0:
             raise UnreadStepsError("they commit more tokens than the answer has")
-        if drafted < min(width, left):  # proposals after the answer's end decide nothing
+        if drafted < min(width, left):  # proposals after the answer's end do not count
             raise UnreadStepsError("adaptive width: the server drafted fewer proposals in some steps")
         committed = min(accepted + 1, left)
         steps.append((len(request.prompt_ids) + at - 1, min(accepted, committed), [], None))

@@ -22,7 +22,7 @@ def server_command(config: VLLMEngineConfig, required: ServerRequirements, expor
     assert config.launch is not None
     python, launch = config.interpreter, config.launch
     if not python.is_file():
-        raise DraftsmithError(f"engine.python: {python} does not exist. Give an interpreter that has vLLM.")
+        raise DraftsmithError(f"engine.python: {python} does not exist. Set an interpreter that has vLLM.")
     parts = [os.fspath(python), "-m", "vllm.entrypoints.cli.main", "serve", os.fspath(required.model_folder.absolute())]
     parts += ["--host", "127.0.0.1", "--dtype", required.target.dtype, "--generation-config", "vllm"]
     if launch.tensor_parallel > 1:
@@ -42,10 +42,10 @@ def server_command(config: VLLMEngineConfig, required: ServerRequirements, expor
 def drafting_options(
     folder: Path, algorithm: str, block_size: int, schedule: Sequence[Sequence[int]] = ()
 ) -> list[str]:
-    """Return the options by which a server drafts `block_size - 1` tokens a step and reports every step.
+    """Return the options for a server to draft `block_size - 1` tokens per step and report every step.
 
-    folder: a checkpoint in the layout that vLLM loads. schedule: [fewest, most, proposals] of each range of requests in
-    flight, at most `block_size - 1` proposals; empty: always as many.
+    folder: a checkpoint in the layout that vLLM loads. schedule: [fewest, most, proposals] for each range of requests
+    in flight, at most `block_size - 1` proposals; empty: always that many.
     """
     config: dict[str, object] = {
         "model": os.fspath(folder.absolute()),
@@ -60,7 +60,7 @@ def drafting_options(
 
 
 def _in_its_layout(drafter: Path, required: ServerRequirements, exported: Path) -> Path:
-    """Return the folder of the drafter in the layout that vLLM loads; it is written to `exported` if need be."""
+    """Return the folder of the drafter in the layout that vLLM loads; it is written to `exported` if necessary."""
     # these import torch
     from draftsmith.stages.drafters.checkpoint_format import is_speculators
     from draftsmith.stages.drafters.export import export_eagle3, export_speculators

@@ -1,7 +1,7 @@
-"""What a vLLM server reports of its drafter and of its verify steps, and the writing of another drafter into it.
+"""Reports of a vLLM server about its drafter and verify steps, and the writing of another drafter into it.
 
-A server in vLLM's development mode also reports its options and the version of its weights, and takes other ones by
-vLLM's own update of draft weights (`plugin_swap.py` is its backend). vLLM writes between two steps, so nothing has to
+A server in vLLM's development mode also reports its options and the version of its weights, and takes other weights by
+vLLM's update of draft weights (`plugin_swap.py` is its backend). vLLM writes between two steps, so nothing has to
 be paused. The version of the weights, a text that vLLM keeps, is the JSON of a `SwapReport`. It is set before the
 weights are written, with an empty `since`: after a command that was killed the next one writes them again.
 """
@@ -41,7 +41,7 @@ def is_vllm(metrics: str) -> bool:
 
 
 def finished(metrics: str) -> Finished:
-    """Return what a server finished since its start; steps of unfinished requests are counted too.
+    """Return the requests that a server finished since its start; steps of unfinished requests count too.
 
     An answer's last step counts whole, though it may commit tokens after the answer's end.
     """
@@ -95,13 +95,13 @@ async def _version(client: httpx.AsyncClient, url: str) -> str:
     return str((await get_json(client, url, "weight_info"))["weight_version"])
 
 
-_WRITE_TIMEOUT_S = 300.0  # a write reads the files, after the step that is computed
+_WRITE_TIMEOUT_S = 300.0  # a write reads the files, after the running step
 
 
 async def write_drafter(client: httpx.AsyncClient, url: str, new: NewDrafter, served: ServerState) -> Json:
     """Make a server serve a drafter and empty its prefix cache.
 
-    served: what it served before. Raises DraftsmithError if the server refuses it, RequestLostError if it does not
+    served: its state before. Raises DraftsmithError if the server refuses it, RequestLostError if it does not
     answer.
     """
     old = await _version(client, url)
@@ -117,7 +117,7 @@ async def write_drafter(client: httpx.AsyncClient, url: str, new: NewDrafter, se
         raise
     report |= {"since": datetime.now(UTC).isoformat(timespec="seconds"), "pause_s": time.monotonic() - started}
     await _post(client, url, "finish_weight_update", {"weight_version": json.dumps(report)})
-    # which has keys and values of the old drafter; requests in flight lose no token, their prompts are prefilled again
+    # the cache has keys and values of the old drafter; requests in flight lose no token and are prefilled again
     await _post(client, url, "reset_prefix_cache?reset_running_requests=true")
     return report
 
@@ -128,7 +128,7 @@ async def _start(client: httpx.AsyncClient, url: str) -> None:
     except DraftsmithError as error:
         if "already active" not in str(error):
             raise
-        await _post(client, url, "finish_weight_update")  # of a command that was killed
+        await _post(client, url, "finish_weight_update")  # left by a command that was killed
         await _post(client, url, "start_draft_weight_update")
 
 

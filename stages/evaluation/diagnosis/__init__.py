@@ -1,1 +1,1 @@
-"""Compares an engine's verify steps with replay, and names what differs."""
+"""Compares an engine's verify steps with replay, and names the difference."""

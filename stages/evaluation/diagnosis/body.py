@@ -1,8 +1,8 @@
-"""Body of stage `diagnosis`: which one change of replay explains the steps that an engine served.
+"""Body of stage `diagnosis`: finds the one change of replay that explains the steps that an engine served.
 
 An engine that loads a drafter wrongly still gives the target's answers, so nothing fails: it is only slower than it
 should be. Replay of the served answers with one thing changed at a time (layer ids, rotary settings, mask token,
-context, block size) reproduces the served steps where the engine does just that.
+context, block size) reproduces the served steps if the engine makes this change.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.info import read_target_info
 from draftsmith.stages.targets.sampling import GREEDY, SamplingParams
 
-THETAS = (10_000.0, 500_000.0, 1_000_000.0, 5_000_000.0)  # of public models; the first is what libraries fall back to
+THETAS = (10_000.0, 500_000.0, 1_000_000.0, 5_000_000.0)  # of public models; the first is the libraries' default
 SHORTEST_WINDOW = 8
-EXPLAINS = 0.5  # a change that leaves more than this share of the contradicted steps explains nothing
+EXPLAINS = 0.5  # a change explains nothing if more than this share of the contradicted steps is left
 
 
 def run(ctx: StageContext, config: DiagnosisConfig) -> None:
-    """Write `diagnosis.json`: a sentence, and the changes that were tried."""
+    """Write `diagnosis.json`: a sentence, and the tried changes."""
     engine, block_size = identify(config.url, config.api_key_env)
     prompts = load_prompts(ctx.inputs["prompts"], ("validation", "heldout"))[: config.prompts]
     most = read_target_info(ctx.inputs["target"]).max_positions
@@ -57,7 +57,7 @@ def run(ctx: StageContext, config: DiagnosisConfig) -> None:
         answers = _ask(ctx, config, engine, DraftingConfig(block_size=block_size), prompts, longest)
     except (RetryableError, StageInterrupted):
         raise
-    except DraftsmithError as error:  # the server itself names what is wrong
+    except DraftsmithError as error:  # the server itself names the error
         causes = [ReplayChange(cause="reported by the server")]
         _write(ctx, DiagnosisResult(sentence=str(error), agrees=False, causes=causes))
         return
@@ -87,7 +87,7 @@ def _ask(
 ) -> list[Completion]:
     """Return the server's answers. longest: positions of the longest request.
 
-    Raises DraftsmithError if the server is not as the drafter needs it.
+    Raises DraftsmithError if the server does not fit the drafter.
     """
     required = server_requirements(engine, ctx.inputs["target"], Path(config.drafter), drafting, longest)
     with open_servers(engine, required, ctx.work, ctx.log, ctx.check_interrupted) as server:
@@ -112,10 +112,10 @@ class ServedAnswers:
     """The answers of an engine, and its verify steps."""
 
     trajectories: Sequence[Trajectory]
-    counts: Sequence[int]  # verify steps of each
-    steps: pa.Table | None = None  # TRACE, where the engine records it
+    counts: Sequence[int]  # verify steps per answer
+    steps: pa.Table | None = None  # TRACE, if the engine records it
     sampling: SamplingParams = GREEDY
-    block_size: int | None = None  # that the engine reports, if it does
+    block_size: int | None = None  # as reported by the engine, if it reports it
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def diagnose(
 ) -> DiagnosisResult:
     """Replay the served answers with the drafter as it is, then with each change.
 
-    allowed: share of steps that may differ for near-ties.
+    allowed: share of steps that may differ through near-ties.
     """
     tokens = sum(t.answer_length - 1 for t in served.trajectories)
     served_tau = tokens / max(1, sum(served.counts))
@@ -156,7 +156,7 @@ def diagnose(
     if result.agrees:
         return result
     changes = list(_changes(target, drafter, served))
-    if samples_proposals(drafter, served.sampling):  # a window is tried block by block, where proposals are argmaxes
+    if samples_proposals(drafter, served.sampling):  # a window is only tried where proposals are argmaxes
         changes = [change for change in changes if change.window is None]
     tried = []
     for done, change in enumerate(changes):
@@ -164,14 +164,14 @@ def diagnose(
         progress(done + 1, len(changes))
     tried.sort(key=lambda each: each.mismatch)
     bound = min(max(allowed, tried[0].mismatch), EXPLAINS * unchanged.mismatch) if tried else 0.0
-    causes = [each for each in tried if each.mismatch <= min(bound, tried[0].mismatch + 0.02)]
+    causes = [change for change in tried if change.mismatch <= min(bound, tried[0].mismatch + 0.02)]
     sentence = (
         f"{metrics}; no single change of layer ids, rotary settings, mask token, context or block size explains it: "
         "the engine serves another checkpoint, or other weights of it"
     )
     if causes:
-        found = " or ".join(f"{each.cause}: {each.change}" for each in causes)
-        sentence = f"{metrics}; {found} (then {causes[0].mismatch:.1%} differ)"
+        named = " or ".join(f"{cause.cause}: {cause.change}" for cause in causes)
+        sentence = f"{metrics}; {named} (then {causes[0].mismatch:.1%} differ)"
     return result.model_copy(update={"sentence": sentence, "causes": causes, "tried": tried})
 
 
@@ -256,7 +256,7 @@ class _WindowedDrafter:
 
 
 def _copy(drafter: Drafter, **attributes: Any) -> Drafter:
-    """Return a drafter with the same weights and other attributes."""
+    """Return a drafter with the same weights and these attributes."""
     clone = copy.copy(drafter)
     clone._modules = dict(drafter._modules)  # so that replacing a module leaves the original as it is
     for name, value in attributes.items():

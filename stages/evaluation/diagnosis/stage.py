@@ -1,4 +1,4 @@
-"""Declaration of stage `diagnosis`: whether a running server drafts as replay does, and if not, why."""
+"""Declaration of stage `diagnosis`: checks whether a running server drafts like replay and, if not, why."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class DiagnosisConfig(Config):
 
     url: str
     api_key_env: Annotated[str | None, NotInKey()] = None
-    """As `engine.api_key_env`: the variable of the environment that holds the server's API key."""
+    """Like `engine.api_key_env`: the environment variable with the server's API key."""
     drafter: Annotated[str, Field(description="folder of the checkpoint")]
     prompts: Annotated[int, Field(ge=1, description="validation and held-out prompts that the server answers")] = 16
     sampling: SamplingConfig = SamplingConfig()

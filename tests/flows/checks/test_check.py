@@ -122,7 +122,7 @@ def test_one_run_reports_the_failures_of_all_checks(check: Check, tmp_path: Path
     for text in (
         "stages.min_free_gb is 1e+09",
         "gone.jsonl is not an existing file",
-        "target_layer_ids [0, 99] do not fit layers 0 … 3 of the target. Name layers of it, or give a drafter",
+        "target_layer_ids [0, 99] do not fit layers 0 … 3 of the target. Name layers of it, or choose a drafter",
         "16 prompts, 100 are skipped",
         "no-python does not exist",
         "sampling.max_new_tokens: 1000000 does not fit into the target's",

@@ -70,7 +70,7 @@ def test_frequent_tokens_come_from_training_answers_alone(tmp_path: Path, tiny_d
         ({"revision": "aa"}, {"revision": "bb"}, "revision bb instead of aa", "with revision aa, or"),
         ({}, {"tokenizer_digest": "b" * 64}, "tokenizer and chat template bbbbbbbbbbbb instead of", "chat template"),
         ({}, {"source": "Qwen/B"}, "source Qwen/B instead of Qwen/A", "with source Qwen/A, or"),
-        ({"kind": "folder"}, {"dtype": "float32"}, "this target is 1111", "Give a drafter of this target"),
+        ({"kind": "folder"}, {"dtype": "float32"}, "this target is 1111", "Choose a drafter of this target"),
     ],
 )
 def test_the_error_of_another_target_names_what_differs(

@@ -50,7 +50,7 @@ DFLASH: dict[str, tuple[Edit, str]] = {
     "a part of the head rotates": (within("rope_parameters", partial_rotary_factor=0.5), "rope|rotary"),
     "angles that an engine computes otherwise": (
         within("rope_parameters", rope_type="dynamic", factor=2.0),
-        "rope_parameters has rope_type dynamic, which SGLang computes otherwise",
+        "rope_parameters has rope_type dynamic, which SGLang computes differently",
     ),
     "a scale of angles that an engine does not read": (
         within("rope_parameters", **YARN),
@@ -134,7 +134,7 @@ DSPARK: dict[str, tuple[Edit, str]] = {
         lambda folder: [edit(folder) for edit in (setting(block_size=0), without("dflash_config.block_size"))],
         "block_size is 0",
     ),
-    "inside its target": (setting(dspark_markov_rank=6), "dspark_markov_rank is of a drafter inside"),
+    "inside its target": (setting(dspark_markov_rank=6), "dspark_markov_rank belongs to a drafter inside"),
     "no word": (setting(sample_from_anchor="yes"), "sample_from_anchor is 'yes'"),
 }
 EAGLE3: dict[str, tuple[Edit, str]] = {

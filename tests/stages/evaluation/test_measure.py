@@ -432,7 +432,10 @@ def test_every_setting_is_reported_and_answers_depend_on_neither_load_nor_drafte
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"engine": {"kind": "sglang", "urls": ["http://a"]}}, "engine.urls: running servers cannot serve drafters"),
+        (
+            {"engine": {"kind": "sglang", "urls": ["http://a"]}},
+            "engine.urls: running servers cannot serve newly",
+        ),
         ({"engine": {"kind": "sglang", "launch": {}, "python": "p"}, "head_tokens": 9}, "only the embedded engine"),
         ({"concurrency": []}, "concurrency"),
         ({"concurrency": 0}, "concurrency"),

@@ -131,11 +131,11 @@ def test_without_a_champion_acceptance_lengths_are_drawn_by_slice(tmp_path: Path
     page = render(tmp_path, sample(evaluation=EVALUATION | {"sets": {**sets, "empty": {}}}))
     drawn = [attributes["aria-label"] for tag, attributes in page.tags if tag == "svg"]
     assert "Acceptance length of each drafter by slice" in drawn and "Gain of" not in " ".join(map(str, drawn))
-    figure = page.text.partition("By slice")[2].partition("With 95 % intervals of each slice alone")[0]
+    figure = page.text.partition("By slice")[2].partition("With 95 % intervals of each single slice")[0]
     assert all(text in figure for text in ("code & math", "SFT + OPD", "acceptance length"))
     assert "empty" not in figure and HOSTILE not in page.text
     with_champion = render(tmp_path, of_a_line())
-    assert "With 95 % intervals of each slice alone" not in with_champion.text
+    assert "With 95 % intervals of each single slice" not in with_champion.text
 
 
 def test_acceptance_by_offset_and_slice_is_a_table() -> None:

@@ -70,7 +70,7 @@ def config(python: Path | None = None, **fields: object) -> SGLangEngineConfig:
         ("0.5.23.post1", True, []),
         ("0.5.19", True, ["sglang 0.5.19 is outside the tested >=0.5.20,<0.5.24"]),
         ("0.5.24", True, ["sglang 0.5.24 is outside the tested"]),
-        ("0.5.22", False, ["is not installed beside sglang"]),
+        ("0.5.22", False, ["is not installed next to sglang"]),
     ],
 )
 def test_version_and_plugin_are_read_from_the_other_environment(

@@ -84,7 +84,7 @@ def test_requests_that_would_wait_in_the_server_are_a_remark_and_in_an_evaluatio
     ("wrong", "what"),
     [
         ({"tokens": [1, 2, 3]}, "tokenizer is not that of the target"),
-        ({"server": {"max_req_input_len": 100}}, "takes 104 positions a request, the longest needs 200"),
+        ({"server": {"max_req_input_len": 100}}, "takes 104 positions per request, the longest needs 200"),
         ({"server": {"max_total_num_tokens": 150}}, "takes 148 positions"),
         ({"generate": lambda p: answer(p | {"input_ids": [895]})}, "another model is served"),
     ],

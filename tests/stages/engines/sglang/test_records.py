@@ -121,7 +121,7 @@ def test_records_that_do_not_cover_the_answer_are_one_clear_error(records: list[
     [
         (body([]), "is empty"),
         (body([20, 900, 1, 1, 1, 1]), "another model"),
-        (body([20, 21, 22, 23, 24, 25], prompt_tokens=2), "2 prompt tokens, 3 were sent"),
+        (body([20, 21, 22, 23, 24, 25], prompt_tokens=2), "2 prompt tokens; 3 were sent"),
         (body([20, 21], reason="stop"), "no end token"),
         (body([20, 2], reason="stop", matched="NaN happened"), "ended by 'NaN happened', not by its last token"),
         (body([20, 2], reason="stop", matched="2"), "ended by '2', not by its last token"),
@@ -172,7 +172,7 @@ def test_payloads_hold_sampling_and_the_request_for_records() -> None:
 def test_records_of_another_drafter_are_a_bad_answer() -> None:
     answer = body([20, 21, 2], [{"v": "1", "drafter": "e" * 64}, record(3, [21, 2, 23], 3, 24), None], "stop")
     with pytest.raises(
-        BadAnswerError, match=r"request p/0: its verify steps are of the drafter eeeeeeeeeeee, not of d"
+        BadAnswerError, match=r"request p/0: its verify steps come from the drafter eeeeeeeeeeee, not from d"
     ):
         read(answer)
     assert read(answer, with_records=False).steps is None

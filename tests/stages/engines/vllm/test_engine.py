@@ -117,7 +117,7 @@ def test_steps_that_do_not_fit_are_left_out_and_the_answer_is_used(
         ({"tokenize": lambda _: {"tokens": [1]}}, DraftsmithError, "whose tokenizer is not that of the target"),
         ({"v1/models": lambda _: {"data": [{"id": "m", "max_model_len": 64}]}}, DraftsmithError, "--max-model-len"),
         ({"v1/completions": completion}, DraftsmithError, "--per-request-spec-decode-metrics detailed"),
-        ({"v1/completions": narrower}, DraftsmithError, r"drafts 3 tokens a step, drafting\.block_size means 7"),
+        ({"v1/completions": narrower}, DraftsmithError, r"drafts 3 tokens per step, drafting\.block_size means 7"),
         ({"version": lambda _: None}, RetryableError, "Check that the server runs"),
     ],
 )

@@ -105,7 +105,7 @@ def test_steps_that_are_only_counted_are_left_out() -> None:
         ({"choices": body([20])["choices"] * 2}, r"n > 1"),
         (body([20, 21], token_ids=None), "return_token_ids"),
         (body([20, 2], reason="stop", stop_reason="\n"), "not by its last token"),
-        (body([20] * 6, prompt_token_ids=[10]), "is to 1 prompt tokens, 3 were sent"),
+        (body([20] * 6, prompt_token_ids=[10]), "saw 1 prompt tokens; 3 were sent"),
         ({}, "has no 'choices'"),
     ],
 )
