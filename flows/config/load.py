@@ -15,10 +15,10 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.flows.config.errors import OVERRIDE, PathKey, describe_errors, show_value
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
-Fields = dict[str, Any]  # of a config, as YAML gives them
-FROM_FILE = {"from_file": True}  # validation context: a person wrote this config, the run has filled in nothing
-_MAX_VALUES = 100_000  # of a file, with its aliases written out
-_DEFAULT_KINDS = {"drafter": "dflash", "engine": "embedded"}  # of sections that may leave `kind` out
+Fields = dict[str, Any]  # a config's fields, as YAML has them
+FROM_FILE = {"from_file": True}  # validation context: a person wrote this config; no run has filled in fields
+_MAX_VALUES = 100_000  # limit of one file, with its aliases expanded
+_DEFAULT_KINDS = {"drafter": "dflash", "engine": "embedded"}  # kinds of sections without the field
 
 _TEXT, _MERGE, _INTEGER = (f"tag:yaml.org,2002:{name}" for name in ("str", "merge", "int"))  # merge: of `<<`
 
@@ -27,10 +27,10 @@ class _Loader(yaml.SafeLoader):
     """Loads YAML in which a repeated field is an error, and `1e-3` is a number as in YAML 1.2."""
 
     def get_single_node(self) -> yaml.Node | None:
-        """Return the file's values. Raises before aliases are written out if they stand for too many."""
+        """Return the file's values. Raises before aliases are expanded to too many."""
         node = super().get_single_node()
         if node is not None and _count_values(node, {}) > _MAX_VALUES:
-            problem = f"with its aliases written out it has over {_MAX_VALUES:,} values. Use fewer aliases."
+            problem = f"with its aliases expanded it has over {_MAX_VALUES:,} values. Use fewer aliases."
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
         return node
 
@@ -38,25 +38,27 @@ class _Loader(yaml.SafeLoader):
         seen: set[Any] = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise _name_error(key, "a field's name must be a text, no {…} or […]. Put a template in quotes.")
+                raise _name_error(key, "a field's name must be a string, no {…} or […]. Put a template in quotes.")
             name = key.value
             if key.tag == _INTEGER:  # a name of gate.loads
                 key.tag = _TEXT
             if key.tag not in (_TEXT, _MERGE):  # `on`, `no` and the like, fractions, dates, nothing
                 value = name or "nothing"
-                raise _name_error(key, f'a field\'s name must be a text. YAML reads {value} otherwise: write "{name}".')
+                raise _name_error(
+                    key, f'a field\'s name must be a string, and YAML reads {value} differently. Write "{name}".'
+                )
             if name in seen:
-                raise _name_error(key, f"field {name!r} stands twice. Keep one.")
+                raise _name_error(key, f"field {name!r} appears twice. Keep one.")
             seen.add(name)
         return super().construct_mapping(node, deep)
 
 
 def _count_values(node: yaml.Node, counts: dict[yaml.Node, int]) -> int:
-    """Return the number of values under a node, aliases written out. counts: of the nodes that are counted already."""
+    """Return the number of values under a node, with aliases expanded. counts: those of nodes already counted."""
     if node not in counts:
         inner = () if isinstance(node, yaml.ScalarNode) else node.value
         inner = chain(*inner) if isinstance(node, yaml.MappingNode) else inner
-        counts[node] = 1 + sum(_count_values(each, counts) for each in inner)
+        counts[node] = 1 + sum(_count_values(child, counts) for child in inner)
     return counts[node]
 
 
@@ -74,7 +76,7 @@ _Loader.add_implicit_resolver(
 def read_config(path: Path | str, overrides: Sequence[str], model: type[ModelT]) -> ModelT:
     """Return the config of a run.
 
-    overrides: texts such as `sft.steps=200` or `prompts.sources.0.count=64`.
+    overrides: strings such as `sft.steps=200` or `prompts.sources.0.count=64`.
 
     Raises `DraftsmithError` with one line: the file, every field that is wrong, and the remedy.
     """
@@ -84,7 +86,7 @@ def read_config(path: Path | str, overrides: Sequence[str], model: type[ModelT])
 
 
 def config_from_fields(fields: Mapping[str, object], model: type[ModelT]) -> ModelT:
-    """Return the config of fields that are given as Python objects.
+    """Return the config with these fields, given as Python objects.
 
     `extends` names a file relative to the current directory, or a shipped config. Raises `DraftsmithError` as
     `read_config` does.
@@ -112,7 +114,7 @@ def _validate(data: Fields, path: Path, overridden: list[PathKey], model: type[M
 def _booleans_read_as_numbers(data: Any, value: Any, key: PathKey = ()) -> Iterator[PathKey]:
     """Yield the fields in which validation turned true or false into 1 or 0.
 
-    data: as written; value: after validation.
+    data: the value as written; value: the same after validation.
     """
     if isinstance(data, bool) and type(value) in (int, float):
         yield key
@@ -128,8 +130,8 @@ def _booleans_read_as_numbers(data: Any, value: Any, key: PathKey = ()) -> Itera
 def merge_configs(base: Fields, change: Fields) -> Fields:
     """Return `base` with the fields of `change`: mappings are merged field by field, everything else is replaced.
 
-    A mapping with another `kind`, or a `preset`, replaces the old one as a whole, whose fields would not fit. Null
-    removes a mapping, so that its defaults hold again.
+    A mapping with another `kind`, or with a `preset`, replaces the whole old one, whose fields would not fit. Null
+    removes a mapping, which restores its defaults.
     """
     result = dict(base)
     for name, value in change.items():
@@ -145,7 +147,7 @@ def merge_configs(base: Fields, change: Fields) -> Fields:
 
 
 def shipped_configs() -> Path:
-    """Return the folder of the shipped configs: `configs` beside `flows`, installed or not."""
+    """Return the folder of the shipped configs: `configs` next to `flows`, installed or not."""
     return Path(__file__).resolve().parents[2] / "configs"
 
 
@@ -204,7 +206,7 @@ def _parse(text: str, where: str) -> Any:
     try:
         return _unshared(yaml.load(text, Loader=_Loader))
     except RecursionError:
-        raise DraftsmithError(f"{where}: an alias contains itself, or is nested too deep. Write it out.") from None
+        raise DraftsmithError(f"{where}: an alias contains itself, or is nested too deep. Expand it.") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         line = f", line {mark.line + 1}, column {mark.column + 1}" if mark and where != OVERRIDE else ""
@@ -212,7 +214,7 @@ def _parse(text: str, where: str) -> Any:
         if problem.startswith("but found another document"):
             problem = "a second document begins here. Keep one in a file."
         if error.context == "while scanning an alias":
-            problem = f"{problem}. Put a text that begins with * in quotes."
+            problem = f"{problem}. Put a string that begins with * in quotes."
         raise DraftsmithError(f"{where}{line}: not valid YAML: {problem}") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date
         raise DraftsmithError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
@@ -244,11 +246,12 @@ def _apply_override(data: Fields, override: str) -> PathKey:
                 section[key] = {}
         else:
             raise DraftsmithError(
-                f"{OVERRIDE} {override}: {section_name} is {show_value(section)} in the file, which has no fields."
+                f"{OVERRIDE} {override}: {section_name} is {show_value(section)} in the file, without fields. Set "
+                f"{section_name} itself."
             )
         path.append(key)
         if last and value is None and isinstance(section, dict) and isinstance(section.get(key), dict):
-            del section[key]  # as `merge_configs` does
+            del section[key]  # like `merge_configs`
         elif last:
             section[key] = value
         else:

@@ -84,7 +84,10 @@ def test_overrides_are_yaml_and_reach_into_lists_and_new_sections(file: Path) ->
     [
         ("sft.stpes=2", "--set sft.stpes: unknown field. Did you mean sft.steps?"),
         ("temperature=2", "unknown field here. Did you mean sft.decoding.temperature or opd.decoding.temperature?"),
-        ("sft.decoding={kind: sampled, ties: 1}", "--set sft.decoding.ties: a field of another kind of sft.decoding."),
+        (
+            "sft.decoding={kind: sampled, ties: 1}",
+            "--set sft.decoding.ties: this field belongs to another kind of sft.decoding.",
+        ),
         ("sft.zzz=2", "unknown field. Remove it, or use one of: decoding, loss, rate, sources, steps, weights"),
         ("sft.steps=many", "--set sft.steps: expected an integer, got 'many'"),
         ("sft.loss=peper", "--set sft.loss: expected one of 'auto', 'paper', 'matched', got 'peper'"),
@@ -112,18 +115,18 @@ MERGED = "a0: &a0 {x: 1}\n" + "".join(f"a{n + 1}: &a{n + 1} {{<<: [{', '.join([f
         ("nme: a\n", "nme: unknown field. Did you mean name? name: this field is required"),
         ("sft: {}\n", "name: this field is required. Add it to the file, or pass --set name=VALUE."),
         ("name: a\nsft: {rate: yes}\n", "sft.rate: expected a number, got true or false"),
-        ("name: [a]\n", "name: expected a text (put it in quotes), got ['a']"),
-        ("name: a\nname: b\n", "line 2, column 1: not valid YAML: field 'name' stands twice"),
+        ("name: [a]\n", "name: expected a string (put it in quotes), got ['a']"),
+        ("name: a\nname: b\n", "line 2, column 1: not valid YAML: field 'name' appears twice"),
         ("name: 2026-13-45\n", "not valid YAML: month must be in 1..12"),
         (
             REPEATED,
-            "line 1, column 1: not valid YAML: with its aliases written out it has over 100,000 values. Use fewer",
+            "line 1, column 1: not valid YAML: with its aliases expanded it has over 100,000 values. Use fewer",
         ),
         (
             MERGED,
-            "line 1, column 1: not valid YAML: with its aliases written out it has over 100,000 values. Use fewer",
+            "line 1, column 1: not valid YAML: with its aliases expanded it has over 100,000 values. Use fewer",
         ),
-        ("name: &own [*own]\n", "bad.yaml: an alias contains itself, or is nested too deep. Write it out."),
+        ("name: &own [*own]\n", "bad.yaml: an alias contains itself, or is nested too deep. Expand it."),
         ("- name\n", "expected a mapping of fields, got ['name']. Write fields such as 'name: my-run'."),
     ],
 )
