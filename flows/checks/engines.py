@@ -45,7 +45,7 @@ def check_engines(findings: Findings, nodes: Sequence[Node]) -> None:
 
 
 def _check_sglang(findings: Findings, check: str, config: SGLangEngineConfig, installed: EngineEnvironment) -> None:
-    """Check what SGLang's servers need beside SGLang."""
+    """Check what SGLang's servers need in addition to SGLang."""
     assert config.launch is not None
     for warning in environment_warnings(config, installed):
         findings.warn(check, warning)
@@ -55,9 +55,9 @@ def _check_sglang(findings: Findings, check: str, config: SGLangEngineConfig, in
 
 
 def check_served_targets(findings: Findings, nodes: Sequence[Node], artifact: Path, stored: Path | None) -> None:
-    """Report where servers compute another target than transformers; of running ones, by how much.
+    """Report servers that compute the target differently from transformers; for running ones, by how much.
 
-    artifact: the target's, perhaps without weights. stored: with its weights, None if the store has none.
+    artifact: the target's folder, perhaps without weights. stored: with its weights, None if the store has none.
     """
     from draftsmith.stages.engines.registry import differing_settings, open_servers  # import torch
     from draftsmith.stages.engines.servers.requirements import server_requirements
@@ -73,7 +73,7 @@ def check_served_targets(findings: Findings, nodes: Sequence[Node], artifact: Pa
                 required = server_requirements(engine, stored, None, DraftingConfig(), 1)
                 with open_servers(engine, required, Path(scratch), lambda _line: None) as servers:
                     text = servers.target_difference.text if servers.target_difference is not None else text
-            findings.warn(node.name, f"transformers computes another target than its servers. {text}.")
+            findings.warn(node.name, f"its servers compute the target differently from transformers. {text}.")
 
 
 def _check_gpus(findings: Findings, nodes: Sequence[Node]) -> None:
@@ -84,11 +84,11 @@ def _check_gpus(findings: Findings, nodes: Sequence[Node]) -> None:
             continue
         # an evaluation runs one server at a time
         servers = 1 if isinstance(node.config, EvaluationConfig) else engine.launch.servers
-        wanted = servers * engine.launch.gpus
-        if here < wanted:
+        needed = servers * engine.launch.gpus
+        if here < needed:
             findings.error(
                 f"{node.name}: GPUs",
-                f"{servers} servers of {engine.launch.gpus} GPUs need {wanted}, and {here} are here. Lower "
+                f"{servers} servers of {engine.launch.gpus} GPUs need {needed}, and {here} are here. Lower "
                 "engine.launch.servers, data_parallel or tensor_parallel.",
             )
     if runs_elsewhere(nodes):
@@ -118,7 +118,7 @@ def sampling_problem(node: Node) -> str | None:
 
 
 def check_shared_target(findings: Findings, nodes: Sequence[Node], artifact: Path) -> None:
-    """Check that a target that processes share can be divided among them. artifact: the target's."""
+    """Check that a target shared by processes can be divided among them. artifact: the target's folder."""
     from draftsmith.stages.targets.loading import check_divides  # imports torch, and planning must not
 
     for node in nodes:
@@ -132,7 +132,7 @@ def check_shared_target(findings: Findings, nodes: Sequence[Node], artifact: Pat
 
 
 def check_parallel(findings: Findings, nodes: Sequence[Node]) -> None:
-    """Check that every process has a GPU, if there are any, and equally many answers, and that nodes can meet."""
+    """Check that every process has a GPU, if there are any, and as many answers as the others; report the nodes."""
     here, elsewhere = len(visible_gpus()), runs_elsewhere(nodes)
     for node in nodes:
         parallel = node.stage.parallel(node.config) if node.stage.parallel is not None else None
