@@ -72,7 +72,7 @@ def refresh_nodes(config: RefreshConfig) -> list[Node]:
         nodes.append(Node(answers, STAGES["rollout"], config.assisted, {**asked, "drafter": "sft"}))
     else:
         same_answers = True
-    seed = config.seed + 1000 if same_answers else None  # of the same answers, other batches than SFT's
+    seed = config.seed + 1000 if same_answers else None  # same answers, but not SFT's batches
     training = {**target, "trajectories": answers, "drafter": "sft"}
     drafters = {"sft": "sft", "opd": "opd"}
     nodes += [
@@ -95,7 +95,7 @@ def refresh_nodes(config: RefreshConfig) -> list[Node]:
 
 
 class RefreshPipeline(Pipeline):
-    """The refresh of a drafter, of a model line or of none."""
+    """The refresh of a drafter, with or without a model line."""
 
     config = RefreshConfig
     flow = "draftsmith.flows.refresh.flow:refresh"

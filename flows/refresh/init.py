@@ -22,30 +22,30 @@ from draftsmith.stages.data.row_files import RejectLog, match_files, read_rows
 from draftsmith.stages.targets.config import TargetConfig
 from draftsmith.stages.targets.info import TargetInfo, model_path
 
-_PUBLISHED = ("z-lab/{}-DFlash-b16", "z-lab/{}-DFlash")  # drafters of a model of the hub, by its name
-_GPUS = 8  # of a node
+_PUBLISHED = ("z-lab/{}-DFlash-b16", "z-lab/{}-DFlash")  # drafters for a model on the hub, by its name
+_GPUS = 8  # per node
 _FEWEST, _LARGER_SHARE = 18, 0.3  # with fewer held-out prompts a larger share is held out
-_WIDTH = 120  # of a line of the file
+_WIDTH = 120  # longest line of the file
 
-QUESTIONS = {  # name of the option -> question, and the default of the answer
+QUESTIONS = {  # option -> question and default answer
     "target": ("Target (hub id, folder or .gguf file)", "Qwen/Qwen3-4B"),
     "prompts": ("Prompts (JSON Lines or Parquet: file, folder or glob)", "prompts.jsonl"),
     "logs": ("Logged answers (JSON Lines or Parquet: file, folder or glob)", "answers.jsonl"),
-    "temperature": ("Temperature that they were sampled at (0: greedy)", "0"),
+    "temperature": ("Sampling temperature of these answers (0: greedy)", "0"),
 }
 BEGINNINGS = {"prompts": ("target", "prompts"), "logs": ("target", "logs", "temperature")}
 
 
 @dataclass(frozen=True)
 class Size:
-    """What a machine computes in a refresh."""
+    """The size of a refresh on a kind of machine."""
 
     about: str
-    answers: int  # that are trained on, at most
-    measured: int  # validation and held-out prompts, at most
+    answers: int  # most answers that are trained on
+    measured: int  # most validation and held-out prompts
     prompt_tokens: int
     new_tokens: int
-    layers: int  # of the target for each layer of a new drafter, which has at most five
+    layers: int  # target layers per layer of a new drafter, which has at most five
     block_size: int
     training: dict[str, Any]  # fields of sft and opd
     sft: dict[str, Any] = field(default_factory=dict)  # fields of sft only
@@ -105,13 +105,13 @@ SIZES = {
         other={"mining": _READS, "stages": {"shards": _GPUS}},
     ),
 }
-_PASSES = 4  # of a new drafter's SFT over the answers
+_PASSES = 4  # passes of a new drafter's SFT over the answers
 
 
 def write_first_config(path: Path, beginning: str | None, size: str | None, given: Mapping[str, str | None]) -> Size:
     """Write a new config for a target; on a terminal, ask for what is not given. Return its size.
 
-    beginning, size: of `BEGINNINGS` and `SIZES`. given: option -> value, or None. Raises DraftsmithError
+    beginning, size: keys of `BEGINNINGS` and `SIZES`. given: option -> value, or None. Raises DraftsmithError
     without writing anything.
     """
     if path.exists():
@@ -180,7 +180,7 @@ def _sections(name: str, values: Mapping[str, str], size: Size) -> dict[str, Any
         rollout = {"sampling": sampling, **engine}
         given = {
             "prompts": {"sources": [{"kind": "jsonl", "path": path}], "train": answers, **counts, "too_long": "skip"},
-            # without SFT's steps only for the list of frequent tokens
+            # without SFT steps they only give the list of frequent tokens
             "rollout": {"prompts": min(64, answers) if published else answers, **rollout},
             "assisted": {"prompts": answers, **rollout},
         }
@@ -229,10 +229,10 @@ def _shape(info: TargetInfo, size: Size) -> dict[str, Any]:
 
 
 def _counts(path: str, size: Size) -> tuple[int, int, float]:
-    """Return how many prompts of files train and how many measure, of those that a run finds there, and the held-out
-    share, which is larger where there are few.
+    """Return how many of the prompts that a run finds in files train, how many measure, and the held-out share, which
+    is larger if there are few.
     """
-    places: dict[str, float] = {}  # of each text: held out below the share
+    places: dict[str, float] = {}  # text -> its hash in [0, 1); held out if below the share
     train = held_out = unread = 0
     try:
         rows = prompt_rows(JsonlSource(path=path), read_rows(match_files([path], path)), RejectLog("", 1.0))

@@ -88,7 +88,7 @@ def test_a_line_starts_from_a_checkpoint_and_continues_its_champion(tmp_path: Pa
         )
     (sft,) = [node for node in refresh_nodes(of_line(start, champion=True)) if node.name == "sft"]
     assert sft.inputs["drafter"] == "champion" and sft.config.model_dump()["init_from"] is None
-    with pytest.raises(DraftsmithError, match=r"registry\.restart: counts for one command\. .* option --restart"):
+    with pytest.raises(DraftsmithError, match=r"registry\.restart: applies to one command\. .* option --restart"):
         of_line("registry.restart=true", champion=True)
 
 
