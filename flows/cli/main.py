@@ -147,7 +147,7 @@ def parser() -> argparse.ArgumentParser:
         "--calibrated",
         action="store_true",
         help="correct a DSpark's confidence head as the evaluation measured. On an SGLang server `status` and `watch` "
-        "do not recognise this copy; `swap` writes versions as they were trained",
+        "do not recognise the copy; `swap` writes versions as they were trained",
     )
 
     evaluate = commands.add_parser("evaluate", help="compare drafters on a config's held-out prompts, without training")
@@ -249,7 +249,7 @@ def _add_config(
         parser.add_argument(
             "--restart",
             action="store_true",
-            help="start the model line from section `sft`: without a champion, or instead of the one to beat",
+            help="start the model line from section `sft`, even if it has a champion; it must still be beaten",
         )
     parser.add_argument(
         "--set",

@@ -60,7 +60,7 @@ def _state(item: Build, store: Store) -> str:
         made = local_time(item.artifact.manifest.created_at)
         return f"not new: {item.artifact.stage}/{item.key[:16]} is in the store, made {made}"
     if store.manifest_at(item.node.stage.name, item.key) is not None:
-        return f"built again: its inputs were measured again after the artifact of the key {item.key[:16]}"
+        return f"built again: its inputs were measured again after the artifact (key {item.key[:16]}) was made"
     rest = ", but an unfinished attempt resumes" if item.status is Status.RESUME else ""
     return f"new: no artifact has the key {item.key[:16]}{rest}"
 

@@ -79,7 +79,7 @@ class RunOptions(Config):
 
     @property
     def experiment(self) -> str | None:
-        """Return the experiment in MLflow; None: the common one."""
+        """Return the experiment in MLflow; None: the default one."""
         return None
 
     @model_validator(mode="before")
