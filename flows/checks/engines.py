@@ -88,12 +88,12 @@ def _check_gpus(findings: Findings, nodes: Sequence[Node]) -> None:
         if here < needed:
             findings.error(
                 f"{node.name}: GPUs",
-                f"{servers} servers of {engine.launch.gpus} GPUs need {needed}, and {here} are here. Lower "
+                f"{servers} servers of {engine.launch.gpus} GPUs need {needed}, and this machine has {here}. Lower "
                 "engine.launch.servers, data_parallel or tensor_parallel.",
             )
     if runs_elsewhere(nodes):
         findings.skip(
-            "GPUs", "none is visible here, so memory is not compared. Check again on the machine that will run."
+            "GPUs", "none is visible here, so memory is not compared. Check again on the machine that will run it."
         )
 
 
@@ -132,7 +132,7 @@ def check_shared_target(findings: Findings, nodes: Sequence[Node], artifact: Pat
 
 
 def check_parallel(findings: Findings, nodes: Sequence[Node]) -> None:
-    """Check that every process has a GPU, if there are any, and as many answers as the others; report the nodes."""
+    """Check that each process has a GPU, if there are any, and as many answers as others, and that nodes can meet."""
     here, elsewhere = len(visible_gpus()), runs_elsewhere(nodes)
     for node in nodes:
         parallel = node.stage.parallel(node.config) if node.stage.parallel is not None else None
@@ -143,7 +143,7 @@ def check_parallel(findings: Findings, nodes: Sequence[Node]) -> None:
             meet = "" if parallel.nodes == 1 else f" on each of {parallel.nodes} nodes that meet at %s:%d"
             text = f"{count}{meet % parallel.endpoint() if meet else ''}"
             if 0 < here < count:
-                findings.error(check, f"{text} need a GPU each, and {here} are here. Lower parallel.processes.")
+                findings.error(check, f"{text} need a GPU each, and this machine has {here}. Lower parallel.processes.")
             elif not here and not elsewhere and count > (os.cpu_count() or 1):
                 findings.warn(
                     check, f"{text} are more than this machine's {os.cpu_count()} cores, which only makes it slower."

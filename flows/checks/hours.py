@@ -1,4 +1,4 @@
-"""Estimates how long a run's nodes take: as long as in its last run, or else what the FLOP of their products take.
+"""Estimates how long a run's nodes take: by its last run, or else by the FLOP of their matrix products.
 
 Only trainings and mining have an estimate: their FLOP, divided by the GPU's rate in `GPU_MODELS`. A drafter's FLOP are
 those that a training counts (`tflop` in its metrics). Decoding waits for memory rather than for products, so the time
@@ -110,7 +110,7 @@ def target_flop(
 ) -> float:
     """Return the FLOP of the target's forwards over tokens that each see `context` positions on average.
 
-    A token takes 2 · (2Hq + 2Hk + 3HI) + 4q · context a layer, and its logits 2 · V · H.
+    A token takes 2 · (2Hq + 2Hk + 3HI) + 4q · context per layer, and its logits 2 · V · H.
     """
     H, q, k = size.hidden, size.heads * size.head_dim, size.kv_heads * size.head_dim
     weights = 2 * H * q + 2 * H * k + 3 * H * (size.active or size.intermediate)

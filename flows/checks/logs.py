@@ -19,7 +19,7 @@ from draftsmith.stages.data.row_files import RejectLog, no_rows_error, read_rows
 
 _LOG_ROWS, _LOG_SECONDS = 20_000, 20.0  # limits for one log
 
-ReadSample = Callable[[str, LogsConfig, Sequence[AcceptedAnswer]], None]  # takes a node's name
+ReadSample = Callable[[str, LogsConfig, Sequence[AcceptedAnswer]], None]  # arguments: node, config, usable answers
 
 
 def check_logs(findings: Findings, nodes: Sequence[Node], target: Path | None, test: ReadSample | None = None) -> None:
