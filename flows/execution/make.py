@@ -321,8 +321,8 @@ def unchanged(store: Store, build: Build, attempt: Attempt) -> Iterator[None]:
     """Check that the build is what its key says: its code before the body, inputs and files before and after it.
 
     Raises OutdatedPlanError for other code: a stage may wait for hours, and a shard may be made on another host. Raises
-    DraftsmithError if an input or file is damaged or has changed. After the body, however it ended, this also discards
-    the attempt's files.
+    DraftsmithError if an input or file is damaged or has changed. If that is found after the body, however it ended,
+    the attempt's files are discarded.
     """
     if build.pipeline.code_digest(build.node.module) != build.code:
         raise OutdatedPlanError(

@@ -67,7 +67,7 @@ def leave(code: int) -> NoReturn:
 def prefect_server(home: Path) -> Iterator[Callable[[Say], None]]:
     """Start a server that ends with this process, unless `PREFECT_API_URL` names one. Yield a function to wait for it.
 
-    Begin this before Prefect is imported, and call the function before the flow. It calls its argument if the wait
+    Enter it before Prefect is imported, and call the function before the flow. It calls its argument if the wait
     takes a while. It raises DraftsmithError if the server has ended, RetryableError if it may answer later.
 
     The temporary server has its own session, so Ctrl-C does not reach it and a flow can still report its end. It stops

@@ -78,7 +78,7 @@ ALL_NODES = Selection()
 
 
 def topological_order(nodes: Sequence[Node]) -> list[Node]:
-    """Return the nodes in their order, but each after its inputs. Raises DraftsmithError for an invalid graph."""
+    """Return the nodes as given, but each after its inputs. Raises DraftsmithError for an invalid graph."""
     by_name = {node.name: node for node in nodes}
     if len(by_name) != len(nodes):
         twice = sorted(name for name, count in Counter(node.name for node in nodes).items() if count > 1)
