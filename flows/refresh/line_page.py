@@ -88,7 +88,7 @@ def last_refresh(line: str) -> str:
 def _next_run(line: str) -> str:
     """Return when Prefect's deployments of the line run next, and how the last run ended if it failed or waits."""
     if not os.environ.get("PREFECT_API_URL"):
-        return "unknown, as PREFECT_API_URL names no Prefect server"
+        return "unknown: PREFECT_API_URL names no Prefect server"
     try:
         permanent_server(home())
         from draftsmith.flows.orchestration.deployment import runs_of_line  # imports Prefect

@@ -104,11 +104,11 @@ def promote(display: Display, text: str, why: str, *, dry_run: bool, servers: Se
 def rollback(display: Display, line: str, why: str, *, dry_run: bool, servers: Sequence[str] = ()) -> None:
     """Make the previous champion serve again, unless a rollback took that one out of service.
 
-    servers: servers to swap; empty: all servers that a version of the line was swapped into.
+    servers: URLs of servers to swap; empty: all that a version of the line was swapped into.
     """
     lines, servers = registry(), named_servers(servers)
     interrupted = None if dry_run else lines.complete_promotion(line)
-    if interrupted is not None and interrupted.what == ROLLED_BACK:  # MLflow was lost in the same command before
+    if interrupted is not None and interrupted.what == ROLLED_BACK:  # the same command ran before and lost MLflow
         display.line(
             f"{line} version {interrupted.version} is the champion now, in place of version {interrupted.before}"
         )

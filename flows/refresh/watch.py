@@ -110,7 +110,7 @@ def watch(line: str, urls: Sequence[str], minutes: float, threshold: float) -> t
 
 
 def compare(now: Mapping[str, SetMetrics], then: Mapping[str, SetMetrics], threshold: float) -> tuple[Outcome, str]:
-    """Return the outcome for served taus, over all requests and by slice, and why; `below` if any fell measurably.
+    """Return the outcome for served taus, overall and by slice, and why; `below` if any fell measurably.
 
     A false `below` is as rare as a false alarm of the drift check.
     """
@@ -121,7 +121,7 @@ def compare(now: Mapping[str, SetMetrics], then: Mapping[str, SetMetrics], thres
         return "inconclusive", "too few requests ended"
     text = f"tau {served.tau:.3f} [{served.low:.3f}, {served.high:.3f}], {promised.tau:.3f} promised"
     if fallen := degraded_sets(now, then, threshold):
-        places = ["over all" if place.startswith(f"{ALL}:") else place for place in fallen]
+        places = ["overall" if place.startswith(f"{ALL}:") else place for place in fallen]
         return "below", f"{text}; measurably more than {threshold:.1%} below: {'; '.join(places)}"
     assert served.tau is not None and promised.tau is not None
     if served.tau < (1 - threshold) * promised.tau:
@@ -130,9 +130,9 @@ def compare(now: Mapping[str, SetMetrics], then: Mapping[str, SetMetrics], thres
 
 
 def by_depth(requests: Sequence[TracedRequest], promotion: Mapping[str, SetMetrics]) -> tuple[Sets, Sets, float]:
-    """Return the requests' tau over all and by depth, the promised tau of each, and the share of omitted steps.
+    """Return the requests' tau overall and by depth, the promised tau of each, and the share of omitted steps.
 
-    A request is one unit. Over all, the promised tau weights the depths as these requests do, so longer requests are no
+    A request is one unit. Overall, the promised tau weights the depths as these requests do, so longer requests are no
     fall by themselves. Steps at depths that the promotion did not measure are omitted. If it measured no depth, because
     all its steps were at the same one, its tau of all prompts is promised at any depth.
     """
