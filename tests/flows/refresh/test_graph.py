@@ -157,7 +157,7 @@ SERVERS = ["evaluation.engine={kind: sglang, python: python, launch: {}}", "eval
         (["assisted.answers=a.jsonl"], r"assisted\.answers"),  # they have no verify steps to mine
         (
             ["gate.loads={1: 1, 4: 1, 64: 1}", "evaluation.concurrency=[16, 2]", *SERVERS],
-            r"gate\.loads: servers are timed with \[2, 16\] .*, and \[1, 64\] is out of range\. Add it to evaluation\.conc",
+            r"gate\.loads: servers are timed with \[2, 16\] .*, and \[1, 64\] is out of range\. Add it to eval",
         ),
         (
             ["stages.time_limits.stf=5"],
