@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _MODELS = "models:/"  # of MLflow's URIs: models:/LINE@champion, models:/LINE/3
-_MAX_BAD_SHARE = 0.01  # as `logs.max_bad_share`
+_MAX_BAD_SHARE = 0.01  # same as `logs.max_bad_share`
 _COLUMNS = ("tau", "tau_low", "tau_high", "prompts", "verify_steps", "block_size", "tau_without_loops")
 
 
@@ -69,9 +69,9 @@ def load_target(
 
     source: a model's folder, a hub id (Qwen/Qwen3-4B), a .gguf file, `package:NAME` (the .gguf file of an installed
     Python package), or the artifact folder of a stage `target`.
-    dtype: of weights and computation; by default bfloat16, or an artifact's own dtype.
-    device: of torch; by default a GPU if there is one.
-    revision: of a hub id: commit, tag or branch; by default the hub's main branch.
+    dtype: dtype of weights and computation; by default bfloat16, or an artifact's own dtype.
+    device: torch device; by default a GPU if there is one.
+    revision: commit, tag or branch of a hub id; by default the main branch.
 
     Raises DraftsmithError if the model cannot be loaded, or if no drafter can be trained for it.
     """
@@ -103,7 +103,7 @@ class Answers(Facts, Sequence[Trajectory]):
     trajectories: Sequence[Trajectory]
     prompts: list[str]  # [N] names of the prompts; answers to the same prompt count as one observation
     sampling: SamplingParams  # temperature (0: greedy), top_p and top_k of the answers
-    rejected: Mapping[str, int] = field(default_factory=dict)  # reason -> rows of a file that are not used
+    rejected: Mapping[str, int] = field(default_factory=dict)  # reason -> number of unused rows
 
     def _facts(self) -> Mapping[str, object]:
         lengths = trajectory_lengths(self.trajectories)
@@ -142,17 +142,17 @@ def read_answers(
     chat_template_kwargs: Mapping[str, bool | int | float | str | None] | None = None,
     fields: Mapping[str, str] | None = None,
 ) -> Answers:
-    """Read answers of a target: those of an artifact, or rows of files as section `logs` of a config takes them.
+    """Read a target's answers, from an artifact or from files with rows like those of a config's section `logs`.
 
     source: the artifact folder of a rollout or of stage `logs`; or a file of JSON Lines or Parquet, a folder, a glob or
     an address such as s3://bucket/logs/. A row has `messages` and `completion`, or `prompt_token_ids` and
     `completion_token_ids`.
     target: the target that gave the answers; needed for files, whose text its tokenizer reads.
-    splits: of an artifact, only answers to prompts of these (train, validation, heldout).
-    temperature, top_p, top_k: of files, the sampling of the answers (temperature 0: greedy). Rows with other values are
-    rejected.
-    chat_template_kwargs: of files, what the service passed to the chat template.
-    fields: of files, the rows' names of our fields, as `logs.fields` of a config: {"completion": "answer"}.
+    splits: for an artifact, the splits whose answers are read (train, validation, heldout); by default all.
+    temperature, top_p, top_k: for files, the sampling of the answers (temperature 0: greedy). Rows with other values
+    are rejected.
+    chat_template_kwargs: for files, the arguments that the service passed to the chat template.
+    fields: for files, the rows' names of our fields, as in `logs.fields` of a config: {"completion": "answer"}.
 
     Raises DraftsmithError if no answer is usable, or if more than 1 % of the rows are unreadable. `rejected` counts the
     unused rows by reason.
@@ -175,14 +175,16 @@ def read_answers(
     )
     rows = _AnswerRows(config, target)
     taken = [
-        each for row in read_rows(match_files(config.paths, "read_answers")) if (each := rows.accept(row)) is not None
+        answer
+        for row in read_rows(match_files(config.paths, "read_answers"))
+        if (answer := rows.accept(row)) is not None
     ]
     rows.rejects.check()
     if not taken:
         raise DraftsmithError(
             f"{source}: no row of {rows.rejects.rows} is usable ({rows.rejects.describe()}). Correct them."
         )
-    prompts = [prompt_id(np.asarray(each.tokens[: each.prompt_length], np.int32)) for each in taken]
+    prompts = [prompt_id(np.asarray(answer.tokens[: answer.prompt_length], np.int32)) for answer in taken]
     return Answers(taken, prompts, config.sampling, Counter(rows.rejects.reasons))
 
 
@@ -208,11 +210,10 @@ class Comparison:
     table: Mapping[str, Mapping[str, Any]]  # drafter -> its metrics, as in `acceptance.json` of an evaluation
 
     def to_pandas(self) -> pd.DataFrame:
-        """Return a row for each drafter, in the given order.
+        """Return a row for each drafter, in the order given to `compare`.
 
-        `tau` is the acceptance length, committed tokens per verify step ("+1"), with its 95 % interval from `tau_low`
-        to `tau_high` over `prompts` (missing for one prompt). `tau_without_loops` leaves out answers that repeat
-        themselves.
+        `tau` is the acceptance length, committed tokens per verify step ("+1"). Its 95 % interval over `prompts` is
+        from `tau_low` to `tau_high` (missing for one prompt). `tau_without_loops` omits answers that repeat themselves.
         """
         rows = {name: {column: metrics[column] for column in _COLUMNS} for name, metrics in self.table.items()}
         return pd.DataFrame.from_dict(rows, orient="index", columns=list(_COLUMNS))
@@ -237,7 +238,7 @@ class Comparison:
     def plot(self, ax: Axes | None = None) -> Axes:
         """Plot the share of proposals accepted at each offset, a line for each drafter, and return the axes.
 
-        ax: of matplotlib; by default those of a new figure.
+        ax: matplotlib axes; by default those of a new figure.
         """
         if ax is None:
             from matplotlib import pyplot  # slow to import, and only plots need it
@@ -254,28 +255,28 @@ class Comparison:
 def compare(target: Target, drafters: Mapping[str, Drafter], answers: Answers) -> Comparison:
     """Replay drafters on the same answers of their target and return their acceptance, paired.
 
-    drafters: name -> drafter of `load_drafter`, for this target. Each drafts with its trained block size.
+    drafters: name -> drafter from `load_drafter`, for this target. Each drafts with its trained block size.
 
-    Warns of a drafter that was trained on the prompts of some answers, as far as the store says so.
+    Warns if, according to the store, a drafter was trained on the prompts of some answers.
     Raises DraftsmithError if there is no drafter or no answer.
     """
     if not drafters or not isinstance(drafters, Mapping):
         raise DraftsmithError("compare: no drafter was given. Pass them by name, such as {'sft': drafter}.")
     if not isinstance(answers, Answers) or not answers:
         raise DraftsmithError("compare: no answers were given. Pass what read_answers returns.")
-    ids = [prompt_id(np.asarray(each.tokens[: each.prompt_length])) for each in answers]
+    ids = [prompt_id(np.asarray(answer.tokens[: answer.prompt_length])) for answer in answers]
     for name, drafter in drafters.items():
         trained = _trained_prompts(drafter.folder) if drafter.folder is not None else set()
-        if count := sum(each in trained for each in ids):
+        if count := sum(id_ in trained for id_ in ids):
             warnings.warn(
-                f"{name} was trained on the prompts of {count} of {len(ids)} answers, on which it accepts more than on "
+                f"{name} was trained on the prompts of {count} of {len(ids)} answers, where its tau is higher than on "
                 "others. Compare on held-out answers, such as those of its refresh: read_answers(FOLDER of the node "
                 "`heldout`).",
                 stacklevel=2,
             )
     options = ReplayOptions(sampling=answers.sampling, with_proposals=False)
     tallies = Replayer(target, options).acceptance(drafters, answers.trajectories)
-    looping = [has_loop(each.tokens[each.prompt_length :]) for each in answers]
+    looping = [has_loop(answer.tokens[answer.prompt_length :]) for answer in answers]
     table = acceptance_table(tallies, answers.prompts, looping)
     metrics = {name: acceptance.to_json() for name, acceptance in table.items()}
     return Comparison(tallies, answers.prompts, metrics)
@@ -285,9 +286,9 @@ def diff(first: str, second: str) -> pd.DataFrame:
     """Compare two versions of model lines by what their refreshes stored, as `draftsmith diff` does.
 
     first, second: `my-line@1`, `my-line@champion`, or a line for its champion. Returns a table of text with a column
-    for each: gate, data, tau by slice and speed with 95 % intervals, and the config fields that differ. Each was
-    measured in its own refresh; a column `gain` is on the same prompts, where the second one was compared with the
-    first one. Raises DraftsmithError for an unknown version.
+    for each. Its rows are gate, data, tau by slice and speed with 95 % intervals, and the config fields that differ.
+    Each version was measured in its own refresh. If that of the second compared it with the first, a column `gain` is
+    on the same prompts. Raises DraftsmithError for an unknown version.
     """
     (_, *columns), rows = version_diff(first, second)
     return pd.DataFrame([row[1:] for row in rows], [row[0] for row in rows], columns)
@@ -296,14 +297,14 @@ def diff(first: str, second: str) -> pd.DataFrame:
 def _trained_prompts(checkpoint: Path) -> set[str]:
     """Return the prompts (`prompt_id`) that a checkpoint and those before it were trained on, as far as the store says.
 
-    checkpoint: folder of a drafter; outside an artifact it has none.
+    checkpoint: a drafter's folder; outside an artifact the result is empty.
     """
     artifact, prompts = checkpoint.parent, set[str]()
     if not (artifact / MANIFEST).is_file():
         return prompts
-    with suppress(DraftsmithError):  # a part of its history is damaged
+    with suppress(DraftsmithError):  # part of its history is damaged
         manifest, store = read_manifest(artifact), open_store(home())
-        for before in ("folder", "init_from"):  # of the champion that was copied, or of the drafter that SFT began with
+        for before in ("folder", "init_from"):  # of a copied champion, or of the drafter that SFT began with
             if folder := manifest.config.get(before):
                 prompts |= _trained_prompts(Path(folder).expanduser())
         for name, entry in manifest.inputs.items():
@@ -340,7 +341,7 @@ def refresh(
 
     config: the path of a YAML file, or its fields; `extends` and other paths are relative to the current directory.
     until: make only these nodes and what they need; nothing is promoted.
-    force: make these nodes again although the store has them, such as `target`; `drift` refreshes whatever tau is.
+    force: make these nodes again although the store has them, such as `target`; with `drift`, refresh whatever tau is.
 
     Artifacts go to the store under `DRAFTSMITH_HOME` (by default .draftsmith). Progress is printed. A drafter that is
     not promoted is an outcome, not an error.
@@ -352,8 +353,8 @@ def refresh(
         options = config_from_fields(config, REFRESH.config)
     else:
         options = read_config(config, (), REFRESH.config)
-    forced, wanted = ([names] if isinstance(names, str) else names for names in (force, until))
-    selection = Selection.from_options(forced, None, wanted)
+    forced, last = ([names] if isinstance(names, str) else names for names in (force, until))
+    selection = Selection.from_options(forced, None, last)
     bypass_proxy_for_localhost()
     with home_umask(home()):
         run = launch(options, REFRESH, selection)

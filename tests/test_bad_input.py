@@ -115,14 +115,14 @@ CONFIG = {
     "a home of nobody": Bad("DRAFTSMITH_HOME", environment={"DRAFTSMITH_HOME": "~nobody-at-all/home"}),
     "name of the line": Bad("'../../etc' is not a name for a model line", {"registry": {"name": "../../etc"}}),
     "a restart in the file": Bad(
-        "registry.restart: counts for one command", {"registry": {"name": "a-line", "restart": True}}
+        "registry.restart: applies to one command", {"registry": {"name": "a-line", "restart": True}}
     ),
-    "a restart by --set": Bad("registry.restart: counts for", arguments=(*PLAN, "--set", "registry.restart=true")),
+    "a restart by --set": Bad("registry.restart: applies to", arguments=(*PLAN, "--set", "registry.restart=true")),
     "a restart of no line": Bad("names no model line", arguments=(*PLAN, "--restart")),
     "a line with servers and without a champion": Bad(
         "has no champion in sqlite:", {"registry": {"name": "a-line", "servers": ["http://gpu1:30000"]}}
     ),
-    "a pattern without quotes": Bad("Put a text that begins with * in quotes", text="logs: {paths: [*.jsonl]}"),
+    "a pattern without quotes": Bad("Put a string that begins with * in quotes", text="logs: {paths: [*.jsonl]}"),
     "--set of broken YAML": Bad("not valid YAML", arguments=(*PLAN, "--set", "sft={")),
     "--force of no node": Bad("--force oops: no such node", arguments=(*PLAN, "--force", "oops")),
 }

@@ -52,9 +52,9 @@ from draftsmith.stages.targets.info import read_target_info
 def check(config: RunOptions, pipeline: Pipeline, home: Path, gpu: GpuModel | None = None) -> Findings:
     """Make all checks of a valid config, and return their results. Weights are loaded only to test logged answers.
 
-    gpu: to estimate memory and time for, in place of this machine's.
-    They leave no files, except MLflow's database, which is asked for the line's champion, and an empty object in the
-    store's bucket.
+    gpu: GPUs to estimate memory and time for, instead of this machine's.
+    The checks leave no files except MLflow's database, in which the line's champion is looked up, and an empty object
+    in the store's bucket.
     """
     findings = Findings()
     findings.ok("schema", f"{config.name}: every field is known and in range")
@@ -120,9 +120,9 @@ def _without_target(findings: Findings, nodes: Sequence[Node], to_make: Sequence
 
 
 def _check_earlier(findings: Findings, to_make: Sequence[Node]) -> None:
-    """Check that the answers which the line's champion was trained on are in the store.
+    """Check that the answers that the line's champion was trained on are in the store.
 
-    Before the run answers held-out prompts, which takes long.
+    If not, this fails before the run answers held-out prompts, which takes long.
     """
     for node in to_make:
         with findings.check(node.name):
@@ -144,7 +144,7 @@ def _with_target(
 ) -> DrafterPlans:
     """Make the checks that need the target; return the drafters' plans.
 
-    artifact: the target's. whole: it has its weights. test: see `check_logs`.
+    artifact: the target's folder. whole: it has its weights. test: see `check_logs`.
     """
     with findings.check("target"):
         check_target(findings, to_make, artifact)
@@ -172,7 +172,7 @@ def check_before(builds: Sequence[Build]) -> list[str]:
 
 
 def check_after(node: Node, builds: Sequence[Build], folders: Mapping[str, Path]) -> list[str]:
-    """Make the checks that a node allows which was just made. Returns and raises like `check_before`.
+    """Make the checks that a node allows once it is made. Returns and raises like `check_before`.
 
     builds: the plan. folders: node -> folder of its artifact.
     """

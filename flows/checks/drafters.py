@@ -22,7 +22,7 @@ from draftsmith.stages.training.config import OpdConfig, SftConfig
 
 
 def creates_drafter(node: Node) -> bool:
-    """Return whether the node makes a drafter of its own, rather than continuing one that the run has made."""
+    """Return whether the node starts a drafter, rather than continuing one that the run has made."""
     return isinstance(node.config, SftConfig) and "drafter" not in node.inputs
 
 
@@ -41,7 +41,7 @@ def drafter_origins(node: Node, by_name: Mapping[str, Node]) -> list[Node]:
 
 
 def server_engine(node: Node) -> ServerEngineConfig | None:
-    """Return the node's section of servers, None if it uses another engine or none."""
+    """Return the node's server section, None if it uses another engine or none."""
     engine = getattr(node.config, "engine", None)
     return engine if isinstance(engine, ServerEngineConfig) else None
 
@@ -58,7 +58,7 @@ def drafts_on_sglang(node: Node) -> bool:
 
 
 def server_engines(nodes: Sequence[Node]) -> list[tuple[ServerEngineConfig, list[str]]]:
-    """Return a run's distinct sections of servers (interpreter, servers, device), each with the nodes that use it."""
+    """Return a run's distinct server sections (interpreter, servers, device), each with the nodes that use it."""
     engines: dict[tuple[object, ...], tuple[ServerEngineConfig, list[str]]] = {}
     for node in nodes:
         if (engine := server_engine(node)) is not None:
@@ -101,7 +101,7 @@ def check_gate(findings: Findings, nodes: Sequence[Node]) -> None:
         if too_low:
             findings.warn(
                 node.name,
-                f"cannot promote: speed stays inconclusive with {', '.join(too_low)}. Raise it, or let tau alone "
+                f"cannot promote: speed stays inconclusive with {', '.join(too_low)}. Raise it, or let tau "
                 "decide (gate.judge_speed: false).",
             )
 

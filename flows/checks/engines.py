@@ -45,7 +45,7 @@ def check_engines(findings: Findings, nodes: Sequence[Node]) -> None:
 
 
 def _check_sglang(findings: Findings, check: str, config: SGLangEngineConfig, installed: EngineEnvironment) -> None:
-    """Check what SGLang's servers need beside SGLang."""
+    """Check what SGLang's servers need in addition to SGLang."""
     assert config.launch is not None
     for warning in environment_warnings(config, installed):
         findings.warn(check, warning)
@@ -55,9 +55,9 @@ def _check_sglang(findings: Findings, check: str, config: SGLangEngineConfig, in
 
 
 def check_served_targets(findings: Findings, nodes: Sequence[Node], artifact: Path, stored: Path | None) -> None:
-    """Report where servers compute another target than transformers; of running ones, by how much.
+    """Report servers that compute the target differently from transformers; for running ones, by how much.
 
-    artifact: the target's, perhaps without weights. stored: with its weights, None if the store has none.
+    artifact: the target's folder, perhaps without weights. stored: with its weights, None if the store has none.
     """
     from draftsmith.stages.engines.registry import differing_settings, open_servers  # import torch
     from draftsmith.stages.engines.servers.requirements import server_requirements
@@ -73,7 +73,7 @@ def check_served_targets(findings: Findings, nodes: Sequence[Node], artifact: Pa
                 required = server_requirements(engine, stored, None, DraftingConfig(), 1)
                 with open_servers(engine, required, Path(scratch), lambda _line: None) as servers:
                     text = servers.target_difference.text if servers.target_difference is not None else text
-            findings.warn(node.name, f"transformers computes another target than its servers. {text}.")
+            findings.warn(node.name, f"its servers compute the target differently from transformers. {text}.")
 
 
 def _check_gpus(findings: Findings, nodes: Sequence[Node]) -> None:
@@ -84,16 +84,16 @@ def _check_gpus(findings: Findings, nodes: Sequence[Node]) -> None:
             continue
         # an evaluation needs one, and runs as many side by side as there are GPUs for
         servers = 1 if isinstance(node.config, EvaluationConfig) else engine.launch.servers
-        wanted = servers * engine.launch.gpus
-        if here < wanted:
+        needed = servers * engine.launch.gpus
+        if here < needed:
             findings.error(
                 f"{node.name}: GPUs",
-                f"{servers} servers of {engine.launch.gpus} GPUs need {wanted}, and {here} are here. Lower "
+                f"{servers} servers of {engine.launch.gpus} GPUs need {needed}, and this machine has {here}. Lower "
                 "engine.launch.servers, data_parallel or tensor_parallel.",
             )
     if runs_elsewhere(nodes):
         findings.skip(
-            "GPUs", "none is visible here, so memory is not compared. Check again on the machine that will run."
+            "GPUs", "none is visible here, so memory is not compared. Check again on the machine that will run it."
         )
 
 
@@ -118,7 +118,7 @@ def sampling_problem(node: Node) -> str | None:
 
 
 def check_shared_target(findings: Findings, nodes: Sequence[Node], artifact: Path) -> None:
-    """Check that a target that processes share can be divided among them. artifact: the target's."""
+    """Check that a target shared by processes can be divided among them. artifact: the target's folder."""
     from draftsmith.stages.targets.loading import check_divides  # imports torch, and planning must not
 
     for node in nodes:
@@ -132,7 +132,7 @@ def check_shared_target(findings: Findings, nodes: Sequence[Node], artifact: Pat
 
 
 def check_parallel(findings: Findings, nodes: Sequence[Node]) -> None:
-    """Check that every process has a GPU, if there are any, and equally many answers, and that nodes can meet."""
+    """Check that each process has a GPU, if there are any, and as many answers as others, and that nodes can meet."""
     here, elsewhere = len(visible_gpus()), runs_elsewhere(nodes)
     for node in nodes:
         parallel = node.stage.parallel(node.config) if node.stage.parallel is not None else None
@@ -143,7 +143,7 @@ def check_parallel(findings: Findings, nodes: Sequence[Node]) -> None:
             meet = "" if parallel.nodes == 1 else f" on each of {parallel.nodes} nodes that meet at %s:%d"
             text = f"{count}{meet % parallel.endpoint() if meet else ''}"
             if 0 < here < count:
-                findings.error(check, f"{text} need a GPU each, and {here} are here. Lower parallel.processes.")
+                findings.error(check, f"{text} need a GPU each, and this machine has {here}. Lower parallel.processes.")
             elif not here and not elsewhere and count > (os.cpu_count() or 1):
                 findings.warn(
                     check, f"{text} are more than this machine's {os.cpu_count()} cores, which only makes it slower."

@@ -1,8 +1,8 @@
-"""Estimates how long a run's nodes take: as long as in its last run, or else by the FLOP of their matrix products.
+"""Estimates how long a run's nodes take: by its last run, or else by the FLOP of their matrix products.
 
 Only trainings and mining have an estimate: their FLOP, divided by the GPU's rate in `GPU_MODELS`. A drafter's FLOP are
-those that a training counts (`tflop` in its metrics). Decoding waits for memory more than for products, so the time of
-rollouts and evaluations is known after their first run. Tests compare the FLOP with torch's counts of real steps
+those that a training counts (`tflop` in its metrics). Decoding waits for memory rather than for products, so the time
+of rollouts and evaluations is known after their first run. Tests compare the FLOP with torch's counts of real steps
 (`tests/flows/checks/test_hours.py`). Letters as in `targets/estimate.py`; also q, k widths of queries and keys.
 """
 
@@ -41,7 +41,7 @@ def check_hours(
 
     uses: of nodes with an estimate. made: artifacts of earlier runs, oldest first. gpu: None without a known one.
     """
-    # of a training that was continued, the steps of all attempts
+    # `seconds` of a continued training covers the steps of all attempts
     last = {m.node: max(m.duration_s, m.metrics.get("seconds", 0.0)) for m in made if m.run == config.name}
     repeated, estimated, unknown = dict[str, float](), dict[str, float](), []
     for node in to_make:
@@ -75,7 +75,7 @@ def node_flop(node: Node, use: StageUse) -> float:
 
 
 def step_flop(config: TrainingConfig, use: StageUse) -> dict[str, float]:
-    """Return the FLOP of a training step of one process by phase, with answers as long as they may be.
+    """Return the FLOP of a training step of one process by phase, for answers of the greatest length.
 
     target: reads the answers, down to the last layer that the drafter reads, or all where the loss needs its
     distribution. mining: drafts the blocks that anchors come from. drafter: forward and backward of the trained blocks.
@@ -116,12 +116,12 @@ def target_flop(
 ) -> float:
     """Return the FLOP of the target's forwards over tokens that each see `context` positions on average.
 
-    A token takes 2 · (2Hq + 2Hk + 3HI) + 4q · context a layer, and its logits 2 · V · H.
+    A token takes 2 · (2Hq + 2Hk + 3HI) + 4q · context per layer, and its logits 2 · V · H.
     """
     H, q, k = size.hidden, size.heads * size.head_dim, size.kv_heads * size.head_dim
     weights = 2 * H * q + 2 * H * k + 3 * H * (size.active or size.intermediate)
-    of_layers = tokens * (size.layers if layers is None else layers) * (2 * weights + 4 * q * context)
-    return of_layers + 2.0 * logits * size.vocabulary * H
+    layer_flop = tokens * (size.layers if layers is None else layers) * (2 * weights + 4 * q * context)
+    return layer_flop + 2.0 * logits * size.vocabulary * H
 
 
 def _mining_flop(config: MiningConfig, use: StageUse) -> float:
@@ -142,7 +142,7 @@ def _scoring_flop(sizes: Sizes, T: int, steps: float, tau: float) -> float:
 def _drafter_flop(
     sizes: Sizes, T: int, blocks: float, vocabulary: int, *, training: bool = False, rank: int | None = None
 ) -> float:
-    """Return the drafter's FLOP for so many blocks all over an answer of T tokens. rank: of a trained adapter."""
+    """Return the drafter's FLOP for `blocks` blocks spread over an answer of T tokens. rank: a trained adapter's."""
     first = min(sizes.longest_prompt, T / 2)
     anchors = np.linspace(first, max(first, T - 2), max(1, round(blocks)))
     shape = StepShape(1, T, anchors, round(blocks * (sizes.block_size - 1)), vocabulary, rank=rank)
@@ -150,4 +150,4 @@ def _drafter_flop(
 
 
 def _listed(seconds: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {format_duration(each)}" for name, each in seconds.items())
+    return ", ".join(f"{name} {format_duration(time)}" for name, time in seconds.items())

@@ -19,14 +19,14 @@ from draftsmith.stages.data.row_files import RejectLog, no_rows_error, read_rows
 
 _LOG_ROWS, _LOG_SECONDS = 20_000, 20.0  # limits for one log
 
-ReadSample = Callable[[str, LogsConfig, Sequence[AcceptedAnswer]], None]  # of a node
+ReadSample = Callable[[str, LogsConfig, Sequence[AcceptedAnswer]], None]  # arguments: node, config, usable answers
 
 
 def check_logs(findings: Findings, nodes: Sequence[Node], target: Path | None, test: ReadSample | None = None) -> None:
     """Check that logs have usable answers: count them in the first rows, with the reasons why others are not used.
 
-    target: an artifact of the target, of which only small files such as the tokenizer are read. None: rows are checked
-    by their fields, temperature and time only. test: is given some of the usable answers.
+    target: the target's artifact, of which only small files such as the tokenizer are read; None: only the rows'
+    fields, temperature and time are checked. test: called with some of the usable answers.
     """
     for node in nodes:
         if isinstance(node.config, LogsConfig):
@@ -72,7 +72,7 @@ def check_answers(
 def _check_log(
     findings: Findings, name: str, config: LogsConfig, target: Path | None, held_out: HeldOut
 ) -> list[AcceptedAnswer]:
-    """Return `scored` random ones of the usable answers; none without a target."""
+    """Return `scored` random usable answers; none without a target."""
     rejects = RejectLog(f"{name}.max_bad_share", config.max_bad_share)
     row_filter: LogFilter | SchemaFilter = SchemaFilter(config, rejects)
     if target is not None:
@@ -86,7 +86,7 @@ def _check_log(
         if (accepted := row_filter.accept(row)) is None:
             continue
         used += 1
-        if isinstance(accepted, AcceptedAnswer):  # of any number, each is as likely to be kept
+        if isinstance(accepted, AcceptedAnswer):  # reservoir sampling: all are equally likely to stay
             if len(sample) < config.scored:
                 sample.append(accepted)
             elif (place := chance.randrange(used)) < config.scored:

@@ -49,9 +49,9 @@ from draftsmith.stages.training.estimate import (
     training_memory,
 )
 
-STEPS_PER_TOKEN = 0.5  # verify steps, where nothing is known of the drafter: tau 2
+STEPS_PER_TOKEN = 0.5  # verify steps per token if the drafter is unknown: tau 2
 _TIGHT, _TOO_MUCH = 0.85, 1.35  # needed / available: estimates are meant to be right within a third
-_SERVER_FRACTION = 0.85  # of a GPU's memory that servers take by default, about
+_SERVER_FRACTION = 0.85  # share of a GPU's memory that servers take by default, about
 _ADVICE = {
     "rollout": "lower engine.slots or sampling.max_new_tokens",
     "logs": "lower logs.max_tokens",
@@ -61,8 +61,8 @@ _ADVICE = {
 _ADVICE_TRAINING = "lower micro_batch_tokens, feature_memory_mb, sequences_per_step or positions_per_chunk"
 
 
-_TABLES = 150e6  # decoded row groups of the tables that a stage reads and writes, whatever their length
-_ANSWER_BYTES = 120  # names and indices of an answer: all of it that stays in memory
+_TABLES = 150e6  # bytes of decoded row groups of the tables that a stage reads and writes, whatever their length
+_ANSWER_BYTES = 120  # an answer's names and indices, which stay in memory
 _TOKEN_BYTES = 4  # an int32 in a table, before compression
 
 
@@ -90,11 +90,11 @@ class Need:
 
 @dataclass(frozen=True)
 class Hardware:
-    """What a run would compute on: this machine, or GPUs that are assumed."""
+    """The hardware of a run: this machine, or assumed GPUs."""
 
-    gpus: tuple[float, ...]  # bytes of each; of assumed ones there are enough
-    memory: float | None  # of the host; None: unknown
-    model: GpuModel | None  # of the GPUs; None: unknown
+    gpus: tuple[float, ...]  # bytes of each; assumed ones are always enough
+    memory: float | None  # the host's; None: unknown
+    model: GpuModel | None  # the GPUs'; None: unknown
 
     @classmethod
     def here(cls) -> Hardware:
@@ -134,9 +134,9 @@ def check_memory(
     home: Path,
     machine: Hardware,
 ) -> dict[str, StageUse]:
-    """Add a line for each node in `to_make` that needs much, and one for the disk. artifact: the target's.
+    """Add a line for each node in `to_make` that has needs, and one for the disk. artifact: the target's folder.
 
-    Returns what the nodes use, as far as it is known.
+    Returns what the nodes with an estimate use; nothing if the drafter's shape is unknown.
     """
     if (sizes := model_sizes(nodes, artifact, plans, machine)) is None:
         findings.skip("resources", "not estimated, because the drafter's shape is not known here")
@@ -154,9 +154,9 @@ def check_memory(
 
 
 def model_sizes(nodes: Sequence[Node], artifact: Path, plans: DrafterPlans, machine: Hardware) -> Sizes | None:
-    """Return the sizes of the target and of a run's largest drafter; None if that is not known.
+    """Return the sizes of the target and of a run's largest drafter; None if the drafter's is unknown.
 
-    artifact: the target's. Nodes that end before the first drafter need none: it counts as empty.
+    artifact: the target's folder. If no node needs a drafter, it counts as empty.
     """
     prompts = next((node.config for node in nodes if isinstance(node.config, PromptsConfig)), None)
     plan = max(plans.values(), key=lambda plan: plan.parameters, default=None)
@@ -191,7 +191,7 @@ def model_sizes(nodes: Sequence[Node], artifact: Path, plans: DrafterPlans, mach
 
 
 def stage_uses(nodes: Sequence[Node], sizes: Sizes) -> dict[str, StageUse]:
-    """Return what each node uses whose stage has an estimate. nodes: in topological order."""
+    """Return what each node uses, if its stage has an estimate. nodes: in topological order."""
     uses: dict[str, StageUse] = {}
     answers: dict[str, AnswerCounts | None] = {}
     by_name = {node.name: node for node in nodes}
@@ -228,9 +228,9 @@ def _compare(findings: Findings, node: Node, need: Need, machine: Hardware, *, e
         sizes[f"each of {need.servers.gpus} servers' GPUs"] = need.servers.weights + need.servers.requests, usable
         if not elsewhere and need.servers.weights >= usable:
             fullest, advice = _TOO_MUCH + 1, "raise engine.launch.tensor_parallel or memory_fraction"
-    each = " each" if need.processes > 1 else ""
+    suffix = " each" if need.processes > 1 else ""
     parts = [
-        f"{what} {format_bytes(needed)}{each}" + ("" if elsewhere else f" of {format_bytes(has)}")
+        f"{what} {format_bytes(needed)}{suffix}" + ("" if elsewhere else f" of {format_bytes(has)}")
         for what, (needed, has) in sizes.items()
     ]
     if need.disk:
@@ -287,16 +287,17 @@ def _embedded(slots: int, longest: int, drafter: bool, head_tokens: int | None, 
     On a CPU in half precision also the packed weights: the head, V · H · s, and copies of the drafter and of its rows
     of the head.
     """
-    own = sizes.weights(sizes.drafter) + sizes.reduced_head(head_tokens)[1] if drafter else 0.0
+    drafter_weights = sizes.weights(sizes.drafter) + sizes.reduced_head(head_tokens)[1] if drafter else 0.0
     packed = sizes.itemsize == 2 and not sizes.accelerated  # `targets/packed_linear.py`; the decoder's are replaced
-    copies = own + sizes.target.vocabulary * sizes.target.hidden * sizes.itemsize if packed else 0.0
-    return PROCESS_BYTES + sizes.weights(sizes.target) + own + copies + _decoding(slots, longest, drafter, sizes)
+    copies = drafter_weights + sizes.target.vocabulary * sizes.target.hidden * sizes.itemsize if packed else 0.0
+    weights = sizes.weights(sizes.target) + drafter_weights
+    return PROCESS_BYTES + weights + copies + _decoding(slots, longest, drafter, sizes)
 
 
 def _launched(
     engine: ServerEngineConfig, servers: int, in_flight: int, longest: int, drafter: bool, sizes: Sizes
 ) -> ServerNeed | None:
-    """Return the need of launched servers, (P · s + P_d · s + in_flight · (T + block) · key/value bytes) / tp a GPU.
+    """Return the need of launched servers: (P · s + P_d · s + in_flight · (T + block) · key/value bytes) / tp per GPU.
 
     Each GPU has at least the entries of one key/value head, and all of a latent. None if the config names servers that
     run already.
@@ -330,7 +331,7 @@ def _target(config: TargetConfig, use: StageUse) -> Need:
 def _made_answers(config: Config, use: StageUse) -> AnswerCounts | None:
     """Return the answers that a stage makes; None if it makes none.
 
-    Their verify steps are unknown, 0, where the config limits neither number nor length of logged answers.
+    Their verify steps are unknown, 0, unless the config limits both number and length of logged answers.
     """
     if isinstance(config, RolloutConfig):
         count = sum(config.counts(use.prompts).values())
@@ -343,7 +344,7 @@ def _made_answers(config: Config, use: StageUse) -> AnswerCounts | None:
 
 
 def _rollout(config: RolloutConfig, use: StageUse) -> Need:
-    """Return the need of decoding; with a drafter, 8 · (block - 1) + 24 bytes a verify step beside the answers."""
+    """Return the need of decoding; with a drafter also 8 · (block - 1) + 24 bytes of disk per verify step."""
     sizes, drafter, engine, made = use.sizes, use.drafters > 0, config.engine, _made_answers(config, use)
     assert made is not None
     memory, servers = 0.0, None
@@ -370,8 +371,8 @@ def _sft(config: SftConfig, use: StageUse) -> Need:
     if config.steps:
         return _training(config, use)
     sizes, weights = use.sizes, use.sizes.weights(use.sizes.target)
-    own = sizes.weights(sizes.drafter, 4)
-    return Need(PROCESS_BYTES + weights + own, _tables(use.answers), weights + own, disk=sizes.weights(sizes.drafter))
+    drafter, tables = sizes.weights(sizes.drafter, 4), _tables(use.answers)
+    return Need(PROCESS_BYTES + weights + drafter, tables, weights + drafter, disk=sizes.weights(sizes.drafter))
 
 
 def _opd(config: OpdConfig, use: StageUse) -> Need:
@@ -403,7 +404,7 @@ def _mining(config: MiningConfig, use: StageUse) -> Need:
     """Return P · s + P_d · s, the features of one group of tokens and the logits of a chunk.
 
     With a scored table also the target's forward over the group. A round of replay takes less than the logits. A row
-    of the table has 8 · (block - 1) + 72 bytes.
+    of the table takes 8 · (block - 1) + 72 bytes.
     """
     sizes, tokens = use.sizes, max(config.tokens_per_target_forward, use.longest)
     weights = sizes.weights(sizes.target) + sizes.weights(sizes.drafter)

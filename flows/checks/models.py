@@ -1,4 +1,4 @@
-"""Checks from their small files what target and drafters are, and that they fit each other."""
+"""Checks target and drafters by their small files: what they are, and that they fit each other."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from draftsmith.stages.training.config import SftConfig
 if TYPE_CHECKING:
     from draftsmith.stages.drafters.checkpoint import DrafterPlan
 
-_WEIGHTS_SHARE = 0.7  # of the memory that computes, for weights that a check loads
+_WEIGHTS_SHARE = 0.7  # of the computing device's memory, for weights that a check loads
 DrafterPlans = Mapping[str, "DrafterPlan"]  # node -> the drafter that a run starts with there
 
 
@@ -45,17 +45,17 @@ def fetch_target_metadata(findings: Findings, nodes: Sequence[Node], artifact: P
         try:
             metadata_artifact(target, artifact)
         except HubUnreachableError as error:
-            left_out = "tokenizer, chat template, drafter, context, memory, disk"
-            findings.skip("target", f"{error} Not checked: {left_out}.", unreachable=True)
+            skipped = "tokenizer, chat template, drafter, context, memory, disk"
+            findings.skip("target", f"{error} Not checked: {skipped}.", unreachable=True)
             return False
         return True
     return False
 
 
 def fetch_weights(nodes: Sequence[Node], metadata: Path, stored: Path | None) -> Path | None:
-    """Return an artifact of the target with its weights; None if they are on the hub only, or fill the memory.
+    """Return an artifact of the target with its weights; None if they are only on the hub, or too large for the memory.
 
-    metadata: that of `fetch_target_metadata`, in which a new one is written. stored: the one in the store, if any.
+    metadata: artifact of `fetch_target_metadata`, in which a new one is written. stored: the one in the store, if any.
     """
     # imports torch, and planning imports this module
     from draftsmith.stages.targets.body import resolve_target
@@ -79,8 +79,8 @@ def fetch_weights(nodes: Sequence[Node], metadata: Path, stored: Path | None) ->
 def metadata_artifact(config: TargetConfig, out: Path) -> TargetInfo:
     """Write a `target.json` without the digest to `out`: enough for the preflight of every stage.
 
-    A folder's weights are checked for completeness (headers only); those of the hub are not fetched. Config and
-    tokenizer of a GGUF file are written to `out/model`.
+    A folder's weights are checked for completeness (headers only); the hub's are not fetched. Config and tokenizer of a
+    GGUF file are written to `out/model`.
     """
     # imports torch, and planning imports this module
     from draftsmith.stages.targets.body import extract_metadata
@@ -105,7 +105,7 @@ def metadata_artifact(config: TargetConfig, out: Path) -> TargetInfo:
 def fetch_metadata(source: str, revision: str | None, field: str) -> Path:
     """Return the folder with the small files of a hub repository, never its weights, in the hub's own cache.
 
-    field: of the config, for the error. Raises HubUnreachableError without network and cache, DraftsmithError if the
+    field: config field that errors name. Raises HubUnreachableError without network and cache, DraftsmithError if the
     hub does not have the repository.
     """
     patterns = ["*.json", "*.jinja", "*.txt", "*.model"]
@@ -113,7 +113,7 @@ def fetch_metadata(source: str, revision: str | None, field: str) -> Path:
 
 
 def check_target(findings: Findings, nodes: Sequence[Node], artifact: Path) -> None:
-    """Report what the target is, and check that its chat template takes the prompts. artifact: the target's."""
+    """Report what the target is, and check that its chat template takes the prompts. artifact: the target's folder."""
     info, size = read_target_info(artifact), target_size(model_path(artifact))
     findings.ok(
         "target",
@@ -162,8 +162,8 @@ def _check_template(findings: Findings, config: PromptsConfig, folder: Path) -> 
                 "chat template",
                 f"it does not read {name}. Correct {config.section}.chat_template_kwargs or remove it.",
             )
-    given = ", ".join(f"{name}={value}" for name, value in config.chat_template_kwargs.items())
-    findings.ok("chat template", f"works{f' with {given}' if given else ''}: {len(ids)} tokens around one word")
+    kwargs = ", ".join(f"{name}={value}" for name, value in config.chat_template_kwargs.items())
+    findings.ok("chat template", f"works{f' with {kwargs}' if kwargs else ''}: {len(ids)} tokens around one word")
 
 
 def check_stage_settings(findings: Findings, nodes: Sequence[Node], artifact: Path) -> None:
@@ -190,8 +190,8 @@ def check_initial_drafters(findings: Findings, nodes: Sequence[Node]) -> None:
 def check_drafters(findings: Findings, nodes: Sequence[Node], artifact: Path, *, whole: bool) -> DrafterPlans:
     """Check every drafter that a run starts with, and the settings of the nodes that draft with it.
 
-    artifact: the target's. whole: it has its weights, and a drafter's may be fetched; else only small files are read.
-    Returns the drafters as they are trained.
+    artifact: the target's folder. whole: it has its weights, and a drafter's may be fetched; otherwise only small files
+    are read. Returns the drafters as they are trained.
     """
     plans: dict[str, DrafterPlan] = {}
     serving: dict[str, DrafterPlan] = {}  # champions as they serve: training may change their kind
@@ -219,7 +219,7 @@ def check_drafters(findings: Findings, nodes: Sequence[Node], artifact: Path, *,
 def _check_drafter(
     findings: Findings, node: str, config: SftConfig, artifact: Path, served: Sequence[str], *, whole: bool
 ) -> DrafterPlan | None:
-    """Check layer ids, mask token, block size and shape of the checkpoint to start from or of a new drafter.
+    """Check layer ids, mask token, block size and shape of a checkpoint to start from, or of a new drafter.
 
     served: nodes in which SGLang drafts with it. None if the checkpoint cannot be reached.
     """
@@ -247,10 +247,10 @@ def _check_drafter(
             findings.warn(name, f"section drafter is not used: {where} has its own shape. Remove the section.")
         if whole and not config.adopt:
             checkpoint.check_drafter(source, info)
-        if whole or source == Path(config.init_from).expanduser():  # else, of the hub's, only small files are here
+        if whole or source == Path(config.init_from).expanduser():  # only small files of a hub checkpoint are here
             checkpoint.check_complete(source)
     elif config.steps == 0:
-        raise DraftsmithError("sft.steps: 0 steps train nothing. Name the drafter to take as it is in sft.init_from.")
+        raise DraftsmithError("sft.steps: 0 steps train nothing. Name the drafter to use unchanged in sft.init_from.")
     else:
         config.check_lora(None, config.drafter.kind)
         shape = checkpoint.with_mask_token(config.drafter, info)
@@ -295,7 +295,7 @@ def _check_champion(
         findings.warn(
             node,
             f"sft.drafter: {', '.join(ignored)}: not used, because the line continues from its champion and keeps its "
-            "shape. Remove it, or start again from the section with option --restart.",
+            "shape. Remove it, or start again from the section with --restart.",
         )
     return serves, trained
 
@@ -304,13 +304,13 @@ def _ignored_fields(shape: DrafterConfig, plan: DrafterPlan) -> list[str]:
     """Return the fields of section drafter that the champion's shape overrides."""
     if shape == SftConfig.model_fields["drafter"].default:
         return []
-    fields, given = type(shape).model_fields, shape.model_fields_set
-    whole = given == fields.keys()  # a deployment sends every field: those of its file are unknown
+    fields, fields_set = type(shape).model_fields, shape.model_fields_set
+    whole = fields_set == fields.keys()  # a deployment sends every field: those of its file are unknown
     sizes = {"num_layers": plan.config.num_hidden_layers, "block_size": plan.block_size}
     asked = {"kind": shape.kind} | {
         name: getattr(shape, name)
         for name in sizes
-        if name in fields and (getattr(shape, name) != fields[name].default if whole else name in given)
+        if name in fields and (getattr(shape, name) != fields[name].default if whole else name in fields_set)
     }
     champion = {"kind": plan.kind, **sizes}
     return [
@@ -325,13 +325,13 @@ def _drafter_metadata(source: str, revision: str | None) -> Path:
 
 
 def _check_drafting(findings: Findings, node: Node, plan: DrafterPlan, dtype: str) -> None:
-    """Check a node's drafting settings against its drafter. dtype: that the target is served in."""
+    """Check a node's drafting settings against its drafter. dtype: the served target's."""
     engine = sglang_engine(node)
     launch = engine.launch if engine is not None else None
     if launch is not None and not launch.on_cpu and not KINDS[plan.kind].served_in_any_dtype and dtype != "bfloat16":
         findings.error(
             node.name,
-            f"target.dtype: {dtype}, but SGLang drafts with {plan.kind} in bfloat16 alone. Set it to bfloat16, or use "
+            f"target.dtype: {dtype}, but SGLang drafts with {plan.kind} only in bfloat16. Set it to bfloat16, or use "
             "the embedded engine there.",
         )
     with findings.check(node.name):

@@ -41,9 +41,9 @@ def check_sources(findings: Findings, nodes: Sequence[Node]) -> None:
                 name = node.config.section if node.config.of_logs else f"{node.name}.sources.{index}"
                 with findings.check(name):
                     _check_source(findings, name, source, node.config)
-            sources = [each for each in node.config.sources if isinstance(each, HuggingFaceSource) and each.is_on_hub]
-            if sources:
-                names = ", ".join(dict.fromkeys(each.id for each in sources))
+            on_hub = [s for s in node.config.sources if isinstance(s, HuggingFaceSource) and s.is_on_hub]
+            if on_hub:
+                names = ", ".join(dict.fromkeys(source.id for source in on_hub))
                 findings.skip(node.name, f"whether {names} have enough rows. A run counts them when it fetches them.")
 
 
@@ -64,13 +64,13 @@ def check_prompt_counts(findings: Findings, nodes: Sequence[Node]) -> None:
     for name, rollouts in answered.items():
         prompts = by_name[name].config
         assert isinstance(prompts, PromptsConfig)
-        wanted = prompts.prompt_count("train")
-        ranges = [range(each.skip, each.skip + each.counts({"train": wanted})["train"]) for each in rollouts]
+        count = prompts.prompt_count("train")
+        ranges = [range(r.skip, r.skip + r.counts({"train": count})["train"]) for r in rollouts]
         used = len(set(chain(*ranges)))  # by at least one rollout
-        if 0 < used < _MUCH_UNUSED * wanted:
+        if 0 < used < _MUCH_UNUSED * count:
             findings.warn(
                 name,
-                f"train: only {used} of {wanted} prompts are answered. Raise the rollouts' prompts, or lower "
+                f"train: only {used} of {count} prompts are answered. Raise the rollouts' prompts, or lower "
                 f"{name}.train (or the counts of its sources).",
             )
 
@@ -93,7 +93,7 @@ def check_max_lengths(findings: Findings, nodes: Sequence[Node], positions: int)
 def check_lengths(findings: Findings, nodes: Sequence[Node], prompts: str, artifact: Path, positions: int) -> None:
     """Check that every prompt with its longest answer fits into the target's context.
 
-    prompts: name of the node that made `artifact`. positions: of the target.
+    prompts: name of the node that made `artifact`. positions: the target's context length.
     """
     for node in nodes:
         config = node.config
@@ -111,10 +111,10 @@ def check_lengths(findings: Findings, nodes: Sequence[Node], prompts: str, artif
 
 
 def _share(config: PromptsConfig, source: PromptSource, splits: Sequence[Split] = SPLITS) -> int:
-    """Return how many prompts this source gives to some splits, all its tasks together."""
+    """Return how many prompts of these splits come from this source, over all its tasks."""
     if source.counts is not None:
         return sum(getattr(source.counts, split) for split in splits)
-    weights = sum(_weight(each) for each in config.sources)
+    weights = sum(map(_weight, config.sources))
     return round(sum(config.prompt_count(split) for split in splits) * _weight(source) / weights)
 
 
@@ -124,7 +124,7 @@ def _weight(source: PromptSource) -> int:
 
 
 def _check_source(findings: Findings, name: str, source: PromptSource, config: PromptsConfig) -> None:
-    wanted = _share(config, source)
+    needed = _share(config, source)
     match source:
         case ReasoningGymSource():
             streams = open_streams(source, config)
@@ -135,7 +135,7 @@ def _check_source(findings: Findings, name: str, source: PromptSource, config: P
             _check_files(findings, name, source, config)
         case HuggingFaceSource() if Path(source.id).is_dir():
             rows = load_rows(source)
-            findings.ok(name, _enough_rows(source, source.id, len(rows), wanted, filtered=bool(source.filter)))
+            findings.ok(name, _enough_rows(source, source.id, len(rows), needed, filtered=bool(source.filter)))
             try:
                 row_messages(rows[0], source.field, f"{source.id}, row 1")
             except (DraftsmithError, RejectedRow) as error:  # other rows may be better
@@ -146,7 +146,7 @@ def _check_source(findings: Findings, name: str, source: PromptSource, config: P
 
 def _check_hub(findings: Findings, name: str, source: HuggingFaceSource) -> None:
     """Check that the hub has the data set, without fetching it."""
-    # slow to import, and needed for the hub's data sets alone
+    # slow to import, and only needed for the hub's data sets
     from huggingface_hub import dataset_info, errors
 
     try:
@@ -184,7 +184,7 @@ def _check_files(findings: Findings, name: str, source: JsonlSource, config: Pro
         if text:
             seen.add(text)
         rows += 1
-        unread += not text  # token ids alone, which the stage decodes
+        unread += not text  # only token ids, which the stage decodes
         held_out += hash_fraction(prompt_identity(candidate.messages, config.heldout_by)) < share
         if not whole:
             findings.skip(
@@ -197,20 +197,20 @@ def _check_files(findings: Findings, name: str, source: JsonlSource, config: Pro
         reasons = ", ".join(f"{count} {reason}" for reason, count in unusable.most_common())
         report = findings.warn if unusable.total() > MANY_REJECTED * rejects.rows else findings.ok
         report(name, f"{source.path}: {unusable.total()} of {rejects.rows} rows cannot be prompts: {reasons}")
-    wanted = _share(config, source)
+    needed = _share(config, source)
     label = f"{source.path}, without {duplicates} duplicates" if duplicates else source.path
-    if config.of_logs and rows < wanted:
+    if config.of_logs and rows < needed:
         raise DraftsmithError(
-            f"{label} has {rows} row(s), and {wanted} held-out and validation prompts are wanted. {MORE_LOGS}."
+            f"{label} has {rows} row(s), and {needed} held-out and validation prompts are needed. {MORE_LOGS}."
         )
-    findings.ok(name, _enough_rows(source, label, rows, wanted, filtered=False))
+    findings.ok(name, _enough_rows(source, label, rows, needed, filtered=False))
     if source.suffix or unread:
         return  # held-out rows are decided by the text with its suffix, or by decoded token ids: the stage counts them
     trained, measured = _share(config, source, ("train",)), _share(config, source, ("heldout", "validation"))
     if rows - held_out < trained:
         raise DraftsmithError(
             f"{label}: {rows - held_out} of {rows} rows are training prompts (heldout_share {share:g}), and {trained} "
-            f"are wanted. Lower {_counts(source, ('train',))}, or add rows or a source."
+            f"are needed. Lower {_counts(source, ('train',))}, or add rows or a source."
         )
     if held_out < measured:
         lower = _counts(source, ("heldout", "validation"))
@@ -219,21 +219,21 @@ def _check_files(findings: Findings, name: str, source: JsonlSource, config: Pro
             remedy = f"{MORE_LOGS}."
         raise DraftsmithError(
             f"{label}: {held_out} of {rows} rows are held out (heldout_share {share:g}), and {measured} held-out and "
-            f"validation prompts are wanted. {remedy}"
+            f"validation prompts are needed. {remedy}"
         )
 
 
 def _counts(source: PromptSource, splits: Sequence[Split] = SPLITS) -> str:
-    """Return the fields that set how many prompts are wanted of the source."""
+    """Return the fields that set how many prompts the source has to give."""
     return "its counts" if source.counts is not None else f"prompts.{', prompts.'.join(splits)}"
 
 
-def _enough_rows(source: PromptSource, label: str, rows: int, wanted: int, *, filtered: bool) -> str:
+def _enough_rows(source: PromptSource, label: str, rows: int, needed: int, *, filtered: bool) -> str:
     """Return the line of a source with enough rows. Raises DraftsmithError if it has too few."""
     unfiltered = " before its filter" if filtered else ""
-    if rows < wanted:
+    if rows < needed:
         raise DraftsmithError(
-            f"{label}: {rows} rows{unfiltered}, and {wanted} prompts are wanted. Lower {_counts(source)}, or add rows "
+            f"{label}: {rows} rows{unfiltered}, and {needed} prompts are needed. Lower {_counts(source)}, or add rows "
             "or a source."
         )
-    return f"{label}: {rows} rows{unfiltered} for {wanted} prompts"
+    return f"{label}: {rows} rows{unfiltered} for {needed} prompts"

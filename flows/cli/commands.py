@@ -1,7 +1,7 @@
 """The commands, by their names in `main.py`.
 
 `main.py` imports this module after it has parsed the arguments, so that the help imports nothing heavy. What is
-imported here costs little beside the graph of a refresh, which every command needs. Torch, Prefect and MLflow cost
+imported here costs little next to the graph of a refresh, which every command needs. Torch, Prefect and MLflow cost
 seconds: the modules imported here load them on first use.
 """
 
@@ -111,7 +111,7 @@ def _init(options: argparse.Namespace, pipeline: Pipeline) -> None:
     command = shlex.join(["draftsmith", "run", str(options.file)])
     Display().line(f"{options.file}: written. If its check passes, run it: {command}")
     options.config, options.overrides = options.file, []
-    options.gpu = "H100" if size is not SIZES["laptop"] and not visible_gpus() else None  # it is for another machine
+    options.gpu = "H100" if size is not SIZES["laptop"] and not visible_gpus() else None  # for another machine
     _check(options, pipeline)
 
 
@@ -128,8 +128,8 @@ def _check(options: argparse.Namespace, pipeline: Pipeline) -> None:
         )
     if findings.unreachable:
         raise RetryableError(
-            f"{', '.join(findings.unreachable)}: not checked, as something outside could not be reached. Check again "
-            "on a machine that reaches it."
+            f"{', '.join(findings.unreachable)}: not checked, because the hub, a bucket or a server is unreachable. "
+            "Check again on a machine that reaches it."
         )
 
 
@@ -154,7 +154,7 @@ def _status(options: argparse.Namespace, pipeline: Pipeline) -> None:
         show_store_status(Display())
     elif _is_file(options.config):
         if options.url:
-            raise DraftsmithError("--url: servers serve a line, and this is a config file. Give the line's name.")
+            raise DraftsmithError("--url applies to a model line, and this is a config file. Give the line's name.")
         show_config_status(Display(), _read_config(options, pipeline), pipeline)
     else:
         from draftsmith.flows.refresh.line_page import show_line  # imports a client of servers
@@ -184,7 +184,7 @@ def _watch(options: argparse.Namespace, pipeline: Pipeline) -> None:
 
 
 def _is_file(path: Path) -> bool:
-    """Return whether a name is that of a config file, and not of a line."""
+    """Return whether `path` is a config file, not the name of a line."""
     return path.suffix in (".yaml", ".yml") or path.is_file()
 
 
@@ -203,13 +203,13 @@ def _diff(options: argparse.Namespace, _pipeline: Pipeline) -> None:
 def _deploy(options: argparse.Namespace, pipeline: Pipeline) -> None:
     config = read_config(options.config, options.overrides, pipeline.config)
     arguments: dict[str, object] = {name: getattr(options, name) for name in ("force", "start", "until")}
-    if named := any(arguments.values()):  # an unknown node is an error now; a champion adds some
+    if named := any(arguments.values()):  # unknown nodes fail now; resolved, as a champion adds nodes
         selection = Selection.from_options(options.force, options.start, options.until)
         selection.check_names(pipeline.nodes(pipeline.resolve(config)))
     if options.watch is not None:
         if named:
             raise DraftsmithError(
-                "--force, --from, --until: a watch builds no node. Leave them out, or deploy the refresh with them."
+                "--force, --from, --until: a watch builds no node. Remove them, or deploy the refresh with them."
             )
         refresh = f"refresh/{config.name.replace('/', '-')}"
         arguments = {"then": {"report": None, "refresh": refresh, "rollback": "rollback"}[options.watch]}
@@ -237,7 +237,7 @@ def _prune(options: argparse.Namespace, _pipeline: Pipeline) -> None:
 
 
 def _read_config(options: argparse.Namespace, pipeline: Pipeline) -> RunOptions:
-    """Return the config with what has to be looked up."""
+    """Return the config with what must be looked up, such as the line's champion."""
     config: RunOptions = pipeline.resolve(_read_unresolved(options, pipeline))
     return config
 
@@ -284,9 +284,9 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace, Pipeline], None]] = {
 
 
 def prune(display: Display, days: float, *, artifacts: bool, delete: bool) -> None:
-    """List leftovers that were not touched for so many days, or delete them.
+    """List or delete leftovers that were not touched for `days` days.
 
-    artifacts: also complete artifacts that no run has used for so long, except those that model lines need.
+    artifacts: also complete artifacts that no run has used for `days` days, except those that model lines need.
     """
     before = time.time() - days * 86400
     obsolete = leftovers(home(), before)
@@ -307,9 +307,9 @@ def prune(display: Display, days: float, *, artifacts: bool, delete: bool) -> No
 
 
 def _ids_of_lines(display: Display, what: str, ask: Callable[[Registry], set[str]]) -> set[str] | None:
-    """Return the content ids that model lines need, or None if they are unknown, which a line reports.
+    """Return the content ids that model lines need. If they are unknown, print why and return None.
 
-    A champion has no other copy, so that nothing is deleted then.
+    Nothing is deleted then: the store may hold the only copy of a champion.
     """
     tracking = Tracking(home())
     if (why := describe_other_trackers(tracking)) is not None:
@@ -318,7 +318,7 @@ def _ids_of_lines(display: Display, what: str, ask: Callable[[Registry], set[str
     try:
         return ask(Registry(tracking))
     except DraftsmithError as error:
-        display.line(f"{what} are kept, as it is unknown whether a model line needs them: {error}")
+        display.line(f"{what} are kept, because it is unknown whether a model line needs them: {error}")
         return None
 
 
@@ -338,7 +338,7 @@ def _list(display: Display, obsolete: Sequence[Leftover], command: str) -> None:
 def _delete(display: Display, obsolete: Sequence[Leftover]) -> None:
     removed = [item for item in obsolete if item.remove()]
     kept = ", ".join(item.path.name for item in obsolete if item not in removed)
-    display.line(f"removed {_total(removed)}" + (f", except what a run uses again: {kept}" if kept else ""))
+    display.line(f"removed {_total(removed)}" + (f", except what a run is using again: {kept}" if kept else ""))
 
 
 def _total(items: Sequence[Leftover]) -> str:

@@ -30,7 +30,7 @@ _EPILOG = (
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the parser. Its results have the command as it was typed in `command`."""
+    """Return the parser. `command` in its results is the name as typed, maybe an alias."""
     main = argparse.ArgumentParser(prog="draftsmith", description=_DESCRIPTION, epilog=_EPILOG)
     main.add_argument("--version", action="version", version=f"%(prog)s {version('draftsmith')}")
     main.set_defaults(restart=False)
@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_run_options(run)
 
-    check = commands.add_parser("check", help="check all that can be checked before a run without loading weights")
+    check = commands.add_parser("check", help="check a config before anything runs: errors, warnings, memory, time")
     _add_config(check)
     check.add_argument(
         "--gpu",
@@ -57,12 +57,12 @@ def parser() -> argparse.ArgumentParser:
         "--from",
         dest="beginning",
         choices=["prompts", "logs"],
-        help="your own prompts, or answers that your target gave in production. Left out: asked for",
+        help="your own prompts, or answers that your target gave in production (default: ask)",
     )
     init.add_argument(
         "--size",
         choices=["laptop", "gpu", "node"],
-        help="a CPU, one GPU, or 8 GPUs with SGLang servers. Left out: this machine",
+        help="a CPU, one GPU, or 8 GPUs with SGLang servers (default: what this machine has)",
     )
     init.add_argument(
         "--training",
@@ -84,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
     status = commands.add_parser(
         "status", help="show the page of a model line; or what is done, unfinished, running or failed"
     )
-    _add_config(status, "NAME", "a model line, whose servers are asked, or the YAML file of a run", optional=True)
+    _add_config(status, "NAME", "a model line, whose servers are queried, or a run's YAML file", optional=True)
     _add_servers(status)
 
     show = commands.add_parser("show", help="show an artifact: its files and what it is made from")
@@ -124,23 +124,23 @@ def parser() -> argparse.ArgumentParser:
         "--minutes",
         type=_number,
         default=5,
-        help="unless all servers trace requests, count those that finish in so many minutes (default: 5)",
+        help="count requests that finish within MINUTES minutes, unless all servers trace them (default: 5)",
     )
     watch.add_argument(
         "--then",
         choices=["refresh", "rollback"],
         help="if tau is measurably below: run the config's refresh, or roll the line back",
     )
-    watch.set_defaults(force=[], start=[], until=[], plan=False)  # of the refresh
+    watch.set_defaults(force=[], start=[], until=[], plan=False)  # options of the refresh
     swap = commands.add_parser("swap", help="have running servers draft with a version, and prove that they do")
-    swap.add_argument("version", metavar="NAME[@VERSION]", help="left out: the champion")
+    swap.add_argument("version", metavar="NAME[@VERSION]", help="by default the champion")
     _add_servers(swap)
     swap.add_argument(
-        "--forget", action="append", default=[], metavar="URL", help="drop a server that is gone, and swap none"
+        "--forget", action="append", default=[], metavar="URL", help="drop a server that is gone; nothing is swapped"
     )
 
     export = commands.add_parser("export", help="copy a verified drafter, in the layout that engines load")
-    export.add_argument("version", metavar="NAME[@VERSION]", help="left out: the champion")
+    export.add_argument("version", metavar="NAME[@VERSION]", help="by default the champion")
     export.add_argument("folder", metavar="FOLDER", type=Path)
     export.add_argument(
         "--format",
@@ -151,8 +151,8 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--calibrated",
         action="store_true",
-        help="correct a DSpark's confidence head as the evaluation found. An SGLang server with this copy has, to "
-        "`status` and `watch`, no version of the line; `swap` writes versions as they were trained",
+        help="correct a DSpark's confidence head as the evaluation measured. On an SGLang server `status` and `watch` "
+        "do not recognise the copy; `swap` writes versions as they were trained",
     )
 
     evaluate = commands.add_parser("evaluate", help="compare drafters on a config's held-out prompts, without training")
@@ -172,19 +172,21 @@ def parser() -> argparse.ArgumentParser:
     deploy = commands.add_parser("deploy", help="deploy a config on a Prefect server: schedule, pool")
     _add_config(deploy, restart=False)
     deploy.add_argument("--pool", required=True, help="an existing work pool, whose workers run it")
-    deploy.add_argument("--cron", help="schedule, such as '0 3 * * 1': Mondays at 3. Left out: only on request")
+    deploy.add_argument("--cron", help="schedule, such as '0 3 * * 1': Mondays at 3 (default: only on request)")
     deploy.add_argument("--timezone", default="UTC", help="time zone of --cron, such as Europe/Berlin (default: UTC)")
     _add_selection(deploy)
     deploy.add_argument(
         "--watch",
         choices=["report", "refresh", "rollback"],
-        help="runs watch the servers; if tau is measurably below, they report it, run the refresh, or roll back",
+        help="deploy a watch of the servers: if tau is measurably below, report it, run the refresh, or roll back",
     )
 
     prune = commands.add_parser("prune", help="remove old leftovers: unfinished attempts, replaced artifacts, logs")
-    prune.add_argument("--days", type=_number, default=30, help="only what was not touched for so long (default: 30)")
+    prune.add_argument("--days", type=_number, default=30, help="only what was untouched for DAYS days (default: 30)")
     prune.add_argument(
-        "--artifacts", action="store_true", help="also complete artifacts that no run has used and no line needs"
+        "--artifacts",
+        action="store_true",
+        help="also complete artifacts that no run used since and no line needs",
     )
     prune.add_argument("--delete", action="store_true", help="delete them; without it they are only listed")
     return main
@@ -234,8 +236,8 @@ def _add_servers(parser: argparse.ArgumentParser) -> None:
         "--url",
         action="append",
         default=[],
-        help="an SGLang or vLLM server, which gets the API key in SGLANG_API_KEY or VLLM_API_KEY, if any; by default "
-        "those that were swapped, without a key",
+        help="an SGLang or vLLM server; it gets the API key in SGLANG_API_KEY or VLLM_API_KEY, if set (default: the "
+        "servers that were swapped, without a key)",
     )
 
 
@@ -252,7 +254,7 @@ def _add_config(
         parser.add_argument(
             "--restart",
             action="store_true",
-            help="start the model line from section `sft`: without a champion, or instead of the one to beat",
+            help="start the model line from section `sft`, even if it has a champion; it must still be beaten",
         )
     parser.add_argument(
         "--set",
@@ -273,7 +275,7 @@ _AGAIN = "Run the same command again to continue."
 def main(arguments: Sequence[str] | None = None, pipeline: Pipeline | None = None) -> int:
     """Run the command and return its exit code.
 
-    arguments: without the program's name; None: those of the process. pipeline: None: the refresh.
+    arguments: the command line without the program's name, by default the process's. pipeline: by default the refresh.
     """
     options = parser().parse_args(arguments)
     relax_gc()
@@ -292,7 +294,7 @@ def _run(options: argparse.Namespace, pipeline: Pipeline | None) -> int:
     _show_warnings()
     try:
         with home_umask(home()):
-            from draftsmith.flows.cli.commands import COMMANDS, REFRESH  # heavy: after the help and wrong arguments
+            from draftsmith.flows.cli.commands import COMMANDS, REFRESH  # heavy: not for help or wrong arguments
 
             COMMANDS[options.command](options, pipeline or REFRESH)
     except KeyboardInterrupt as stop:
@@ -318,7 +320,7 @@ def _run(options: argparse.Namespace, pipeline: Pipeline | None) -> int:
 
 
 def _fail(message: str, code: int, error: BaseException, prefix: str = "error: ") -> int:
-    """Print what is wrong, and last the command that continues, which a run has noted. Return the exit code."""
+    """Print the error, then the command that continues a run, if one was noted. Return the exit code."""
     if code in (EXIT_INTERRUPTED, _EXIT_TERMINATED):  # a second signal does not wait for Prefect's last events
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: os._exit(code))

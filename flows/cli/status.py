@@ -64,7 +64,7 @@ def show_config_status(display: Display, config: RunOptions, pipeline: Pipeline)
 
 
 def _node_state(item: Build, store: Store, condition: str) -> str:
-    """Return what is to be told of a node. condition: under which a run makes it at all, if there is one."""
+    """Return a node's state for the table. condition: when a run makes the node at all; empty: always."""
     stage, state = item.node.stage.name, f"[dim]waits for {', '.join(item.after)}[/dim]"
     if item.status is not Status.AFTER:
         partial = has_partial(store, stage, item.key)
@@ -77,9 +77,9 @@ def _node_state(item: Build, store: Store, condition: str) -> str:
 
 
 def _last_artifact(item: Build, earlier: Sequence[Manifest]) -> str:
-    """Return which artifact an unbuilt node had in the last run of this name.
+    """Return the artifact that an unbuilt node had in the last run of this name.
 
-    After a promotion the plan starts from the new champion, so that nothing of the last run would be seen otherwise.
+    After a promotion the plan starts from the new champion, and would show nothing of the last run.
     """
     if item.status not in (Status.AFTER, Status.RUN):
         return ""
@@ -105,7 +105,7 @@ def _artifact_state(
 
 
 def _describe(attempt: AttemptNote) -> str:
-    """Return who makes an artifact, where, since when and how far."""
+    """Return who makes an artifact, where, since when, and the progress."""
     now = time.time()
     text = f"node {attempt.node} of {attempt.run} on {attempt.host} (pid {attempt.pid}, user {attempt.user}) since "
     text += f"{local_time(attempt.since)} ({format_duration(now - attempt.since)})"
@@ -207,14 +207,14 @@ def _metrics(manifest: Manifest, limit: int | None = 4) -> str:
 
 
 _PAGE = "report.html"
-_VERSION = re.compile(r"[^\s@]+@\w+")  # as a person writes it, such as smollm2@3
+_VERSION = re.compile(r"[^\s@]+@\w+")  # such as smollm2@3
 
 
 def find_report(name: str, pipeline: Pipeline) -> Path:
     """Return the report page of a refresh. Raises DraftsmithError if there is none.
 
-    name: a config file (of `pipeline`), a version (`NAME@2`), name or id of a run of MLflow (the last of its name), the
-    start of an artifact's key or content id, or its folder.
+    name: a config file of `pipeline`, a version (`NAME@2`), a run in MLflow (its id, or the last of a name), the start
+    of an artifact's key or content id, or its folder.
     """
     store, path = open_store(home()), Path(name).expanduser()
     if name.endswith((".yaml", ".yml")):
@@ -235,7 +235,7 @@ def find_report(name: str, pipeline: Pipeline) -> Path:
         raise
     except DraftsmithError as error:
         raise DraftsmithError(
-            f"{name}: not a config file, nor a version or a refresh's run in MLflow with a report; {error}"
+            f"{name}: neither a config file, nor a version or a run in MLflow with a report; {error}"
         ) from error
     return _page(name, ref.path)
 
@@ -263,7 +263,5 @@ def report_of_config(name: str, config: RunOptions, pipeline: Pipeline) -> Path:
 
 def _page(name: str, folder: Path) -> Path:
     if not (folder / _PAGE).is_file():
-        raise DraftsmithError(
-            f"{name}: {folder} has no {_PAGE}. Give a report's artifact, or the version or run that it is of."
-        )
+        raise DraftsmithError(f"{name}: {folder} has no {_PAGE}. Give a report's artifact, its version or its run.")
     return folder / _PAGE

@@ -48,7 +48,7 @@ def explain_key(display: Display, config: RunOptions, pipeline: Pipeline, name: 
 def _with_dependencies(planned: Mapping[str, Build], name: str) -> list[str]:
     """Return the node and the unbuilt nodes that its key depends on, the nearest first."""
     nodes = [name]
-    for node in nodes:  # which grows meanwhile
+    for node in nodes:  # grows in the loop
         nodes += [source for source in planned[node].after if source not in nodes]
     return nodes
 
@@ -60,7 +60,7 @@ def _state(item: Build, store: Store) -> str:
         made = local_time(item.artifact.manifest.created_at)
         return f"not new: {item.artifact.stage}/{item.key[:16]} is in the store, made {made}"
     if store.manifest_at(item.node.stage.name, item.key) is not None:
-        return f"built again: its inputs were measured again after the artifact of the key {item.key[:16]}"
+        return f"built again: its inputs were measured again after the artifact (key {item.key[:16]}) was made"
     rest = ", but an unfinished attempt resumes" if item.status is Status.RESUME else ""
     return f"new: no artifact has the key {item.key[:16]}{rest}"
 
@@ -94,9 +94,9 @@ def _differences(
     installed = package_versions() | node.config.programs()
     recorded = {package: version for package, version in old.versions.items() if package in installed}
     for package, before, now in _changed(recorded, installed):
-        yield f"version  {package}: {before} -> {now} (no part of the key)"
+        yield f"version  {package}: {before} -> {now} (not part of the key)"
     for package in sorted(old.versions.keys() - installed.keys()):  # such as a server's, which only the stage asks
-        yield f"version  {package}: {old.versions[package]} -> not known before the stage runs (no part of the key)"
+        yield f"version  {package}: {old.versions[package]} -> not known before the stage runs (not part of the key)"
 
 
 def _key_fields(old: Mapping[str, Any], now: Config) -> tuple[Mapping[str, object], Mapping[str, object]]:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from draftsmith.artifacts.redaction import shown
 
-PathKey = tuple[int | str, ...]  # of a field: names of sections, and indices in lists
+PathKey = tuple[int | str, ...]  # a field's path: names of sections, and indices in lists
 OVERRIDE = "--set"
 
 _EXPECTED = {
@@ -26,7 +26,7 @@ _EXPECTED = {
     "finite_number": "a finite number",
     "bool_parsing": "true or false",
     "bool_type": "true or false",
-    "string_type": "a text (put it in quotes)",
+    "string_type": "a string (put it in quotes)",
     "list_type": "a list",
     "tuple_type": "a list",
     "dict_type": "a mapping",
@@ -36,7 +36,7 @@ _EXPECTED = {
     "none_required": "nothing (null)",
 }
 _QUOTED = re.compile(r"'[^']*'")
-_LENGTH = {"too_short": "a list", "string_too_short": "a text"}
+_LENGTH = {"too_short": "a list", "string_too_short": "a string"}
 
 
 def describe_errors(
@@ -89,9 +89,9 @@ def _with_alternatives(details: list[Any], model: type[BaseModel]) -> list[Any]:
     same = [detail for detail in alike if _location(detail, model) == location]
     choices = [choice for detail in same for choice in _QUOTED.findall(detail.get("ctx", {}).get("expected", ""))]
     types = [_EXPECTED[detail["type"]] for detail in same if detail["type"] in _EXPECTED]
-    wanted = [f"one of {', '.join(dict.fromkeys(choices))}"] if choices else []
+    expected = [f"one of {', '.join(dict.fromkeys(choices))}"] if choices else []
     return [
-        {**first, "wanted": " or ".join(dict.fromkeys(wanted + types))},
+        {**first, "wanted": " or ".join(dict.fromkeys(expected + types))},
         *(detail for detail in details if detail not in same),
     ]
 
@@ -102,18 +102,18 @@ def _problem(detail: Any, location: PathKey, field: str, model: type[BaseModel])
         return _unknown_field(location, model)
     if kind == "missing":
         return f"this field is required. Add it to the file, or pass {OVERRIDE} {field}=VALUE."
-    wanted = detail.get("wanted")
-    if not wanted and not isinstance(value, dict) and kind != "value_error" and models_at(model, location):
-        wanted = _EXPECTED["model_type"]  # a section of several kinds
-    if wanted:
-        return f"expected {wanted}, got {show_value(value)}. Change the value."
+    expected = detail.get("wanted")
+    if not expected and not isinstance(value, dict) and kind != "value_error" and models_at(model, location):
+        expected = _EXPECTED["model_type"]  # a section with several kinds
+    if expected:
+        return f"expected {expected}, got {show_value(value)}. Change the value."
     if kind in ("union_tag_not_found", "union_tag_invalid"):
         return _unknown_kind(detail)
     if kind in _LENGTH:
         fewest = detail["ctx"]["min_length"]
         return f"expected {_LENGTH[kind]} of length {fewest} or more, got {show_value(value)}. Change the value."
     if kind == "string_pattern_mismatch":
-        return f"expected a text that matches {detail['ctx']['pattern']}, got {show_value(value)}. Change the value."
+        return f"expected a string that matches {detail['ctx']['pattern']}, got {show_value(value)}. Change the value."
     message = " ".join(detail["msg"].split()).removeprefix("Value error, ").removeprefix("Assertion failed, ")
     message = message.removeprefix("Input should be ")
     if message != detail["msg"] and detail["msg"].startswith("Input should be "):
@@ -128,7 +128,7 @@ def _unknown_kind(detail: Any) -> str:
         name = "kind"
     if isinstance(value, dict) and name in value:
         return f"{name} is {show_value(value[name])}. Use one of {choices}."
-    return f"the field {name} is missing, which decides what the others mean. Add it."
+    return f"the field {name} is missing; it decides which other fields there are. Add it."
 
 
 def _unknown_field(location: PathKey, model: type[BaseModel]) -> str:
@@ -136,7 +136,7 @@ def _unknown_field(location: PathKey, model: type[BaseModel]) -> str:
     siblings = sorted({sibling for section in models_at(model, location[:-1]) for sibling in section.model_fields})
     prefix = [str(step) for step in location[:-1]]
     if name in siblings:
-        return f"a field of another kind of {'.'.join(prefix)}. Remove it, or write the whole section anew."
+        return f"this field belongs to another kind of {'.'.join(prefix)}. Remove it, or rewrite the whole section."
     close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.6)
     if close:
         return f"unknown field. Did you mean {'.'.join([*prefix, close[0]])}?"
@@ -212,7 +212,7 @@ def field_paths(model: type[BaseModel], prefix: str = "", depth: int = 0) -> Ite
 
 
 def show_value(value: Any) -> str:
-    """Return a value of a config as errors show it: short, on one line, without secrets."""
+    """Return a config value as errors show it: short, on one line, without secrets."""
     if value is None:
         return "nothing"
     text = shown(repr(value))

@@ -28,10 +28,10 @@ class _Loader(yaml.SafeLoader):
     """Loads YAML in which a repeated field is an error, and `1e-3` is a number as in YAML 1.2."""
 
     def get_single_node(self) -> yaml.Node | None:
-        """Return the file's values. Raises before aliases are written out if they stand for too many."""
+        """Return the file's values. Raises before aliases are expanded to too many."""
         node = super().get_single_node()
         if node is not None and _count_values(node, {}) > _MAX_VALUES:
-            problem = f"with its aliases written out it has over {_MAX_VALUES:,} values. Use fewer aliases."
+            problem = f"with its aliases expanded it has over {_MAX_VALUES:,} values. Use fewer aliases."
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
         return node
 
@@ -39,25 +39,27 @@ class _Loader(yaml.SafeLoader):
         seen: set[Any] = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise _name_error(key, "a field's name must be a text, no {…} or […]. Put a template in quotes.")
+                raise _name_error(key, "a field's name must be a string, no {…} or […]. Put a template in quotes.")
             name = key.value
             if key.tag == _INTEGER:  # a name of gate.loads
                 key.tag = _TEXT
             if key.tag not in (_TEXT, _MERGE):  # `on`, `no` and the like, fractions, dates, nothing
                 value = name or "nothing"
-                raise _name_error(key, f'a field\'s name must be a text. YAML reads {value} otherwise: write "{name}".')
+                raise _name_error(
+                    key, f'a field\'s name must be a string, and YAML reads {value} differently. Write "{name}".'
+                )
             if name in seen:
-                raise _name_error(key, f"field {name!r} stands twice. Keep one.")
+                raise _name_error(key, f"field {name!r} appears twice. Keep one.")
             seen.add(name)
         return super().construct_mapping(node, deep)
 
 
 def _count_values(node: yaml.Node, counts: dict[yaml.Node, int]) -> int:
-    """Return the number of values under a node, aliases written out. counts: of the nodes that are counted already."""
+    """Return the number of values under a node, with aliases expanded. counts: those of nodes already counted."""
     if node not in counts:
         inner = () if isinstance(node, yaml.ScalarNode) else node.value
         inner = chain(*inner) if isinstance(node, yaml.MappingNode) else inner
-        counts[node] = 1 + sum(_count_values(each, counts) for each in inner)
+        counts[node] = 1 + sum(_count_values(child, counts) for child in inner)
     return counts[node]
 
 
@@ -75,7 +77,7 @@ _Loader.add_implicit_resolver(
 def read_config(path: Path | str, overrides: Sequence[str], model: type[ModelT]) -> ModelT:
     """Return the config of a run.
 
-    overrides: texts such as `sft.steps=200` or `prompts.sources.0.count=64`.
+    overrides: strings such as `sft.steps=200` or `prompts.sources.0.count=64`.
 
     Raises `DraftsmithError` with one line: the file, every field that is wrong, and the remedy.
     """
@@ -85,7 +87,7 @@ def read_config(path: Path | str, overrides: Sequence[str], model: type[ModelT])
 
 
 def config_from_fields(fields: Mapping[str, object], model: type[ModelT]) -> ModelT:
-    """Return the config of fields that are given as Python objects.
+    """Return the config with these fields, given as Python objects.
 
     `extends` names a file relative to the current directory, or a shipped config. Raises `DraftsmithError` as
     `read_config` does.
@@ -113,7 +115,7 @@ def _validate(data: Fields, path: Path, overridden: list[PathKey], model: type[M
 def _booleans_read_as_numbers(data: Any, value: Any, key: PathKey = ()) -> Iterator[PathKey]:
     """Yield the fields in which validation turned true or false into 1 or 0.
 
-    data: as written; value: after validation.
+    data: the value as written; value: the same after validation.
     """
     if isinstance(data, bool) and type(value) in (int, float):
         yield key
@@ -151,7 +153,7 @@ def _restores_defaults(name: str, old: Any, value: Any) -> bool:
 
 
 def shipped_configs() -> Path:
-    """Return the folder of the shipped configs: `configs` beside `flows`, installed or not."""
+    """Return the folder of the shipped configs: `configs` next to `flows`, installed or not."""
     return Path(__file__).resolve().parents[2] / "configs"
 
 
@@ -210,7 +212,7 @@ def _parse(text: str, where: str) -> Any:
     try:
         return _unshared(yaml.load(text, Loader=_Loader))
     except RecursionError:
-        raise DraftsmithError(f"{where}: an alias contains itself, or is nested too deep. Write it out.") from None
+        raise DraftsmithError(f"{where}: an alias contains itself, or is nested too deep. Expand it.") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         line = f", line {mark.line + 1}, column {mark.column + 1}" if mark and where != OVERRIDE else ""
@@ -218,7 +220,7 @@ def _parse(text: str, where: str) -> Any:
         if problem.startswith("but found another document"):
             problem = "a second document begins here. Keep one in a file."
         if error.context == "while scanning an alias":
-            problem = f"{problem}. Put a text that begins with * in quotes."
+            problem = f"{problem}. Put a string that begins with * in quotes."
         raise DraftsmithError(f"{where}{line}: not valid YAML: {problem}") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date
         raise DraftsmithError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
@@ -250,7 +252,8 @@ def _apply_override(data: Fields, override: str) -> PathKey:
                 section[key] = {}
         else:
             raise DraftsmithError(
-                f"{OVERRIDE} {override}: {section_name} is {show_value(section)} in the file, which has no fields."
+                f"{OVERRIDE} {override}: {section_name} is {show_value(section)} in the file, without fields. Set "
+                f"{section_name} itself."
             )
         path.append(key)
         if last and isinstance(section, dict) and _restores_defaults(step, section.get(key), value):

@@ -1,4 +1,4 @@
-"""Options that change how the stages of a run are run, never what they compute. They are no part of a cache key."""
+"""Options of how a run executes its stages, never of what they compute. They are not part of a cache key."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class StageOptions(Config):
     """Options of the stage processes."""
 
     time_limits: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
-    """Most minutes of one attempt by node, e.g. `{sft: 30}`. The others have a day."""
+    """Time limit of an attempt in minutes, by node, e.g. `{sft: 30}`. Other nodes have a day."""
     grace_seconds: float = Field(default=60, ge=0)
-    """Time that a stage has to save, from the request to stop until it is killed."""
+    """Time in which a stage saves, from the request to stop until it is killed."""
     retries: int = Field(default=5, ge=0, le=20)
-    """Further attempts after something outside was lost (the Hub, an engine, a server of MLflow or Prefect). No other
-    error is retried."""
+    """Further attempts after the hub, an engine, or a server of MLflow or Prefect was lost. No other error is
+    retried."""
     retry_delay_seconds: float = Field(default=10, ge=0)
     """Delay before the first retry. It doubles with every retry, with jitter; five retries take about five minutes."""
     lock_wait_minutes: float = Field(default=24 * 60, gt=0)
@@ -35,14 +35,14 @@ class StageOptions(Config):
     group_may_read: bool = False
     """Let the group of the home read its files (0750, files 0640). Otherwise only the owner may (0700, 0600)."""
     threads: int | None = Field(default=None, ge=1)
-    """CPU threads of the numerical libraries. Left out, they decide."""
+    """CPU threads of the numerical libraries; by default their own choice."""
     shards: int = Field(default=1, ge=1, le=1024)
-    """Number of shards in which a stage that allows it is built, each in its own process and on one GPU if there are
-    any. The result is the same. On CPUs, set `threads` to the cores of one shard."""
+    """Number of shards of a stage that allows them. Each is built by its own process, on one GPU if there are any. The
+    result is the same. On CPUs, set `threads` to the cores of one shard."""
     runner: Literal["local", "ray"] = "local"
     """Where shards are built: on this machine, or by Prefect's task runner on a Ray cluster."""
     runner_address: str | None = None
-    """Address of the Ray cluster, such as `ray://head:10001`. Left out, a cluster is started on this machine."""
+    """Address of the Ray cluster, such as `ray://head:10001`. By default a cluster is started on this machine."""
     min_free_gb: float = Field(default=2, ge=0)
     """Free disk space (10^9 bytes) that a run needs to start."""
 
@@ -79,7 +79,7 @@ class RunOptions(Config):
 
     @property
     def experiment(self) -> str | None:
-        """Return the experiment in MLflow; None: the common one."""
+        """Return the experiment in MLflow; None: the default one."""
         return None
 
     @property
@@ -97,7 +97,7 @@ class RunOptions(Config):
                 continue  # a misspelt field, which validation reports better
             raise ValueError(
                 f"{field}: {why}, and MLflow and the report show the config. Remove it, and set it in the environment "
-                "of the command (of a deployment: in a variable of the work pool, from a Prefect Secret block)."
+                "of the command (for a deployment: in a variable of the work pool, from a Prefect Secret block)."
             )
         return data
 
@@ -108,5 +108,5 @@ def check_runner(options: StageOptions) -> None:
         if importlib.util.find_spec(package) is None:
             raise DraftsmithError(
                 f"stages.runner: the package {package.replace('_', '-')} is not installed. Run pip install "
-                "'draftsmith[ray]', or leave the field out."
+                "'draftsmith[ray]', or remove the field."
             )

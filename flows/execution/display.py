@@ -62,7 +62,7 @@ def flatten(value: object, prefix: str = "") -> dict[str, object]:
 
 
 _LINE_EVERY_S = 10.0  # without a terminal: in a log file, in CI
-_RATE_WINDOW_S = 300.0  # of the rate; a step of a training may take a minute
+_RATE_WINDOW_S = 300.0  # over which the rate is averaged; a training step may take a minute
 _PLAIN_WIDTH = 160
 _STATUS_STYLE = {
     Status.HIT: "green",
@@ -79,8 +79,8 @@ class EndedRun:
     """A run that has ended and the command that started it, for the screen of its results."""
 
     config: RunOptions
-    file: str  # the config, as it was typed
-    overrides: Sequence[str]  # of `--set`
+    file: str  # path of the config as typed
+    overrides: Sequence[str]  # values of `--set`
     mlflow: str  # the command that shows the runs, or the server's URL
     seconds: float
     outcome: str | None = None  # name of its conclusion
@@ -99,7 +99,7 @@ class StageDisplay:
 
     def progress(self, done: int, total: int, unit: str, metrics: Mapping[str, float]) -> float | None:
         """Show the progress: on a terminal at once, otherwise as a line now and then. Return the seconds left."""
-        if unit != self._unit or done < self._done:  # other work, of which nothing is known yet
+        if unit != self._unit or done < self._done:  # other work, of unknown rate
             self._bar.reset(self._task, total=total)
         self._unit, self._done = unit, done
         self._bar.update(self._task, completed=done, total=total)
@@ -141,7 +141,7 @@ class Display:
             self.line(text)
 
     def plan(self, planned: Sequence[Build], end: EarlyEnd | None = None) -> None:
-        """Print a plan as a table, and what follows where the run may end as another one, or in a line if it does."""
+        """Print a plan as a table. Nodes after an early end form a second table, or a line if that end is certain."""
         names = [item.node.name for item in planned]
         until = names.index(end.after) + 1 if end is not None else len(names)
         self._plan("Plan", planned[:until])
@@ -162,7 +162,7 @@ class Display:
         self.console.print(table)
 
     def newer_files(self, planned: Sequence[Build]) -> None:
-        """Print which nodes of a plan reuse a listing of files that leaves newer ones out."""
+        """Print which nodes of a plan reuse a listing of files that omits newer ones."""
         self.lines(filter(None, [item.newer_files_notice for item in planned]))
 
     @contextlib.contextmanager
@@ -215,7 +215,7 @@ class Display:
 
 
 def escape(text: str) -> str:
-    """Return a text from outside in which neither markup nor control characters take effect."""
+    """Return untrusted text in which neither markup nor control characters take effect."""
     return markup.escape(printable(text))
 
 

@@ -1,4 +1,4 @@
-"""This machine: its GPUs, its free disk space, whether the home can be written, and locks so that a GPU has one user.
+"""This machine: its GPUs, its free disk space, whether the home can be written, and locks that give a GPU one user.
 
 Two models would not fit a GPU's memory, and other work would disturb a measurement. A stage locks all GPUs that are
 visible to it, a shard locks the first that is free. Set CUDA_VISIBLE_DEVICES to leave some GPUs to others. The CPU is
@@ -81,15 +81,15 @@ def lock_devices(
 ) -> Iterator[Device]:
     """Hold the locks of the devices that a stage computes on.
 
-    run: shown to those who wait. on_wait: called with the device and its holder if the stage has to wait. one: if there
-    are GPUs, lock the first that is free, and make it alone visible to the process.
+    run: name shown to those who wait. on_wait: called with the device and its holder if the stage has to wait. one: if
+    there are GPUs, lock the first that is free, and make only that one visible to the process.
 
     Raises LockTimeoutError, and what `wait.check` raises.
     """
     if compute is Compute.LIGHT:
         yield Device()
         return
-    names = gpu_names()  # in the same order for all, against deadlock
+    names = gpu_names()  # one order for all prevents deadlocks
     with ExitStack() as stack:
         if one and names:
             name, fd = _lock_first_free(stack, names, run, replace(wait, on_wait=partial(on_wait, ", ".join(names))))

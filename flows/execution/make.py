@@ -41,9 +41,9 @@ def _ignore(*_: object) -> None:
 
 
 MakeShard = Callable[[Build], Artifact]
-# Given the builds of shards, a function that makes one, one that stops all that are being made here (called if the pool
-# itself is ended), and one that raises if the run is to end: makes all, in order. Raises the first error when all have
-# ended.
+# Makes all shards and returns them in order. Arguments: the shards' builds, a function that makes one, one that stops
+# all that are being made here (called if the pool itself is ended), and one that raises if the run is to end. Raises
+# the first error when all have ended.
 ShardPool = Callable[[Sequence[Build], MakeShard, Callable[[], None], Callable[[], None]], list[Artifact]]
 
 
@@ -63,12 +63,12 @@ def run_locally(
 
 
 def local_parallelism(shards: Sequence[Build]) -> int:
-    """Return how many shards this machine makes at a time: one a GPU, or one a core."""
+    """Return how many shards this machine makes at a time: one per GPU, or one per core."""
     return min(len(shards), len(gpu_names()) or os.cpu_count() or 1)
 
 
 class RunContext:
-    """What the nodes of a run share."""
+    """The objects that the nodes of a run share."""
 
     def __init__(self, home: Path, config: RunOptions, display: Display, tracking: Tracking) -> None:
         self.home, self.config, self.display, self.tracking = home, config, display, tracking
@@ -76,7 +76,7 @@ class RunContext:
         self.pool: ShardPool = run_locally  # makes the shards of a node
 
     def check(self) -> None:
-        """Do nothing; it is called while a stage waits or runs, and what it raises stops the stage."""
+        """Do nothing. This is called while a stage waits or runs; an error that an override raises stops the stage."""
 
     def refresh_run(self) -> str | None:
         """Return the id of the MLflow run that encloses the stages'; None if there is none."""
@@ -110,7 +110,7 @@ def make(context: RunContext, build: Build, *, force: bool = False) -> Artifact:
             made = attempt
             context.tracking.finish_interrupted_run(made.manifest, made.path)
     with contextlib.suppress(OSError):
-        (store.partial_path(build.stage, build.key) / NOTE).unlink(missing_ok=True)  # of a forced attempt that failed
+        (store.partial_path(build.stage, build.key) / NOTE).unlink(missing_ok=True)  # of a failed forced attempt
         os.utime(made.path / MANIFEST)  # time of the last use, for `draftsmith prune`
     context.display.reused(build.name)
     return replace(made, reused=True)
@@ -162,7 +162,7 @@ def _make_node(context: RunContext, build: Build, attempt: Attempt, earlier: Pat
 
 def _report_wait(context: RunContext, build: Build, note: Callable[[str], None] = _ignore) -> OnWait:
     def report(device: str, holder: Holder | None) -> None:
-        # The last of those who share a device has left its name, which may be this run's.
+        # A shared lock has the name of its latest holder, which may be this run.
         who = f" ({holder})" if holder is not None and holder.pid != os.getpid() else " by another run"
         waits = f"waits for the device {device}, which is in use{who}"
         context.display.line(f"{build.name}: {waits}")
@@ -321,12 +321,12 @@ def unchanged(store: Store, build: Build, attempt: Attempt) -> Iterator[None]:
     """Check that the build is what its key says: its code before the body, inputs and files before and after it.
 
     Raises OutdatedPlanError for other code: a stage may wait for hours, and a shard may be made on another host. Raises
-    DraftsmithError if an input or file is damaged or has changed. After the body, however it ended, the attempt's files
-    are then discarded too.
+    DraftsmithError if an input or file is damaged or has changed. If that is found after the body, however it ended,
+    the attempt's files are discarded.
     """
     if build.pipeline.code_digest(build.node.module) != build.code:
         raise OutdatedPlanError(
-            f"{build.name}: the code here is not that of its key: it changed while the stage waited, or this host has "
+            f"{build.name}: the code here differs from its key's: it changed while the stage waited, or this host has "
             "another version. Run the same command again, with one version everywhere."
         )
     _check_inputs(store, build, after=False)
@@ -358,7 +358,7 @@ def _check_inputs(store: Store, build: Build, *, after: bool) -> None:
                 store.fetch(made)
             store.verify_once(made, read=after)
         except DraftsmithError as error:
-            alone = f" (`draftsmith stage {node.inputs[name]} CONFIG --force` builds it alone)"
+            alone = f" (`draftsmith stage {node.inputs[name]} CONFIG --force` builds only this)"
             hint = alone if "--force" in str(error) else ""
             raise type(error)(f"{node.name}: its input {name}: {error}{hint}") from error
     if after:  # last, as it may ask a bucket
@@ -368,7 +368,7 @@ def _check_inputs(store: Store, build: Build, *, after: bool) -> None:
         more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
         raise DraftsmithError(
             f"{node.name}: {changed[0]}{more} changed while it was read, so the output was discarded. Run the same "
-            "command again, which reads what is there."
+            "command again to read what is there now."
         )
 
 
@@ -378,5 +378,5 @@ def _check_content(store: Store, build: Build) -> None:
         if now is not None and now.content_id != made.content_id:
             raise DraftsmithError(
                 f"{build.name}: its input {name} ({made.path}) was built again by another run, with other content. "
-                "Run the same command again, which starts from the new one."
+                "Run the same command again to start from the new one."
             )

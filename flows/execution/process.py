@@ -50,16 +50,16 @@ def run_stage(
 ) -> dict[str, float]:
     """Run the stage to its end, hand every event to `follow` as it comes, and return the stage's metrics.
 
-    node: whose time limit this is. grace_s: time to save, from the request to stop until it is killed. check: called
-    before the start and during the run; what it raises ends the stage. descriptors: kept open in the process, such as
-    the lock of what it writes. environment: added to ours.
+    node: name of the node with this time limit. grace_s: seconds to save, from the request to stop until it is killed.
+    check: called before the start and during the run; what it raises ends the stage. descriptors: stay open in the
+    process, such as the lock of what it writes. environment: variables added to ours.
 
     Whatever ends the wait (the time limit, Ctrl-C, SIGTERM turned into an exception, an error in `follow` or `check`),
     the stage is asked to stop, has `grace_s` seconds to save, and then its whole process group is killed. It has this
     time even if we are killed meanwhile. Raises `DraftsmithError` with the stage's own line and the path of its log.
     """
     check()
-    last: dict[str, Event] = {}  # of each kind
+    last: dict[str, Event] = {}  # by kind
     summary: dict[str, float] = {}
     lines: queue.Queue[bytes] = queue.Queue()
 
@@ -112,7 +112,7 @@ def _start(
     environment: Mapping[str, str],
     lines: queue.Queue[bytes],
 ) -> tuple[ChildProcess, threading.Thread]:
-    """Start the stage's process, and the thread that puts the lines which it writes into the queue."""
+    """Start the stage's process, and the thread that puts its lines into the queue."""
     log.parent.mkdir(parents=True, exist_ok=True)
     request_path = log.with_suffix(".request.json")
     request_path.write_text(request.model_dump_json(indent=2), "utf-8")
@@ -125,8 +125,8 @@ def _start(
                 [sys.executable, "-P", "-m", "draftsmith.stages", str(request_path)],
                 environment={
                     "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # numbers as in nvidia-smi, the locks and the checks
-                    # Threads of GNU's OpenMP spin before they sleep, by default so long that two threads on a busy
-                    # machine decode at a quarter of the speed with this.
+                    # Threads of GNU's OpenMP spin before they sleep. By default they spin so long that two threads on
+                    # a busy machine decode at a quarter of the speed that this gives.
                     "GOMP_SPINCOUNT": "10000",
                     **project_environment(),
                     **environment,

@@ -17,8 +17,8 @@ T = TypeVar("T")
 def retry_notice(error: object, failures: int, delays: Sequence[float]) -> str:
     """Return the line that is printed when an attempt has failed and another one follows.
 
-    failures: number of failed attempts so far, at most as many as there are delays (s). The first notice also says for
-    how long it is tried, and how to stop.
+    failures: number of failed attempts so far, at most as many as there are delays (s). The first notice also says how
+    long retries go on, and how to stop them.
     """
     wait = format_duration(delays[failures - 1])
     again = f"{str(error).rstrip('.')}. Trying again in about {wait} ({failures} of {len(delays)})"
@@ -31,7 +31,7 @@ def retry_notice(error: object, failures: int, delays: Sequence[float]) -> str:
 
 
 def with_retries(work: Callable[[], T], options: StageOptions, notify: Callable[[str], None]) -> T:
-    """Return `work()`, which is retried after each `RetryableError`, `stages.retries` times.
+    """Return `work()`, retried after each `RetryableError`, at most `stages.retries` times.
 
     notify: prints a line before each retry. Raises the last error. Another error is not retried.
     """

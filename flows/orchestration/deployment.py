@@ -33,7 +33,7 @@ from draftsmith.flows.planning.plan import Pipeline, load_attribute
 _ENVIRONMENT = {
     "PREFECT_LOGGING_EXTRA_LOGGERS": "draftsmith",  # shows the stages' lines in the flow run
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "WARNING",  # the worker's log has the stages' lines as they are printed
-    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # seconds, by which an automation notices a lost host
+    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # seconds; an automation notices a lost host by it
     "DO_NOT_TRACK": "1",
 }
 
@@ -62,7 +62,7 @@ def deploy(
     """Create or change the deployment of the config's flow, under the config's name. Return what was done.
 
     api: URL of Prefect's server. pool: a work pool that exists. folder: the working directory of a process pool's runs,
-    to which paths in the config are relative. schedules: none: only on request. arguments: of the flow, besides the
+    to which paths in the config are relative. schedules: empty: only on request. arguments: the flow's, besides the
     config.
 
     Raises DraftsmithError, also if a deployment of this name belongs to another line.
@@ -93,7 +93,7 @@ def parameters(config: RunOptions, arguments: Mapping[str, Any]) -> dict[str, An
 
 
 def runs_of_line(line: str) -> list[str]:
-    """Return of each deployment of a line when it runs next, and its last run if that did not complete."""
+    """Return for each deployment of a line when it runs next, and its last run if that did not complete."""
     found = []
     with get_client(sync_client=True) as client:
         for deployment in client.read_deployments(limit=200):
@@ -128,8 +128,8 @@ def _is_new(client: SyncPrefectClient, name: str, config: RunOptions) -> bool:
     its_line, line = registered.get("name"), config.experiment
     if its_line and line and its_line != line:
         raise DraftsmithError(
-            f"name: the deployment {name} is of line {its_line}, and this config is of {line}. Give it another name, "
-            f"or delete that one with `prefect deployment delete {name}`."
+            f"name: the deployment {name} is of line {its_line}, and this config is of {line}. Choose another name, or "
+            f"delete the deployment with `prefect deployment delete {name}`."
         )
     return False
 

@@ -1,4 +1,4 @@
-"""The current flow run in Prefect: its cancellation and approval, its tasks beside the nodes, and its end."""
+"""The current flow run in Prefect: its cancellation and approval, its tasks besides the nodes', and its end."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Cancellation:
 
 
 def show_verdict(run: str, markdown: str, say: Callable[[str], None]) -> None:
-    """Show the verdict on the flow run's page, if the server is not a temporary one without pages."""
+    """Show the verdict on the flow run's page, unless the server is a temporary one, which has no pages."""
     _show_on_page(f"{run} verdict", f"The verdict on {run}.", markdown, say)
 
 
@@ -92,7 +92,7 @@ def _show_on_page(name: str, description: str, markdown: str, say: Callable[[str
 
 
 def run_task(name: str, title: str, body: Callable[[], str], say: Callable[[str], None]) -> str:
-    """Run the body as a task of the current flow run, with a state and an artifact, its text or its error."""
+    """Run the body as a task of the current flow run. The task's artifact has the returned text or the error."""
     if FlowRunContext.get() is None:
         return body()
     show = partial(_show_on_page, title, f"The {name} of this run.", say=say)
@@ -134,7 +134,7 @@ def approved(key: str) -> bool:
     The process of a suspended run ends in this call. When a person resumes the run, another process plans again, comes
     back to this call and continues. A run without a deployment cannot be resumed.
 
-    key: what is to be approved.
+    key: name of what is to be approved, such as a version.
     """
     if not deployed():
         return False
@@ -143,7 +143,7 @@ def approved(key: str) -> bool:
 
 
 def deployed() -> bool:
-    """Return whether the current flow run is one of a deployment."""
+    """Return whether the current flow run belongs to a deployment."""
     run = _flow_run()
     return run is not None and run.deployment_id is not None
 

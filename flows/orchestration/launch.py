@@ -52,7 +52,7 @@ def launch(
 def flow_of(run: Run, lost: Callable[[str], None]) -> Iterator[None]:
     """Give a prepared run to the flow that the body calls. Raises the error of the flow's own body.
 
-    That of its conclusion stays in the run. lost: called with a sentence if Prefect's API was lost before it knew how
+    The conclusion's error stays in the run. lost: called with a sentence if Prefect's API was lost before it knew how
     the run ended.
 
     Raises RetryableError if the API was lost before the flow's body started, or for so long that it could not continue.
@@ -64,7 +64,7 @@ def flow_of(run: Run, lost: Callable[[str], None]) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as stop:
-        if run.error is not stop:  # Prefect ends a terminated run by an error of its own, and then this one comes
+        if run.error is not stop:  # Prefect ends a terminated run with its own error, and this one follows
             for note in getattr(run.error, "__notes__", ()):
                 stop.add_note(note)
         raise

@@ -72,7 +72,7 @@ T = TypeVar("T")
 class Run(RunContext):
     """One run of a pipeline: what it builds, what it has made so far, and how it ends.
 
-    A command prepares it, and its flow finds it; a deployment's flow begins it. It is the context of its stages too.
+    A command prepares it, and its flow finds it. A deployment's flow creates it. It is the context of its stages too.
     """
 
     def __init__(self, pipeline: Pipeline, config: RunOptions, selection: Selection) -> None:
@@ -86,8 +86,8 @@ class Run(RunContext):
         self.forced: set[str] = set()  # nodes to make although the store has them
         self.made: dict[str, Artifact] = {}  # by node
         self.conclusion: Conclusion | None = None
-        self.error: BaseException | None = None  # of the body, or of the conclusion
-        self.ended = False  # the body
+        self.error: BaseException | None = None  # the body's or the conclusion's
+        self.ended = False  # whether the body has ended
         self._given = config.model_dump(mode="json", exclude_defaults=True, exclude={"stages"})
         self._states: dict[str, State[Any] | None] = {}  # of the nodes' tasks
         self._cancellation = Cancellation()
@@ -102,7 +102,7 @@ class Run(RunContext):
         start: Collection[str] | None = None,
         until: Collection[str] | None = None,
     ) -> Run:
-        """Return the run of this flow: the one that its command has prepared, or a new one of a deployment.
+        """Return the run of this flow: the one that its command has prepared, or a deployment's new one.
 
         force, start, until: nodes, as in `Selection`.
         """
@@ -127,7 +127,7 @@ class Run(RunContext):
 
     @property
     def whole(self) -> bool:
-        """Return whether all nodes are made. Otherwise the run never promotes: it lets a person look first."""
+        """Return whether the run makes all nodes. Otherwise it never promotes: it lets a person look first."""
         return not self.selection.until
 
     @property
@@ -171,7 +171,7 @@ class Run(RunContext):
             self.ended = True
         if self.conclusion is None:
             return self.made
-        if self.conclusion.error is not None:  # by its own name it differs from a failure of the run, for automations
+        if self.conclusion.error is not None:  # automations tell it from a failed run by its name
             return Failed(name=self.conclusion.name, message=self.conclusion.message, data=self.conclusion.error)
         return Completed(name=self.conclusion.name, message=self.conclusion.message, data=self.made)
 
@@ -219,7 +219,7 @@ class Run(RunContext):
             self.make(build)
 
     def make(self, build: Build) -> Artifact:
-        """Make or reuse an artifact as a task of the flow run, from what is made so far, and check what it allows."""
+        """Make or reuse an artifact as a task of the flow run, from what is made so far; make the checks it allows."""
         self.check()
         upstream = [self._states[source] for source in dict.fromkeys(build.node.inputs.values())]
         try:
@@ -233,7 +233,7 @@ class Run(RunContext):
         return made
 
     def retry(self, work: Callable[[], T]) -> T:
-        """Return `work()`, repeated for minutes while something outside cannot be reached."""
+        """Return `work()`, repeated for minutes while a service cannot be reached."""
         return with_retries(work, self.config.stages, self.display.line)
 
     def check(self) -> None:
@@ -248,11 +248,11 @@ class Run(RunContext):
 
     @property
     def mlflow_id(self) -> str | None:
-        """Return the id of this run in MLflow, or of the earlier one that has the very same artifacts."""
+        """Return the id of this run in MLflow, or of the earlier one with exactly the same artifacts."""
         return self._record.find_or_open(self.made)
 
     def show_comparison(self) -> None:
-        """Log the drafters that an evaluation compared to MLflow, and show the verdict on the flow run's page."""
+        """Log to MLflow the drafters that an evaluation compared, and show the verdict on the flow run's page."""
         run_id = self.mlflow_id
         if "evaluation" in self.made and (drafters := self.pipeline.compared(self.folders)):
             log_models(self.tracking, self.made["evaluation"].manifest, run_id, drafters)
@@ -304,7 +304,7 @@ class Run(RunContext):
             name=self._mlflow_name(tags),
             concluded=self.conclusion is not None,
         )
-        if self.tracking.had_failures and status != "KILLED":  # stages may have ended while MLflow was away
+        if self.tracking.had_failures and status != "KILLED":  # stages may have ended while MLflow was lost
             close_dead_runs(self.tracking, self.store)
 
     def _metrics_and_tags(self) -> tuple[dict[str, float], dict[str, str]]:
@@ -335,4 +335,4 @@ class Run(RunContext):
         return f"{when}: {tags[OUTCOME]}{f' @{version}' if version else ''}"
 
 
-CURRENT: ContextVar[Run | None] = ContextVar("run", default=None)  # that a command has prepared
+CURRENT: ContextVar[Run | None] = ContextVar("run", default=None)  # prepared by a command

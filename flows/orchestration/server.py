@@ -22,7 +22,7 @@ from draftsmith.artifacts.tracking.client import check_database_disk, sqlite_fil
 from draftsmith.stages.runtime.child_process import ChildProcess, project_environment
 
 _START_LIMIT_S = 180.0  # 3 s on a used home, 8 to 12 s on a new one, more on a busy machine
-_NOTICE_AFTER_S = 4.0  # of waiting
+_NOTICE_AFTER_S = 4.0  # wait before a notice
 _STOP_LIMIT_S = 5.0
 # uvicorn with relaxed garbage collection, as importing Prefect's server dominates its start
 _UVICORN = (
@@ -67,11 +67,11 @@ def leave(code: int) -> NoReturn:
 def prefect_server(home: Path) -> Iterator[Callable[[Say], None]]:
     """Start a server that ends with this process, unless `PREFECT_API_URL` names one. Yield a function to wait for it.
 
-    Begin this before Prefect is imported, and call the function before the flow. It calls its argument if the wait
+    Enter it before Prefect is imported, and call the function before the flow. It calls its argument if the wait
     takes a while. It raises DraftsmithError if the server has ended, RetryableError if it may answer later.
 
     The temporary server has its own session, so Ctrl-C does not reach it and a flow can still report its end. It stops
-    at exit, after Prefect has sent its last events and log lines. Other users of this machine reach its port, so it
+    at exit, after Prefect has sent its last events and log lines. Other users of this machine can reach its port, so it
     has a password, which this process and its children have in their environment.
     """
     prepare(home)

@@ -3,7 +3,7 @@
 Shards run on this machine or on the hosts of a Ray cluster. Such a host needs this version of Draftsmith, the
 environment of the stages, and the store: a shared home under the same path, or the same bucket with its own
 `DRAFTSMITH_HOME`. Ray gives a shard its GPU. The lock of the device is taken as well, for processes that use the
-machine beside the cluster.
+machine outside the cluster.
 """
 
 from __future__ import annotations
@@ -69,14 +69,14 @@ def stage_task(work: Callable[[], Artifact]) -> State[Any]:
         result = work()
     except asyncio.CancelledError as error:  # Prefect raises it in the thread of a flow whose lease it lost
         raise RetryableError(
-            "Prefect's server no longer keeps the slot of this run's deployment. The run continues without it."
+            "The run lost its deployment's concurrency slot in Prefect. It continues without the slot."
         ) from error
     where = f"{result.stage}/{result.key[:16]}, content {result.content_id[:16]}"
     return Completed(name="Reused" if result.reused else "Completed", message=where, data=result)
 
 
 def _is_retryable(task: Task[..., Any], run: PrefectTaskRun, state: State[Any]) -> bool:
-    """Return whether another attempt may succeed, which is so after the loss of an engine or a service.
+    """Return whether another attempt may succeed, as after the loss of an engine or a service.
 
     Prefect calls this only while retries are left.
     """
@@ -110,7 +110,7 @@ def run_shards(
         make_one = partial(make_on_host, settings)
     with runner:
         try:
-            # in a copied context, as the locks in the node task's cannot be sent to a host
+            # in a copied context: the node task's context has locks, which cannot be sent to a host
             futures = copy_context().run(_submit, runner, resources, shards, make_one, elsewhere=elsewhere)
             ends = [_end(future, shard, check) for future, shard in zip(futures, shards, strict=True)]
         except BaseException:  # a signal, or the run was cancelled

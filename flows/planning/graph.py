@@ -16,7 +16,7 @@ class Node:
     """One use of a stage in a run. Several nodes may use the same stage with other configs and inputs."""
 
     name: str
-    module: str  # the stage's, e.g. "draftsmith.stages.training.sft.stage"
+    module: str  # of the stage, e.g. "draftsmith.stages.training.sft.stage"
     config: Config
     inputs: Mapping[str, str] = field(default_factory=dict)  # name of the stage's input -> name of the node
     seed: int | None = None  # None: the run's seed
@@ -29,7 +29,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Selection:
-    """What a command selects of a graph. A name is a node's, or a stage's for all its nodes."""
+    """The part of a graph that a command selects. A name is a node's, or a stage's, which means all its nodes."""
 
     force: tuple[str, ...] = ()  # nodes to build again although the store has them
     start: tuple[str, ...] = ()  # `--from`: the first nodes; what does not follow from them must be in the store
@@ -49,7 +49,7 @@ class Selection:
         """Return the selection of a command, or of a deployment's run.
 
         A person who names nodes repeats a part of the last run, so its listing is reused. A deployment names the same
-        nodes in every run, so that they do not say this.
+        nodes in every run, which does not mean this.
         """
         repeats = bool(start or force) and not deployed
         return cls(tuple(force or ()), tuple(start or ()), tuple(until or ()), reuse_listing=repeats)
@@ -88,7 +88,7 @@ ALL_NODES = Selection()
 
 
 def topological_order(nodes: Sequence[Node]) -> list[Node]:
-    """Return the nodes, each after its inputs, else as given. Raises DraftsmithError for a graph that does not fit."""
+    """Return the nodes as given, but each after its inputs. Raises DraftsmithError for an invalid graph."""
     by_name = {node.name: node for node in nodes}
     if len(by_name) != len(nodes):
         twice = sorted(name for name, count in Counter(node.name for node in nodes).items() if count > 1)

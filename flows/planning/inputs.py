@@ -17,14 +17,14 @@ from draftsmith.artifacts.store.checksums import Checksums
 from draftsmith.stages.runtime.stage import Config, InputListing
 
 log = logging.getLogger(__name__)
-_MANY_BYTES = 20_000_000_000  # which take even a fast disk some time to read
+_MANY_BYTES = 20_000_000_000  # even a fast disk takes some time to read them
 _REUSE_S = 3 * 86400.0  # a listing is not reused after this time, so that next week's run makes a new one
 
 
 def external_digests(config: Config) -> dict[str, str]:
-    """Return what a config reads outside the store: path -> sha256, or the version of a remote file.
+    """Return the files that a config reads outside the store: path -> sha256, or the version of a remote file.
 
-    It also has where the windows of a pinned listing begin. Raises DraftsmithError if a listed file is gone.
+    The result also has the beginnings of a pinned listing's windows. Raises DraftsmithError if a listed file is gone.
     """
     checksums, files = Checksums(home()), config.external_files()
     if (unread := checksums.uncached_bytes(files)) > _MANY_BYTES:
@@ -38,15 +38,15 @@ def external_digests(config: Config) -> dict[str, str]:
     if gone := sorted((config.pinned_files or frozenset()) - digests.keys()):
         raise DraftsmithError(
             f"{gone[0]} (and {len(gone) - 1} more) was there when the run began and is gone. Put it back, or run the "
-            "same command again, which then reads what is there."
+            "same command again to read what is there now."
         )
     return digests | (dict(config.listing.since) if config.listing is not None else {})
 
 
 def pin_files(config: Config, earlier: InputListing | None) -> tuple[Config, int]:
-    """Return a config that reads the files which are listed now, and the number of files that it leaves out.
+    """Return a config that reads only the files of a listing, and the number of newer files that it omits.
 
-    earlier: of the last run, which is reused if it is of the same config and all its files are there.
+    earlier: the last run's listing, which is reused if it is of the same config and all its files are there.
     """
     if (now := config.list_files()) is None:
         return config, 0

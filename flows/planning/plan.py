@@ -1,4 +1,4 @@
-"""The plan of a run: what it builds of each node, under which key, and what the store already has."""
+"""The plan of a run: what it builds for each node, under which key, and what the store already has."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ UNSERVED = "Unserved"  # name of a conclusion: a server does not draft with the 
 class Conclusion:
     """The outcome of a run beyond its artifacts, such as a promotion."""
 
-    name: str  # of the flow's state in Prefect, one word
+    name: str  # one word, the name of the flow's state in Prefect
     message: str
     error: DraftsmithError | None = None  # raised at the end of the run, after everything is stored and reported
     metrics: Mapping[str, float] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
     overrules_review: bool = False  # in the description of the MLflow run
     asset: str = ""  # in Prefect: the promoted model, such as draftsmith://line/NAME/champion
-    metadata: Mapping[str, Any] = field(default_factory=dict)  # of the asset
+    metadata: Mapping[str, Any] = field(default_factory=dict)  # the asset's
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class EarlyEnd:
     """Where a run may end before its last node."""
 
     after: str  # node
-    what: str  # of the nodes that follow
+    what: str  # what happens to the nodes that follow
     certain: bool
 
 
@@ -86,7 +86,7 @@ class Pipeline:
         raise NotImplementedError
 
     def resolve(self, config: Any) -> Any:
-        """Return the config with what has to be looked up, such as the champion. The plan is based on it."""
+        """Return the config with what must be looked up, such as the champion. The plan is based on it."""
         return config
 
     def code_digest(self, module: str) -> str:
@@ -94,7 +94,7 @@ class Pipeline:
         return code_digest(module)
 
     def code_modules(self, module: str) -> dict[str, str]:
-        """Return what that digest is over, for `draftsmith why`."""
+        """Return the modules that this digest covers, for `draftsmith why`."""
         return code_modules(module)
 
     def check(self, builds: Sequence[Build]) -> list[str]:  # noqa: ARG002
@@ -107,7 +107,7 @@ class Pipeline:
         builds: Sequence[Build],  # noqa: ARG002
         folders: Mapping[str, Path],  # noqa: ARG002
     ) -> list[str]:
-        """Check what a node that was just made allows to check. Returns and raises like `check`. builds: the plan."""
+        """Make the checks that a node allows once it is made. Returns and raises like `check`. builds: the plan."""
         return []
 
     def concludes(self, config: Any) -> bool:  # noqa: ARG002
@@ -120,7 +120,7 @@ class Pipeline:
         asked: Collection[str],  # noqa: ARG002
         folders: Mapping[str, Path],  # noqa: ARG002
     ) -> EarlyEnd | None:
-        """Return where a complete run may end, as far as reused artifacts tell; None if it surely goes on.
+        """Return where a complete run may end, as far as reused artifacts tell; None if it certainly goes on.
 
         asked: nodes of `--force` and `--from`.
         """
@@ -155,20 +155,20 @@ class Status(StrEnum):
 
 @dataclass(frozen=True)
 class Build:
-    """What a run makes of a node, or of one shard of it: from what, under which key. A shard's travels to its host."""
+    """The build of a node or of one of its shards: its inputs and its key. A shard's is sent to the shard's host."""
 
     pipeline: Pipeline
-    config: RunOptions  # of the run
+    config: RunOptions  # the run's
     node: Node
-    inputs: Mapping[str, Artifact] = field(default_factory=dict)  # those that are made
+    inputs: Mapping[str, Artifact] = field(default_factory=dict)  # those that exist
     external: Mapping[str, str] = field(default_factory=dict)  # `external_digests` of the node's config
     code: str = ""  # digest of the stage's code
     status: Status = Status.AFTER
-    artifact: Artifact | None = None  # that is reused
+    artifact: Artifact | None = None  # the reused one
     damage: DraftsmithError | None = None  # what is wrong with the stored artifact, and the remedy
     newer_files: int = 0  # files that appeared since the listing that the run reuses
     shard: Shard | None = None  # None: the whole node
-    forced_attempt: str = ""  # of a node that is built again: its shards are too, each once
+    forced_attempt: str = ""  # set if the node is built again: its shards are too, each once
 
     @classmethod
     def of(cls, pipeline: Pipeline, config: RunOptions, node: Node, inputs: Mapping[str, Artifact]) -> Build:
@@ -343,8 +343,8 @@ def _check_start(selection: Selection, builds: Sequence[Build]) -> None:
         )
     if missing:
         raise DraftsmithError(
-            f"--from {', '.join(selection.start)}: {', '.join(missing)}: not in the store, though needed before. Name "
-            f"them with --from too, or leave --from out; `draftsmith why CONFIG {missing[0]}` says what changed."
+            f"--from {', '.join(selection.start)}: {', '.join(missing)}: not in the store, but needed. Name them "
+            f"with --from too, or run without --from; `draftsmith why CONFIG {missing[0]}` says what changed."
         )
 
 

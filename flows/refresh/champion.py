@@ -37,7 +37,7 @@ from draftsmith.stages.data.time_window import LAST
 from draftsmith.stages.drafters.champion import ChampionConfig
 from draftsmith.stages.runtime.stage import Config
 
-_MAX_POINTS = 300  # of a line's history
+_MAX_POINTS = 300  # most points of a line's history
 
 
 def resolve(config: RefreshConfig) -> RefreshConfig:
@@ -48,14 +48,14 @@ def resolve(config: RefreshConfig) -> RefreshConfig:
     check_held_out(versions, config.prompts)
     if config.registry.restart and _deployed():
         raise DraftsmithError(
-            "registry.restart: a deployment's runs do not start a line again, since each would. Run the config once "
-            "with `draftsmith run CONFIG --restart`."
+            "registry.restart: every run of a deployment would start the line again. Run the config once with "
+            "`draftsmith run CONFIG --restart`."
         )
     line = with_current_champion(config.registry, versions)
     if line.restart and line.champion is not None and config.sft.init_from == CHAMPION:
         raise DraftsmithError(
-            f"--restart: it contradicts sft.init_from `champion`, which is version {line.champion.version}. Leave the "
-            "option out, or change the field."
+            f"--restart contradicts sft.init_from `champion`, which is version {line.champion.version}. Remove the "
+            "option, or change the field."
         )
     sections: dict[str, Config] = {"registry": line, "prompts": prompts_since(config.prompts, line.read_until)}
     if config.logs is not None and config.logs.since == LAST:
@@ -69,7 +69,7 @@ def resolve(config: RefreshConfig) -> RefreshConfig:
 def restarted(config: RunOptions) -> RefreshConfig:
     """Return the config of a refresh that starts its line again. Raises DraftsmithError if it names no line."""
     if not isinstance(config, RefreshConfig) or config.registry is None:
-        raise DraftsmithError("--restart: the config names no model line (registry.name). Leave the option out.")
+        raise DraftsmithError("--restart: the config names no model line (registry.name). Remove the option.")
     return config.model_copy(update={"registry": config.registry.model_copy(update={"restart": True})})
 
 
@@ -117,13 +117,14 @@ def champion_config(version: Version) -> ChampionConfig:
 
 def earlier_answers(version: Version) -> EarlierConfig | None:
     """Return the logged answers that a version was trained on, without fields that a later Draftsmith wrote."""
-    if not (given := version.json("answers", {})):
+    if not (answers := version.json("answers", {})):
         return None
     where = f"{version}: tag draftsmith.answers"
-    absolute_path(given.get("folder"), where=where)
-    sha256_digest(given.get("sha256"), where=where)
+    absolute_path(answers.get("folder"), where=where)
+    sha256_digest(answers.get("sha256"), where=where)
     try:
-        return EarlierConfig.model_validate({n: value for n, value in given.items() if n in EarlierConfig.model_fields})
+        known = {name: value for name, value in answers.items() if name in EarlierConfig.model_fields}
+        return EarlierConfig.model_validate(known)
     except ValidationError as error:
         field = ".".join(map(str, error.errors()[0]["loc"]))
         raise DraftsmithError(f"{where}: {field}: {error.errors()[0]['msg']}. Correct it, or remove it.") from None
@@ -132,7 +133,7 @@ def earlier_answers(version: Version) -> EarlierConfig | None:
 def _check_starts(line: RegistryConfig, versions: Sequence[Version]) -> None:
     """Raise DraftsmithError if a line without a champion had one, has one in another MLflow, or serves one.
 
-    A drafter that only beats decoding without a drafter would replace it.
+    Otherwise a drafter that only beats the baseline would replace it.
     """
     tracking = Tracking(home())
     if not versions and (elsewhere := describe_wrong_tracker(tracking)) is not None:
@@ -183,7 +184,7 @@ def check_held_out(versions: Sequence[Version], prompts: PromptsConfig) -> None:
 
 
 def held_out_shares(prompts: PromptsConfig) -> dict[str, float]:
-    """Return heldout_share by source, and under the empty name that of all other sources."""
+    """Return heldout_share by source; the empty name has the share of all other sources."""
     by_source = {_source_name(s): s.heldout_share for s in prompts.sources if s.heldout_share is not None}
     return {"": prompts.heldout_share, **by_source}
 

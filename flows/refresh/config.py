@@ -26,7 +26,7 @@ from draftsmith.stages.runtime.stage import Config, FilledIn
 from draftsmith.stages.targets.config import TargetConfig
 from draftsmith.stages.training.config import OpdConfig, SftConfig
 
-# held-out prompts of a refresh from logs alone: enough for an interval of a few percent
+# held-out prompts of a refresh from logs only: enough for an interval of a few percent
 _LOG_PROMPTS = {"train": 0, "validation": 16, "heldout": 128, "max_prompt_tokens": 2048, "too_long": "skip"}
 _MEASURED = ("validation", "heldout")  # splits: the challenger is chosen on one, drafters are measured on the other
 _SHARED = ("max_bad_share", "chat_template_kwargs")  # fields that prompts take from logs
@@ -61,8 +61,8 @@ class RegistryConfig(Config):
         bool,
         FilledIn(),
         Field(
-            description="option --restart, of one command: start from section `sft`, without a champion or instead of "
-            "it; an existing one must still be beaten"
+            description="option --restart of one command: start from section `sft`, even if there is a champion; it "
+            "must still be beaten"
         ),
     ] = False
     champion: Annotated[ChampionConfig | None, FilledIn(), Field(description="the champion when the plan is made")] = (
@@ -91,8 +91,8 @@ class RefreshConfig(RunOptions):
     prompts: PromptsConfig
     logs: LogsConfig | None = None
     """Answers that the target gave in production. They replace sections `rollout` and `assisted`, which are then not
-    read: SFT is trained on them, they are mined with the SFT drafter, and OPD is trained on them. A run then only makes
-    the target's answers to held-out prompts."""
+    read: SFT and OPD are trained on these answers, and they are mined with the SFT drafter. The target then only
+    answers held-out prompts."""
     rollout: RolloutConfig | None = None
     """The target's answers that SFT is trained on."""
     sft: SftConfig = SftConfig()
@@ -117,7 +117,7 @@ class RefreshConfig(RunOptions):
     def _fill_in(cls, data: Any, info: ValidationInfo) -> Any:
         """Fill in the splits of `heldout`, and what follows from section logs.
 
-        Without sources, held-out prompts are rows of the logs, new ones first. Answers are sampled as the logged ones.
+        Without sources, held-out prompts are rows of the logs, new ones first. Answers are sampled like logged ones.
         """
         if not isinstance(data, dict):
             return data
@@ -154,7 +154,7 @@ class RefreshConfig(RunOptions):
         if self.logs is None:
             for name in ("rollout",) if self.opd is None else ("rollout", "assisted"):
                 if getattr(self, name) is None:
-                    raise ValueError(f"{name} is required. Give this section, or logs with answers of the target.")
+                    raise ValueError(f"{name} is required. Add this section, or logs with answers of the target.")
         if self.assisted is not None and self.assisted.answers is not None:
             raise ValueError("assisted.answers: logged answers have no verify steps. Remove it.")
         return self
@@ -171,7 +171,7 @@ class RefreshConfig(RunOptions):
             numbers = sorted(self.evaluation.concurrency)
             if beyond := [load for load in self.gate.loads if not numbers[0] <= load <= numbers[-1]]:
                 raise ValueError(
-                    f"gate.loads: servers are timed with {numbers} requests in flight, and {beyond} lies beyond. "
+                    f"gate.loads: servers are timed with {numbers} requests in flight, and {beyond} is out of range. "
                     "Add it to evaluation.concurrency, or remove it."
                 )
         return self
@@ -255,7 +255,7 @@ def _reject_filled_in(data: dict[str, Any]) -> None:
         for model in models_at(RefreshConfig, [section]) if isinstance(given, dict) else []:
             for name in model.filled_in() if issubclass(model, Config) else []:
                 if (section, name) == ("registry", "restart") and name in given:
-                    raise ValueError("registry.restart: counts for one command. Remove it, and use option --restart.")
+                    raise ValueError("registry.restart: applies to one command. Remove it, and use option --restart.")
                 if name in given:
                     raise ValueError(f"{section}.{name} is filled in by the run. Remove it.")
 
@@ -306,13 +306,13 @@ def drift_config(config: RefreshConfig) -> DriftConfig:
 
 
 def evaluation_config(config: RefreshConfig) -> EvaluationConfig:
-    """Return the config of the evaluation, which takes another look if the gate could not decide about the speed."""
+    """Return the config of the evaluation, which measures again if the gate could not decide on the speed."""
     judged = config.registry is not None and config.gate.judge_speed
     return config.evaluation.model_copy(update={"min_speedup": config.gate.min_speedup if judged else None})
 
 
 def measured_with(config: RefreshConfig) -> dict[str, JsonValue]:
-    """Return by field the settings that tau depends on, beside drafter, target and prompts."""
+    """Return the settings that tau depends on besides drafter, target and prompts, by field."""
     sections = {"heldout.sampling": config.heldout.sampling, "drafting": config.evaluation.drafted()}
     return {
         f"{section}.{name}": value

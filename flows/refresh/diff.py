@@ -24,9 +24,9 @@ _FILLED_IN = (CHAMPION, "drift", "earlier", "report")  # nodes whose config a ru
 def version_diff(first: str, second: str) -> tuple[list[str], list[list[str]]]:
     """Return a table, its head and rows of text: gate, data, tau by slice, speed, and the config fields that differ.
 
-    first, second: versions, such as `my-line@1`, `my-line@champion`; a name alone is its champion. Each was measured in
-    its own refresh. If the second one was compared with the first one, a last column has its gain of tau on the same
-    prompts. A refresh whose report is not on this machine has no data window and no config.
+    first, second: versions, such as `my-line@1`, `my-line@champion`; a line's name means its champion. Each was
+    measured in its own refresh. If the second was compared with the first there, a last column has its gain of tau on
+    the same prompts. A refresh whose report is not on this machine has no data window and no config.
 
     Raises DraftsmithError for an unknown version.
     """
@@ -39,10 +39,11 @@ def version_diff(first: str, second: str) -> tuple[list[str], list[list[str]]]:
     ]
     then, now = old.version.metrics(), new.version.metrics()
     for name in dict.fromkeys((ALL, *then, *now)):
-        taus = (_interval(each.get(name, {}), "tau", "low", "high") for each in (then, now))
+        taus = (_interval(metrics.get(name, {}), "tau", "low", "high") for metrics in (then, now))
         rows.append([f"tau{'' if name == ALL else f', {name}'}", *taus, gains.get(name, "")])
     for name in dict.fromkeys((ALL, *then, *now)):
-        speeds = [_interval(each.get(name, {}), "speedup", "speedup_low", "speedup_high") for each in (then, now)]
+        intervals = ("speedup", "speedup_low", "speedup_high")
+        speeds = [_interval(metrics.get(name, {}), *intervals) for metrics in (then, now)]
         if set(speeds) != {ABSENT}:
             rows.append([f"speed-up{'' if name == ALL else f', {name}'}", *speeds, ""])
     for node in dict.fromkeys((*old.config, *new.config)) if old.config and new.config else ():
@@ -51,7 +52,7 @@ def version_diff(first: str, second: str) -> tuple[list[str], list[list[str]]]:
             continue
         before, after = flatten(old.config[node]), flatten(new.config[node])
         for name in dict.fromkeys((*before, *after)):
-            if (values := [each.get(name, ABSENT) for each in (before, after)])[0] != values[1]:
+            if (values := [fields.get(name, ABSENT) for fields in (before, after)])[0] != values[1]:
                 rows.append([f"{node}.{name}", *map(shorten, values), ""])
     head = ["", *(f"{side.version.line}@{side.version.number}" for side in (old, new)), "gain"]
     return (head, rows) if gains else (head[:-1], [row[:-1] for row in rows])
@@ -62,7 +63,7 @@ class _Side:
     """A version with what its refresh reported."""
 
     version: Version
-    window: str  # of its data
+    window: str  # time window of its data
     config: Mapping[str, Mapping[str, Any]]  # by node
     review: ReviewResult | None
 
@@ -72,9 +73,9 @@ class _Side:
         review = ReviewResult.read_if_there(Path(folders["report"]) if folders else None)
         logs = LogsSummary.read_if_there(Path(folders["logs"]) if "logs" in folders else None)
         config = review.config if review is not None else {}
-        own = {node: fields for node, fields in config.items() if node not in _FILLED_IN}
+        settings = {node: fields for node, fields in config.items() if node not in _FILLED_IN}
         window = logs.window.text if logs is not None else ""
-        return cls(version, window or version.created_at[:10], own, review)
+        return cls(version, window or version.created_at[:10], settings, review)
 
     def gains_over(self, other: Version) -> dict[str, str]:
         """Return the gain of tau by slice, where the other version was the champion of this one's refresh."""

@@ -41,8 +41,8 @@ class Drift:
 def judge_drift(config: RefreshConfig, folders: Mapping[str, Path], asked: Collection[str]) -> Drift:
     """Judge the drift check of a refresh with a champion, and record it in the registry.
 
-    folders: of nodes `drift` and `champion`. asked: nodes of `--force` and `--from`. With `drift` or a later one, the
-    refresh continues whatever tau is.
+    folders: those of nodes `drift` and `champion`. asked: nodes of `--force` and `--from`. With `drift` or a later one,
+    the refresh continues whatever tau is.
     """
     assert config.registry is not None and config.champion is not None
     line, drift = config.registry.name, DriftResult.read(folders["drift"])
@@ -74,7 +74,7 @@ def current(config: RefreshConfig, drift: Drift) -> Conclusion:
 
 
 def early_end(config: RefreshConfig, asked: Collection[str], folders: Mapping[str, Path]) -> EarlyEnd | None:
-    """Return the drift check, unless it is known to find a reason to continue. folders: of what is reused."""
+    """Return the drift check, unless it is known to find a reason to continue. folders: of reused artifacts."""
     if config.champion is None:
         return None
     known = {"drift", "champion"} <= folders.keys()
@@ -144,29 +144,29 @@ def _set_metrics(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, SetMetri
     return {name: SetMetrics.model_validate(metrics) for name, metrics in figures.items()}
 
 
-_MOST_NAMES = 5  # of slices in a sentence
+_MOST_NAMES = 5  # slices that a sentence names
 
 
 def degraded_sets(now: Mapping[str, SetMetrics], then: Mapping[str, SetMetrics], threshold: float) -> list[str]:
     """Return the slices in which tau fell by more than `threshold` of what it was, in words; `all` for all prompts.
 
-    now: of the drift check. then: at the promotion. Both have an error, as they come from different prompts; the single
-    slices share theirs (Bonferroni), so that one is named in at most 5 % of checks where nothing fell.
+    now: metrics of the drift check. then: metrics at the promotion. Both have an error, as they come from different
+    prompts. The slices share the error rate (Bonferroni): at most 5 % of checks name a slice although nothing fell.
     """
     comparable = [name for name in now if _is_comparable(name, now, then)]
     shared = 0.5 + simultaneous_level(sum(name != ALL for name in comparable)) / 2
-    found = []
+    fallen = []
     for name in comparable:
         tau, high, tau_then, low_then = now[name].tau, now[name].high, then[name].tau, then[name].low
         assert tau is not None and high is not None and tau_then is not None and low_then is not None
         remaining = 1 - threshold
         reach = math.hypot(high - tau, remaining * (tau_then - low_then))
-        fewest = min(each.prompts for each in (now[name], then[name]) if each.prompts is not None)
+        fewest = min(metrics.prompts for metrics in (now[name], then[name]) if metrics.prompts is not None)
         single, wider = stdtrit(fewest - 1, [0.5 + CONFIDENCE / 2, shared])  # the wider tail for both errors
         if tau + reach * (1 if name == ALL else wider / single) < remaining * tau_then:
             was = f"{tau_then:.3f} at its promotion (at least {low_then:.3f})"
-            found.append(f"{name}: tau {tau:.3f} (at most {high:.3f}), {was}")
-    return found
+            fallen.append(f"{name}: tau {tau:.3f} (at most {high:.3f}), {was}")
+    return fallen
 
 
 def _is_comparable(name: str, now: Mapping[str, SetMetrics], then: Mapping[str, SetMetrics]) -> bool:

@@ -81,7 +81,7 @@ def make_and_promote(run: Run) -> Conclusion | None:
             if not drift.reasons:
                 return with_servers(current(config, drift), swapped)
     run.show_comparison()
-    if not run.whole or config.registry is None:  # a run until a node lets a person look first
+    if not run.whole or config.registry is None:  # `--until` lets a person look first
         return None
     run.note_tracker()
     return run.retry(lambda: promote(config, run.folders, run.mlflow_id, drift, swapped))
@@ -94,7 +94,7 @@ def make_and_compare(run: Run) -> None:
 
 
 def check_drift(config: RefreshConfig, folders: Mapping[str, Path], asked: set[str]) -> tuple[Drift, Swapped]:
-    """Have the servers draft with the champion, as one may have started with its old drafter, and judge the drift."""
+    """Swap the servers to the champion (one may have restarted with its old drafter), and judge the drift."""
     assert config.registry is not None and config.champion is not None
     swapped, display = swap_servers(config.registry), Display()
     if swapped[0]:
@@ -115,7 +115,7 @@ def promote(
 ) -> Conclusion:
     """Register the challenger as a version of its line, and promote it if gate, history and a person agree.
 
-    folders: node -> folder. mlflow_id: of the refresh's run. swapped: what happened to the servers at the drift check.
+    folders: node -> folder. mlflow_id: the refresh's run. swapped: what happened to the servers at the drift check.
     """
     line, lines, gate = config.registry, registry(), GateDecision.read(folders["gate"])
     assert line is not None
@@ -171,7 +171,7 @@ def watch(config: RefreshConfig, minutes: float = 5, then: str | None = None) ->
 
     Args:
         config: The line's refresh, which names the servers.
-        minutes: Unless all servers trace requests, count those that finish in so many minutes.
+        minutes: Unless all servers trace requests, count those that finish within this many minutes.
         then: If tau is measurably below: `rollback`, or a deployment to run, such as `refresh/my-model`.
     """
     redact_logs()

@@ -108,7 +108,7 @@ def opd_nodes(config: RefreshConfig, opd: OpdConfig) -> list[Node]:
 
 
 class RefreshPipeline(Pipeline):
-    """The refresh of a drafter, of a model line or of none."""
+    """The refresh of a drafter, with or without a model line."""
 
     config = RefreshConfig
     flow = "draftsmith.flows.refresh.flow:refresh"

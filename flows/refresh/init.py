@@ -23,16 +23,16 @@ from draftsmith.stages.targets.config import TargetConfig
 from draftsmith.stages.targets.info import TargetInfo, model_path
 from draftsmith.stages.training.config import OpdConfig
 
-_PUBLISHED = ("z-lab/{}-DFlash-b16", "z-lab/{}-DFlash")  # drafters of a model of the hub, by its name
-_GPUS = 8  # of a node
+_PUBLISHED = ("z-lab/{}-DFlash-b16", "z-lab/{}-DFlash")  # drafters for a model on the hub, by its name
+_GPUS = 8  # per node
 _FEWEST, _LARGER_SHARE = 18, 0.3  # with fewer held-out prompts a larger share is held out
-_WIDTH = 120  # of a line of the file
+_WIDTH = 120  # longest line of the file
 
-QUESTIONS = {  # name of the option -> question, and the default of the answer
+QUESTIONS = {  # option -> question and default answer
     "target": ("Target (hub id, folder or .gguf file)", "Qwen/Qwen3-4B"),
     "prompts": ("Prompts (JSON Lines or Parquet: file, folder or glob)", "prompts.jsonl"),
     "logs": ("Logged answers (JSON Lines or Parquet: file, folder or glob)", "answers.jsonl"),
-    "temperature": ("Temperature that they were sampled at (0: greedy)", "0"),
+    "temperature": ("Sampling temperature of these answers (0: greedy)", "0"),
 }
 BEGINNINGS = {"prompts": ("target", "prompts"), "logs": ("target", "logs", "temperature")}
 TRAININGS = {"opd": "SFT, then OPD at the drafter's own errors", "sft": "SFT alone: fewer stages, in less time"}
@@ -40,14 +40,14 @@ TRAININGS = {"opd": "SFT, then OPD at the drafter's own errors", "sft": "SFT alo
 
 @dataclass(frozen=True)
 class Size:
-    """What a machine computes in a refresh."""
+    """The size of a refresh on a kind of machine."""
 
     about: str
-    answers: int  # that are trained on, at most
-    measured: int  # validation and held-out prompts, at most
+    answers: int  # most answers that are trained on
+    measured: int  # most validation and held-out prompts
     prompt_tokens: int
     new_tokens: int
-    layers: int  # of the target for each layer of a new drafter, which has at most five
+    layers: int  # target layers per layer of a new drafter, which has at most five
     block_size: int
     training: dict[str, Any]  # fields of sft and opd
     sft: dict[str, Any] = field(default_factory=dict)  # fields of sft only
@@ -107,7 +107,7 @@ SIZES = {
         other={"mining": _READS, "stages": {"shards": _GPUS}},
     ),
 }
-_PASSES = 4  # of a new drafter's SFT over the answers
+_PASSES = 4  # passes of a new drafter's SFT over the answers
 
 
 def write_first_config(
@@ -238,10 +238,10 @@ def _shape(info: TargetInfo, size: Size) -> dict[str, Any]:
 
 
 def _counts(path: str, size: Size) -> tuple[int, int, float]:
-    """Return how many prompts of files train and how many measure, of those that a run finds there, and the held-out
-    share, which is larger where there are few.
+    """Return how many of the prompts that a run finds in files train, how many measure, and the held-out share, which
+    is larger if there are few.
     """
-    places: dict[str, float] = {}  # of each text: held out below the share
+    places: dict[str, float] = {}  # text -> its hash in [0, 1); held out if below the share
     train = held_out = unread = 0
     try:
         rows = prompt_rows(JsonlSource(path=path), read_rows(match_files([path], path)), RejectLog("", 1.0))

@@ -1,4 +1,4 @@
-"""The page of a model line: its champion, the rows that this has read, the last outcome, its servers, the next run."""
+"""The page of a model line: its champion, the rows it was trained on, the last outcome, its servers, the next run."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from draftsmith.flows.refresh.versions import registry
 
 
 def show_line(display: Display, line: str, urls: Sequence[str]) -> None:
-    """Print the page of a line, with what its servers say. urls: as for `watch`.
+    """Print the page of a line, with what its servers say. urls: same as for `watch`.
 
-    Raises DraftsmithError for a line that no refresh has, and as MLflow's registry does. A Prefect server that does not
-    answer is reported.
+    Raises DraftsmithError for an unknown line, and as MLflow's registry does. A Prefect server that does not answer is
+    only reported.
     """
     if not registry().versions(line) and refresh_runs.last_refresh(Tracking(home(), line)) is None:
         raise registry().unknown_line(line)
@@ -45,7 +45,7 @@ def show_line(display: Display, line: str, urls: Sequence[str]) -> None:
 
 
 def _champion(champion: Version) -> str:
-    """Return since when and why a version serves, and what it was measured with."""
+    """Return since when and why a version serves, and its metrics."""
     events = [event for event in registry().events(champion.line) if event.version == champion.number]
     since = f" since {local_time(events[-1].at)}, by {events[-1].by}: {events[-1].why}" if events else ""
     names, metrics = {"tau": "tau", "speedup": "speed-up"}, champion.metrics().get(ALL, {})
@@ -67,28 +67,28 @@ def _rows_read(champion: Version) -> str:
 
 def last_refresh(line: str) -> str:
     """Return how the line's last refresh ended, what a person did since, or for whom it waits."""
-    lines, found = registry(), []  # the first of equal times is told
+    lines, endings = registry(), []  # of equal times the first is shown
     for version in lines.versions(line)[-1:]:
         if version.waits:
             at = version.tags.get("refreshed_at") or version.created_at
             promote = f"`draftsmith promote {line}@{version.number}`, or resume its run in Prefect"
-            found.append((at, "waiting", f"for a person to approve version {version.number}: {promote}"))
+            endings.append((at, "waiting", f"for a person to approve version {version.number}: {promote}"))
     events = [event for event in lines.events(line) if event.what in (BY_HAND, ROLLED_BACK)]
     for event in events[-1:]:
         what = "rolled back" if event.what == ROLLED_BACK else event.what
-        found.append((event.at, what, f"version {event.version} serves, by {event.by}: {event.why}"))
+        endings.append((event.at, what, f"version {event.version} serves, by {event.by}: {event.why}"))
     if (last := refresh_runs.last_refresh(Tracking(home(), line))) is not None:
-        found.append((last.at, last.outcome, last.text))
-    if not found:
+        endings.append((last.at, last.outcome, last.text))
+    if not endings:
         return "none of this line in MLflow"
-    at, outcome, text = max(found, key=itemgetter(0))
+    at, outcome, text = max(endings, key=itemgetter(0))
     return f"{outcome.upper()}, {local_time(at)}: {text}"
 
 
 def _next_run(line: str) -> str:
     """Return when Prefect's deployments of the line run next, and how the last run ended if it failed or waits."""
     if not os.environ.get("PREFECT_API_URL"):
-        return "unknown, as PREFECT_API_URL names no Prefect server"
+        return "unknown: PREFECT_API_URL names no Prefect server"
     try:
         permanent_server(home())
         from draftsmith.flows.orchestration.deployment import runs_of_line  # imports Prefect

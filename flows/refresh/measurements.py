@@ -116,7 +116,7 @@ DIAGNOSIS = "diagnosis"  # node
 
 
 class DiagnoseConfig(RunOptions):
-    """A server, and the sections of a refresh from which it is asked prompts."""
+    """A server, and the sections of a refresh that give the prompts to send."""
 
     target: TargetConfig
     prompts: PromptsConfig
@@ -138,8 +138,8 @@ def show_diagnosis(display: Display, folders: Mapping[str, Path], ended: EndedRu
     if result.as_it_is is not None and result.tried:
         head = ["replay with", "change", "steps that differ", "tau"]
         rows = [
-            [each.cause, each.change, f"{each.mismatch:.1%}", f"{each.tau:.3f}"]
-            for each in [result.as_it_is, *result.tried]
+            [change.cause, change.change, f"{change.mismatch:.1%}", f"{change.tau:.3f}"]
+            for change in [result.as_it_is, *result.tried]
         ]
         display.table(head, rows, text_columns=2)
     display.line(result.sentence)

@@ -51,8 +51,8 @@ NO_SERVERS: Swapped = ("", None)
 def expected_champion(line: RegistryConfig, gate: GateDecision, challenger: Artifact) -> Version | None:
     """Return the champion that the gate has judged against, as it is in the registry.
 
-    Raises OutdatedPlanError if another version became champion meanwhile. This challenger may be it: MLflow may have
-    been lost just after its promotion.
+    Raises OutdatedPlanError if another version became champion meanwhile, except this challenger: MLflow may have been
+    lost just after its promotion.
     """
     lines = registry()
     now = lines.champion(line.name)
@@ -66,9 +66,9 @@ def expected_champion(line: RegistryConfig, gate: GateDecision, challenger: Arti
 
 
 def move_alias(version: Version, expected: Version | None, gate: GateDecision, tags: Mapping[str, str]) -> None:
-    """Make a version the champion in place of the expected one. tags: all that it was registered with."""
+    """Make a version the champion in place of the expected one. tags: those that it was registered with."""
     new_tags: dict[str, str] = {}
-    # an earlier champion again has its metrics of today, unless another launcher of the same config promoted it
+    # an earlier champion that returns gets today's metrics, unless another launcher of the same config promoted it
     if "promoted_at" in version.tags and CHAMPION not in version.aliases:
         new_tags = {name: tags[name] for name in PROMOTION_TAGS if name in tags}
     try:
@@ -89,7 +89,7 @@ def swap_servers(line: RegistryConfig) -> Swapped:
 
 
 def with_servers(conclusion: Conclusion, swapped: Swapped) -> Conclusion:
-    """Return the conclusion with what happened to the servers: `Unserved` if that alone failed."""
+    """Return the conclusion with what happened to the servers: `Unserved` if only that failed."""
     text, unserved = swapped
     message = "; ".join(filter(None, [conclusion.message, text]))
     if conclusion.error is not None or unserved is None:
@@ -107,7 +107,7 @@ def conclusion_of(
     *,
     error: DraftsmithError | None,
 ) -> Conclusion:
-    """Return the conclusion of a refresh that has registered a version. tags: of its drift check."""
+    """Return the conclusion of a refresh that has registered a version. tags: those of its drift check."""
     rules = {"rules": failed} if (failed := failed_rules(gate)) else {}
     promoted = name == "Promoted"
     return Conclusion(
@@ -143,7 +143,7 @@ def version_tags(
 ) -> dict[str, str]:
     """Return the tags of a challenger's version: its metrics, target, parents and the gate's decision.
 
-    artifact: folder of the challenger's. settings: what its tau depends on (`measured_with`).
+    artifact: the challenger's folder. settings: what its tau depends on (`measured_with`).
     """
     from draftsmith.stages.drafters.checkpoint import read_info  # imports torch, and planning must not
 
@@ -182,7 +182,7 @@ def failed_rules(decision: GateDecision) -> str:
 
 
 def prompt_tags(prompts: PromptsConfig) -> dict[str, str]:
-    """Return the tags from which `check_held_out` knows the prompts that measured a version."""
+    """Return the tags by which `check_held_out` knows the prompts that measured a version."""
     return {
         SHARES: json.dumps(held_out_shares(prompts)),
         BY: prompts.heldout_by,

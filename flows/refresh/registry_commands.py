@@ -45,7 +45,7 @@ _WIDE = 120  # columns of a terminal that shows more
 def champions(display: Display, line: str | None) -> None:
     """Print the versions of a line with their metrics, then its promotions, rollbacks and drift checks by time.
 
-    line: None: print all lines with their champions instead.
+    line: the line's name; None: print all lines with their champions instead.
     """
     lines = registry()
     if line is None:
@@ -93,7 +93,7 @@ def _row(version: Version) -> list[str]:
 
 
 def promote(display: Display, text: str, why: str, *, dry_run: bool, servers: Sequence[str] = ()) -> None:
-    """Make `LINE@VERSION` the champion, after comparing its files with their checksums. servers: as for `rollback`."""
+    """Make `LINE@VERSION` the champion, after comparing its files with their checksums. servers: see `rollback`."""
     lines, servers = registry(), named_servers(servers)
     version = lines.resolve(text)
     if not dry_run:
@@ -104,11 +104,11 @@ def promote(display: Display, text: str, why: str, *, dry_run: bool, servers: Se
 def rollback(display: Display, line: str, why: str, *, dry_run: bool, servers: Sequence[str] = ()) -> None:
     """Make the previous champion serve again, unless a rollback took that one out of service.
 
-    servers: that draft with it afterwards; empty: those that have a version of the line by a swap.
+    servers: URLs of servers to swap; empty: all that a version of the line was swapped into.
     """
     lines, servers = registry(), named_servers(servers)
     interrupted = None if dry_run else lines.complete_promotion(line)
-    if interrupted is not None and interrupted.what == ROLLED_BACK:  # the same command, when MLflow was lost meanwhile
+    if interrupted is not None and interrupted.what == ROLLED_BACK:  # the same command ran before and lost MLflow
         display.line(
             f"{line} version {interrupted.version} is the champion now, in place of version {interrupted.before}"
         )
@@ -174,7 +174,7 @@ def _serve(display: Display, champion: str, servers: Sequence[str]) -> None:
 
 
 def swap(display: Display, text: str, urls: Sequence[str]) -> None:
-    """Have servers draft with a version: those at `urls`, or else those that have a version of its line by a swap."""
+    """Have servers draft with a version: those at `urls`, or else all that a version of its line was swapped into."""
     lines = registry()
     version = lines.resolve(text)
     servers = named_servers(urls) or swapped_servers(version.line)
@@ -186,7 +186,7 @@ def swap(display: Display, text: str, urls: Sequence[str]) -> None:
 
 
 def forget_servers(display: Display, text: str, urls: Sequence[str]) -> None:
-    """Drop servers from a line, which are not asked. Raises DraftsmithError if no version of it names one."""
+    """Drop servers from a line without asking them. Raises DraftsmithError for a server that no version names."""
     line = text.partition("@")[0]
     for url in named_servers(urls, "--forget"):
         if not forget(line, url):
@@ -196,14 +196,14 @@ def forget_servers(display: Display, text: str, urls: Sequence[str]) -> None:
 
 
 def named_servers(urls: Sequence[str], option: str = "--url") -> list[str]:
-    """Return the servers that a command line names. Raises DraftsmithError if an address is none, or has a password."""
+    """Return the servers that a command names. Raises DraftsmithError for an invalid URL, or one with a password."""
     return [server_url(url.rstrip("/"), where=option) for url in urls]
 
 
 def export(display: Display, text: str, folder: Path, layout: str = "sglang", *, calibrated: bool = False) -> None:
     """Write a verified copy of a version's checkpoint: as SGLang loads it, or in vLLM's layout `speculators`.
 
-    calibrated: with the confidence head corrected as its evaluation found.
+    calibrated: correct the confidence head as its evaluation measured.
     """
     version = registry().resolve(text)
     writable = os.access(home(), os.W_OK)  # in a read-only home nothing can be locked
@@ -289,15 +289,15 @@ def _all_or_nothing(folder: Path) -> Iterator[None]:
 
 
 def _calibrate(version: Version, source: Path, folder: Path) -> None:
-    from draftsmith.stages.drafters.export import calibrate_confidence  # imports torch, as no other command here
+    from draftsmith.stages.drafters.export import calibrate_confidence  # imports torch, unlike the other commands here
 
-    found = ConfidenceCalibration.model_validate_json(version.tags[CONFIDENCE])
-    calibrate_confidence(folder, source, found.scale, found.shift)
+    calibration = ConfidenceCalibration.model_validate_json(version.tags[CONFIDENCE])
+    calibrate_confidence(folder, source, calibration.scale, calibration.shift)
     apply_user_umask(folder)
 
 
 def _export_speculators(version: Version, source: Path, folder: Path) -> None:
-    from draftsmith.stages.drafters.export import export_speculators  # imports torch, as no other command here
+    from draftsmith.stages.drafters.export import export_speculators  # imports torch, unlike the other commands here
 
     if not (artifact_folder(version) / MANIFEST).is_file():
         raise DraftsmithError(f"{version}: its artifact, which names the target, is not here. Mount the store.")
@@ -317,7 +317,7 @@ def _export_speculators(version: Version, source: Path, folder: Path) -> None:
 def verify_checkpoint(version: Version) -> Path:
     """Return a version's checkpoint on this machine after comparing every file of its artifact with its checksum.
 
-    If the artifact is missing or damaged, it is the copy of the version's upload. Raises DraftsmithError without one.
+    If the artifact is missing or damaged, return the copy of the version's upload; raise DraftsmithError without one.
     """
     folder = artifact_folder(version)
     try:
@@ -343,7 +343,7 @@ def _verify(version: Version, folder: Path) -> None:
             open_store(home()).verify(ref)
     except RetryableError:
         raise
-    except DraftsmithError as error:  # making it again is no remedy: the refresh was another
+    except DraftsmithError as error:  # it cannot be made again: another refresh made it
         problem = str(error).removesuffix(f". {remedy(version.stage)}")
         raise DraftsmithError(
             f"{version}: {problem}. Restore it from a backup, or promote another version (`draftsmith promote`)."

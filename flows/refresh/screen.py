@@ -159,7 +159,7 @@ def _short(path: Path) -> Path:
 
 
 def _wrapped(text: str, indent: str = "", most: int | None = None) -> list[str]:
-    """Return the text in lines. most: of them; the report and the log have all of the text."""
+    """Return the text in lines. most: number of lines to keep; the report and the log have all of the text."""
     return textwrap.wrap(
         text, WIDTH, subsequent_indent=indent, break_on_hyphens=False, max_lines=most, placeholder=" …"
     )
@@ -170,8 +170,8 @@ _HEADLINE = (
     *("tau_gain", "tau_gain.low", "tau_gain.high"),
     *("rules_broken", "rules_unjudged", "cost.wall_s"),
 )
-_MODEL_METRICS = ("tau", "speedup")  # of a logged model
-_SPEED_HEADLINES = ("speedup", "tokens_per_s")  # at the first setting
+_MODEL_METRICS = ("tau", "speedup")  # logged with a model
+_SPEED_HEADLINES = ("speedup", "tokens_per_s")  # logged at the first setting
 
 
 def review(folders: Mapping[str, Path]) -> RunReview | None:
@@ -189,7 +189,7 @@ def review(folders: Mapping[str, Path]) -> RunReview | None:
 
 
 def compared(folders: Mapping[str, Path]) -> dict[str, tuple[Manifest, Metrics]]:
-    """Return the manifest of each drafter that the evaluation compared, and its metrics by slice, by a telling name.
+    """Return the manifest of each drafter that the evaluation compared, and its metrics by slice, by display name.
 
     folders: node -> folder, with an evaluation.
     """
@@ -210,7 +210,7 @@ def compared(folders: Mapping[str, Path]) -> dict[str, tuple[Manifest, Metrics]]
 def headlines_of(metrics: Mapping[str, float], setting: str = "") -> dict[str, float]:
     """Return the metrics of a refresh that MLflow gets, at most 12; the others are in `review.json`.
 
-    setting: the one of the speed headlines, such as `c16.t0`.
+    setting: the setting of the speed headlines, such as `c16.t0`.
     """
     headlines = {*_HEADLINE, *(f"{name}.{setting}" for name in _SPEED_HEADLINES)}
     return {name: value for name, value in metrics.items() if name in headlines}

@@ -1,7 +1,7 @@
 """Has servers draft with a version of a line, and records which server serves which version.
 
-While a server serves a version, that has the tag `server.HOST:PORT`: since when, by which proof, after what pause.
-Whoever may write tags could name any server there, so a server that only a tag names gets no API key.
+A version has the tag `server.HOST:PORT` while that server serves it: since when, by which proof, after what pause.
+Anyone who may write tags could name any server there, so a server that only a tag names gets no API key.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def served_by(version: Version) -> list[Served]:
 
 
 def swapped_servers(line: str) -> list[str]:
-    """Return the servers that have a version of the line by a swap."""
+    """Return the servers that a version of the line was swapped into."""
     urls = [served.url for version in registry().versions(line) for served in served_by(version)]
     return list(dict.fromkeys(urls))
 
@@ -70,11 +70,11 @@ def _tag_name(url: str) -> str:
 def swap_to(
     version: Version, checkpoint: Path, urls: Sequence[str], say: Callable[[str], None], *, named: bool
 ) -> None:
-    """Have servers draft with a version. A server that serves it already is left.
+    """Have servers draft with a version. A server that serves it already is left alone.
 
-    A version that a rollback made the champion is written into all servers that answer, and proven then.
+    A version that a rollback made the champion is written into all servers that answer, and proven afterwards.
 
-    say: takes a line for every server. named: the config or the command line names these servers.
+    say: called with a line for every server. named: the config or the command line names these servers.
     Raises DraftsmithError if the checkpoint is not the registered drafter, and as `Swap` does.
     """
     lines, new = registry(), _drafter(version, checkpoint)
@@ -86,7 +86,7 @@ def swap_to(
 
     def version_of(digest: str | None) -> Version | None:
         versions = lines.versions(version.line)
-        return next((each for each in versions if each.tags.get("drafter_digest") == digest), None)
+        return next((known for known in versions if known.tags.get("drafter_digest") == digest), None)
 
     def served_drafter(before: ServerState) -> NewDrafter:
         """Return the drafter that a server serves: a version's, or the one that it was started with."""
@@ -102,9 +102,9 @@ def swap_to(
         )
 
     def recorded(state: ServerState) -> str | None:
-        """Return the proof that this registry has of what a server serves, since the time that it reports."""
-        own = [each for each in served_by(version) if (each.url, each.since) == (state.url, state.since)]
-        return next((each.proof for each in own if each.proof), None)
+        """Return this registry's proof of what a server has served since the time that it reports."""
+        records = [served for served in served_by(version) if (served.url, served.since) == (state.url, state.since)]
+        return next((served.proof for served in records if served.proof), None)
 
     def done(served: Served) -> None:
         if served.drafter == new.digest:
@@ -124,7 +124,7 @@ def swap_to(
 
 
 def _drafter(version: Version, checkpoint: Path, digest: str = "") -> NewDrafter:
-    """Return a version's drafter. digest: of the checkpoint, which is read without it."""
+    """Return a version's drafter. digest: the checkpoint's; without it the checkpoint is read."""
     algorithm = speculative_algorithm(checkpoint)
     return NewDrafter(
         digest or drafter_digest(checkpoint),
@@ -149,7 +149,7 @@ def _proof_inputs(lines: Registry, version: Version) -> tuple[Path, list[list[in
         except DraftsmithError:
             continue
         trajectories = load_trajectories(answers).trajectories
-        return folder, [each.tokens[: each.prompt_length] for each in trajectories[:_MOST_PROMPTS]]
+        return folder, [answer.tokens[: answer.prompt_length] for answer in trajectories[:_MOST_PROMPTS]]
     raise DraftsmithError(f"{version}: its target and answers, which the proof needs, are not in the store. Mount it.")
 
 
@@ -158,13 +158,13 @@ def _input(version: Version, name: str) -> Path:
     folder, store = artifact_folder(version), open_store(home())
     if (folder / MANIFEST).is_file() and (entry := read_manifest(folder).inputs.get(name)) is not None:
         store.localize(store.path(entry.stage, entry.key))  # fetches it if the store is a bucket
-        if (found := find_artifact(entry, store)) is not None:
-            return found
+        if (source := find_artifact(entry, store)) is not None:
+            return source
     raise DraftsmithError(f"{version}: its {name} is not in the store. Mount the store.")
 
 
 def _record(lines: Registry, version: Version, served: Served) -> None:
-    """Tag the version with a server that serves it, and no other version of the line."""
+    """Tag the version with a server that serves it, and remove that tag from the line's other versions."""
     name = _tag_name(served.url)
     for other in lines.versions(version.line):
         if other.number != version.number and other.tags.get(name):

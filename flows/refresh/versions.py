@@ -22,7 +22,7 @@ from draftsmith.stages.drafters.digest import drafter_digest
 
 log = logging.getLogger(__name__)
 
-FASTEST_BLOCK = "fastest_block"  # tag: the block size that decoded fastest, with the anchor
+FASTEST_BLOCK = "fastest_block"  # tag: the block size that decoded fastest, anchor included
 STEP_COSTS = "step_costs"  # tag: seconds of drafting by requests in flight, and of verifying by tokens
 SCHEDULE = "schedule"  # tag: proposals by requests in flight, [[fewest, most, proposals], …]
 CONFIDENCE = "confidence"  # tag: the calibration of a confidence head
@@ -46,7 +46,7 @@ def artifact_folder(version: Version) -> Path:
 def find_artifact(version: Version | InputEntry, store: Store) -> Path | None:
     """Return the folder in this home with the version's content; None if there is none.
 
-    The path that a version states is another one if the home was moved or copied, or if the same key was made again.
+    The path that a version states is outdated if the home was moved or copied, or if the same key was made again.
     """
     current = store.path(version.stage, version.key)
     for folder in (current, *current.parent.glob(f"{REPLACED}{current.name}-*")):

@@ -1,4 +1,4 @@
-"""Asks a line's servers which drafter they serve, and whether it accepts as much as it was promoted with.
+"""Asks a line's servers which drafter they serve, and whether its tau is what it was at its promotion.
 
 Requests that servers traced are compared depth by depth.
 """
@@ -32,7 +32,7 @@ Outcome = Literal["promised", "below", "inconclusive", "mismatched"]  # mismatch
 
 
 def show_servers(display: Display, line: str, urls: Sequence[str]) -> None:
-    """Print which drafter each server has, since when, and its tau. urls: as for `watch`."""
+    """Print which drafter each server has, since when, and its tau. urls: same as for `watch`."""
     versions = registry().versions(line)
     if not versions:
         raise registry().unknown_line(line)
@@ -47,18 +47,19 @@ def show_servers(display: Display, line: str, urls: Sequence[str]) -> None:
         since, block = state.since or "-", str(state.block_size or "-")
         rows.append([url, _drafter(state, version), content, since, block, tau])
     head = ["server", "drafter", "content", "since", "block", "tau"]
-    caption = "tau: of all verify steps since the server started, whatever drafter it had"
+    caption = "tau: over all verify steps since the server started, whatever drafter it had"
     display.table(head, rows, title=line, text_columns=4, caption=caption)
 
 
 def watch(line: str, urls: Sequence[str], minutes: float, threshold: float) -> tuple[Outcome, str]:
     """Compare tau of the champion on the servers with what it was at its promotion; return the outcome and why.
 
-    If all servers trace requests, by those that ended last, at once; otherwise by the counters of all requests that
-    finish in the next minutes. urls: of the servers; empty: those that have a version of the line by a swap. Servers
-    that do not answer are left out. threshold: share of its tau that the champion may have lost, as in the drift check.
+    If all servers trace requests, it compares the last requests that ended, at once. Otherwise it counts all requests
+    that finish within `minutes` minutes. urls: servers to ask; empty: all that a version of the line was swapped into.
+    Those that do not answer are ignored. threshold: share of its tau that the champion may have lost, as in the drift
+    check.
 
-    Raises RetryableError if no server answers, DraftsmithError if one is of no known engine or has no metrics.
+    Raises RetryableError if no server answers, DraftsmithError if one has no metrics or its engine is unknown.
     """
     lines = registry()
     champion, versions = lines.champion(line), lines.versions(line)
@@ -78,16 +79,17 @@ def watch(line: str, urls: Sequence[str], minutes: float, threshold: float) -> t
     then = {name: SetMetrics.model_validate(metrics) for name, metrics in champion.metrics().items()}
     if ALL in then and (ends := champion.json("tau_interval", [])):
         (low, high), tau = ends, float(champion.tags["tau"])
-        if tau != then[ALL].tau:  # as served, which differs from replay; slices are by replay alone
+        if tau != then[ALL].tau:  # as served, which differs from replay; slices are only replay's
             then = {ALL: then[ALL].model_copy(update={"tau": tau, "low": low, "high": high})}
     traced = {url: state.traced for url, state in states.items() if state.traced is not None}
-    own = [request for url, requests in traced.items() for request in requests.get(states[url].digest or "", ())]
+    ended = [request for url, by_drafter in traced.items() for request in by_drafter.get(states[url].digest or "", ())]
     asked: Collection[str] = states
-    if len(traced) == len(states) and len(own) >= FEWEST_IN_SLICE:
-        now, then, outside = by_depth(own, then)
-        begin = datetime.fromtimestamp(min(each.ended for each in own), UTC).isoformat(timespec="minutes")
-        counted = f"{len(own)} traced requests since {begin}"
-        if others := sum(len(each) for requests in traced.values() for each in requests.values()) - len(own):
+    if len(traced) == len(states) and len(ended) >= FEWEST_IN_SLICE:
+        now, then, outside = by_depth(ended, then)
+        begin = datetime.fromtimestamp(min(request.ended for request in ended), UTC).isoformat(timespec="minutes")
+        counted = f"{len(ended)} traced requests since {begin}"
+        total = sum(len(requests) for by_drafter in traced.values() for requests in by_drafter.values())
+        if others := total - len(ended):
             counted += f", without {others} of other drafters"
         if outside:
             counted += f", without {outside:.0%} of their steps, at depths that the promotion did not measure"
@@ -95,11 +97,11 @@ def watch(line: str, urls: Sequence[str], minutes: float, threshold: float) -> t
         asked = windows = _answered(count_finished(list(states), 60 * minutes, named=named))
         by_now = _answered(ask_servers(list(windows), named=named))
         if any((state.digest, state.since) != (states[url].digest, states[url].since) for url, state in by_now.items()):
-            again = "a server has another drafter by now, or started again. Watch again."
+            again = "a server has changed its drafter or started again. Watch again."
             return "inconclusive", f"{line}: {again}"
-        finished = [window for each in windows.values() for window in each]
+        finished = [window for server in windows.values() for window in server]
         now = {ALL: served_tau(finished)}
-        counted = f"{sum(each.requests for each in finished):.0f} requests"
+        counted = f"{sum(window.requests for window in finished):.0f} requests"
     outcome, reason = compare(now, then, threshold)
     counted += f", of {', '.join(asked)}"
     if silent := [url for url in servers if url not in asked]:
@@ -108,7 +110,7 @@ def watch(line: str, urls: Sequence[str], minutes: float, threshold: float) -> t
 
 
 def compare(now: Mapping[str, SetMetrics], then: Mapping[str, SetMetrics], threshold: float) -> tuple[Outcome, str]:
-    """Return the outcome for served taus, over all and of slices, and why; `below` if any fell measurably.
+    """Return the outcome for served taus, overall and by slice, and why; `below` if any fell measurably.
 
     A false `below` is as rare as a false alarm of the drift check.
     """
@@ -119,7 +121,7 @@ def compare(now: Mapping[str, SetMetrics], then: Mapping[str, SetMetrics], thres
         return "inconclusive", "too few requests ended"
     text = f"tau {served.tau:.3f} [{served.low:.3f}, {served.high:.3f}], {promised.tau:.3f} promised"
     if fallen := degraded_sets(now, then, threshold):
-        places = ["over all" if each.startswith(f"{ALL}:") else each for each in fallen]
+        places = ["overall" if place.startswith(f"{ALL}:") else place for place in fallen]
         return "below", f"{text}; measurably more than {threshold:.1%} below: {'; '.join(places)}"
     assert served.tau is not None and promised.tau is not None
     if served.tau < (1 - threshold) * promised.tau:
@@ -128,18 +130,19 @@ def compare(now: Mapping[str, SetMetrics], then: Mapping[str, SetMetrics], thres
 
 
 def by_depth(requests: Sequence[TracedRequest], promotion: Mapping[str, SetMetrics]) -> tuple[Sets, Sets, float]:
-    """Return tau of the requests over all and by depth, what is promised of each, and the share of steps left out.
+    """Return the requests' tau overall and by depth, the promised tau of each, and the share of omitted steps.
 
-    A request is one unit. Over all, the promise is that of the depths at which these requests have their steps, so
-    longer requests alone are no fall. Steps at depths that the promotion did not measure are left out. If it measured
-    none, which is so if all were at the same one, its tau of all prompts is promised at any depth.
+    A request is one unit. Overall, the promised tau weights the depths as these requests do, so longer requests are no
+    fall by themselves. Steps at depths that the promotion did not measure are omitted. If it measured no depth, because
+    all its steps were at the same one, its tau of all prompts is promised at any depth.
     """
     then = {name: metrics for name, metrics in promotion.items() if metrics.has_interval}
     if ALL not in then:
         return {ALL: SetMetrics()}, then, 0.0
     depths = {name: then[name] for name in DEPTHS if name in then} or dict.fromkeys(DEPTHS, then[ALL])
-    sums = np.array([[each.depths.get(name, (0, 0)) for name in depths] for each in requests], dtype=float)
-    outside = 1 - float(sums[..., 1].sum()) / sum(steps for each in requests for _, steps in each.depths.values())
+    sums = np.array([[request.depths.get(name, (0, 0)) for name in depths] for request in requests], dtype=float)
+    total = sum(steps for request in requests for _, steps in request.depths.values())
+    outside = 1 - float(sums[..., 1].sum()) / total
     committed, steps = np.moveaxis(sums[sums[..., 1].any(1)], 2, 0)  # [requests, depths] each
     if len(steps) < FEWEST_IN_SLICE:
         return {ALL: SetMetrics(prompts=len(steps))}, then, outside
@@ -147,7 +150,7 @@ def by_depth(requests: Sequence[TracedRequest], promotion: Mapping[str, SetMetri
     tau, low = (np.array([getattr(metrics, end) for metrics in measured]) for end in ("tau", "low"))
     promised = committed / tau[1:]  # [requests, depths] steps for the tokens that were committed
     promised_tau = float(committed.sum() / promised.sum())
-    # of the depths if other prompts measured each; at least that of all prompts, which holds if the same ones did
+    # the depths' error if different prompts measured each; at least that of all prompts, as if the same ones did
     weights, errors = promised.sum(0) / promised.sum(), 1 - low / tau
     promised_low = promised_tau * (1 - max(errors[0], float(np.linalg.norm(weights * errors[1:]))))
     now = {ALL: _metrics(jackknife(ratio, promised.sum(1), steps.sum(1)), promised_tau)}
@@ -166,7 +169,7 @@ def _metrics(share: Estimate, of: float = 1.0) -> SetMetrics:
 
 
 def _servers(line: str, urls: Sequence[str]) -> list[str]:
-    """Return the servers at `urls`, or else those that have a version of the line by a swap."""
+    """Return the servers at `urls`, or else all that a version of the line was swapped into."""
     if servers := named_servers(urls) or swapped_servers(line):
         return servers
     raise DraftsmithError(f"{line}: no server is known. Name those that serve it with --url.")

@@ -74,7 +74,7 @@ def test_the_servers_of_a_line_are_watched(
     promoted("tiny", "c", digest, 1.5 * tau)
     assert main([*watch, "--then", "refresh"]) == 2, "a line's name is no config"
     assert main(watch) == 3
-    assert "measurably more than 3.0% below: over all" in capsys.readouterr().err
+    assert "measurably more than 3.0% below: overall" in capsys.readouterr().err
 
 
 def test_what_cannot_be_asked_is_an_error(plain_url: str) -> None:

@@ -21,7 +21,7 @@ def texts(findings: Findings) -> list[str]:
     ("fields", "gpus", "begins"),
     [
         ({"processes": 8}, 8, ["ok 8"]),
-        ({"processes": 8}, 4, ["error 8 need a GPU each, and 4 are here"]),
+        ({"processes": 8}, 4, ["error 8 need a GPU each, and this machine has 4"]),
         ({"processes": 4}, 0, ["ok 4"]),
         ({"processes": 6}, 0, ["warning 6 are more than this machine's 4 cores"]),
         (

@@ -51,7 +51,7 @@ def test_fields_seeds_inputs_files_code_and_versions_are_compared(
     manifest.write_text(manifest_text(made.model_copy(update={"versions": versions})))
     older = why("target", "--set", "target.count=4")
     assert "version  numpy: 1.0 -> " in older
-    assert "version  sglang: 0.5.20 -> not known before the stage runs (no part of the key)\n" in older
+    assert "version  sglang: 0.5.20 -> not known before the stage runs (not part of the key)\n" in older
 
     # another run has built the input: its changed files are listed
     assert main(["stage", "target", config, "--set", "target.count=4"], TOY) == 0

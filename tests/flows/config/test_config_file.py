@@ -113,18 +113,18 @@ MERGED = "a0: &a0 {x: 1}\n" + "".join(f"a{n + 1}: &a{n + 1} {{<<: [{', '.join([f
         ("nme: a\n", "nme: unknown field. Did you mean name? name: this field is required"),
         ("sft: {}\n", "name: this field is required. Add it to the file, or pass --set name=VALUE."),
         ("name: a\nsft: {rate: yes}\n", "sft.rate: expected a number, got true or false"),
-        ("name: [a]\n", "name: expected a text (put it in quotes), got ['a']"),
-        ("name: a\nname: b\n", "line 2, column 1: not valid YAML: field 'name' stands twice"),
+        ("name: [a]\n", "name: expected a string (put it in quotes), got ['a']"),
+        ("name: a\nname: b\n", "line 2, column 1: not valid YAML: field 'name' appears twice"),
         ("name: 2026-13-45\n", "not valid YAML: month must be in 1..12"),
         (
             REPEATED,
-            "line 1, column 1: not valid YAML: with its aliases written out it has over 100,000 values. Use fewer",
+            "line 1, column 1: not valid YAML: with its aliases expanded it has over 100,000 values. Use fewer",
         ),
         (
             MERGED,
-            "line 1, column 1: not valid YAML: with its aliases written out it has over 100,000 values. Use fewer",
+            "line 1, column 1: not valid YAML: with its aliases expanded it has over 100,000 values. Use fewer",
         ),
-        ("name: &own [*own]\n", "bad.yaml: an alias contains itself, or is nested too deep. Write it out."),
+        ("name: &own [*own]\n", "bad.yaml: an alias contains itself, or is nested too deep. Expand it."),
         ("- name\n", "expected a mapping of fields, got ['name']. Write fields such as 'name: my-run'."),
     ],
 )

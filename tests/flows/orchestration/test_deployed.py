@@ -194,7 +194,10 @@ def test_a_deployment_that_watches_starts_a_refresh(ended: subprocess.CompletedP
 
 def test_a_deployment_does_not_start_a_line_again(ended: subprocess.CompletedProcess[str]) -> None:
     (state,) = printed(ended, "restarted")
-    assert state.startswith("Failed ") and "registry.restart: a deployment's runs do not start a line again" in state
+    assert (
+        state.startswith("Failed ")
+        and "registry.restart: every run of a deployment would start the line again" in state
+    )
 
 
 def test_a_rollback_whose_swap_fails_is_a_failed_task(ended: subprocess.CompletedProcess[str]) -> None:

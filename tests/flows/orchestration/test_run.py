@@ -236,7 +236,7 @@ def test_a_stage_continues_after_prefect_interrupts_it_for_a_lost_lease(tmp_path
     config = write_config(tmp_path / "toy.yaml", target=target)
     ended = run_toy(home, "run", config, TOY_FLOW="tests.flows.orchestration.leased_flow:leased_toy")
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    (notice,) = [line for line in ended.stderr.splitlines() if "no longer keeps the slot" in line]
+    (notice,) = [line for line in ended.stderr.splitlines() if "concurrency slot" in line]
     assert "Trying again" in notice and "(1 of " in notice and "Ctrl-C" in notice
     assert starts.read_text() == "started\n" * 2
     first, continued = (line for line in ended.stdout.splitlines() if line.startswith("target: going on from "))

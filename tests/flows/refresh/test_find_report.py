@@ -78,7 +78,7 @@ def test_the_report_of_a_version_is_found_also_when_the_store_has_it_no_more(sto
 
 
 def test_an_unknown_name_is_an_error(store: Store) -> None:
-    with pytest.raises(DraftsmithError, match="nothing-like-it: not a config file"):
+    with pytest.raises(DraftsmithError, match="nothing-like-it: neither a config file"):
         find_report("nothing-like-it", REFRESH)
     (folder := store.root / "empty").mkdir(parents=True)
     assert main(["report", str(folder)]) == 2

@@ -88,7 +88,7 @@ def test_a_line_starts_from_a_checkpoint_and_continues_its_champion(tmp_path: Pa
         )
     (sft,) = [node for node in refresh_nodes(of_line(start, champion=True)) if node.name == "sft"]
     assert sft.inputs["drafter"] == "champion" and sft.config.model_dump()["init_from"] is None
-    with pytest.raises(DraftsmithError, match=r"registry\.restart: counts for one command\. .* option --restart"):
+    with pytest.raises(DraftsmithError, match=r"registry\.restart: applies to one command\. .* option --restart"):
         of_line("registry.restart=true", champion=True)
 
 
@@ -198,7 +198,7 @@ SERVERS = ["evaluation.engine={kind: sglang, python: python, launch: {}}", "eval
         (["opd=null", "sft.steps=0", "sft.init_from=champion"], r"opd: without it, sft\.steps: 0 trains nothing\. Set"),
         (
             ["gate.loads={1: 1, 4: 1, 64: 1}", "evaluation.concurrency=[16, 2]", *SERVERS],
-            r"gate\.loads: servers are timed with \[2, 16\] .*, and \[1, 64\] lies beyond\. Add it to evaluation\.conc",
+            r"gate\.loads: servers are timed with \[2, 16\] .*, and \[1, 64\] is out of range\. Add it to eval",
         ),
         (
             ["stages.time_limits.stf=5"],

@@ -77,7 +77,7 @@ def test_the_page_of_a_line_has_its_champion_data_outcome_and_servers(
     assert "champion: version 1 since 20" in page and "promoted: why; tau 2.500; speed-up 1.200" in page
     assert "its data: 1,800 logged answers from 2026-11-20" in page and "until 2026-11-27" in page
     assert last_of(page).startswith("PROMOTED, 20") and last_of(page).endswith(": it is faster")
-    assert "servers: none is known" in page and "next run: unknown, as PREFECT_API_URL" in page
+    assert "servers: none is known" in page and "next run: unknown: PREFECT_API_URL" in page
     other = f"{line}-prompts"
     finished(config_of(other), gated(store, drafters[1]))
     assert "its data" not in shown("status", other)

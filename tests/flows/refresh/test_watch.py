@@ -133,7 +133,7 @@ def test_what_is_promised_over_all_is_that_of_the_requests_depths() -> None:
     )
     assert then[ALL].tau == pytest.approx(700 / (300 / 4 + 400 / 2)) and outside == 0
     outcome, why = compare(found, then, 0.03)
-    assert outcome == "below" and "below: over all; depth:below-1k: tau 3.000 (at most" in why
+    assert outcome == "below" and "below: overall; depth:below-1k: tau 3.000 (at most" in why
     assert found["depth:below-1k"].prompts == 10 and found[ALL].prompts == 20
 
 
