@@ -194,7 +194,7 @@ SERVERS = ["evaluation.engine={kind: sglang, python: python, launch: {}}", "eval
         (["heldout.splits=[heldout]"], r"heldout\.splits: lacks validation"),
         ([BOTH, "heldout.skip=54"], "heldout: skip and prompts leave out all of split heldout"),
         (["assisted.answers=a.jsonl"], r"assisted\.answers"),  # they have no verify steps to mine
-        (["assisted=null"], r"assisted is required\. Give this section"),
+        (["assisted=null"], r"assisted is required\. Add this section"),
         (["opd=null", "sft.steps=0", "sft.init_from=champion"], r"opd: without it, sft\.steps: 0 trains nothing\. Set"),
         (
             ["gate.loads={1: 1, 4: 1, 64: 1}", "evaluation.concurrency=[16, 2]", *SERVERS],
