@@ -275,7 +275,9 @@ def main() -> None:
     world = make_world(harness.load_target(options.target), options.sequences, options.kind, options.temperature)
     if options.features_kept:
         layers = world.make_drafter().target_layer_ids
-        world = replace(world, features=FeatureSource(world.target, layers, world.trajectories, TrainingConfig()))
+        features = FeatureSource(world.target, layers, world.trajectories, TrainingConfig())
+        features.batch(range(options.sequences))  # now: no step counts the operations
+        world = replace(world, features=features)
     wanted = tuple(options.arms or ARMS)
     arms = {n: fields for n, fields in ARMS.items() if n in ("SFT", FORWARD_KL) or n.startswith(wanted)}
     steps = {}
