@@ -3,9 +3,12 @@
 A drafter like the quickstart's (2 layers, 5 target layers, but blocks of 8) on random trajectories of its size, weights
 in float32 under bfloat16 autocast. Verify steps are invented: committed tokens are geometric with a mean of 1.8, and
 all proposals after them are rejected. Mining them again would not cost what it costs in training, and is left out.
+What chains cost does not depend on where they lead.
 
 `target` is the forward that yields the features, which training keeps in memory while they fit: `times_sft` leaves it
-out, `times_sft_with_target` is what a training costs whose features do not fit.
+out, `times_sft_with_target` is what a training costs whose features do not fit. Both are medians of the ratios in each
+round, of OPD to SFT with the same loss and head; `times_sft_flop` is the ratio of the operations. With
+`--features-kept` the target reads the answers once, before all steps. `OPD random` is one pass over all blocks.
 
 `mining` is what OPD adds: traces mined again, and the target's scores for a rejected stream. A trajectory is trained
 every (trajectories / sequences_per_step) steps, so `remine_every: N` mines it again once in ceil(N / that) times.
@@ -22,7 +25,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -35,14 +38,16 @@ from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import create_drafter
 from draftsmith.stages.drafters.dflash import model as dflash_model
-from draftsmith.stages.drafters.dflash.config import DFlashConfig
+from draftsmith.stages.drafters.registry import KINDS
 from draftsmith.stages.replay.steps import Steps
 from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.sampling import GREEDY, SamplingParams
 from draftsmith.stages.training import losses
 from draftsmith.stages.training.batches import Batch, FeatureSource, frequent_tokens, step_rng, token_counts
 from draftsmith.stages.training.config import OpdConfig, SftConfig, TrainingConfig
 from draftsmith.stages.training.drafted_blocks import block_labels, draft_blocks, encode_batch, position_anchors
 from draftsmith.stages.training.loss_report import LossReport
+from draftsmith.stages.training.opd.anchor_sources import ChainAnchors
 from draftsmith.stages.training.opd.body import anchor_source
 from draftsmith.stages.training.opd.step import OpdStep, StepOptions
 from draftsmith.stages.training.opd.verify_steps import MinedTable
@@ -68,7 +73,12 @@ ARMS: dict[str, dict[str, Any] | None] = {
     "OPD random": {"anchors": "random"},
     "OPD successors": {"anchors": "successors"},
     "OPD successors, sampled": {"anchors": "successors", "verification": "sampled"},
+    "OPD chains": {"anchors": "chains"},
+    "OPD chains, two rounds": {"anchors": "chains"},
+    "OPD chains, sampled": {"anchors": "chains", "verification": "sampled"},
 }
+TWO_ROUNDS = "OPD chains, two rounds"
+FORWARD_KL = "SFT, forward KL"
 PARTS = ("target", "mining", "drafter", "head_and_loss", "backward", "update")
 
 
@@ -80,6 +90,8 @@ class World:
     trajectories: list[Trajectory]
     make_drafter: Callable[[], Drafter]
     table: MinedTable
+    sampling: SamplingParams = GREEDY  # of the answers
+    features: FeatureSource | None = None  # if the target's are kept
 
 
 def make_trajectories(count: int, vocab_size: int) -> list[Trajectory]:
@@ -104,14 +116,16 @@ def invented_steps(trajectory: Trajectory, K: int, tau: float, rng: np.random.Ge
     return Steps(len(trajectory.tokens), visited, committed - 1, proposed, logprobs)
 
 
-def make_world(target: Target, sequences: int) -> World:
+def make_world(target: Target, sequences: int, kind: str = "dflash", temperature: float = 0.0) -> World:
     """Return a new drafter and invented steps on random text."""
     trajectories = make_trajectories(sequences, target.info.vocab_size)
     mask = target.tokenizer.convert_ids_to_tokens(target.info.mask_candidates[0])
-    shape = DFlashConfig(num_layers=2, block_size=8, num_target_features=5, mask_token=mask)
+    fields = {"kind": kind, "num_layers": 2, "block_size": 8, "num_target_features": 5, "mask_token": mask}
+    shape = KINDS[kind].shape.model_validate(fields)
     rng = np.random.default_rng(1)
     table = mined_table([invented_steps(t, shape.block_size - 1, TAU, rng) for t in trajectories], shape.block_size - 1)
-    return World(target, trajectories, lambda: create_drafter(shape, target, seed=0), table)
+    sampling = SamplingParams(temperature)
+    return World(target, trajectories, lambda: create_drafter(shape, target, seed=0), table, sampling)
 
 
 class Step:
@@ -126,17 +140,23 @@ class Step:
         self.optimiser = make_optimiser(self.drafter.parameters(), config)
         self.heads = HeadSource(self.drafter, world.target.head_weight, config)
         self.dense = name.startswith(DENSE)
-        sft = fields if name.startswith("SFT") else None
-        self.stream = SftConfig.model_validate({"gamma": GAMMA, **(sft or {})}).stream(self.drafter.recipe)
-        self.opd = self._opd(fields) if fields is not None and sft is None else None
+        self.sampling = world.sampling if self.drafter.samples_proposals else GREEDY
+        sft, sampled = fields if name.startswith("SFT") else None, not world.sampling.greedy
+        config_of_sft = SftConfig.model_validate({"gamma": GAMMA, **(sft or {})})
+        self.stream = config_of_sft.stream(self.drafter.recipe, sampled=sampled)
+        self.opd = self._opd(name, fields) if fields is not None and sft is None else None
+        loss = self.stream.loss if self.opd is None else self.opd.objective.response.loss
+        self.base = f"{'SFT' if loss == self.stream.loss else FORWARD_KL}, head {config.head_tokens or 'full'}"
 
-    def _opd(self, fields: dict[str, Any]) -> OpdStep:
-        config = OpdConfig.model_validate(self.config.model_dump() | fields)
-        objective = config.loss.resolved(self.drafter.recipe, config.verification == "sampled", 0.0)
-        source = anchor_source(config, self.world.table, self.drafter, scored=objective.needs_scores)
-        return OpdStep(
-            self.drafter, self.world.target, source, StepOptions(config, objective, self.world.table.proposals)
-        )
+    def _opd(self, name: str, fields: dict[str, Any]) -> OpdStep:
+        config, table = OpdConfig.model_validate(self.config.model_dump() | fields), self.world.table
+        sampled = config.verification == "sampled" or not self.world.sampling.greedy
+        objective = config.loss.resolved(self.drafter.recipe, sampled, self.world.sampling.temperature)
+        source = anchor_source(config, table, self.drafter, scored=objective.needs_scores)
+        if name == TWO_ROUNDS:
+            source = ChainAnchors(config.anchors_per_sequence, rounds=2)
+        options = StepOptions(config, objective, table.proposals, self.sampling)
+        return OpdStep(self.drafter, self.world.target, source, options)
 
     def _loss(self, features: FeatureSource) -> LossReport:
         """Compute the step's loss, with features that are read before."""
@@ -152,7 +172,7 @@ class Step:
         selected = time.perf_counter()
         if self.dense:
             return self._dense_loss(batch, anchors)
-        context = LossContext(heads, target.head_weight, config.positions_per_chunk)
+        context = LossContext(heads, target.head_weight, config.positions_per_chunk, self.sampling)
         report = sft_loss(self.drafter, batch, anchors, context, self.stream, temperature=1.0)
         report.seconds["head_and_loss"] += selected - started
         return report
@@ -179,7 +199,7 @@ class Step:
         self.step += 1
         started = time.perf_counter()
         layers = self.drafter.target_layer_ids
-        features = FeatureSource(self.world.target, layers, self.world.trajectories, self.config)
+        features = self.world.features or FeatureSource(self.world.target, layers, self.world.trajectories, self.config)
         features.batch(range(len(self.world.trajectories)))
         read = time.perf_counter()
         with torch.autocast(self.world.target.device.type, torch.bfloat16):
@@ -210,25 +230,28 @@ def measure(steps: dict[str, Step], repetitions: int) -> list[dict[str, Any]]:
     counted = {name: operations(step.run) for name, step in steps.items()}  # also the round that warms up
     parts: dict[str, list[dict[str, float]]] = {name: [] for name in steps}
     positions = {}
-    for _ in range(repetitions):
-        for name, step in steps.items():
-            seconds, positions[name] = step.run()
+    names = list(steps)
+    for r in range(repetitions):
+        first = r % len(names)
+        for name in names[first:] + names[:first]:
+            seconds, positions[name] = steps[name].run()
             parts[name].append(seconds)
+    totals = {name: np.array([sum(run.values()) for run in runs]) for name, runs in parts.items()}
+    without = {name: totals[name] - [run["target"] for run in runs] for name, runs in parts.items()}
     rows = []
-    of_sft = total_of_sft = 0.0
-    for name in steps:
+    for name, step in steps.items():
         medians = {part: harness.median([run[part] for run in parts[name]]) for part in PARTS}
         total = sum(medians.values())
-        trained = total - medians["target"]
-        if name.startswith("SFT, head"):  # each head's SFT comes first
-            of_sft, total_of_sft = trained, total
+        trained, base = total - medians["target"], step.base
         rows.append(
             {
                 "step": name,
                 **{f"{part}_ms": 1e3 * value for part, value in medians.items()},
                 "total_ms": 1e3 * total,
-                "times_sft": trained / of_sft,
-                "times_sft_with_target": total / total_of_sft,
+                "times_sft": harness.median(without[name] / without[base]),
+                "times_sft_with_target": harness.median(totals[name] / totals[base]),
+                "gflop": counted[name] / 1e9,
+                "times_sft_flop": counted[name] / counted[base],
                 "positions": positions[name],
                 "positions_per_s": positions[name] / total,
                 "positions_per_s_features_kept": positions[name] / trained,
@@ -244,11 +267,19 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=4)
     parser.add_argument("--anchors", type=int, default=16, help="a sequence")
     parser.add_argument("--arms", nargs="+", help="beginnings of the names of those to measure; left out: all")
+    parser.add_argument("--kind", default="dflash", choices=["dflash", "dflash2", "dspark"])
+    parser.add_argument("--temperature", type=float, default=0.0, help="of the answers")
+    parser.add_argument("--features-kept", action="store_true", help="the target reads the answers once")
     harness.add_clock(parser)
     options = harness.parsed(parser)
-    world = make_world(harness.load_target(options.target), options.sequences)
-    wanted = ("SFT", *(options.arms or ARMS))
-    arms = {name: fields for name, fields in ARMS.items() if name.startswith(wanted)}
+    world = make_world(harness.load_target(options.target), options.sequences, options.kind, options.temperature)
+    if options.features_kept:
+        layers = world.make_drafter().target_layer_ids
+        features = FeatureSource(world.target, layers, world.trajectories, TrainingConfig())
+        features.batch(range(options.sequences))  # now: no step counts the operations
+        world = replace(world, features=features)
+    wanted = tuple(options.arms or ARMS)
+    arms = {n: fields for n, fields in ARMS.items() if n in ("SFT", FORWARD_KL) or n.startswith(wanted)}
     steps = {}
     for head_tokens in (None, HEAD_TOKENS):
         config = TrainingConfig(

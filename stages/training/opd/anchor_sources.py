@@ -105,7 +105,7 @@ class SuccessorAnchors(AnchorSource):
         return StepAnchors(to_device(np.stack(chosen), device))
 
 
-ROUNDS = 4  # of chains; the reason: "Chains of anchors" in `tests/benchmarks/README.md`
+ROUNDS = 4  # of chains; what they cost: "Chains of anchors" in `tests/benchmarks/README.md`
 
 
 class ChainAnchors(AnchorSource):
