@@ -85,7 +85,7 @@ def test_overrides_are_yaml_and_reach_into_lists_and_new_sections(file: Path) ->
     [
         ("sft.stpes=2", "--set sft.stpes: unknown field. Did you mean sft.steps?"),
         ("temperature=2", "unknown field here. Did you mean sft.decoding.temperature or opd.decoding.temperature or"),
-        ("sft.decoding={kind: sampled, ties: 1}", "--set sft.decoding.ties: this field belongs to another kind of sft.decoding."),
+        ("sft.decoding={kind: sampled, ties: 1}", "--set sft.decoding.ties: this field belongs to another kind"),
         ("sft.zzz=2", "unknown field. Remove it, or use one of: decoding, loss, rate, sources, steps, weights"),
         ("sft.steps=many", "--set sft.steps: expected an integer, got 'many'"),
         ("sft.loss=peper", "--set sft.loss: expected one of 'auto', 'paper', 'matched', got 'peper'"),
