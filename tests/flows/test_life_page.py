@@ -10,6 +10,7 @@ from draftsmith.artifacts.results.evaluation import Acceptance
 from draftsmith.artifacts.results.gate import GateVerdict
 from draftsmith.artifacts.tables import schemas
 from draftsmith.artifacts.tracking.registry import PROMOTION_TAGS
+from draftsmith.flows.planning.graph import topological_order
 from draftsmith.flows.refresh.config import RefreshConfig
 from draftsmith.flows.refresh.graph import refresh_nodes
 from draftsmith.stages.training.batches import Batch
@@ -59,6 +60,7 @@ def test_the_rows_are_of_one_prompt() -> None:
 
 
 def test_the_nodes_are_those_of_a_refresh() -> None:
-    config = small_refresh("my-model", "target", "prompts.jsonl", 8, registry={"name": "my-model"})
+    opd = {"anchors": "visited"}  # reads the mined table
+    config = small_refresh("my-model", "target", "prompts.jsonl", 8, registry={"name": "my-model"}, opd=opd)
     (nodes,) = [values for table, values in rows(STEPS[0]) if table == "nodes"]
-    assert list(nodes) == [node.name for node in refresh_nodes(RefreshConfig.model_validate(config))]
+    assert list(nodes) == [node.name for node in topological_order(refresh_nodes(RefreshConfig.model_validate(config)))]
