@@ -110,7 +110,7 @@ def test_an_interrupted_run_continues_and_gives_the_same_bytes(
             cut = context(tmp_path / "cut", tiny_drafter, drafter=drafter, stop_after=stop_after)
             STAGE.run(cut, config(sampling=sampling))
     last = rolled_out(tmp_path / "cut", tiny_drafter, drafter=drafter, sampling=sampling)
-    assert any("6 answers of an earlier attempt kept, 16 missing" in line for line in last.logs)
+    assert any("6 answers of an earlier attempt kept, 16 still missing" in line for line in last.logs)
     names = ["trajectories.parquet"] + (["trace.parquet", "trace.json"] if drafter else [])
     for name in names:
         assert (last.out / name).read_bytes() == (whole.out / name).read_bytes(), name

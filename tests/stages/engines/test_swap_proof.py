@@ -28,7 +28,7 @@ def test_a_target_that_the_memory_does_not_hold_is_not_loaded(
 ) -> None:
     monkeypatch.setattr(identity, "free_memory_bytes", lambda: 1e6)
     prover, new = prover_of(tiny_drafter)
-    with pytest.raises(DraftsmithError, match=r"the target on the CPU, .* where 0\.0 GB are free\. Run the command on"):
+    with pytest.raises(DraftsmithError, match=r"the target on the CPU, .* and 0\.0 GB are free\. Run the command on"):
         prover.load([new])
 
 
