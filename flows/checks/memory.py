@@ -112,7 +112,7 @@ def check_accelerators(findings: Findings, to_make: Sequence[Node]) -> None:
     if compiling and not any(map(shutil.which, compilers)):
         findings.error(
             "GPUs",
-            f"{' or '.join(compilers)}, with which Triton compiles kernels for {', '.join(compiling)}, is missing. "
+            f"{' or '.join(compilers)} is missing, which Triton needs to compile kernels for {', '.join(compiling)}. "
             "Install gcc, or set CC to a C compiler.",
         )
     import torch  # planning must not import it

@@ -100,8 +100,8 @@ class RefreshConfig(RunOptions):
     """Rollout with the SFT drafter: the answers that are mined and that OPD is trained on."""
     mining: MiningConfig = MiningConfig()
     opd: OpdConfig | None = OpdConfig()
-    """How OPD trains the SFT drafter. `opd: null`: SFT alone is the refresh, and its drafter is the challenger. Mining,
-    OPD and the control are left out; sections `assisted` and `mining` are not read."""
+    """How OPD trains the SFT drafter. `opd: null` skips mining, OPD and the control, and ignores sections `assisted`
+    and `mining`: the SFT drafter is then the challenger."""
     heldout: RolloutConfig = RolloutConfig(splits=_MEASURED)
     """The target's answers to held-out prompts, on which drafters are compared."""
     evaluation: EvaluationConfig = EvaluationConfig()

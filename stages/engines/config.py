@@ -117,7 +117,7 @@ class EmbeddedEngineConfig(Config):
     """The engine in this process."""
 
     kind: Literal["embedded"] = "embedded"
-    slots: Annotated[int | None, Field(ge=1, description="requests in flight; left out: 8, on a GPU 64")] = None
+    slots: Annotated[int | None, Field(ge=1, description="requests in flight; by default 8, on a GPU 64")] = None
 
     def slots_on(self, *, gpu: bool) -> int:
         """Return the requests in flight; a step of a GPU takes as long for a few as for many."""

@@ -161,5 +161,5 @@ def test_nodes_that_load_a_model_on_a_gpu_need_a_c_compiler(
         (tmp_path / program).touch(0o755)
     findings = Findings()
     memory.check_accelerators(findings, [node_of("gate"), node_of("sft"), node_of("mining")])
-    said = f"{missing}, with which Triton compiles kernels for sft, mining, is missing."
+    said = f"{missing} is missing, which Triton needs to compile kernels for sft, mining."
     assert [line.text.startswith(said) for line in findings.lines] == [True] * bool(missing)
