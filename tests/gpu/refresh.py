@@ -157,11 +157,11 @@ def refresh_config(name: str, folder: Path, sglang: Path | None) -> RefreshConfi
 def run(
     config: RefreshConfig,
     store: Store,
-    until: str = "evaluation",
+    until: Sequence[str] = ("mining", "evaluation"),
     ended: Callable[[list[dict[str, Any]]], None] = lambda _rows: None,
 ) -> list[dict[str, Any]]:
-    """Run the stages up to a node; print and return a row for each. ended: called with the rows as each ends."""
-    nodes = Selection(until=(until,)).nodes(REFRESH.nodes(config))
+    """Run the stages up to these nodes; print and return a row for each. ended: called with the rows as each ends."""
+    nodes = Selection(until=tuple(until)).nodes(REFRESH.nodes(config))
     refs: dict[str, Artifact] = {}
     estimates: dict[str, float] = {}
     rows = []
@@ -228,7 +228,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sglang", type=Path, metavar="PYTHON", help="generate on SGLang servers of this interpreter")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the JSON file")
     parser.add_argument("--home", type=Path, help="of artifacts and logs; left out: a folder of the model in --out")
-    parser.add_argument("--until", default="evaluation", metavar="NODE", help="the last stage; left out: evaluation")
+    parser.add_argument(
+        "--until", nargs="+", default=["mining", "evaluation"], metavar="NODE", help="the last stages (%(default)s)"
+    )
     options = parser.parse_args(arguments)
     name = options.model + ("-sglang" if options.sglang else "")
     options.json = options.out / f"refresh-{name}.json"
