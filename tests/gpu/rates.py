@@ -130,15 +130,12 @@ def _losses(rows: Rows, scale: Scale, device: str) -> None:
         for loss in LOSSES:
             fields = {"loss": loss, "scope": "block", "positions": {"kind": "d_pace"}}
             stream = ResponseStream.model_validate(fields)
-            for stance in ("force_eager", "default"):
-                torch.compiler.set_stance(stance)
-                rows.timed(
-                    f"loss {loss}",
-                    lambda signal=signal, stream=stream: head_loss(hidden, signal, stream).terms.sum().backward(),  # type: ignore[misc]
-                    compiled=stance == "default",
-                    chunk=positions,
-                    positions=N,
-                )
+            rows.timed(
+                f"loss {loss}",
+                lambda signal=signal, stream=stream: head_loss(hidden, signal, stream).terms.sum().backward(),  # type: ignore[misc]
+                chunk=positions,
+                positions=N,
+            )
 
 
 def _target_layer(rows: Rows, scale: Scale, target: Target) -> None:
