@@ -113,18 +113,21 @@ class Fleet:
 
     async def _open_launched(self, process: ServerProcess) -> Server:
         """Start and check a server; one that fails is started once more, or its GPU would idle for hours."""
-        for again in (False, True):
-            try:
-                await self._launch(process)
-                info = await self._check(process.url, ours=True)
-                return Server(process.url, info.replicas, process=process)
-            except RetryableError as error:
-                await asyncio.to_thread(process.stop, 0)  # its GPU may be needed by others
-                if again:
-                    raise
-                process.use_port(*free_ports(1))  # the first may have been taken meanwhile
-                self.log(f"started once more, on another port: {error}")
-        raise AssertionError("the second failure is raised")
+        try:
+            return await self._started(process)
+        except RetryableError as error:
+            process.use_port(*free_ports(1))  # the first may have been taken meanwhile
+            self.log(f"started once more, on another port: {error}")
+            return await self._started(process)
+
+    async def _started(self, process: ServerProcess) -> Server:
+        try:
+            await self._launch(process)
+            info = await self._check(process.url, ours=True)
+        except RetryableError:
+            await asyncio.to_thread(process.stop, 0)  # its GPU may be needed by others
+            raise
+        return Server(process.url, info.replicas, process=process)
 
     async def _check(self, url: str, *, ours: bool) -> ServerInfo:
         self._info[url] = info = await self.api.check(self._client, url, ours=ours)
