@@ -27,7 +27,7 @@ settings.register_profile(
 settings.register_profile("thorough", parent=settings.get_profile("default"), max_examples=2000, derandomize=False)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
-# Workers run beside each other, and beside real runs: their devices are those of nobody else. A measurement of one
+# Workers run at the same time as others and as real runs: nobody shares their devices. A measurement of one
 # would wait for the stages of all.
 _LOCKS = tempfile.TemporaryDirectory(prefix="draftsmith-test-devices-")  # gone with the worker
 os.environ["DRAFTSMITH_DEVICE_LOCKS"] = _LOCKS.name
@@ -72,7 +72,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files start first, so that no worker ends alone."""
+    """The longest files start first, so that no worker runs long after the others."""
 
     def rank(item: pytest.Item) -> tuple[int, bool]:
         file = item.nodeid.partition("::")[0]
@@ -123,6 +123,24 @@ def tiny_prompts() -> Path:
 def tiny_drafter() -> DrafterArtifacts:
     """Artifacts of target (float32), prompts, rollouts and SFT: a DFlash drafter of block 8, held-out tau about 6."""
     return drafter_artifacts()
+
+
+@pytest.fixture(scope="session")
+def target_with_head(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Artifact of the tiny target with the native head that was trained with it."""
+    from tests.testbed import native
+
+    return native.target_with_head(tmp_path_factory.mktemp("target-with-head"))
+
+
+@pytest.fixture(scope="session")
+def taken_head(
+    target_with_head: Path, tiny_drafter: DrafterArtifacts, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Artifact of stage `sft` that took this head as it is."""
+    from tests.testbed import native
+
+    return native.taken_head(tiny_drafter, target_with_head, tmp_path_factory.mktemp("taken-head"))
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,8 @@ from draftsmith.artifacts.store.checksums import Checksums
 from draftsmith.stages.drafters import checkpoint_format
 from draftsmith.stages.drafters.base import Drafter, DrafterInfo
 from draftsmith.stages.drafters.digest import drafter_digest
+from draftsmith.stages.drafters.mtp.config import MtpConfig
+from draftsmith.stages.drafters.mtp.families import find_head
 from draftsmith.stages.drafters.registry import KINDS, DrafterConfig
 from draftsmith.stages.drafters.spec import Architecture, RawConfig
 from draftsmith.stages.targets.causal_lm import Target
@@ -106,7 +108,7 @@ def plan_of_checkpoint(
     kind, config = read_config(folder)
     if shape is not None and (upgrade := UPGRADES.get((kind, shape.kind))):
         _check_fits(kind, config, target_config, where)
-        return _plan(shape.kind, upgrade.upgrade_config(config, shape), target_config, where, tokenizer)
+        return _plan(shape.kind, upgrade.upgrade_config(config), target_config, where, tokenizer)
     return _plan(kind, config, target_config, where, tokenizer)
 
 
@@ -118,7 +120,7 @@ def upgrade_drafter(drafter: Drafter, shape: DrafterConfig, target: Target, seed
     upgrade: Any = UPGRADES.get((drafter.kind, shape.kind))
     if upgrade is None:
         return drafter
-    config = upgrade.upgrade_config(drafter.config, shape)
+    config = upgrade.upgrade_config(drafter.config)
     _check_fits(shape.kind, config, target.config, "sft.drafter")
     upgraded = upgrade.create(config, target)
     upgraded.load_state_dict(drafter.state_dict(), strict=False)
@@ -153,8 +155,24 @@ def _skeleton(kind: str, config: Any, where: str) -> Drafter:
 def check_complete(folder: Path) -> None:
     """Check that a checkpoint has all weights, with the shapes of its config.json. Reads headers only."""
     skeleton = skeleton_of(folder)
+    architecture: Any = ARCHITECTURES[skeleton.kind]
+    if KINDS[skeleton.kind].native:
+        architecture.check_head(folder, skeleton.config)
+        return
     expected = {name: tuple(p.shape) for name, p in skeleton.named_parameters()}
-    checkpoint_format.check_weights(folder, expected, ARCHITECTURES[skeleton.kind].own_name)
+    checkpoint_format.check_weights(folder, expected, architecture.own_name)
+
+
+def has_native_head(folder: Path, config: Any, steps: int) -> bool:
+    """Check a target's head by a plan's config, and return whether there is one. Reads headers only.
+
+    Raises DraftsmithError for a head that is not whole, and if there is none without steps that train one.
+    """
+    architecture: Any = next(ARCHITECTURES[kind] for kind, traits in KINDS.items() if traits.native)
+    if steps and architecture.find_head(folder, config) is None:
+        return False
+    architecture.check_head(folder, config)
+    return True
 
 
 def block_size_of(folder: Path) -> int:
@@ -236,6 +254,18 @@ def load_drafter(
     return drafter.eval()
 
 
+def load_native_head(target: Target, folder: Path, engine: str) -> Drafter | None:
+    """Read the target's own head, and write it to `folder` as engines load it. None: its checkpoint has none.
+
+    engine: that serves it, sglang or vllm. Raises DraftsmithError if the head cannot be read here.
+    """
+    if target.folder is None or find_head(target.folder, target.config) is None:
+        return None
+    shape = MtpConfig.model_validate({"kind": "mtp", "engine": engine})
+    save_drafter(create_drafter(shape, target, 0), folder, target.dtype)
+    return load_drafter(folder, target)
+
+
 def read_info(folder: Path) -> DrafterInfo:
     """Read drafter.json; a checkpoint from elsewhere has an empty record. Raises DraftsmithError if it is damaged."""
     if not (path := folder / INFO_FILE).exists():
@@ -274,7 +304,7 @@ def check_drafter(folder: Path, target: TargetInfo) -> None:
 def check_layers(folder: Path, num_target_layers: int) -> None:
     """Refuse a checkpoint whose layers SGLang would pass differently from its training. Reads JSON only."""
     kind, config = read_config(folder)
-    ids = ARCHITECTURES[kind].target_layer_ids(config)
+    ids = [] if KINDS[kind].native else ARCHITECTURES[kind].target_layer_ids(config)
     if ids and (reason := checkpoint_format.unservable_layers(ids, num_target_layers)):
         raise DraftsmithError(
             f"drafter {folder / checkpoint_format.CONFIG_FILE}: {reason}. Train one that can be served."

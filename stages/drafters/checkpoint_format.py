@@ -130,7 +130,7 @@ def check_equal(where: str, checks: Iterable[tuple[str, Any, Any]]) -> None:
 def rope_checks(drafter: Any, target: Any) -> list[tuple[str, Any, Any]]:
     """Return the checks of two configs' rotary settings for `check_equal`.
 
-    There are none if a config does not state them, or if the target's differ by layer: a drafter may then have any.
+    The list is empty if a config has no such settings, or if the target's differ by layer: then any are right.
     """
     ours, theirs = (getattr(config, "rope_parameters", None) or {} for config in (drafter, target))
     theirs = _rotation(theirs)

@@ -17,7 +17,7 @@ from draftsmith.stages.drafters import checkpoint_format, speculators
 from draftsmith.stages.drafters.checkpoint import TOKENS_FILE, lineage_from, read_info, write_info
 from draftsmith.stages.drafters.digest import EAGLE3_LAYERS, WEIGHTS_FILE
 from draftsmith.stages.targets.describe import embedding_scale
-from draftsmith.stages.targets.layers import model_class
+from draftsmith.stages.targets.model_parts import model_class
 
 
 def export_speculators(source: Path, target_model: Path, target: str, folder: Path) -> None:

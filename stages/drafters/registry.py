@@ -17,8 +17,14 @@ _CONFIGS = (
     "draftsmith.stages.drafters.dflash2.config",
     "draftsmith.stages.drafters.dspark.config",
     "draftsmith.stages.drafters.eagle3.config",
+    "draftsmith.stages.drafters.mtp.config",
 )
 KINDS: dict[str, Traits] = {traits.kind: traits for traits in (import_module(name).TRAITS for name in _CONFIGS)}
+
+
+def is_native(kind: str) -> bool:
+    """Return whether a kind is a target's own head; False for an unknown one."""
+    return kind in KINDS and KINDS[kind].native
 
 
 def _kind_of(value: Any) -> str:

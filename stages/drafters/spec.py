@@ -82,6 +82,7 @@ class Traits:
     checkpoint: str  # module that creates, loads and saves it (`Architecture`); it imports torch
     recipe: TrainingRecipe
     served_in_any_dtype: bool = False  # SGLang on a GPU drafts with the others in bfloat16
+    native: bool = False  # the target's own head, which training starts from; it reads the last hidden state
 
 
 class Architecture(Protocol):

@@ -26,8 +26,9 @@ from draftsmith.stages.targets.describe import embedding_scale
 from draftsmith.stages.targets.fast_decoder import FastDecoder
 from draftsmith.stages.targets.info import TargetInfo, model_path, read_target_info
 from draftsmith.stages.targets.kv_cache import Address, Rows, SlotCache
-from draftsmith.stages.targets.layers import CHOOSING, Layers, causal_lm_of, decoder_of, model_class, stable_positions
+from draftsmith.stages.targets.layers import CHOOSING, Layers, stable_positions
 from draftsmith.stages.targets.loading import load_slice, load_weights
+from draftsmith.stages.targets.model_parts import causal_lm_of, decoder_of, model_class
 from draftsmith.stages.targets.packed_linear import PackedLinear, can_pack, pack
 from draftsmith.stages.targets.self_check import check_agreement
 
@@ -50,6 +51,7 @@ class Target(Facts):
     def __init__(self, model: Any, tokenizer: Any, info: TargetInfo, sharing: int = 1):
         """Take over a loaded model. sharing: ranks that share it; each has the complete embedding and head."""
         self.sharing = sharing
+        self.folder: Path | None = None  # of the model; `load` sets it
         self.model, self.tokenizer, self.info = model.eval().requires_grad_(False), tokenizer, info
         self.decoder = decoder_of(model)
         self.config = model.config.get_text_config()
@@ -85,6 +87,7 @@ class Target(Facts):
         try:
             device = device or ("cuda" if torch.cuda.is_available() else "cpu")
             target = cls._read(info, path, dtype or info.dtype, device, ranks)
+            target.folder = path
             check_agreement(target, str(path), ranks)
         except DraftsmithError:
             raise

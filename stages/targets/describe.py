@@ -24,16 +24,8 @@ from transformers.quantizers import AutoHfQuantizer
 from draftsmith.artifacts.errors import DraftsmithError, one_line
 from draftsmith.stages.targets.config import Kind, TargetConfig, check_weights
 from draftsmith.stages.targets.info import LogitMap, TargetInfo, load_tokenizer, model_digest, tokenizer_digest
-from draftsmith.stages.targets.layers import (
-    Layers,
-    UnknownLayersError,
-    causal_lm_of,
-    decoder_of,
-    model_class,
-    stable_positions,
-    usual_layer,
-    wrong_numbers,
-)
+from draftsmith.stages.targets.layers import Layers, UnknownLayersError, stable_positions, usual_layer, wrong_numbers
+from draftsmith.stages.targets.model_parts import causal_lm_of, decoder_of, model_class
 
 _DRAFTER = re.compile("eagle|medusa|dflash|dspark")  # in names of drafters' classes
 _WHOLE_MODEL = ("ForCausalLM", "ForConditionalGeneration")  # ends of names of whole models' classes
@@ -113,6 +105,7 @@ def read_config(folder: Path) -> tuple[str, PretrainedConfig]:
     architecture = first if isinstance(first, str) else ""
     entries = [*CAUSAL.values(), *WITH_IMAGES.values()]  # only the text part of the latter is used
     known = {_normalise(name) for entry in entries for name in ([entry] if isinstance(entry, str) else entry)}
+    known.add(_normalise("MiMoForCausalLM"))  # a Qwen2 (`targets/layers.py`)
     # A name that transformers does not know means the model of the config's type if it ends like a whole model's name.
     # Other names are of drafters, classifiers, …
     drafter = bool(_DRAFTER.search(_normalise(architecture)))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 INFO_FILE = "target.json"
-# The model's place and source: not in the artifact's content id, so that moving a model rebuilds nothing.
+# The model's place and source: not in the artifact's content id, so that moving a model makes nothing again.
 ORIGIN_FILE = "origin.json"
 _ORIGIN = {"source", "kind", "location", "revision"}
 # Fields of config.json about the origin of a copy, not about what it computes.

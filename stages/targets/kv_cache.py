@@ -21,7 +21,7 @@ Rows = slice | torch.Tensor  # the rows of a call: a slice (no copy) or indices,
 class KeyValueSlots:
     """Keys and values of one layer, each of shape [rows, kv_heads, capacity, head_dim], in the order of attention.
 
-    Values may have another width than keys.
+    Keys and values may differ in width.
     """
 
     def __init__(self, rows: int, capacity: int):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, DeepseekV3Config
+from transformers import DeepseekV3Config, Qwen2Config
 from transformers.cache_utils import (
     DynamicCache,
     DynamicIndexedLayer,
@@ -47,7 +47,16 @@ class _KimiK2Config(DeepseekV3Config):
         return DeepseekV3Config.from_dict(config_dict | {"model_type": DeepseekV3Config.model_type}, **kwargs)
 
 
+class _MiMoConfig(Qwen2Config):
+    """A MiMo is a Qwen2 with a head for multi-token prediction. Transformers does not know the name."""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        return Qwen2Config.from_dict(config_dict | {"model_type": Qwen2Config.model_type}, **kwargs)
+
+
 CONFIG_MAPPING.register("kimi_k2", _KimiK2Config, exist_ok=True)
+CONFIG_MAPPING.register("mimo", _MiMoConfig, exist_ok=True)
 
 
 class UnknownLayersError(ValueError):
@@ -160,23 +169,6 @@ def stable_positions(text_config: Any) -> int | None:
     if getattr(text_config, "attn_temperature_tuning", False):
         positions.append(int(text_config.floor_scale) - 1)
     return min(positions) if positions else None
-
-
-def model_class(config: Any) -> Any:
-    """Return transformers' auto class that loads a checkpoint's causal LM, or an image model that contains one."""
-    known = type(config) in AutoModelForCausalLM._model_mapping
-    return AutoModelForCausalLM if known else AutoModelForImageTextToText
-
-
-def causal_lm_of(model: Any) -> Any:
-    """Return the causal LM of a model loaded by `model_class`: some contain one, and have no head themselves."""
-    return model if model.get_output_embeddings() is not None else getattr(model, "language_model", model)
-
-
-def decoder_of(model: Any) -> Any:
-    """Return the part of a causal LM that computes hidden states of text."""
-    decoder = model.get_decoder()
-    return model.model if decoder is model else decoder  # Llama 4's get_decoder returns the model itself
 
 
 _MAX_SIZE = 2**24  # far above any size of a model

@@ -17,7 +17,8 @@ from transformers.models.auto.auto_factory import _get_model_class
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.runtime.ranks import Ranks
 from draftsmith.stages.targets.config import weight_files
-from draftsmith.stages.targets.layers import causal_lm_of, decoder_of, layer_configs, model_class
+from draftsmith.stages.targets.layers import layer_configs
+from draftsmith.stages.targets.model_parts import causal_lm_of, decoder_of, model_class
 
 
 def load_weights(kind: Any, folder: Path, file: Path | None = None, **arguments: Any) -> Any:

@@ -16,7 +16,7 @@ Fill = Mapping[str, str] | Callable[[Path], object]
 def committed(store: Store, stage: str, fill: Fill, key: str = "ab", *, force: bool = False, **fields: Any) -> Artifact:
     """Return the artifact of a key.
 
-    fill: its files, or what writes them to a folder. key: of 64 characters, or repeated to so many. fields: of the
+    fill: its files, or what writes them to a folder. key: 64 characters, or fewer, which are repeated. fields: of the
     manifest.
     """
     with store.claim(stage, (key * 64)[:64], force=force) as claim:

@@ -1,4 +1,4 @@
-"""Records the calls of a function that goes on doing its work."""
+"""Records the calls of a function that still does its work."""
 
 from __future__ import annotations
 

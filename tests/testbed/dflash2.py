@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from tests.testbed.random_target import MASK, randomise
+from tests.testbed.random_target import MASK, WIDTH, randomise
 
 if TYPE_CHECKING:
     from draftsmith.stages.drafters.dflash2.model import DFlash2Drafter
@@ -13,20 +13,19 @@ if TYPE_CHECKING:
 SIZES: dict[str, Any] = {"conv_kernel_size": 2, "conv_group_size": 8, "selector_rank": 6, "selector_top_k": 7}
 
 
-def random_dflash2(target: Target, seed: int = 0, **shape: Any) -> DFlash2Drafter:
+def random_dflash2(target: Target, seed: int = 0, **fields: Any) -> DFlash2Drafter:
     """Return a small drafter of 2 layers, block 5, target layers 2 and 0, with large random weights.
 
-    shape: other fields of DFlash2Config.
+    fields: of the checkpoint's config, such as `windows(3)`; those of SIZES within `dflash_config`.
     """
     from draftsmith.stages.drafters.dflash2 import checkpoint
     from draftsmith.stages.drafters.dflash2.config import DFlash2Config
     from draftsmith.stages.drafters.dflash2.model import DFlash2Drafter
 
-    fields: dict[str, Any] = {"num_layers": 2, "block_size": 5, "target_layer_ids": (2, 0), "intermediate_size": 40}
-    fields |= {"mask_token": MASK, **SIZES, **shape}
-    config = checkpoint.new_config(
-        DFlash2Config(kind="dflash2", **fields), target.model.config, lambda: target.tokenizer
-    )
+    shape = DFlash2Config(kind="dflash2", num_layers=2, block_size=5, target_layer_ids=(2, 0), mask_token=MASK)
+    config = checkpoint.new_config(shape, target.model.config, lambda: target.tokenizer)
+    config.dflash_config |= {name: fields.pop(name, size) for name, size in SIZES.items()}
+    config.update({"intermediate_size": WIDTH, **fields})
     drafter = DFlash2Drafter(config, target.embedding)
     randomise(drafter, seed)
     return drafter.eval()

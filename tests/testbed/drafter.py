@@ -71,7 +71,7 @@ def keep_prompts(prompts: Path, folder: Path, heldout: set[str]) -> Path:
 
 
 def drafter_artifacts() -> DrafterArtifacts:
-    """Return the shipped artifacts in the cache, where that of the target is added: it names the model's folder."""
+    """Return the shipped artifacts in the cache, and add the target's, which names the model's folder."""
     from draftsmith.stages.targets import body, config, info, stage
     from tests.testbed import drafter
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tests.testbed.random_target import MASK, randomise
+from tests.testbed.random_target import MASK, WIDTH, randomise
 
 if TYPE_CHECKING:
     from draftsmith.stages.drafters.dspark.model import DSparkDrafter
@@ -29,12 +29,10 @@ def random_dspark(
         num_layers=2,
         block_size=5,
         target_layer_ids=target_layer_ids,
-        intermediate_size=40,
         mask_token=MASK,
-        markov_rank=6,
-        confidence_head=confidence_head,
     )
     config = checkpoint.new_config(shape, target.model.config, lambda: target.tokenizer)
+    config.intermediate_size, config.markov_rank, config.enable_confidence_head = WIDTH, 6, confidence_head
     config.sample_from_anchor, config.confidence_head_with_markov = from_anchor, confidence_reads_token
     drafter = checkpoint.create(config, target)
     randomise(drafter, seed, large="markov_w")

@@ -27,7 +27,6 @@ def random_eagle3(target: Target, seed: int = 0) -> Eagle3Drafter:
         block_size=5,
         target_layer_ids=(2, 0, 1),
         draft_vocab_size=RANDOM_VOCABULARY,
-        intermediate_size=40,
     )
     generator = torch.Generator().manual_seed(seed + 1)
     frequent = torch.randperm(random_target.VOCAB_SIZE, generator=generator)

@@ -12,7 +12,7 @@ import torch
 from tests.testbed.random_target import HIDDEN_SIZE, VOCAB_SIZE, fill, save
 
 WINDOW = 6  # positions that a sliding layer reads
-WORDS = VOCAB_SIZE - 4  # of the tokenizer, to which that of some families adds one
+WORDS = VOCAB_SIZE - 4  # of the tokenizer; some families' tokenizers add one
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": HIDDEN_SIZE,

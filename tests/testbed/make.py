@@ -29,13 +29,13 @@ from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.runtime.stage import Stage
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training.sft.stage import STAGE as SFT
-from tests.testbed import target, ties
+from tests.testbed import native, target, ties
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts, keep_prompts, write_target
 from tests.testbed.procedural.training import MASK, train_target
 
 HELDOUT = {"validation": 8, "heldout": 60}  # prompts
-SPARE = 16  # more of either held-out split, of which those with a near-tie are left out
+SPARE = 16  # more of either held-out split, without those that have a near-tie
 TAU = {"dflash": (5.0, 7.5), "eagle3": (2.5, 4.5)}  # on held-out answers: tests may rely on it
 ANSWER_TOKENS = 128
 DFLASH_STEPS, EAGLE3_STEPS = 500, 120
@@ -83,6 +83,8 @@ def make(folder: Path, seed: int) -> None:
     _run(SFT, folder / "eagle3", answered, seed, **TRAINING, drafter=EAGLE3, steps=EAGLE3_STEPS)
     _keep_clear_answers(made)
     _check_tau(made, {"dflash": made.drafter, "eagle3": folder / "eagle3"})
+    with tempfile.TemporaryDirectory() as work:
+        native.train_head(made, first, folder / native.HEAD_NAME, Path(work), seed)
     shutil.rmtree(made.target)  # names a folder of this machine
     for info in folder.rglob("drafter.json"):
         info.write_text(info.read_text().replace(f"{folder}/", ""))

@@ -17,6 +17,7 @@ from tests.testbed.context import RecordingContext
 
 VOCAB_SIZE, HIDDEN_SIZE, LAYERS = 64, 32, 4
 MASK, END = "<|mask|>", "<|end|>"  # ids 62 and 63
+WIDTH = 40  # of a drafter's MLP; the target's is 48
 TEXT_TOKENS = 62
 
 
@@ -72,7 +73,7 @@ def save(model: Any, folder: Path, vocabulary: int) -> None:
 
 
 def write_artifact(folder: Path, seed: int = 0) -> Path:
-    """Write an artifact of stage `target` in `folder/out`, with the model beside it; return the artifact's folder."""
+    """Write an artifact of stage `target` in `folder/out`, with the model next to it; return the artifact's folder."""
     write_model(folder / "model", seed)
     return resolved(folder)
 
@@ -130,22 +131,26 @@ def write_trajectories(folder: Path, made: list[Trajectory], temperature: float 
     return folder
 
 
-def random_drafter(target: Target, seed: int = 0, *, is_causal: bool | None = None, **windows: Any) -> DFlashDrafter:
+def random_drafter(target: Target, seed: int = 0, **fields: Any) -> DFlashDrafter:
     """Return a drafter of 2 layers, block 5, target layers 2 and 0, with large random weights.
 
-    windows: fields of DFlashConfig; is_causal: of the checkpoint's config.
+    fields: of the checkpoint's config, such as `windows(3)`.
     """
     from draftsmith.stages.drafters.dflash import checkpoint
     from draftsmith.stages.drafters.dflash.config import DFlashConfig
 
-    sizes = {"num_layers": 2, "block_size": 5, "target_layer_ids": (2, 0), "intermediate_size": 40, "mask_token": MASK}
-    shape = DFlashConfig.model_validate(sizes | windows)
+    shape = DFlashConfig(num_layers=2, block_size=5, target_layer_ids=(2, 0), mask_token=MASK)
     config = checkpoint.new_config(shape, target.model.config, lambda: target.tokenizer)
-    if is_causal is not None:
-        config.is_causal = is_causal
+    config.update({"intermediate_size": WIDTH, **fields})
     drafter = DFlashDrafter(config, target.embedding)
     randomise(drafter, seed)
     return drafter.eval()
+
+
+def windows(size: int, *types: str) -> dict[str, Any]:
+    """Return the fields of a drafter of 2 layers that slide, or of these types."""
+    layers = list(types or ["sliding_attention"] * 2)
+    return {"use_sliding_window": True, "sliding_window": size, "layer_types": layers}
 
 
 def randomise(drafter: Drafter, seed: int, large: str = "") -> None:

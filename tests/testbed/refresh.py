@@ -1,4 +1,4 @@
-"""Configs of refreshes: a small one with every stage, which tests override, and those of YAML files. Single nodes."""
+"""Configs of refreshes: a small one with every stage, which tests override, and YAML files. Runs single nodes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RefreshConfig:
 
 
 def node_of(stage: str, inputs: Mapping[str, str] | None = None, node: str = "", /, **fields: Any) -> Node:
-    """Return a node of a stage of the catalogue. node: its name, left out: the stage's. fields: of its config."""
+    """Return a node of a stage of the catalogue. node: its name, by default the stage's. fields: of its config."""
     made = Node(node or stage, STAGES[stage], Config(), inputs or {})
     return replace(made, config=made.stage.config.model_validate(fields))
 

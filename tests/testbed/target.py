@@ -1,6 +1,6 @@
 """The test bed's target: a Qwen3-style causal LM of under a million parameters, trained on procedural text.
 
-It is shipped with its prompts, its drafters and their answers (`make.py`), since another machine would train others.
+It is shipped with its prompts, its drafters and their answers (`make.py`): another machine would train other weights.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, load_prompts, load_trajectories
+from draftsmith.stages.data.stored_prompts import load_prompts
+from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, load_trajectories
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.targets.causal_lm import Target
 from tests.testbed import target

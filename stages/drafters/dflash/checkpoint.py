@@ -68,21 +68,13 @@ def new_config(shape: DFlashConfig, target_config: Any, tokenizer: Callable[[], 
     return Qwen3Config(
         architectures=[ARCHITECTURE],
         **checkpoint_format.target_fields(target_config),
-        intermediate_size=shape.intermediate_size or checkpoint_format.intermediate_size(target_config),
+        intermediate_size=checkpoint_format.intermediate_size(target_config),
         num_hidden_layers=shape.num_layers,
-        **_windows(shape),
+        use_sliding_window=False,
         num_target_layers=layers,
         block_size=shape.block_size,
         dflash_config={"mask_token_id": mask_id, "target_layer_ids": list(ids), "block_size": shape.block_size},
     )
-
-
-def _windows(shape: DFlashConfig) -> RawConfig:
-    """Return the config fields for layers with a sliding window, as engines read them."""
-    if shape.sliding_window is None:
-        return {"use_sliding_window": False}
-    types = shape.layer_types or ("sliding_attention",) * shape.num_layers
-    return {"use_sliding_window": True, "sliding_window": shape.sliding_window, "layer_types": list(types)}
 
 
 def create(config: Qwen3Config, target: Target, frequent: torch.Tensor | None = None) -> DFlashDrafter:  # noqa: ARG001

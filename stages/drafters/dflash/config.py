@@ -29,32 +29,11 @@ class DFlashConfig(DrafterShape):
             "the first that no text contains, which `draftsmith check` names"
         ),
     ] = None
-    intermediate_size: Annotated[int | None, Field(ge=1, description="width of the MLP; default: the target's")] = None
-    sliding_window: Annotated[
-        int | None,
-        Field(
-            ge=1,
-            description="positions that a query of a sliding layer sees, with its own; such layers read the block only "
-            "backwards, as in engines; default: all layers see everything",
-        ),
-    ] = None
-    layer_types: Annotated[
-        tuple[Literal["full_attention", "sliding_attention"], ...] | None,
-        Field(description="type of every layer, with sliding_window; default: all slide"),
-    ] = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.target_layer_ids is not None and self.num_target_features is not None:
             raise ValueError("give target_layer_ids or num_target_features, not both")
-        if self.layer_types is None:
-            return self
-        if len(self.layer_types) != self.num_layers:
-            raise ValueError(
-                f"layer_types names {len(self.layer_types)} layers of {self.num_layers}. Give the type of every layer."
-            )
-        if ("sliding_attention" in self.layer_types) != (self.sliding_window is not None):
-            raise ValueError("sliding_window belongs to layers that slide: give both, or neither")
         return self
 
 

@@ -22,7 +22,12 @@ ARCHITECTURE = "DFlash2DraftModel"
 MODEL = DFlash2Drafter
 UPGRADES = "dflash"  # the kind whose weights it can start from
 # Fields of `dflash_config`:
-_SIZES = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")
+NEW_SIZES = {  # as in z-lab's checkpoints
+    "conv_kernel_size": 2,  # taps of the convolutions around every sublayer; 0, with conv_group_size: none
+    "conv_group_size": 16,  # channels that share a dynamic kernel
+    "selector_rank": 256,  # width of the tokens' codebooks
+    "selector_top_k": 16,  # candidates of an offset
+}
 _MULTIPLIER, _SOFTCAP = "output_multiplier", "final_logit_softcapping"  # map the head's products to unary scores
 check_fits, target_layer_ids, own_name = dflash.check_fits, dflash.target_layer_ids, dflash.own_name
 save, load_weights = dflash.save, dflash.load_weights
@@ -30,14 +35,14 @@ save, load_weights = dflash.save, dflash.load_weights
 
 def new_config(shape: DFlash2Config, target_config: Any, tokenizer: Callable[[], Any]) -> Qwen3Config:
     """Return the config of a new drafter: DFlash's, with the sizes of the additions."""
-    return upgrade_config(dflash.new_config(shape, target_config, tokenizer), shape)
+    return upgrade_config(dflash.new_config(shape, target_config, tokenizer))
 
 
-def upgrade_config(config: Qwen3Config, shape: DFlash2Config) -> Qwen3Config:
+def upgrade_config(config: Qwen3Config) -> Qwen3Config:
     """Return the config of a DFlash drafter that continues as a DFlash2. Shared fields stay as they are."""
     extended = copy.deepcopy(config)
     extended.architectures = [ARCHITECTURE]
-    extended.dflash_config = {**config.dflash_config, **{name: getattr(shape, name) for name in _SIZES}}
+    extended.dflash_config = {**config.dflash_config, **NEW_SIZES}
     _check_sizes("sft.drafter", extended)
     return extended
 
@@ -53,7 +58,7 @@ def _with_logits_of(target: Target, config: Qwen3Config) -> Qwen3Config:
 
 
 def _check_sizes(where: str, config: Qwen3Config) -> None:
-    sizes = {name: config.dflash_config.get(name) or 0 for name in _SIZES}
+    sizes = {name: config.dflash_config.get(name) or 0 for name in NEW_SIZES}
     multiplier, softcap = config.dflash_config.get(_MULTIPLIER, 1), config.dflash_config.get(_SOFTCAP) or 0
     checkpoint_format.require_kinds(
         Path(where),
@@ -99,6 +104,6 @@ def description(config: Qwen3Config, tokenizer: Callable[[], Any]) -> str:
 
 def parse(path: Path, raw: RawConfig) -> Qwen3Config:
     """Parse the config.json of a checkpoint."""
-    config = dflash.parse(path, raw, ARCHITECTURE, computed=(*_SIZES, _MULTIPLIER, _SOFTCAP))
+    config = dflash.parse(path, raw, ARCHITECTURE, computed=(*NEW_SIZES, _MULTIPLIER, _SOFTCAP))
     _check_sizes(str(path), config)
     return config

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
-
-from pydantic import Field
+from typing import Literal
 
 from draftsmith.stages.drafters.dflash.config import DFlashConfig
 from draftsmith.stages.drafters.spec import TrainingRecipe, Traits
@@ -14,12 +12,6 @@ class DFlash2Config(DFlashConfig):
     """Shape of a new DFlash2 drafter, or of the additions to a DFlash drafter that training starts from."""
 
     kind: Literal["dflash2"]  # type: ignore[assignment]
-    conv_kernel_size: Annotated[
-        int, Field(ge=0, description="taps of the convolutions around every sublayer; 0, with conv_group_size: none")
-    ] = 2
-    conv_group_size: Annotated[int, Field(ge=0, description="channels that share a dynamic kernel")] = 16
-    selector_rank: Annotated[int, Field(ge=1, description="width of the tokens' codebooks")] = 256
-    selector_top_k: Annotated[int, Field(ge=1, description="candidates of an offset")] = 16
 
 
 TRAITS = Traits(

@@ -24,6 +24,7 @@ from draftsmith.stages.targets.causal_lm import Target
 ARCHITECTURE = "Qwen3DSparkModel"
 MODEL = DSparkDrafter
 UPGRADES = "dflash"  # the kind whose weights it can start from
+_RANK = 256  # of a new drafter's bias from the token before an offset
 _HEAD = "vanilla"  # the head that is computed here; SGLang knows two others
 OTHER_NAMES = ("DSparkDraftModel", "LingDSparkModel")  # other names of the same model
 target_layer_ids = dflash.target_layer_ids
@@ -37,22 +38,22 @@ _EITHER = ("block_size", "mask_token_id", "target_layer_ids", "markov_rank", "ma
 
 def new_config(shape: DSparkConfig, target_config: Any, tokenizer: Callable[[], Any]) -> Qwen3Config:
     """Return the config of a new drafter: widths, heads and rotary parameters are the target's."""
-    return _with_additions(dflash.new_config(shape, target_config, tokenizer), shape, from_anchor=True)
+    return _with_additions(dflash.new_config(shape, target_config, tokenizer), from_anchor=True)
 
 
-def upgrade_config(config: Qwen3Config, shape: DSparkConfig) -> Qwen3Config:
+def upgrade_config(config: Qwen3Config) -> Qwen3Config:
     """Return the config of a DFlash drafter that continues as DSpark.
 
     Every offset keeps its query, so the anchor's query is unused.
     """
-    return _with_additions(config, shape, from_anchor=False)
+    return _with_additions(config, from_anchor=False)
 
 
-def _with_additions(config: Qwen3Config, shape: DSparkConfig, *, from_anchor: bool) -> Qwen3Config:
+def _with_additions(config: Qwen3Config, *, from_anchor: bool) -> Qwen3Config:
     extended = copy.deepcopy(config)
     extended.architectures = [ARCHITECTURE]
-    extended.markov_rank, extended.markov_head_type = shape.markov_rank, _HEAD
-    extended.enable_confidence_head, extended.confidence_head_with_markov = shape.confidence_head, True
+    extended.markov_rank, extended.markov_head_type = _RANK, _HEAD
+    extended.enable_confidence_head, extended.confidence_head_with_markov = True, True
     extended.sample_from_anchor = from_anchor
     return extended
 

@@ -15,11 +15,6 @@ class DSparkConfig(DFlashConfig):
 
     kind: Literal["dspark"]  # type: ignore[assignment]
     block_size: Annotated[int, Field(ge=2, description="anchor + proposals")] = 8
-    markov_rank: Annotated[int, Field(ge=1, description="rank of the bias from the token before an offset")] = 256
-    confidence_head: Annotated[
-        bool,
-        Field(description="predict the probability that a proposal is accepted; SGLang may cut blocks by it"),
-    ] = True
 
 
 TRAITS = Traits(

@@ -56,7 +56,7 @@ def new_config(shape: Eagle3Config, target_config: Any, tokenizer: Callable[[], 
     return LlamaConfig(
         architectures=[ARCHITECTURE],
         **_with_heads_that_divide(checkpoint_format.target_fields(target_config)),
-        intermediate_size=shape.intermediate_size or checkpoint_format.intermediate_size(target_config),
+        intermediate_size=checkpoint_format.intermediate_size(target_config),
         num_hidden_layers=1,
         hidden_act="silu",
         mlp_bias=False,

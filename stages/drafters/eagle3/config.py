@@ -25,7 +25,6 @@ class Eagle3Config(DrafterShape):
         int | None,
         Field(ge=2, description="propose only from the most frequent tokens of the answers, this many; default: all"),
     ] = None
-    intermediate_size: Annotated[int | None, Field(ge=1, description="width of the MLP; default: the target's")] = None
 
 
 TRAITS = Traits(

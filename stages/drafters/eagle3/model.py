@@ -1,55 +1,25 @@
 """The EAGLE-3 draft model: one decoder layer that reads the target's features and its own proposals.
 
-Source: arXiv 2503.01840, section 3, and the parameter layout of its public checkpoints. The layer's entry at position i
-is made of the token at i + 1 and a feature of position i: `fc` of three of the target's hidden states for verified
-positions, the layer's own output for proposals. Its output predicts the token at i + 2.
-
-There is one layer, so keys and values of an entry depend only on its token and feature: entries of the verified
-prefix need no attention, all anchors share them, and the input of a block depends only on the trajectory. Unrolling a
-chain on the trajectory's tokens is the training-time test of the paper; on its own proposals it is drafting.
+Source: arXiv 2503.01840, section 3, and the parameter layout of its public checkpoints. The feature of a verified
+position is `fc` of three of the target's hidden states; that of a proposal is the layer's own output.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
-from draftsmith.stages.drafters.base import BlockSampler, Context, Drafter, argmax_tokens, as_input
-from draftsmith.stages.drafters.block_attention import ContextMask, block_attention
+from draftsmith.stages.drafters.base import as_input
+from draftsmith.stages.drafters.chain import Chain, ChainDrafter
 from draftsmith.stages.drafters.compiled import fused
 from draftsmith.stages.drafters.eagle3.config import TRAITS
 from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.drafters.spec import StepShape
-from draftsmith.stages.targets.kv_cache import KeyValueSlots, Rows
 
 FEATURES = 3  # low, middle, high
-
-
-@dataclass
-class PrefixContext(Context):
-    """Entries and features of the verified prefix: position i at index i."""
-
-    keys: torch.Tensor  # [B, kv_heads, T, head_dim], rotated; entry i is final once the token at i + 1 is
-    values: torch.Tensor  # [B, kv_heads, T, head_dim]
-    features: torch.Tensor  # [B, T, H], after `fc`
-
-
-class PrefixSlots(Context):
-    """The context while decoding: one row per request, position p at index p + 1.
-
-    Index 0 holds the unused entry before the first position, so that a prompt needs no special case.
-    """
-
-    def __init__(self, rows: int, capacity: int):
-        self.entries = KeyValueSlots(rows, capacity + 1)
-        self.rows, self.capacity = rows, capacity
-        self.features: torch.Tensor | None = None  # [rows, capacity + 1, H], allocated with the first features
 
 
 class EagleAttention(nn.Module):
@@ -123,42 +93,11 @@ class EagleLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class _Chain(BlockSampler):
-    """Unrolls A chains per row: each call takes the next token of every chain."""
-
-    def __init__(self, drafter: Eagle3Drafter, context: PrefixContext, anchors: torch.Tensor, head: Head | None = None):
-        self.drafter, self.context = drafter, context
-        if head is not None:  # None: the caller needs only hidden states
-            self.head = head
-        self.positions = (anchors - 1).clamp(min=0)  # position of the entry that holds the anchor's token
-        self.features = context.features.gather(
-            1, self.positions[..., None].expand(-1, -1, context.features.shape[-1])
-        )  # [B, A, H]
-        self.context_mask = ContextMask(self.positions)
-        self._keys: list[torch.Tensor] = []  # each [B, kv_heads, A, D]
-        self._values: list[torch.Tensor] = []
-
-    def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return hidden states [B, A, H] that predict the token after each of `tokens` [B, A]."""
-        layer = self.drafter.midlayer
-        x = self.drafter.embed(tokens)
-        queries, keys, values = layer.before(x, self.features, self.drafter.rope(self.positions + len(self._keys), x))
-        self._keys, self._values = [*self._keys, keys], [*self._values, values]
-        own = torch.stack(self._keys, 3), torch.stack(self._values, 3)
-        prefix = self.context.keys, self.context.values
-        attended = block_attention(queries[..., None, :], prefix, own, self.context_mask)  # one query per chain
-        self.features = layer.after(self.features, attended[:, :, 0])
-        return self.drafter.norm(self.features)
-
-    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.head.logits(self.step(tokens))
-
-
-class Eagle3Drafter(Drafter):
+class Eagle3Drafter(ChainDrafter):
     """The draft model. Parameter names are those of public checkpoints: `fc`, `midlayer.…`, `norm`, `lm_head`."""
 
     kind, recipe = TRAITS.kind, TRAITS.recipe
-    autoregressive, has_own_head = True, True
+    has_own_head = True
     layer_names = ("fc", "midlayer")
 
     def __init__(self, config: LlamaConfig, embedding: torch.Tensor, draft_tokens: torch.Tensor | None = None):
@@ -194,54 +133,26 @@ class Eagle3Drafter(Drafter):
             row_norm = self.lm_head.weight.norm(dim=-1).mean()
         nn.init.constant_(self.norm.weight, float(1.0 / row_norm))
 
-    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return the embeddings [..., H] of tokens [...]."""
-        return F.embedding(tokens, self._embedding[0]).to(self.norm.weight.dtype)
-
     def rope(self, positions: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cosines and sines at positions [B, N]."""
         rope: tuple[torch.Tensor, torch.Tensor] = self.rotary(like, position_ids=positions)
         return rope
 
-    def encode(self, features: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor) -> PrefixContext:
-        fused = self.fc(as_input(features, self.norm.weight.dtype))
-        # The last entry's token is not known yet; the block of the following anchor computes that entry itself.
-        following = torch.cat([tokens[:, 1:], tokens[:, -1:]], 1)
-        keys, values = self._entries(following, fused, positions)
-        return PrefixContext(keys, values, fused)
+    def fuse(self, features: torch.Tensor) -> torch.Tensor:
+        fused: torch.Tensor = self.fc(as_input(features, self.norm.weight.dtype))
+        return fused
 
-    def _entries(
-        self, following: torch.Tensor, fused: torch.Tensor, positions: torch.Tensor
+    def entries(
+        self, following: torch.Tensor, features: torch.Tensor, positions: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         x = self.embed(following)
-        return self.midlayer.entries(x, fused, self.rope(positions, x))
+        return self.midlayer.entries(x, features, self.rope(positions, x))
 
-    def block_hidden(self, context: Context, tokens: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
-        assert isinstance(context, PrefixContext)
-        chain = _Chain(self, context, anchors)
-        return torch.stack([chain.step(tokens[..., k]) for k in range(tokens.shape[-1])], 2)
-
-    def block_sampler(
-        self,
-        context: Context,
-        anchor_tokens: torch.Tensor,  # noqa: ARG002
-        anchors: torch.Tensor,
-        block_size: int,  # noqa: ARG002
-        head: Head,
-    ) -> BlockSampler:
-        assert isinstance(context, PrefixContext)
-        return _Chain(self, context, anchors, head)
-
-    @torch.no_grad()
-    def propose(
-        self, context: Context, anchor_tokens: torch.Tensor, anchors: torch.Tensor, block_size: int, head: Head
-    ) -> torch.Tensor:
-        assert isinstance(context, PrefixContext)
-        chain = _Chain(self, context, anchors)
-        tokens = [anchor_tokens]
-        for _ in range(block_size - 1):
-            tokens.append(argmax_tokens(chain.step(tokens[-1]), head))
-        return torch.stack(tokens[1:], -1)
+    def advance(self, chain: Chain, tokens: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x, features = self.embed(tokens), chain.features
+        attended = chain.attend(*self.midlayer.before(x, features, self.rope(positions, x)))
+        features = self.midlayer.after(features, attended)
+        return self.norm(features), features
 
     def head_over(self, target_head: torch.Tensor, token_ids: torch.Tensor | None) -> Head:  # noqa: ARG002
         if token_ids is not None:
@@ -273,42 +184,3 @@ class Eagle3Drafter(Drafter):
         head = shape.head_positions * shape.head_rows * H
         attention_passes, head_passes = (7, 4 if shape.rank is None else 3) if training else (2, 1)
         return 2.0 * (maps + attention_passes * attention + head_passes * head)
-
-    def new_context(self, rows: int, capacity: int) -> PrefixSlots:
-        return PrefixSlots(rows, capacity)
-
-    def extend(
-        self,
-        context: Context,
-        rows: Rows,
-        features: torch.Tensor,
-        tokens: torch.Tensor,
-        positions: torch.Tensor,
-        lengths: torch.Tensor | None = None,  # noqa: ARG002
-    ) -> None:
-        """Add features. The first token completes the entry before it, which held a proposal or nothing until now."""
-        assert isinstance(context, PrefixSlots)
-        if isinstance(rows, slice):
-            rows = torch.arange(rows.start, rows.stop, device=positions.device)
-        row_index = rows[:, None]
-        fused = self.fc(as_input(features, self.norm.weight.dtype))
-        if context.features is None:
-            context.features = fused.new_zeros(context.rows, context.capacity + 1, fused.shape[-1])
-        before = context.features[row_index, positions[:, :1]]  # index p holds position p - 1
-        context.features[row_index, positions + 1] = fused
-        keys, values = self._entries(tokens, torch.cat([before, fused[:, :-1]], 1), (positions - 1).clamp(min=0))
-        context.entries.write(row_index, positions, keys.transpose(1, 2), values.transpose(1, 2))
-
-    def select(self, context: Context, rows: Rows, length: int) -> PrefixContext:
-        if isinstance(context, PrefixContext):
-            keys, values = (entries[rows, :, :length] for entries in (context.keys, context.values))
-            return PrefixContext(keys, values, context.features[rows, :length])
-        assert isinstance(context, PrefixSlots) and context.features is not None
-        keys, values = (entries[:, :, 1:] for entries in context.entries.read(rows, length + 1))
-        return PrefixContext(keys, values, context.features[rows, 1 : length + 1])
-
-    def move_row(self, context: Context, source: int, to: int) -> None:
-        assert isinstance(context, PrefixSlots)
-        context.entries.move_row(source, to)
-        if context.features is not None:
-            context.features[to] = context.features[source]

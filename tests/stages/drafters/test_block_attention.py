@@ -76,9 +76,9 @@ def make_case(
     window: int | None = None,
     causal: bool = False,
 ) -> Case:
-    """heads: key heads and queries' heads of each. Blocks see anything from nothing to more than there is.
+    """heads: key heads, and query heads per key head. Blocks see between no entries and more than there are.
 
-    before: entries that a block sees of what lies before it; window and causal: as of `ContextMask`.
+    before: entries before a block that it sees; window, causal: same as in `ContextMask`.
     """
     generator = torch.Generator().manual_seed(seed)
     kv_heads, shared = heads
@@ -174,7 +174,7 @@ def test_a_window_bounds_operations_and_memory_reads() -> None:
 
     needed = 7 * 2 * (2 * 2 * A * S) * (W - 1 + S) * 8
     assert counted(200) <= 2 * needed
-    assert counted(20_000) <= needed  # every block is read alone
+    assert counted(20_000) <= needed  # every block is read by itself
 
 
 @pytest.mark.parametrize("window", [5, 3])

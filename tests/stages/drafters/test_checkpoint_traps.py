@@ -56,7 +56,7 @@ DFLASH: dict[str, tuple[Edit, str]] = {
         within("rope_parameters", **YARN),
         "rope_parameters has attention_factor",
     ),
-    "windows that an engine leaves out": (
+    "windows that an engine ignores": (
         setting(layer_types=SLIDING, sliding_window=4),
         "use_sliding_window is not true",
     ),

@@ -23,12 +23,11 @@ from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.info import LogitMap
 from draftsmith.stages.training.config import TrainingConfig
 from draftsmith.stages.training.softmax_heads import HeadSource
-from tests.testbed.dflash2 import SIZES
 from tests.testbed.families import write_family
 from tests.testbed.random_target import MASK, random_drafter
 
-DFLASH2 = DFlash2Config(kind="dflash2", target_layer_ids=(0,), num_layers=1, **SIZES)
-DSPARK = DSparkConfig(kind="dspark", target_layer_ids=(0,), num_layers=1, markov_rank=6, mask_token=MASK)
+DFLASH2 = DFlash2Config(kind="dflash2", target_layer_ids=(0,), num_layers=1)
+DSPARK = DSparkConfig(kind="dspark", target_layer_ids=(0,), num_layers=1, mask_token=MASK)
 FIELDS = {"Gemma 2": (1.0, 3.0), "Granite": (0.25, 0)}  # as SGLang reads them from a DFlash2's config
 
 

@@ -28,14 +28,14 @@ from tests.testbed.dflash2 import random_dflash2
 from tests.testbed.dspark import random_dspark
 from tests.testbed.eagle3 import random_eagle3
 from tests.testbed.families import write_family
-from tests.testbed.random_target import random_drafter
+from tests.testbed.random_target import random_drafter, windows
 
 FORMS: dict[str, Any] = {
     "dflash": random_drafter,
-    "dflash, windows": lambda t: random_drafter(t, sliding_window=3),
-    "dflash, windows read both ways": lambda t: random_drafter(t, sliding_window=6, is_causal=False),
+    "dflash, windows": lambda t: random_drafter(t, **windows(3)),
+    "dflash, windows read both ways": lambda t: random_drafter(t, **windows(6), is_causal=False),
     "dflash2": random_dflash2,
-    "dflash2, windows": lambda t: random_dflash2(t, sliding_window=6),
+    "dflash2, windows": lambda t: random_dflash2(t, **windows(6)),
     "dspark": random_dspark,
     "dspark, confidence of states": lambda t: random_dspark(t, confidence_reads_token=False),
     "dspark, upgraded": lambda t: random_dspark(t, from_anchor=False, confidence_head=False),
@@ -47,7 +47,7 @@ Export = Callable[[Drafter], Path]
 
 @pytest.fixture
 def exported(plain_artifact: Path, tmp_path: Path) -> Export:
-    """Return what saves a drafter in the folder `own` and exports it to another one, which it returns."""
+    """Return a function that saves a drafter in the folder `own`, and returns the folder that it exports it to."""
 
     def export(drafter: Drafter, dtype: torch.dtype = torch.float32) -> Path:
         save_drafter(drafter, tmp_path / "own", dtype)
@@ -76,7 +76,7 @@ def test_an_exported_drafter_is_read_back_unchanged(
 
 
 def test_exported_fields_are_those_of_the_library(plain_target: Target, exported: Export, tmp_path: Path) -> None:
-    folder = exported(random_dflash2(plain_target, sliding_window=6))
+    folder = exported(random_dflash2(plain_target, **windows(6)))
     config = json.loads((folder / "config.json").read_text())
     assert config["speculators_model_type"] == config["speculators_config"]["algorithm"] == "dflash2"
     verifier = {"name_or_path": "someone/target", "architectures": ["Qwen3ForCausalLM"]}
@@ -160,7 +160,7 @@ def test_a_dspark_that_sglang_reads_one_slot_off_is_refused_in_this_layout_alone
         (lambda t: random_drafter(t, is_causal=True), "is_causal is true"),
         (lambda t: random_dflash2(t, conv_kernel_size=0, conv_group_size=0), "has no convolutions"),
         (
-            lambda t: random_dflash2(t, sliding_window=6, layer_types=("sliding_attention", "full_attention")),
+            lambda t: random_dflash2(t, **windows(6, "sliding_attention", "full_attention")),
             "vLLM would make all layers alike",
         ),
     ],

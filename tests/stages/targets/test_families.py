@@ -39,6 +39,7 @@ from draftsmith.stages.targets.estimate import ModelSize, target_size
 from draftsmith.stages.targets.info import LogitMap, TargetInfo, read_target_info, write_target_info
 from draftsmith.stages.targets.kv_cache import KeyValueSlots, SlotCache
 from draftsmith.stages.targets.layers import Layers
+from draftsmith.stages.targets.model_parts import model_class
 from draftsmith.stages.targets.sampling import SamplingParams
 from draftsmith.stages.targets.self_check import check_agreement
 from draftsmith.stages.training.config import OpdConfig, TrainingConfig
@@ -92,7 +93,7 @@ class Case:
     @classmethod
     def made(cls, family: str, folder: Path) -> Case:
         write_family(folder, family)
-        loader = capabilities.model_class(AutoConfig.from_pretrained(folder))
+        loader = model_class(AutoConfig.from_pretrained(folder))
         reference = loader.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
         return cls(family, folder, Target.from_source(folder, dtype="float32", device="cpu"), reference)
 
@@ -131,7 +132,7 @@ class Case:
 
     @cached_property
     def drafter(self) -> Pairs:
-        shape = DFlashConfig(num_layers=1, block_size=BLOCK, target_layer_ids=LAYERS, intermediate_size=40)
+        shape = DFlashConfig(num_layers=1, block_size=BLOCK, target_layer_ids=LAYERS)
         drafter = create_drafter(shape, self.target, seed=0)
         assert isinstance(drafter, DFlashDrafter)
         counts = np.zeros((self.target.embedding.shape[0],) * 2)
@@ -286,7 +287,7 @@ def test_losses_and_proposals_read_the_familys_own_distribution(case: Case) -> N
     following = torch.tensor(tokens[1:])
     context = LossContext(heads, case.target.head_weight, positions_per_chunk=512)
     signal = TargetSignal(following, following, hidden[:-1], context, temperature=1.0)
-    close(signal.logits().log_softmax(-1), distribution[:-1])
+    close(signal.at(slice(None), distribution=True).log_probs(), distribution[:-1])
     close(signal.with_token_logprobs().token_logprob, distribution[:-1].gather(1, following[:, None])[:, 0])
     close(heads.drafter.logits(hidden).log_softmax(-1), distribution)
 

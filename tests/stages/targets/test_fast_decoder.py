@@ -157,7 +157,7 @@ def test_maps_of_one_input_share_one_product(bias: bool, monkeypatch: pytest.Mon
         for found, expected in zip(made(given), apart(given), strict=True):
             assert torch.equal(found, expected)
     assert len(products) == 3
-    assert torch.equal(made[0].up_proj(x), apart[0].up_proj(x))  # alone, and behind another's first part
+    assert torch.equal(made[0].up_proj(x), apart[0].up_proj(x))  # by itself, and after another's first part
     made[0].gate_proj(other)
     assert torch.equal(made[0].up_proj(x), apart[0].up_proj(x))
     assert torch.equal(made[0].up_proj.weight, apart[0].up_proj.weight)

@@ -19,7 +19,7 @@ import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.store.manifest import ELSEWHERE, sha256_file
-from draftsmith.flows.planning.inputs import external_digests
+from draftsmith.flows.planning.external_files import external_digests
 from draftsmith.stages.data.prompts.stage import HuggingFaceSource, PromptsConfig
 from draftsmith.stages.data.prompts.streams import load_rows
 from draftsmith.stages.drafters.checkpoint import drafter_source
@@ -73,7 +73,7 @@ def checkpoint(tmp_path: Path) -> Path:
     return folder
 
 
-UNLISTED = "1.x reads a snapshot only with the list of files that it has stored beside it"
+UNLISTED = "1.x reads a snapshot only with the list of files that it has stored next to it"
 
 
 @pytest.fixture
@@ -190,7 +190,7 @@ PROGRAM = textwrap.dedent(
     import time
     from pathlib import Path
 
-    time.sleep = lambda _seconds: None  # the hub's library has a back-off of its own
+    time.sleep = lambda _seconds: None  # the hub's library backs off, too
 
     from draftsmith.artifacts.errors import DraftsmithError
     from draftsmith.stages.drafters.checkpoint import drafter_source

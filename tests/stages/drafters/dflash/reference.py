@@ -55,9 +55,9 @@ def block_hidden(
 ) -> torch.Tensor:
     """embedding: [V, H]; features: [T, K*H] of positions 0 … T-1. Returns [block_size-first, H].
 
-    first: the query that predicts offset 1. windows, causal: of each layer; left out: everything is seen. around: what
-    stands around a sublayer, `attention` or `mlp`, of a layer's weights: its inputs at the block's positions, and what
-    becomes of its outputs.
+    first: the query that predicts offset 1. windows, causal: one per layer; None: everything is seen. around: gets a
+    layer's weights, the sublayer's name (`attention` or `mlp`) and its inputs at the block's positions; returns the
+    inputs to use and a function of the sublayer's outputs.
     """
     weights = {name: tensor.detach().double() for name, tensor in tensors.items()}
     context = [
@@ -112,7 +112,7 @@ def block_hidden(
 
 
 def hidden_of(texts: Texts, anchor: int, **differently: Any) -> torch.Tensor:
-    """Return what `block_hidden` does for the first text, with the sizes of its drafter unless given otherwise."""
+    """Return the result of `block_hidden` for the first text; sizes are by default its drafter's."""
     drafter: Any = texts.drafter
     config = drafter.config
     sizes = {

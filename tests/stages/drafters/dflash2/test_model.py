@@ -18,7 +18,7 @@ from tests.stages.drafters.dflash import reference
 from tests.stages.drafters.dflash2 import reference as additions
 from tests.stages.drafters.texts import Texts
 from tests.testbed import random_target
-from tests.testbed.dflash2 import SIZES, random_dflash2
+from tests.testbed.dflash2 import random_dflash2
 
 TOLERANCE = 5e-5  # float32 against float64 on values of order one to ten
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -28,7 +28,7 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 def test_hidden_states_and_proposals_equal_the_float64_reference(window: int | None, plain_target: Target) -> None:
     fields: dict[str, Any] = {"conv_kernel_size": 6}  # longer than a block, of which nothing is before the first token
     if window is not None:
-        fields = {"sliding_window": window, "layer_types": (SLIDING, FULL)}
+        fields = random_target.windows(window, SLIDING, FULL)
     drafter = random_dflash2(plain_target, **fields)
     texts, anchors = Texts(plain_target, drafter, count=1, seed=3), torch.tensor([[4, 9, 7]])
     context, chains, head = texts.context(), texts.chains(anchors), plain_target.head_weight
@@ -45,11 +45,10 @@ def test_hidden_states_and_proposals_equal_the_float64_reference(window: int | N
 
 
 def test_an_upgrade_from_dflash_has_the_same_proposals(plain_target: Target) -> None:
-    plain = random_target.random_drafter(plain_target, sliding_window=6, layer_types=(SLIDING, FULL))
+    plain = random_target.random_drafter(plain_target, **random_target.windows(6, SLIDING, FULL))
     plain.frequent_tokens = torch.arange(random_target.VOCAB_SIZE)
-    upgrade = upgrade_drafter(
-        plain, DFlash2Config(kind="dflash2", num_layers=7, block_size=3, **SIZES), plain_target, seed=0
-    )
+    shape = DFlash2Config(kind="dflash2", num_layers=7, block_size=3)
+    upgrade = upgrade_drafter(plain, shape, plain_target, seed=0)
     assert isinstance(upgrade, DFlash2Drafter)
     assert (upgrade.block_size, upgrade.target_layer_ids, len(upgrade.layers)) == (5, [2, 0], 2), "its own shape stays"
     assert upgrade.frequent_tokens is plain.frequent_tokens and upgrade.spans == plain.spans

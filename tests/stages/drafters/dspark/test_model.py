@@ -9,9 +9,10 @@ from torch.nn import functional as F
 from draftsmith.stages.drafters.dspark.model import DSparkDrafter
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.sampling import GREEDY, SamplingParams
+from draftsmith.stages.training.anchors import position_anchors
 from draftsmith.stages.training.batches import FeatureSource, step_rng
 from draftsmith.stages.training.config import SftConfig, TrainingConfig
-from draftsmith.stages.training.drafted_blocks import block_labels, draft_blocks, encode_batch, position_anchors
+from draftsmith.stages.training.drafted_blocks import block_labels, draft_blocks, encode_batch
 from draftsmith.stages.training.loss_report import LossReport
 from draftsmith.stages.training.sft.body import sft_loss
 from draftsmith.stages.training.softmax_heads import LossContext

@@ -169,7 +169,7 @@ def test_the_reduced_vocabulary_is_the_most_frequent_tokens(plain_target: Target
 
 
 def test_a_plan_describes_the_new_drafter(plain_target: Target) -> None:
-    shape = Eagle3Config(kind="eagle3", draft_vocab_size=RANDOM_VOCABULARY, intermediate_size=40, block_size=5)
+    shape = Eagle3Config(kind="eagle3", draft_vocab_size=RANDOM_VOCABULARY, block_size=5)
     plan = plan_of_new(shape, plain_target.model.config, lambda: None)
     assert (plan.block_size, plan.target_layer_ids) == (5, [0, 1, 2])
     assert plan.description == "EAGLE-3 on target layers [0, 1, 2], chains of 4, draft vocabulary 40 of 64 tokens"
