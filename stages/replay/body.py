@@ -31,12 +31,13 @@ from draftsmith.stages.drafters.base import PreparedDrafter
 from draftsmith.stages.drafters.checkpoint import TOKENS_FILE, block_size_of, load_drafter, skeleton_of
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.spec import NO_FREQUENT_TOKENS, DraftingConfig
+from draftsmith.stages.replay.groups import count_in
 from draftsmith.stages.replay.mined_table import MinedShards, MiningMetrics
 from draftsmith.stages.replay.near_ties import explained_by_ties
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.parity import COMPARED, ParityMetrics, ParityTolerance, StepComparison, check_tau
-from draftsmith.stages.replay.replayer import Replayer, count_in, samples_proposals
-from draftsmith.stages.replay.sampled import truncation_warning
+from draftsmith.stages.replay.replayer import Replayer
+from draftsmith.stages.replay.sampled import samples_proposals, truncation_warning
 from draftsmith.stages.replay.stage import SAMPLE, MiningConfig
 from draftsmith.stages.runtime.stage import WHOLE, Shard, StageContext
 from draftsmith.stages.targets.causal_lm import Target

@@ -95,7 +95,7 @@ def with_confidence(
     device = drafter.head.weight.device
     tokens = committed_tokens(trajectories, drafter.block_size - 1, device).clamp(min=0)
     offsets = torch.arange(drafter.block_size - 1, device=device)
-    found = []
+    completed = []
     for row, trace in enumerate(traces):
         logits = np.zeros(trace.proposed.shape, dtype=np.float32)
         for start in range(0, len(logits), BLOCKS_PER_ROUND[device.type]):
@@ -105,8 +105,8 @@ def with_confidence(
             before = tokens[row, anchors[..., None] + offsets]  # the answer's tokens, like accepted proposals
             hidden = drafter.drafter.block_hidden(visible, before, anchors)
             logits[part] = drafter.drafter.confidence(hidden)[0].cpu().numpy()
-        found.append(replace(trace, confidence=logits))
-    return found
+        completed.append(replace(trace, confidence=logits))
+    return completed
 
 
 @torch.no_grad()

@@ -105,7 +105,7 @@ class ValueCounts:
 
 
 _SHARD_STEPS = 1 << 16  # steps that wait for the next shard
-# The table is in another order than the shards: a row group is read for a trajectory or two.
+# The table's order differs from that of the shards: a row group is read for a trajectory or two.
 _GROUP_BYTES = 1 << 18
 _SCHEMAS = {"evaluated_blocks": EVALUATED, "verify_steps": VERIFY_STEPS}
 _TOTALS = ("evaluated_blocks", "outside_nucleus")  # columns of EVALUATED, per trajectory
@@ -143,6 +143,6 @@ class MinedShards(BufferedShards):
         for path in self.paths("evaluated_blocks"):  # by trajectory, so that one mined twice counts once
             table = read_table(path, EVALUATED)
             index = index_in(table, "trajectory_id", ids)
-            for of_name, name in zip(counts, _TOTALS, strict=True):
-                of_name[index[index >= 0]] = table[name].to_numpy()[index >= 0]
+            for column, name in zip(counts, _TOTALS, strict=True):
+                column[index[index >= 0]] = table[name].to_numpy()[index >= 0]
         return dict(zip(_TOTALS, counts.sum(1).tolist(), strict=True))

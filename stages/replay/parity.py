@@ -159,7 +159,7 @@ def check_tau(
     replayed: [answers] verify steps of replay.
 
     Raises DraftsmithError if the served tau differs by more than `tolerance.allowed`, or if the engine accepted nothing
-    where replay accepts; with the same target also if it is measurably lower than replay's, and in float32 with
+    where replay accepts; with the same target also for a tau measurably lower than replay's, and in float32 with
     greedy decoding if the counts of any answer differ.
     """
     counted = np.where(served == 0, committed, served).astype(np.float64)

@@ -25,8 +25,8 @@ from draftsmith.stages.data.trajectories import Trajectory, pad_tokens
 from draftsmith.stages.drafters.base import Context, Drafter, PreparedDrafter
 from draftsmith.stages.replay.chains import committed_tokens, draft
 from draftsmith.stages.replay.options import ReplayOptions
-from draftsmith.stages.replay.replayer import Replayer, samples_proposals
-from draftsmith.stages.replay.sampled import TargetSampler, acceptance_ratio
+from draftsmith.stages.replay.replayer import Replayer
+from draftsmith.stages.replay.sampled import TargetSampler, acceptance_ratio, samples_proposals
 from draftsmith.stages.replay.steps import Steps
 from draftsmith.stages.runtime.memory import to_device
 from draftsmith.stages.targets.causal_lm import Target

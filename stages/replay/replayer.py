@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, TypedDict, TypeVar, Unpack
 
@@ -13,20 +13,18 @@ import torch
 
 from draftsmith.artifacts.tables.parquet import BufferedShards, read_table, shard_paths
 from draftsmith.artifacts.tables.schemas import REPLAYED
-from draftsmith.stages.data.trajectories import Trajectory, group_by_length, pad_tokens, trajectory_lengths
+from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.base import Drafter, PreparedDrafter
 from draftsmith.stages.replay.chains import replay_chains, with_confidence
-from draftsmith.stages.replay.options import TREE_TOKENS, ReplayOptions
-from draftsmith.stages.replay.sampled import TargetSampler, outside_nucleus
-from draftsmith.stages.replay.scoring import EncodedGroup, score_traces
-from draftsmith.stages.replay.steps import AcceptanceStats, Steps, recorded_steps
+from draftsmith.stages.replay.groups import Group, count_in, encode_group, group_indices, tree_tokens_of
+from draftsmith.stages.replay.options import ReplayOptions
+from draftsmith.stages.replay.sampled import TargetSampler, outside_nucleus, samples_proposals
+from draftsmith.stages.replay.scoring import score_traces
+from draftsmith.stages.replay.steps import AcceptanceStats, Steps
 from draftsmith.stages.runtime.memory import retry_in_halves
-from draftsmith.stages.runtime.stage import WHOLE, Shard
 from draftsmith.stages.targets.causal_lm import Target
-from draftsmith.stages.targets.sampling import SamplingParams
 
 Result = TypeVar("Result")
-KeptGroup: TypeAlias = tuple[Sequence[str], EncodedGroup]  # trajectory names of a forward that kept its cache
 GroupTraces: TypeAlias = tuple[list[int], list[dict[str, Steps]]]  # indices in the set, each one's traces by drafter
 MinedGroup: TypeAlias = list[tuple[Trajectory, Steps]]  # scored
 
@@ -85,9 +83,9 @@ class Replayer:
         """
         stats = {name: AcceptanceStats(len(trajectories)) for name in drafters}
         for indices, by_drafter in self.groups(drafters, trajectories, **settings):
-            for name, of_drafter in stats.items():
+            for name, acceptance in stats.items():
                 traces = [trace[name] for trace in by_drafter]
-                of_drafter.add(indices, traces)
+                acceptance.add(indices, traces)
                 if also and name in also:
                     also[name].add(indices, traces)
         return stats
@@ -225,115 +223,6 @@ class Replayer:
         if options.with_confidence and drafter.drafter.has_confidence:
             return with_confidence(drafter, context, group.trajectories, traces)
         return traces
-
-
-@dataclass(frozen=True)
-class Group:
-    """B trajectories of similar length, padded on the right to T tokens."""
-
-    trajectories: Sequence[Trajectory]
-    ids: torch.Tensor  # [B, T]
-
-    @classmethod
-    def padded(cls, trajectories: Sequence[Trajectory], device: torch.device) -> Group:
-        return cls(trajectories, pad_tokens(trajectories, device))
-
-    @property
-    def positions(self) -> torch.Tensor:
-        """Return the position of every token, [B, T]."""
-        return torch.arange(self.ids.shape[1], device=self.ids.device).expand(len(self.ids), -1)
-
-
-def group_indices(
-    trajectories: Sequence[Trajectory], tokens_per_group: int, shard: Shard = WHOLE
-) -> Iterator[list[int]]:
-    """Yield the indices of groups of at most `tokens_per_group` tokens with padding (or of one trajectory).
-
-    The groups depend only on the lengths and are the same for any number of shards, because the last bits of a
-    result may depend on its group's shape. shard: the one whose groups are yielded.
-    """
-    for number, indices in enumerate(group_by_length(trajectory_lengths(trajectories), tokens_per_group)):
-        if shard.contains(number):
-            yield indices
-
-
-def count_in(trajectories: Sequence[Trajectory], tokens_per_group: int, shard: Shard) -> int:
-    """Count the trajectories in the groups of a shard."""
-    return sum(map(len, group_indices(trajectories, tokens_per_group, shard)))
-
-
-def score(
-    target: Target,
-    trajectories: Sequence[Trajectory],
-    traces: Sequence[Steps],
-    tokens_per_group: int,
-    kept: Sequence[KeptGroup] = (),
-) -> list[Steps]:
-    """Score the rejected proposals in each trajectory's given steps, in the trajectories' order.
-
-    kept: forwards of the target over all of these trajectories; by default it reads them again.
-    """
-    scores: dict[int, Steps] = {}
-    with torch.autocast(target.device.type, enabled=False):  # a training loop's autocast is only for the drafter
-        for indices, encoded in _encoded(target, trajectories, traces, tokens_per_group, kept):
-            of_group = [_NO_STEPS if i is None else traces[i] for i in indices]
-            scored = score_traces(target, encoded, of_group, rejected_only=True)
-            scores |= {i: of_trace for i, of_trace in zip(indices, scored, strict=True) if i is not None}
-    return [scores[i] for i in range(len(trajectories))]
-
-
-_NO_STEPS = recorded_steps(0, [])
-
-
-def _encoded(
-    target: Target,
-    trajectories: Sequence[Trajectory],
-    traces: Sequence[Steps],
-    tokens_per_group: int,
-    kept: Sequence[KeptGroup],
-) -> Iterator[tuple[list[int | None], EncodedGroup]]:
-    """Yield forwards over the trajectories, and each row's trajectory; None: an unused row."""
-    if not kept:
-        tree_tokens = tree_tokens_of(traces[0].proposed.shape[1] + 1)
-        for indices in group_indices(trajectories, tokens_per_group):
-            group = Group.padded([trajectories[i] for i in indices], target.device)
-            yield [*indices], encode_group(target, group.ids, (), tree_tokens)
-        return
-    waiting: dict[str, list[int]] = {}
-    for i, trajectory in enumerate(trajectories):
-        waiting.setdefault(trajectory.trajectory_id, []).append(i)
-    for names, encoded in kept:
-        of_rows = [waiting.get(name, []) for name in names]
-        while any(of_rows):  # a step may hold a trajectory twice
-            yield [indices.pop() if indices else None for indices in of_rows], encoded
-
-
-def tree_tokens_of(block_size: int) -> int:
-    """Return the free entries of a cache for the scoring of proposals."""
-    return max(TREE_TOKENS, block_size)
-
-
-def encode_group(
-    target: Target, ids: torch.Tensor, layer_ids: Sequence[int] = (), tree_tokens: int = 0
-) -> EncodedGroup:
-    """Run the target over a group of trajectories, padded to tokens [B, T].
-
-    layer_ids: the layers of the features.
-    tree_tokens: free cache entries after each trajectory; 0: no cache is kept.
-    """
-    if not tree_tokens:
-        out = target.read(ids, layer_ids)
-        return EncodedGroup(ids, out.hidden, out.features)
-    B, T = ids.shape
-    cache = target.new_cache(B, T + tree_tokens)
-    positions = torch.arange(T, device=ids.device).expand(B, -1)
-    out = target.step(ids, positions, cache, slice(0, B), layer_ids=layer_ids)
-    return EncodedGroup(ids, out.hidden, out.features, cache, tree_tokens)
-
-
-def samples_proposals(drafter: Drafter, sampling: SamplingParams) -> bool:
-    """Return whether proposals at this sampling are sampled from the drafter's q; otherwise they are argmaxes."""
-    return drafter.samples_proposals and not sampling.greedy
 
 
 def _with_outside(traces: Sequence[Steps], outside: Sequence[int]) -> list[Steps]:

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from draftsmith.stages.data.trajectories import Trajectory
-from draftsmith.stages.drafters.base import LOGITS_PER_CHUNK, Context, PreparedDrafter
+from draftsmith.stages.drafters.base import LOGITS_PER_CHUNK, Context, Drafter, PreparedDrafter
 from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.drafters.sampling import (
     Purpose,
@@ -42,6 +42,11 @@ from draftsmith.stages.targets.kv_cache import Rows
 from draftsmith.stages.targets.sampling import SamplingParams
 
 FEW_OUTSIDE = 0.01  # share up to which nothing is logged: random weights in bfloat16 came to 0.5 %
+
+
+def samples_proposals(drafter: Drafter, sampling: SamplingParams) -> bool:
+    """Return whether proposals at this sampling are sampled from the drafter's q; otherwise they are argmaxes."""
+    return drafter.samples_proposals and not sampling.greedy
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,13 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import torch
 
-from draftsmith.stages.replay.options import POSITIONS_PER_CHUNK, TREE_TOKENS
-from draftsmith.stages.replay.steps import Steps
+from draftsmith.stages.data.trajectories import Trajectory
+from draftsmith.stages.replay.groups import EncodedGroup, Group, KeptGroup, encode_group, group_indices, tree_tokens_of
+from draftsmith.stages.replay.options import POSITIONS_PER_CHUNK
+from draftsmith.stages.replay.steps import Steps, recorded_steps
 from draftsmith.stages.runtime.memory import to_device
 from draftsmith.stages.targets.causal_lm import Target
-from draftsmith.stages.targets.kv_cache import Rows, SlotCache
+from draftsmith.stages.targets.kv_cache import Rows
 
 # Rows are scored together while padding stays below this share of the leaves, or below a number of tokens that
 # hardly slows a forward: every forward has a fixed cost too.
@@ -27,15 +29,53 @@ PADDING_SHARE = 0.25
 FREE_PADDING = 64
 
 
-@dataclass(frozen=True)
-class EncodedGroup:
-    """A forward of the target over B trajectories, padded to T tokens."""
+def score(
+    target: Target,
+    trajectories: Sequence[Trajectory],
+    traces: Sequence[Steps],
+    tokens_per_group: int,
+    kept: Sequence[KeptGroup] = (),
+    *,
+    offsets: int | None = None,
+) -> list[Steps]:
+    """Score the rejected proposals in each trajectory's given steps, in the trajectories' order.
 
-    ids: torch.Tensor  # [B, T]
-    hidden: torch.Tensor  # [B, T, H]
-    features: torch.Tensor | None = None  # [B, T, K*H] of the requested layers
-    cache: SlotCache | None = None  # the forward's, rows 0 … B-1
-    tree_tokens: int = TREE_TOKENS  # free entries of each row of the cache, from T on
+    kept: forwards of the target over all of these trajectories; by default it reads them again. offsets: number of
+    offsets scored in a step, from the rejected one on; None: all.
+    """
+    scores: dict[int, Steps] = {}
+    with torch.autocast(target.device.type, enabled=False):  # a training loop's autocast is only for the drafter
+        for indices, encoded in _encoded(target, trajectories, traces, tokens_per_group, kept):
+            of_group = [_NO_STEPS if i is None else traces[i] for i in indices]
+            scored = score_traces(target, encoded, of_group, rejected_only=True, offsets=offsets)
+            scores |= {i: of_trace for i, of_trace in zip(indices, scored, strict=True) if i is not None}
+    return [scores[i] for i in range(len(trajectories))]
+
+
+_NO_STEPS = recorded_steps(0, [])
+
+
+def _encoded(
+    target: Target,
+    trajectories: Sequence[Trajectory],
+    traces: Sequence[Steps],
+    tokens_per_group: int,
+    kept: Sequence[KeptGroup],
+) -> Iterator[tuple[list[int | None], EncodedGroup]]:
+    """Yield forwards over the trajectories, and each row's trajectory; None: an unused row."""
+    if not kept:
+        tree_tokens = tree_tokens_of(traces[0].proposed.shape[1] + 1)
+        for indices in group_indices(trajectories, tokens_per_group):
+            group = Group.padded([trajectories[i] for i in indices], target.device)
+            yield [*indices], encode_group(target, group.ids, (), tree_tokens)
+        return
+    waiting: dict[str, list[int]] = {}
+    for i, trajectory in enumerate(trajectories):
+        waiting.setdefault(trajectory.trajectory_id, []).append(i)
+    for names, encoded in kept:
+        of_rows = [waiting.get(name, []) for name in names]
+        while any(of_rows):  # a step may hold a trajectory twice
+            yield [indices.pop() if indices else None for indices in of_rows], encoded
 
 
 def score_traces(
@@ -44,12 +84,13 @@ def score_traces(
     traces: Sequence[Steps],
     *,
     rejected_only: bool = False,
+    offsets: int | None = None,
 ) -> list[Steps]:
     """Return the traces of a group with the target's log-probs of their proposals, and of its best tokens.
 
     Without a cache nothing after the first rejected proposal of a step is scored. With one, a forward appends at most
     `group.tree_tokens` proposals to a row: its mask has B * tree_tokens * (T + tree_tokens) entries.
-    rejected_only: accepted proposals are not scored (NaN).
+    rejected_only: accepted proposals are not scored (NaN). offsets: same as in `score`.
     """
     device = group.hidden.device
     scores = [np.full(t.proposed.shape, np.nan, dtype=np.float32) for t in traces]
@@ -78,10 +119,12 @@ def score_traces(
         return scored
 
     # ---- later offsets: leaves on the cache; a rejected proposal predicts the one after it
+    firsts = [t.rejected_offset for t in traces]
+    ends = [np.minimum(t.judged, first + (offsets or t.width) - 1) for t, first in zip(traces, firsts, strict=True)]
     leaves = _Proposals.from_traces(
         traces,
-        [np.maximum(t.rejected_offset - 1, 0) for t in traces],
-        [np.where(t.rejected_offset > 0, t.judged - 1, 0) for t in traces],
+        [np.maximum(first - 1, 0) for first in firsts],
+        [np.where(first > 0, end - 1, 0) for first, end in zip(firsts, ends, strict=True)],
     )
     if target.layers.recurrent:
         _score_one_by_one(target, group, leaves, traces, scores)

@@ -25,7 +25,7 @@ from draftsmith.stages.data.trajectories import (
     trajectory_ids,
     trajectory_lengths,
 )
-from draftsmith.stages.replay.replayer import KeptGroup, encode_group
+from draftsmith.stages.replay.groups import KeptGroup, encode_group
 from draftsmith.stages.runtime.ranks import ALONE, Ranks
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.estimate import ModelSize

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.dflash.config import DFlashConfig
-from draftsmith.stages.drafters.registry import DrafterConfig
+from draftsmith.stages.drafters.registry import KINDS, DrafterConfig
 from draftsmith.stages.replay.options import TokensPerForward
 from draftsmith.stages.runtime.stage import NOT_FETCHED, Config, NotInKey, ParallelConfig
 from draftsmith.stages.training.loss_registry import LossConfig, LossName, PositionWeights, ResponseStream, loss_file
@@ -24,8 +24,6 @@ class OptimiserConfig(Config):
     steps: Annotated[int, Field(ge=1, description="optimiser steps")] = 1000
     learning_rate: Annotated[float, Field(gt=0, description="peak of the cosine schedule")] = 1e-3
     warmup_fraction: Annotated[float, Field(ge=0, lt=1, description="share of the steps with a linear warm-up")] = 0.05
-    weight_decay: Annotated[float, Field(ge=0, description="AdamW's")] = 0.0
-    clip_norm: Annotated[float, Field(gt=0, description="largest norm of a step's gradient")] = 1.0
     compute_dtype: Annotated[
         Literal["bfloat16", "float32"], Field(description="weights stay float32; bfloat16 = autocast")
     ] = "bfloat16"
@@ -125,7 +123,7 @@ class SftConfig(TrainingConfig):
         Field(
             description="auto is the loss of the architecture's authors: cross_entropy on the committed token for "
             "DFlash and DFlash2 (on sampled answers ce_l1 for DFlash2), ce_l1 for DSpark, forward_kl to the target's "
-            "distribution for EAGLE-3; MODULE:FUNCTION is a loss of your own"
+            "distribution for EAGLE-3 and native heads; MODULE:FUNCTION is a loss of your own"
         ),
     ] = "auto"
     gamma: Annotated[
@@ -133,7 +131,7 @@ class SftConfig(TrainingConfig):
         Field(
             gt=0,
             description="gamma of exponential weights; by default the authors': 7 for DFlash (blocks of 16), 4 for "
-            "DSpark (of 8), 0.8 per step for EAGLE-3",
+            "DSpark (of 8), 0.8 per step for EAGLE-3 and native heads",
         ),
     ] = None
 
@@ -149,7 +147,7 @@ class SftConfig(TrainingConfig):
     def _fits_together(self) -> SftConfig:
         if self.gamma is not None and self.weights != "exponential":
             raise ValueError("only `weights: exponential` reads gamma. Remove one of the two.")
-        if self.steps == 0 and self.init_from is None and not self.adopt:
+        if self.steps == 0 and self.init_from is None and not self.adopt and not KINDS[self.drafter.kind].native:
             raise ValueError(
                 "steps: 0 steps train nothing. Name a drafter in init_from, or train for at least one step."
             )
@@ -181,9 +179,10 @@ class SftConfig(TrainingConfig):
     def check_lora(self, start: str | None, trained: str) -> None:
         """Raise DraftsmithError if some weights are new, so that an adapter has nothing to adapt there.
 
-        start: kind of the drafter that the training starts from; None: random weights. trained: kind that is trained.
+        start: kind of the drafter that the training starts from; None: random weights, or the target's for a native
+        head. trained: kind that is trained.
         """
-        if self.lora is None or start == trained:
+        if self.lora is None or start == trained or (start is None and KINDS[trained].native):
             return
         if start is None:
             raise DraftsmithError(
@@ -217,18 +216,11 @@ class OpdConfig(TrainingConfig):
 
     steps: Annotated[int, Field(ge=1, description="optimiser steps")] = 400
     learning_rate: Annotated[float, Field(gt=0, description="peak of the cosine schedule")] = 3e-4
-    verification: Annotated[
-        Literal["auto", "greedy", "sampled"],
-        Field(
-            description="the verification rule that the drafter will serve under, which decides a loss that is not "
-            "set; auto: as the answers were sampled"
-        ),
-    ] = "auto"
     loss: Annotated[
         LossConfig,
         Field(
             description="matched: fits the verification rule and the architecture; paper: Bernoulli forward KL on "
-            "committed tokens plus k3 reverse KL on the rejected suffix; or the streams in full"
+            "committed tokens plus k3 reverse KL on the rejected suffix, pooled; or the streams in full"
         ),
     ] = LossConfig()
     anchors: Annotated[
@@ -267,7 +259,7 @@ class OpdConfig(TrainingConfig):
     def _drafts_chains_as_it_trains(self) -> OpdConfig:
         if self.anchors == "chains" and self.loss.needs_scores:
             raise ValueError(
-                "anchors: the loss finds the verify steps of chains, and a rejected stream needs them before. Set "
+                "anchors: chains find their verify steps after the loss, and a rejected stream needs them for it. Set "
                 "anchors to successors, or loss.rejected.loss to none."
             )
         return self
@@ -279,7 +271,7 @@ class OpdConfig(TrainingConfig):
 
     @property
     def oldest_trace(self) -> int:
-        """Return the age in steps at which a trace is mined again, also if `remine_every` is not set; 0: never."""
+        """Return the age in steps at which a trace is mined again: `remine_every` or its default; 0: never."""
         if self.remine_every is not None:
             return self.remine_every
         return 1 if self.reads_table else 0

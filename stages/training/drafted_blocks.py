@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
-from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.base import Context, Drafter
 from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.drafters.spec import StepShape
@@ -82,33 +78,3 @@ def count_operations(
     at = anchors.cpu().numpy()
     shape = StepShape(rows, width, at, positions, head.weight.shape[0], prefixes, drafter.adapter_rank)
     return drafter.operations(shape)
-
-
-def position_anchors(
-    trajectories: Sequence[Trajectory], per_sequence: int, phases: np.ndarray, device: torch.device
-) -> torch.Tensor:
-    """Return `per_sequence` evenly spaced positions of each answer as anchors [B, A], offset by its phase.
-
-    phases: [B], in [0, 1).
-    Positions are different if the answer is long enough. Raises DraftsmithError for an answer without a position that
-    has a following token.
-    """
-    for t in trajectories:
-        if t.last_anchor < t.first_anchor:
-            raise DraftsmithError(f"trajectory {t.trajectory_id}: the answer has one token. Remove it.")
-    positions = [
-        systematic_sample(np.arange(t.first_anchor, t.last_anchor + 1), per_sequence, phase)
-        for t, phase in zip(trajectories, phases, strict=True)
-    ]
-    return to_device(np.stack(positions), device)
-
-
-def systematic_sample(candidates: np.ndarray, count: int, phase: float) -> np.ndarray:
-    """Return `count` of the candidates [N], evenly spaced and in order, offset by `phase` in [0, 1).
-
-    At a random phase each candidate is as probable as in independent sampling, but the blocks overlap little, and a
-    step sees the whole answer. A candidate is taken twice only if there are fewer than `count`, so that all steps of a
-    training have the same number of blocks whatever their anchors are.
-    """
-    indices = ((np.arange(count) + phase) * len(candidates) / count).astype(np.int64)
-    return candidates[np.minimum(indices, len(candidates) - 1)]  # rounding may reach N

@@ -144,7 +144,7 @@ def _loss(config: TrainingConfig, kind: str) -> str:
     assert isinstance(config, OpdConfig)
     if config.loss.response.loss != "auto":
         return config.loss.response.loss
-    return "cross_entropy" if config.verification == "greedy" else "forward_kl"
+    return "forward_kl"
 
 
 def reads_distribution(config: TrainingConfig, kind: str) -> bool:
@@ -189,8 +189,8 @@ LOGIT_COPIES = {"eagle3": 3, "dspark": 9}
 def block_bytes(kind: str, size: ModelSize, block_size: int, a: int) -> float:
     """Return the bytes of one block or chain, through all layers, the anchor's token included."""
     H, q, k = size.hidden, size.heads * size.head_dim, size.kv_heads * size.head_dim
-    if kind == "eagle3":  # every step of a chain
-        both = 2 * 8 * H + _inputs(3, 2 * H, a)  # embedding and feature, each with its norm
+    if kind in ("eagle3", "mtp"):  # every step of a chain
+        both = 2 * 8 * H + _joined(kind, H, a, 3)  # embedding and feature, each with its norm
         entries = (block_size / 2 + 1) * 2 * a * k  # for each step, the keys and values of all steps before it
         states = 8 * H + 4 * H  # the last norm, and the states of all steps together
         return (block_size - 1) * (both + 3 * a * q + entries + _mlp(size, a) + states)
@@ -202,9 +202,16 @@ def block_bytes(kind: str, size: ModelSize, block_size: int, a: int) -> float:
 def context_token_bytes(kind: str, size: ModelSize, a: int) -> float:
     """Return the bytes of one token of a trajectory, without its features."""
     H, k = size.hidden, size.kv_heads * size.head_dim
-    if kind == "eagle3":
-        return a * H + 2 * 8 * H + _inputs(2, 2 * H, a) + 2 * a * k
+    if kind in ("eagle3", "mtp"):
+        return a * H + 2 * 8 * H + _joined(kind, H, a, 2) + 2 * a * k
     return (8 + a) * H + size.layers * (_inputs(2, H, a) + (4 + 3 * a) * k)
+
+
+def _joined(kind: str, hidden: int, a: int, products: int) -> int:
+    """Return the bytes of the inputs of queries, keys and values: EAGLE-3's are twice as wide, a head joins them."""
+    if kind == "eagle3":
+        return _inputs(products, 2 * hidden, a)
+    return _inputs(1, 2 * hidden, a) + 8 * hidden + _inputs(products, hidden, a)
 
 
 def _inputs(products: int, width: int, a: int) -> int:
@@ -214,4 +221,4 @@ def _inputs(products: int, width: int, a: int) -> int:
 
 def _mlp(size: ModelSize, a: int) -> int:
     """Return the bytes of a token in the MLP: norm; gate, its activation, up and their product."""
-    return 8 * size.hidden + _inputs(2, size.hidden, a) + 4 * a * size.intermediate
+    return 8 * size.hidden + _inputs(2, size.hidden, a) + 4 * a * (size.active or size.intermediate)

@@ -69,8 +69,10 @@ LossName = Annotated[str, AfterValidator(_check_name)]
 PRESETS: dict[str, dict[str, Any]] = {
     # the form that fits the verification rule and the architecture
     "matched": {},
-    # Draft-OPD, arXiv 2605.29343: Bernoulli forward KL on committed tokens, k3 reverse KL on the rejected suffix
+    # Draft-OPD, arXiv 2605.29343, and its authors' code: Bernoulli forward KL on committed tokens, k3 reverse KL on the
+    # rejected suffix, pooled
     "paper": {
+        "pooled": True,
         "response": {"loss": "bernoulli_kl", "scope": "committed", "beyond": 0, "positions": {"kind": "uniform"}},
         "rejected": {"loss": "k3"},
     },
@@ -155,6 +157,9 @@ class RejectedStream(Config):
 
     loss: Annotated[Literal["none", "k3"], Field(description="k3: reverse KL, estimated at the proposals")] = "none"
     weight: Annotated[float, Field(ge=0, description="λ_rej")] = 1.0
+    offsets: Annotated[
+        int | None, Field(ge=1, description="only this many offsets of a block, from the rejected one on; default: all")
+    ] = None
     positions: PositionWeights = PositionWeights(kind="power")
 
     @model_validator(mode="after")
@@ -169,6 +174,13 @@ class LossConfig(Config):
 
     response: ResponseStream = ResponseStream()
     rejected: RejectedStream = RejectedStream()
+    pooled: Annotated[
+        bool,
+        Field(
+            description="divide both streams by the sum of their weights, so that a token counts the same in either; "
+            "false: each stream is a mean"
+        ),
+    ] = False
     temperature: Annotated[
         float | None,
         Field(
@@ -188,7 +200,7 @@ class LossConfig(Config):
         name = value["preset"]
         if name not in PRESETS:
             raise ValueError(f"no preset {name!r}. Use {' or '.join(sorted(PRESETS))}, or a mapping of fields.")
-        expanded = {stream: dict(fields) for stream, fields in PRESETS[name].items()}
+        expanded = dict(PRESETS[name])
         for field, setting in value.items():
             if field != "preset":
                 merge = isinstance(setting, dict) and field in expanded

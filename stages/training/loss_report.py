@@ -37,7 +37,7 @@ class WeightedMean:
 
     factor: float
     total: torch.Tensor  # Σ w · v, with gradient
-    weight: torch.Tensor  # Σ w
+    weight: torch.Tensor  # Σ w; of all streams where they are pooled
 
     @classmethod
     def from_values(cls, values: torch.Tensor, weights: torch.Tensor, factor: float = 1.0) -> WeightedMean:

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from draftsmith.artifacts.errors import DraftsmithError
@@ -31,6 +32,8 @@ NOTHING = -1e9  # a logit whose probability is exactly 0, and finite, so that 0 
 
 def cross_entropy(logits_q: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
     """Return -log q(token). logits_q [N, V], column [N] → [N]. The greedy rule: only the target's argmax matters."""
+    if torch.compiler.is_compiling():  # it rounds differently, and needs no second write for the gradient of `gather`
+        return functional.cross_entropy(logits_q, column, reduction="none")
     return logits_q.logsumexp(-1) - logits_q.gather(-1, column[:, None])[:, 0]
 
 
@@ -94,7 +97,8 @@ def bernoulli_forward_kl(log_q: torch.Tensor, log_p: torch.Tensor) -> torch.Tens
 def k3_reverse_kl(log_q: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
     """Return the paper's rejected loss: exp(Δ) - Δ - 1 with Δ = log p - log q of the drafter's own proposal, [N].
 
-    An unbiased, non-negative estimate of KL(q || p) at samples of q (Schulman, "Approximating KL divergence", k3).
+    A non-negative estimate of KL(q || p) (Schulman, "Approximating KL divergence", k3), unbiased where proposals are
+    sampled from q; argmaxes, as in the paper, bias it. Log-probs are floored, which the authors' code does not do.
     """
     delta = log_p.clamp(min=LOG_FLOOR) - log_q.clamp(min=LOG_FLOOR)
     return (delta.exp() - delta - 1).clamp(-TERM_LIMIT, TERM_LIMIT)

@@ -23,6 +23,7 @@ from draftsmith.stages.training.config import OptimiserConfig
 from draftsmith.stages.training.loss_report import LossReport, Ratio
 
 StateDict: TypeAlias = dict[str, Any]  # tensors and plain values, as torch's modules and optimisers have it
+CLIP_NORM = 1.0  # largest norm of a step's gradient
 _FITTING = "micro_batch_tokens"  # file in `ctx.work`
 
 
@@ -131,7 +132,7 @@ def train(
             before_update = time.perf_counter()
             report = accumulation.finish(trained.values(), ranks)
             loss = float(report.loss)
-            norm = float(torch.nn.utils.clip_grad_norm_(trained.values(), config.clip_norm))
+            norm = float(torch.nn.utils.clip_grad_norm_(trained.values(), CLIP_NORM))
             _check_finite("gradient's norm", norm, step)  # before it reaches weights and checkpoint
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
@@ -286,7 +287,7 @@ def make_optimiser(
     settings: dict[str, Any] = {
         "lr": config.learning_rate,
         "betas": (0.9, 0.95),
-        "weight_decay": config.weight_decay,
+        "weight_decay": 0.0,
         "fused": True,  # one pass over weights, gradients and moments
     }
     if ranks.world > 1 and config.parallel.shard_optimiser:

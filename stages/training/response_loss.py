@@ -1,6 +1,6 @@
 """The response stream: a loss at committed tokens, for SFT (anchors anywhere, whole blocks) and for OPD.
 
-A loss is a function of the drafter's logits and of a `TargetSignal`. Under a reduced head both distributions are over
+A loss is a function of the drafter's logits and of a `ChunkSignal`. Under a reduced head both distributions are over
 the head's tokens. Only the Bernoulli form reads a committed token's probability under the target's whole vocabulary.
 
 A drafter that samples its proposals (`Drafter.samples_proposals`) has a distribution that scales with the request's
@@ -20,15 +20,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import TypeAlias
 
 import torch
 from torch.nn import functional
 
 from draftsmith.stages.drafters.base import Drafter
+from draftsmith.stages.drafters.compiled import compiled
 from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.drafters.sampling import truncation_mask
+from draftsmith.stages.targets.info import LogitMap
+from draftsmith.stages.targets.sampling import SamplingParams
 from draftsmith.stages.training import losses
 from draftsmith.stages.training.batches import Batch
 from draftsmith.stages.training.drafted_blocks import DraftedBlocks, block_labels, tokens_at
@@ -40,20 +42,19 @@ NO_HIDDEN = "this loss reads the target's distribution: batches need its hidden 
 
 
 @dataclass(frozen=True)
-class TargetSignal:
-    """The target's tokens and distributions at N positions."""
+class ChunkSignal:
+    """The target's tokens and distributions at the N positions of a chunk, as tensors and numbers alone."""
 
-    tokens: torch.Tensor  # [N] committed tokens
-    columns: torch.Tensor  # [N] the same as columns of the heads
-    hidden: torch.Tensor | None  # [N, H] the target's hidden states that predicted these tokens
-    context: LossContext
-    temperature: float  # of its distribution
-    # [N] of the committed tokens under the full head, once `with_token_logprobs` has computed it
-    token_logprob: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    columns: torch.Tensor  # [N] committed tokens as columns of the heads
+    token_logprob: torch.Tensor  # [N] of the committed tokens under the full head; [0] if no loss reads them
+    products: torch.Tensor | None  # [N, V'] of the target's head, in its weights' dtype
+    logit_map: LogitMap  # from these products to logits
+    temperature: float  # of the target's distribution
+    proposal_temperature: float  # of the drafter's samples
 
     def logits(self) -> torch.Tensor:
-        """Return its logits [N, V'] over the tokens of the training heads, at the temperature."""
-        return losses.at_temperature(self._logits, self.temperature)
+        """Return the target's logits [N, V'] over the tokens of the training heads, at the temperature."""
+        return losses.at_temperature(self._logits(), self.temperature)
 
     def log_probs(self) -> torch.Tensor:
         """Return the logarithms [N, V'] of its distribution over these tokens."""
@@ -63,20 +64,29 @@ class TargetSignal:
         """Return the probability [N] that a proposal sampled from the drafter's logits [N, V'] is rejected."""
         return losses.total_variation(logits, self.logits())
 
-    def verifying_logits(self) -> torch.Tensor:
+    def verifying_logits(self, sampling: SamplingParams) -> torch.Tensor:
         """Return the logits [N, V'] that verify sampled proposals: at their temperature, with top-k and top-p."""
-        sampling = self.context.sampling
-        logits = self._logits / sampling.temperature
+        logits = self._logits() / sampling.temperature
         if not sampling.truncates:
             return logits
         return logits.masked_fill(truncation_mask(logits.softmax(-1), sampling), losses.NOTHING)
 
-    @cached_property
-    @torch.no_grad()
     def _logits(self) -> torch.Tensor:
-        assert self.hidden is not None, NO_HIDDEN
-        with torch.autocast(self.hidden.device.type, enabled=False):  # the training loop's is only for the drafter
-            return self.context.heads.target.logits(self.hidden)
+        assert self.products is not None, NO_HIDDEN
+        return self.logit_map(self.products.float())
+
+
+@dataclass(frozen=True)
+class TargetSignal:
+    """The target's tokens and hidden states at N positions."""
+
+    tokens: torch.Tensor  # [N] committed tokens
+    columns: torch.Tensor  # [N] the same as columns of the heads
+    hidden: torch.Tensor | None  # [N, H] the target's hidden states that predicted these tokens
+    context: LossContext
+    temperature: float  # of its distribution
+    # [N] of the committed tokens under the full head, once `with_token_logprobs` has computed it
+    token_logprob: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
     @torch.no_grad()
     def with_token_logprobs(self) -> TargetSignal:
@@ -91,20 +101,25 @@ class TargetSignal:
             )
         return replace(self, token_logprob=logprob)
 
-    def at(self, chunk: slice) -> TargetSignal:
-        """Return the signal at a chunk of the positions."""
-        hidden = None if self.hidden is None else self.hidden[chunk]
-        tokens, columns, logprob = (x[chunk] for x in (self.tokens, self.columns, self.token_logprob))
-        return replace(self, tokens=tokens, columns=columns, hidden=hidden, token_logprob=logprob)
+    @torch.no_grad()
+    def at(self, chunk: slice, *, distribution: bool) -> ChunkSignal:
+        """Return the signal at a chunk of the positions, with the target's distribution if it is read."""
+        context, products, head = self.context, None, self.context.heads.target
+        if distribution:
+            assert self.hidden is not None, NO_HIDDEN
+            with torch.autocast(self.hidden.device.type, enabled=False):  # the training loop's is only for the drafter
+                products = head.raw_logits(self.hidden[chunk])
+        columns, logprob, own = self.columns[chunk], self.token_logprob[chunk], context.proposal_temperature
+        return ChunkSignal(columns, logprob, products, head.logit_map, self.temperature, own)
 
 
 @dataclass(frozen=True)
 class CandidateSignal:
-    """The target's probabilities of a selector's k candidates at N positions, like a `TargetSignal` of all tokens."""
+    """The target's probabilities of a selector's k candidates at N positions, like a `ChunkSignal` of all tokens."""
 
     columns: torch.Tensor  # [N] columns of the committed tokens among the candidates
     log_p: torch.Tensor  # [N, k] log-probs of p, which need not sum to 1: the rest of p cannot be proposed
-    context: LossContext
+    proposal_temperature: float
     token_logprob: torch.Tensor  # [N] of the committed tokens
 
     def logits(self) -> torch.Tensor:
@@ -116,11 +131,11 @@ class CandidateSignal:
         return 1 - torch.minimum(self.log_p.exp(), logits.softmax(-1)).sum(-1)
 
 
-LossFunction: TypeAlias = Callable[[torch.Tensor, TargetSignal | CandidateSignal], torch.Tensor]
+LossFunction: TypeAlias = Callable[[torch.Tensor, ChunkSignal | CandidateSignal], torch.Tensor]
 
 
-def _ce_l1(logits: torch.Tensor, p: TargetSignal | CandidateSignal) -> torch.Tensor:
-    cross_entropies = losses.cross_entropy(losses.at_temperature(logits, p.context.proposal_temperature), p.columns)
+def _ce_l1(logits: torch.Tensor, p: ChunkSignal | CandidateSignal) -> torch.Tensor:
+    cross_entropies = losses.cross_entropy(losses.at_temperature(logits, p.proposal_temperature), p.columns)
     return losses.ce_l1(cross_entropies, p.rejected(logits))
 
 
@@ -140,6 +155,22 @@ def loss_function(name: str) -> LossFunction:
         return FUNCTIONS[name]
     imported = losses.imported(name)
     return lambda logits, p: imported(logits, p.log_probs())
+
+
+def loss_tile(
+    products: torch.Tensor, logit_map: LogitMap, p: ChunkSignal, loss_of: LossFunction, *, with_log_q: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Compute a chunk's losses [N], differentiable; whether the drafter proposes the committed tokens, bool [N]; log q.
+
+    products: [N, V'] of the drafter's head. logit_map: from them to logits. with_log_q: whether log q [N] of the
+    committed tokens is read. Compiled, this reads the products once and once more for their gradient, and keeps none of
+    the float32 logits in between.
+    """
+    logits = logit_map(products.float())
+    with torch.no_grad():
+        correct = logits.argmax(-1) == p.columns
+        log_q = -losses.cross_entropy(logits, p.columns) if with_log_q else None
+    return loss_of(logits, p), correct, log_q
 
 
 @dataclass(frozen=True)
@@ -214,21 +245,22 @@ def head_loss(hidden: torch.Tensor, signal: TargetSignal, stream: ResponseStream
     scaled_head = heads.drafter.with_temperature(context.proposal_temperature)
     head = scaled_head if stream.loss == "cross_entropy" else heads.drafter
     log_q = torch.zeros(len(hidden), device=hidden.device)  # stays zero if no weight reads it
-    loss_of = loss_function(stream.loss)
+    loss_of, greedy = loss_function(stream.loss), context.sampling.greedy
+    reads_distribution = loss_traits(stream.loss).reads_distribution or (heads.confidence is not None and not greedy)
+    is_own = ":" not in stream.loss  # another's function may not compile
+    tile = compiled(loss_tile) if hidden.is_cuda and is_own else loss_tile
     correct = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
 
     def values(h: torch.Tensor, chunk: slice) -> torch.Tensor:
-        logits, here = head.logits(h), signal.at(chunk)
-        with torch.no_grad():
-            correct[chunk] = logits.argmax(-1) == here.columns
-            if by_confidence:
-                log_q[chunk] = -losses.cross_entropy(logits, here.columns)
-        terms = loss_of(logits, here)
+        products, here = head.raw_logits(h), signal.at(chunk, distribution=reads_distribution)
+        terms, correct[chunk], of_chunk = tile(products, head.logit_map, here, loss_of, with_log_q=by_confidence)
+        if of_chunk is not None:
+            log_q[chunk] = of_chunk
         if heads.confidence is not None:  # detached: the confidence must not change the proposals that it describes
             accepted = correct[chunk].float()
-            if not context.sampling.greedy:
-                scaled = scaled_head.logits(h.detach()) if scaled_head is not head else logits
-                accepted = losses.acceptance(scaled.detach(), here.verifying_logits())
+            if not greedy:
+                scaled = scaled_head.logit_map(products.detach().float())
+                accepted = losses.acceptance(scaled, here.verifying_logits(context.sampling))
             predicted = heads.confidence(h.detach())
             terms = terms + functional.binary_cross_entropy_with_logits(predicted, accepted, reduction="none")
         return terms
@@ -327,7 +359,7 @@ def selector_loss(hidden: torch.Tensor, previous: torch.Tensor, signal: TargetSi
     among, index, present = _candidates(drafter, hidden, signal.columns, context)
     log_p = torch.zeros(among.shape, device=among.device)  # computed once: backward calls `values` again
     for chunk in losses.slices(len(among) if reads_distribution else 0, size):
-        log_p[chunk] = signal.at(chunk).log_probs().gather(-1, among[chunk])
+        log_p[chunk] = signal.at(chunk, distribution=True).log_probs().gather(-1, among[chunk])
     correct, log_q = torch.zeros_like(present), torch.full_like(index, -torch.inf, dtype=torch.float32)
 
     def values(h: torch.Tensor, chunk: slice) -> torch.Tensor:
@@ -337,7 +369,7 @@ def selector_loss(hidden: torch.Tensor, previous: torch.Tensor, signal: TargetSi
         with torch.no_grad():
             correct[chunk] = inside & (logits.argmax(-1) == at)
             log_q[chunk] = torch.where(inside, -losses.cross_entropy(scaled, at), -torch.inf)
-        here = CandidateSignal(at, log_p[chunk], context, signal.token_logprob[chunk])
+        here = CandidateSignal(at, log_p[chunk], context.proposal_temperature, signal.token_logprob[chunk])
         return loss_of(scaled if loss == "cross_entropy" else logits, here)
 
     terms = losses.chunked_values(hidden, size, values, trained_head=True)

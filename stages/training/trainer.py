@@ -25,7 +25,7 @@ from draftsmith.stages.data.trajectories import (
 )
 from draftsmith.stages.drafters.base import Drafter, DrafterInfo
 from draftsmith.stages.drafters.checkpoint import save_drafter
-from draftsmith.stages.replay.replayer import tree_tokens_of
+from draftsmith.stages.replay.groups import tree_tokens_of
 from draftsmith.stages.runtime.ranks import ALONE, Ranks
 from draftsmith.stages.runtime.stage import StageContext
 from draftsmith.stages.targets.causal_lm import Target
@@ -159,12 +159,12 @@ class Trainer(ABC, Generic[AnyConfig, AnyData]):
     def save(self, ctx: StageContext, stage: str, parents: tuple[str, ...], totals: dict[str, float]) -> None:
         """Write the drafter in the layout that engines load, with its adapter merged.
 
-        parents: digests of the drafters that it descends from.
+        parents: digests of the drafters that it descends from; none for a target's own head.
         """
         trained: dict[str, Any] = {name: totals.get(name, 0) for name in ("blocks", "positions")}
         if self.adapter is not None:
             self.adapter.merge()
-            trained["lora"] = {"rank": self.adapter.rank, "base": parents[-1]}
+            trained["lora"] = {"rank": self.adapter.rank, "base": parents[-1] if parents else self.target.info.digest}
         training = {"stage": stage, "steps": self.config.steps, **trained}
         self.drafter.info = DrafterInfo(parents=parents, training=training).made_for(self.target.info)
         save_drafter(self.drafter, ctx.out / DRAFTER_FOLDER, self.target.dtype)

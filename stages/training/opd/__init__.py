@@ -1,1 +1,1 @@
-"""Trains a drafter on what verification says of its own proposals."""
+"""Trains a drafter on the target's feedback to its own proposals."""

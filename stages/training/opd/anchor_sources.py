@@ -1,7 +1,7 @@
-"""Where OPD takes a step's anchors from: positions of the answer, what follows them, or the mined table.
+"""Sources of OPD's anchors: positions of the answer, their successors, chains of verify steps, or the mined table.
 
-Every source gives `per_sequence` anchors a trajectory, so that kinds are compared at equal numbers of block positions.
-One that gives them in several rounds sees what the blocks of a round commit before it gives the next ones.
+Every source gives `per_sequence` anchors per trajectory, so that kinds are compared at equal numbers of blocks. If it
+has several rounds, it learns what the blocks of a round commit before it gives the next anchors.
 """
 
 from __future__ import annotations
@@ -18,24 +18,25 @@ from draftsmith.stages.replay.chains import replay_chains, successors
 from draftsmith.stages.replay.steps import Steps
 from draftsmith.stages.runtime.memory import to_device
 from draftsmith.stages.runtime.ranks import Ranks
-from draftsmith.stages.training.drafted_blocks import DraftingView, position_anchors, systematic_sample
+from draftsmith.stages.training.anchors import position_anchors, systematic_sample
+from draftsmith.stages.training.drafted_blocks import DraftingView
 from draftsmith.stages.training.loss_report import Ratio
 from draftsmith.stages.training.opd.verify_steps import MinedTable, StepAnchors, StepKind, sample_steps
 from draftsmith.stages.training.optimiser import StateDict
 
 
 class AnchorSource(ABC):
-    """A source of anchors. What it remembers goes into the checkpoint: a resumed training has the same anchors."""
+    """A source of anchors. Its state is in the checkpoint, so a resumed training has the same anchors."""
 
-    numbers = 1  # random numbers that a row takes
-    rounds = 1  # in which the blocks of a row are drafted
-    reads_context = True  # `sample` drafts
+    numbers = 1  # random numbers per row
+    rounds = 1  # rounds in which the blocks of a row are drafted
+    reads_context = True  # whether `sample` drafts
 
     @abstractmethod
-    def sample(self, step: int, indices: Sequence[int], view: DraftingView, phases: np.ndarray) -> StepAnchors:
-        """Return the anchors of the trajectories `indices`, which the view shows.
+    def sample(self, step: int, indices: Sequence[int], view: DraftingView, shifts: np.ndarray) -> StepAnchors:
+        """Return the anchors of the view's trajectories, whose indices are `indices`.
 
-        phases: [B, numbers] in [0, 1); a row has the same ones on any rank.
+        shifts: [B, numbers] random numbers in [0, 1), the same on any rank.
         """
 
     def following(
@@ -43,17 +44,17 @@ class AnchorSource(ABC):
         trajectories: Sequence[Trajectory],
         drafted: Sequence[torch.Tensor],
         committed: torch.Tensor,
-        phases: np.ndarray,
+        shifts: np.ndarray,
     ) -> torch.Tensor:
         """Return the anchors [B, a] of the next round.
 
-        drafted: [B, a] anchors of each round so far. committed: [B, a] tokens that verify steps at the last ones
-        commit. phases: as for `sample`.
+        drafted: [B, a] anchors of each round so far. committed: [B, a] numbers of tokens committed at those of the
+        last round. shifts: same as in `sample`.
         """
         raise NotImplementedError
 
     def share(self, ranks: Ranks) -> None:  # noqa: B027
-        """Exchange with the other ranks what was learnt of trajectories since the last call."""
+        """Exchange with the other ranks the traces mined since the last call."""
 
     def state_dict(self) -> StateDict:
         return {}
@@ -63,59 +64,58 @@ class AnchorSource(ABC):
 
 
 class RandomAnchors(AnchorSource):
-    """Positions of the answer, whatever the drafter does there: the paper's ablation."""
+    """Positions spread over the answer, independent of the drafter: the paper's ablation."""
 
     reads_context = False
 
     def __init__(self, per_sequence: int):
         self.per_sequence = per_sequence
 
-    def sample(self, step: int, indices: Sequence[int], view: DraftingView, phases: np.ndarray) -> StepAnchors:  # noqa: ARG002
+    def sample(self, step: int, indices: Sequence[int], view: DraftingView, shifts: np.ndarray) -> StepAnchors:  # noqa: ARG002
         batch = view.batch
-        return StepAnchors(position_anchors(batch.trajectories, self.per_sequence, phases[:, 0], batch.tokens.device))
+        return StepAnchors(position_anchors(batch.trajectories, self.per_sequence, shifts[:, 0], batch.tokens.device))
 
 
 class SuccessorAnchors(AnchorSource):
-    """Where verification continues: one step of the current weights after positions sampled from the whole answer.
+    """Successors: anchors one verify step of the current weights after positions sampled from the whole answer.
 
-    Training on fresh steps then costs one drafted block for each trained one, however long a trajectory is. A successor
-    is on the trace or soon will be: a rejection leads where it leads every chain that was rejected there.
+    Each trained block costs one more drafted block, at any length of the trajectory. A successor is on the trace or
+    joins it soon: after a rejection at the same token all chains coincide.
     """
 
     numbers = 2
 
     def __init__(self, drafter: Drafter, proposals: int, per_sequence: int):
-        """Take positions of `per_sequence` blocks. proposals: of a served block."""
+        """Sample `per_sequence` positions per trajectory. proposals: length of a served block."""
         self.drafter, self.proposals, self.per_sequence = drafter, proposals, per_sequence
 
-    def sample(self, step: int, indices: Sequence[int], view: DraftingView, phases: np.ndarray) -> StepAnchors:  # noqa: ARG002
+    def sample(self, step: int, indices: Sequence[int], view: DraftingView, shifts: np.ndarray) -> StepAnchors:  # noqa: ARG002
         trajectories, device = view.batch.trajectories, view.batch.tokens.device
         following = successors(
             PreparedDrafter(self.drafter, view.head, self.proposals + 1),
             view.context,
             trajectories,
-            position_anchors(trajectories, self.per_sequence, phases[:, 0], device),
+            position_anchors(trajectories, self.per_sequence, shifts[:, 0], device),
             view.sampler,
         )
-        # two positions may have the same successor: another one is trained twice then
+        # two positions may share a successor: then another successor is trained twice
         chosen = [
-            systematic_sample(np.unique(row), self.per_sequence, phase)
-            for row, phase in zip(following.cpu().numpy(), phases[:, 1], strict=True)
+            systematic_sample(np.unique(row), self.per_sequence, shift)
+            for row, shift in zip(following.cpu().numpy(), shifts[:, 1], strict=True)
         ]
         return StepAnchors(to_device(np.stack(chosen), device))
 
 
-ROUNDS = 4  # of chains; what they cost: "Chains of anchors" in `tests/benchmarks/README.md`
+ROUNDS = 4  # steps of a chain; their cost: "Chains of anchors" in `tests/benchmarks/README.md`
 
 
 class ChainAnchors(AnchorSource):
     """Chains of verify steps under the current weights, from positions all over the answer: each block is trained.
 
-    The first of `rounds` equal rounds (the first ones have one block more where the count is not a multiple) is at
-    positions spread over the answer. Each later one is where the blocks of the round before lead, which their loss
-    tells; from the end of an answer that is its first anchor. No block of a row is drafted twice while there are other
-    positions: if chains meet, or one meets a block of an earlier round, a new chain starts at a position without a
-    block.
+    The first round drafts at positions spread over the answer, each later one where the blocks of the round before
+    lead, which their loss shows. A chain that reaches the end continues at the answer's first anchor. Rounds are equal;
+    if `rounds` does not divide the count, the first ones have one block more. No block is drafted twice while positions
+    are free: where chains meet, or one reaches an earlier block, a new chain starts at a free position.
     """
 
     reads_context = False
@@ -124,18 +124,18 @@ class ChainAnchors(AnchorSource):
         self.rounds = self.numbers = min(rounds, per_sequence)
         self._counts = [len(range(r, per_sequence, self.rounds)) for r in range(self.rounds)]
 
-    def sample(self, step: int, indices: Sequence[int], view: DraftingView, phases: np.ndarray) -> StepAnchors:  # noqa: ARG002
+    def sample(self, step: int, indices: Sequence[int], view: DraftingView, shifts: np.ndarray) -> StepAnchors:  # noqa: ARG002
         batch = view.batch
-        return StepAnchors(position_anchors(batch.trajectories, self._counts[0], phases[:, 0], batch.tokens.device))
+        return StepAnchors(position_anchors(batch.trajectories, self._counts[0], shifts[:, 0], batch.tokens.device))
 
     def following(
         self,
         trajectories: Sequence[Trajectory],
         drafted: Sequence[torch.Tensor],
         committed: torch.Tensor,
-        phases: np.ndarray,
+        shifts: np.ndarray,
     ) -> torch.Tensor:
-        count, of_round = self._counts[len(drafted)], phases[:, len(drafted)]
+        count, of_round = self._counts[len(drafted)], shifts[:, len(drafted)]
         leads = drafted[-1] + committed
         so_far, reached = (x.cpu().numpy() for x in (torch.cat([*drafted], 1), leads))
         rows = zip(trajectories, so_far, reached, of_round, strict=True)
@@ -144,51 +144,50 @@ class ChainAnchors(AnchorSource):
 
 
 def _next_anchors(
-    trajectory: Trajectory, drafted: np.ndarray, leads: np.ndarray, phase: float, count: int
+    trajectory: Trajectory, drafted: np.ndarray, leads: np.ndarray, shift: float, count: int
 ) -> np.ndarray:
     """Return the `count` anchors of a row's next round.
 
-    drafted: its anchors so far. leads: positions that the last ones lead to, perhaps after the answer's end.
+    drafted: anchors of the row so far. leads: next positions of its chains, perhaps after the answer's end.
     """
     first, last = trajectory.first_anchor, trajectory.last_anchor
     reached = np.setdiff1d(np.where(leads > last, first, leads), drafted)
     if len(reached) >= count:
-        return systematic_sample(reached, count, phase)
+        return systematic_sample(reached, count, shift)
     everywhere = np.arange(first, last + 1)
     others = np.setdiff1d(everywhere, np.append(drafted, reached))
-    started = systematic_sample(others if len(others) else everywhere, count - len(reached), phase)
+    started = systematic_sample(others if len(others) else everywhere, count - len(reached), shift)
     return np.sort(np.append(reached, started))
 
 
-# Steps of the mined trace for each chain. With fewer, chains draft much in vain; with more, rounds are many and small.
+# Mined steps per chain. Fewer: many blocks that chains draft are in no trace. More: rounds are many and small.
 STEPS_PER_CHAIN = 4
 
 
 class TableAnchors(AnchorSource):
     """Steps of the mined table, mined again with the drafter's current weights when they are too old.
 
-    A trajectory is mined again when a batch needs it and its last mining is `every` or more optimiser steps old; 0
-    keeps all as they were mined. So only what is trained is mined. Older traces are dropped: memory holds those of
-    `every` steps, however many trajectories there are. The fresh steps depend on earlier weights, so they are part of
-    the checkpoint.
+    A trajectory is mined again when a batch needs it and its trace is at least `every` optimiser steps old; 0: never.
+    Older traces are dropped, so memory holds the traces of `every` steps, for any number of trajectories. Fresh steps
+    depend on earlier weights, so they are part of the checkpoint.
     """
 
     def __init__(
         self, mined: MinedTable, drafter: Drafter, kind: StepKind, per_sequence: int, *, every: int, scored: bool
     ):
-        """Start with mined steps. scored: whether the target scores sampled ones, for a loss with a rejected stream."""
+        """Start with mined steps. scored: whether the target scores sampled steps, for a rejected stream."""
         self.mined, self.drafter, self.every, self.scored = mined, drafter, every, scored
         self.kind, self.per_sequence = kind, per_sequence
         self._fresh: dict[int, Steps] = {}
         self._mined_at: dict[int, int] = {}  # trajectory -> optimiser step of its fresh trace
         self._unshared: set[int] = set()  # trajectories whose fresh traces other ranks do not have
 
-    def sample(self, step: int, indices: Sequence[int], view: DraftingView, phases: np.ndarray) -> StepAnchors:
+    def sample(self, step: int, indices: Sequence[int], view: DraftingView, shifts: np.ndarray) -> StepAnchors:
         metrics = self.refresh(step, indices, view)
-        known = [self.steps(i) for i in indices]  # each read once
+        known = [self.steps(i) for i in indices]  # read each trace once
         proposals, device = self.drafter.block_size - 1, view.batch.tokens.device
-        steps = sample_steps(known, self.kind, self.per_sequence, phases[:, 0], proposals, device)
-        # a trace has many times the steps that are trained: of fresh ones only sampled steps are scored
+        steps = sample_steps(known, self.kind, self.per_sequence, shifts[:, 0], proposals, device)
+        # a trace has far more steps than are trained: only those sampled from fresh traces are scored
         unscored = [row for row, i in enumerate(indices) if i in self._mined_at] if self.scored else []
         return StepAnchors(steps.anchors, steps, mined=True, metrics=metrics, unscored=unscored)
 
@@ -197,7 +196,7 @@ class TableAnchors(AnchorSource):
         return self._fresh[index] if index in self._fresh else self.mined.steps_of(index)
 
     def refresh(self, step: int, indices: Sequence[int], view: DraftingView) -> dict[str, float]:
-        """Mine again what is too old among the trajectories `indices` of a view. Return metrics of what changed."""
+        """Mine the view's trajectories again whose traces are too old. Return metrics of the changes."""
         if not self.every:
             return {}
         for i in [i for i, mined_at in self._mined_at.items() if step - mined_at >= self.every]:  # too old
@@ -229,7 +228,7 @@ class TableAnchors(AnchorSource):
 
     @torch.no_grad()
     def _replay(self, view: DraftingView, rows: list[int], trajectories: list[Trajectory], chains: int) -> list[Steps]:
-        """Replay the trajectories in `rows` of a view, each in so many chains."""
+        """Replay the trajectories in `rows` of a view. chains: chains per trajectory."""
         width = max(len(t.tokens) for t in trajectories)
         chosen = to_device(rows, view.batch.tokens.device)
         return replay_chains(
@@ -266,7 +265,7 @@ class TableAnchors(AnchorSource):
             start += count
 
     def _remembered(self, length: int, anchors: np.ndarray, accepted: np.ndarray, proposed: np.ndarray) -> Steps:
-        """Return fresh steps as they are kept: without proposals, if no loss reads them."""
+        """Return fresh steps to keep, without proposals if no loss reads them."""
         kept = proposed if self.scored else np.zeros((len(anchors), 0), dtype=np.int64)
         return Steps(length, anchors, accepted, kept, proposals=self.mined.proposals)
 

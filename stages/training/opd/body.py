@@ -1,4 +1,4 @@
-"""OPD: the answers, the mined table, the anchors and the loss of every step of a training."""
+"""Runs stage `opd`: loads answers and mined table, chooses the source of anchors, resolves the loss, trains."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from draftsmith.stages.training.trainer import Trainer, TrainingData, load_answe
 
 
 def run(ctx: StageContext, config: OpdConfig) -> None:
-    """Continue training the drafter that was mined, on its own steps."""
+    """Train the drafter further, on its own verify steps."""
     ranks = Ranks.current(config.parallel.target_parallel)
     stored = load_answers(ctx, ranks)
     target = Target.load(ctx.inputs["target"], ranks=ranks)
@@ -52,38 +52,38 @@ def run(ctx: StageContext, config: OpdConfig) -> None:
 def _mined_table(
     ctx: StageContext, config: OpdConfig, trajectories: Sequence[Trajectory], drafter: Drafter, ranks: Ranks
 ) -> MinedTable:
-    """Return the mined table as far as anchors read it: the steps, or else the size of mined blocks alone.
+    """Return the mined table, with steps only if the anchors are mined steps.
 
-    Without the input `mined` a block is the drafter's.
+    Without the input `mined`, the table's block size is the drafter's.
     """
     if not config.reads_table and "mined" not in ctx.inputs:
         return MinedTable.without_steps(drafter.block_size - 1)
     mined, reader = ctx.inputs["mined"], None
-    if config.reads_table:  # every step reads verify steps
+    if config.reads_table:  # every training step reads verify steps
         reader = mapped_reader(ctx, ranks, mined / "verify_steps.parquet", VERIFY_STEPS, STEP_COLUMNS)
     return load_mined(mined, trajectories, drafter.block_size, whole=config.reads_table, reader=reader)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MinedData(TrainingData):
-    """The answers that a drafter is trained on, with its verify steps there."""
+    """The answers that a drafter is trained on, with its mined verify steps."""
 
     mined: MinedTable  # of all answers where `OpdConfig.reads_table`
 
 
 class OpdTraining(Trainer[OpdConfig, MinedData]):
-    """Trains on the blocks where the drafter's own verification leads."""
+    """Trains on blocks at the anchors that the drafter's own verification reaches."""
 
     memory: AnchorSource
 
     def _resolve(self) -> None:
-        """Raise DraftsmithError if no step of the config's kind was mined."""
+        """Resolve loss, sampling and anchors. Raise DraftsmithError if no step of the config's kind was mined."""
         config, drafter, sampling = self.config, self.drafter, self.data.sampling
         self.mined = self.data.mined
         self.kind: StepKind = "errors" if config.anchors == "errors" else "visited"
         if config.reads_table:
             self.usable = self.mined.trajectories_with(self.kind)
-        self.sampled = config.verification == "sampled" or (config.verification == "auto" and not sampling.greedy)
+        self.sampled = not sampling.greedy
         self._sampling = sampling if self.sampled and drafter.samples_proposals else GREEDY
         temperature = sampling.temperature if self._sampling.greedy else 1.0
         self.objective = config.loss.resolved(drafter.recipe, self.sampled, temperature)
@@ -110,7 +110,7 @@ class OpdTraining(Trainer[OpdConfig, MinedData]):
 
 
 def anchor_source(config: OpdConfig, mined: MinedTable, drafter: Drafter, *, scored: bool) -> AnchorSource:
-    """Return the source of anchors that a config asks for. scored: as of `TableAnchors`."""
+    """Return the source of anchors that a config asks for. scored: same as in `TableAnchors`."""
     count = config.anchors_per_sequence
     if config.anchors == "random":
         return RandomAnchors(count)

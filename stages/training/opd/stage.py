@@ -1,8 +1,7 @@
-"""Declares stage `opd`: on-policy distillation of the target's feedback on blocks where the drafter's own verification
-leads.
+"""Declares stage `opd`: on-policy distillation on blocks at the anchors that the drafter's own verification reaches.
 
-After Draft-OPD, arXiv 2605.29343: draft from positions where verification continues (mined, or found under the current
-weights), with gradient, and learn from what the target says about accepted and rejected proposals.
+Source: Draft-OPD, arXiv 2605.29343. Blocks are drafted with gradient where verification continues (mined, or under the
+current weights). The loss is the target's feedback on accepted and rejected proposals.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""One step of OPD: sample anchors, draft their blocks with gradient, find their verify steps, take the loss.
+"""One step of OPD: sample anchors, draft their blocks with gradient, find their verify steps, compute the loss.
 
-The loss is the target's feedback on what verification committed and rejected (Draft-OPD, arXiv 2605.29343, 3).
+The loss is the target's feedback on committed and rejected tokens (Draft-OPD, arXiv 2605.29343, section 3).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from draftsmith.stages.training.drafted_blocks import (
     hidden_on_proposals,
     tokens_at,
 )
-from draftsmith.stages.training.loss_registry import LossConfig
+from draftsmith.stages.training.loss_registry import LossConfig, RejectedStream
 from draftsmith.stages.training.loss_report import LossReport, Ratio, WeightedMean
 from draftsmith.stages.training.opd.anchor_sources import AnchorSource
 from draftsmith.stages.training.opd.verify_steps import StepAnchors, score_steps, verify_blocks
@@ -47,27 +47,27 @@ from draftsmith.stages.training.softmax_heads import HeadSource, LossContext, So
 
 @dataclass(frozen=True)
 class StepOptions:
-    """What every step of a training trains, and how."""
+    """Settings that all steps of a training share."""
 
     config: TrainingConfig
     objective: LossConfig  # resolved
-    proposals: int  # of a served block, at most those of the trained one
-    sampling: SamplingParams = GREEDY  # of the answers, if the drafter samples its proposals under it
+    proposals: int  # length of a served block, at most that of the trained one
+    sampling: SamplingParams = GREEDY  # that of the answers if the drafter samples its proposals
 
 
 @dataclass
 class _MicroBatch:
-    """Rows of a step on their way from anchors to a loss."""
+    """Rows of a step, with their anchors, before the loss."""
 
     batch: Batch
     anchors: StepAnchors  # of the first round
-    phases: np.ndarray  # [B, numbers] of the source
+    shifts: np.ndarray  # [B, source.numbers] random numbers
     sampler: TargetSampler | None  # if proposals are sampled
-    context: Context | None  # with gradient, if it is kept
+    context: Context | None  # with gradient; None: encoded again before the loss
 
 
 class OpdStep:
-    """The steps of a training: anchors of one source, one objective."""
+    """Computes the losses of all steps, with anchors from one source and one objective."""
 
     def __init__(self, drafter: Drafter, target: Target, source: AnchorSource, options: StepOptions):
         self.drafter, self.target, self.source, self.options = drafter, target, source, options
@@ -77,15 +77,15 @@ class OpdStep:
     def micro_batches(self, step: int, rank_slice: RankSlice, rng: np.random.Generator) -> Iterator[LossReport]:
         """Yield the losses of a step's micro-batches.
 
-        Of several micro-batches all anchors are sampled first, under the weights that the loss sees: all have the same
-        head, and the same weights that divide their two streams.
+        All anchors are sampled first, under the weights that the loss sees, so that micro-batches share one head and
+        one divisor for each stream.
         """
         clock, ranks, single = _Clock(), rank_slice.ranks, rank_slice.is_one_batch
         heads = self.heads.sample(rng, [rank_slice.step_tokens])
-        phases = rng.random((rank_slice.step_rows, self.source.numbers))[rank_slice.rows]
+        shifts = rng.random((rank_slice.step_rows, self.source.numbers))[rank_slice.rows]
         clock.spent("head_and_loss")
         micro_batches = [
-            self._sample_anchors(step, rank_slice, rows, phases[rows], heads, clock)
+            self._sample_anchors(step, rank_slice, rows, shifts[rows], heads, clock)
             for rows in rank_slice.micro_batches
         ]
         self.source.share(ranks)
@@ -108,13 +108,13 @@ class OpdStep:
         step: int,
         rank_slice: RankSlice,
         rows: slice,
-        phases: np.ndarray,
+        shifts: np.ndarray,
         heads: SoftmaxHeads,
         clock: _Clock,
     ) -> _MicroBatch:
-        """Sample the anchors of some rows of the slice, and find their verify steps if the full step needs them first.
+        """Sample the anchors of some rows. Find their verify steps if all micro-batches need them before the loss.
 
-        phases: [rows, numbers] of the source.
+        shifts: [rows, source.numbers].
         """
         single, batch = rank_slice.is_one_batch, rank_slice.batch.select(rows)
         reads_context = single or self.source.reads_context or self.objective.needs_scores
@@ -123,32 +123,33 @@ class OpdStep:
             clock.spent("drafter")
             sampler = self._sampler(batch, step)
             view = DraftingView(batch, context, heads.drafter, sampler)
-            anchors = self.source.sample(step, rank_slice.indices[rows], view, phases)
+            anchors = self.source.sample(step, rank_slice.indices[rows], view, shifts)
             clock.spent("mining")
             if not single and anchors.steps is None and self.objective.needs_scores:
                 blocks = draft_blocks(self.drafter, context, batch, anchors.anchors)
                 anchors = self._verified(anchors, blocks, context, heads, sampler)
                 clock.spent("drafter")
-        return _MicroBatch(batch, anchors, phases, sampler, context if single else None)
+        return _MicroBatch(batch, anchors, shifts, sampler, context if single else None)
 
     def _score(self, micro_batches: Sequence[_MicroBatch], rank_slice: RankSlice) -> None:
-        """Let the target score the known steps that it has yet to score.
+        """Score the known steps that the target has not scored yet.
 
-        A single batch whose blocks are verified as they are trained has none.
+        A single batch whose blocks are verified while they are trained has no such steps.
         """
         if any(each.anchors.steps is None for each in micro_batches):
             return
         sampled = [(each.batch.trajectories, each.anchors) for each in micro_batches]
         tokens = self.options.config.tokens_per_target_forward
         kept, ranks = rank_slice.batch.kept, rank_slice.ranks
-        scored = score_steps(sampled, self.target, self.options.proposals, tokens, kept, ranks)
+        offsets = self.objective.rejected.offsets
+        scored = score_steps(sampled, self.target, self.options.proposals, tokens, kept, ranks, offsets=offsets)
         for micro_batch, anchors in zip(micro_batches, scored, strict=True):
             micro_batch.anchors = anchors
 
     def _with_rejected(
         self, rng: np.random.Generator, micro_batches: Sequence[_MicroBatch], rank_slice: RankSlice
     ) -> SoftmaxHeads:
-        """Return heads that also hold the tokens which any rank's verify steps rejected."""
+        """Return heads that also hold the proposals of every rank's verify steps."""
         needed = [rank_slice.step_tokens]
         if self.heads.is_reduced:
             proposed = torch.cat([each.anchors.known_steps.proposed.unique() for each in micro_batches]).cpu()
@@ -158,21 +159,21 @@ class OpdStep:
     def _step_weights(
         self, micro_batches: Sequence[_MicroBatch], heads: SoftmaxHeads, ranks: Ranks
     ) -> tuple[float, ...]:
-        """Return the weights of both streams in the full step."""
-        of_parts = [
+        """Return the summed weights of each stream over the full step."""
+        batch_weights = [
             stream_weights(each.batch, each.anchors.known_steps, heads, self.objective) for each in micro_batches
         ]
-        of_ranks = ranks.gather([sum(weights) for weights in zip(*of_parts, strict=True)])
-        return tuple(sum(weights) for weights in zip(*of_ranks, strict=True))
+        rank_weights = ranks.gather([sum(weights) for weights in zip(*batch_weights, strict=True)])
+        totals = [sum(weights) for weights in zip(*rank_weights, strict=True)]
+        return (sum(totals),) * 2 if self.objective.pooled else tuple(totals)
 
     def _train(
         self, micro_batch: _MicroBatch, heads: SoftmaxHeads, rng: np.random.Generator | None, clock: _Clock
     ) -> LossReport:
-        """Draft the blocks of a micro-batch, in the rounds of the source, and return their loss.
+        """Draft the blocks of a micro-batch in the source's rounds, and return their loss.
 
-        Each round adds to one graph, which then is that of all blocks: their context is encoded once, and so is its
-        gradient taken.
-        rng: for a head that also holds rejected tokens, if they are not known before.
+        All rounds share one graph: the context is encoded once, and its gradient is computed once.
+        rng: samples the head, if it holds rejected tokens that only this method finds.
         """
         batch, anchors, config = micro_batch.batch, micro_batch.anchors, self.options.config
         context = encode_batch(self.drafter, batch) if micro_batch.context is None else micro_batch.context
@@ -185,7 +186,8 @@ class OpdStep:
                 clock.spent("drafter")
                 if self.objective.needs_scores:
                     sampled, tokens = [(batch.trajectories, anchors)], config.tokens_per_target_forward
-                    (anchors,) = score_steps(sampled, self.target, self.options.proposals, tokens, batch.kept)
+                    proposals, offsets = self.options.proposals, self.objective.rejected.offsets
+                    (anchors,) = score_steps(sampled, self.target, proposals, tokens, batch.kept, offsets=offsets)
                     clock.spent("mining")
             steps = anchors.steps
             if self.drafter.autoregressive and self.objective.needs_scores:
@@ -200,16 +202,16 @@ class OpdStep:
             clock.spent("head_and_loss")
             if len(drafted) == self.source.rounds:
                 break
-            committed, phases = responses[-1].committed, micro_batch.phases
-            drafted.append(self.source.following(batch.trajectories, drafted, committed, phases))
+            committed, shifts = responses[-1].committed, micro_batch.shifts
+            drafted.append(self.source.following(batch.trajectories, drafted, committed, shifts))
             anchors = StepAnchors(drafted[-1])
         response = StreamLoss.joined(responses)
         report = opd_loss(response, blocks, loss_context, self.objective, steps)
         everywhere = torch.cat(drafted, 1)
         report.operations = count_operations(self.drafter, batch, everywhere, report.positions, heads.drafter)
-        if blocks.on_proposals is not None:  # the chains were drafted twice; nothing more went through the head
+        if blocks.on_proposals is not None:  # chains were drafted twice; the head read them once
             report.operations += count_operations(self.drafter, batch, everywhere, 0, heads.drafter, prefixes=0)
-        if anchors.mined and self.sampling.greedy:  # else found under these very weights, not at all, or by sampling
+        if anchors.mined and self.sampling.greedy:  # other steps are fresh, absent or sampled
             assert steps is not None
             report.metrics["steps_changed_share"] = changed_ratio(steps, response.correct)
         report.metrics |= anchors.metrics
@@ -218,7 +220,7 @@ class OpdStep:
 
     @property
     def _needs_steps(self) -> bool:
-        """Return whether verify steps must be known before the loss, which finds those of argmaxes itself."""
+        """Return whether the loss needs verify steps as input. For argmax proposals it computes them itself."""
         if self.sampling.greedy:
             return self.objective.reads_steps
         return self.objective.reads_committed or self.source.rounds > 1
@@ -233,7 +235,7 @@ class OpdStep:
     ) -> StepAnchors:
         """Return the anchors with the verify steps of their blocks; the target has not scored them."""
         proposed = None
-        if (self.drafter.autoregressive or sampler is not None) and self.objective.needs_scores:  # on its own chains
+        if (self.drafter.autoregressive or sampler is not None) and self.objective.needs_scores:  # own tokens
             batch, size = blocks.batch, self.drafter.block_size
             tokens = committed_tokens(batch.trajectories, size - 1, batch.tokens.device)
             drafter = PreparedDrafter(self.drafter, heads.drafter, size)
@@ -242,7 +244,7 @@ class OpdStep:
         return replace(anchors, steps=steps, unscored=range(len(blocks.batch.trajectories)))
 
     def _sampler(self, batch: Batch, step: int) -> TargetSampler | None:
-        """Return what decides about sampled proposals, with other random numbers in every step; None: argmaxes."""
+        """Return the sampler that accepts sampled proposals, with new random numbers in every step; None: argmaxes."""
         if self.sampling.greedy:
             return None
         assert batch.hidden is not None
@@ -253,7 +255,7 @@ class OpdStep:
 
 
 class _Clock:
-    """Seconds by what they were spent on."""
+    """Measures the seconds of each phase."""
 
     def __init__(self) -> None:
         self._since, self._seconds = time.perf_counter(), dict.fromkeys(("mining", "drafter", "head_and_loss"), 0.0)
@@ -265,7 +267,7 @@ class _Clock:
         self._since = now
 
     def resume(self) -> None:
-        """Leave out the time since the last call, in which the caller took another micro-batch's gradient."""
+        """Skip the time since the last call, in which the caller computed a micro-batch's gradient."""
         self._since = time.perf_counter()
 
     def take(self) -> dict[str, float]:
@@ -283,7 +285,7 @@ def opd_response(
 ) -> StreamLoss:
     """Compute the loss of the response stream.
 
-    objective: resolved. steps: may be None unless `objective.reads_steps`. proposals: of a served block; left out: K.
+    objective: resolved. steps: required if `objective.reads_steps`. proposals: length of a served block; None: K.
     """
     assert objective.temperature is not None, "resolve the objective first"
     committed = None if steps is None else steps.committed
@@ -299,9 +301,9 @@ def opd_loss(
 ) -> LossReport:
     """Compute λ_acc · weighted mean(response stream) + λ_rej · weighted mean(rejected stream).
 
-    response: of `opd_response`. objective: resolved. blocks, steps: of the rejected stream, if there is one; then they
-    are all blocks of the response.
-    The caller adds the report's operations and seconds: it drafted the blocks.
+    `objective.pooled` divides both weighted sums by the sum of all weights.
+    response: result of `opd_response`. objective: resolved. blocks, steps: all blocks of the response and their steps;
+    only the rejected stream reads them. The caller, which drafted the blocks, adds the report's operations and seconds.
     """
     streams = [response.sums]
     trained = response.positions
@@ -315,6 +317,9 @@ def opd_loss(
         metrics["loss_rejected"] = sums.ratio()
         streams.append(sums)
         trained = trained | mask
+    if objective.pooled:
+        weight = torch.stack([stream.weight for stream in streams]).sum()
+        streams = [replace(stream, weight=weight) for stream in streams]
     loss = torch.stack([stream.factor * stream.mean for stream in streams]).sum()
     return LossReport(loss, response.committed.numel(), int(trained.sum()), metrics, streams=tuple(streams))
 
@@ -322,32 +327,35 @@ def opd_loss(
 def stream_weights(
     batch: Batch, steps: Steps[torch.Tensor], heads: SoftmaxHeads, objective: LossConfig
 ) -> tuple[float, float]:
-    """Sum the weights of both streams, which are known without a forward if the objective has a rejected stream."""
+    """Return the summed weights of each stream. With a rejected stream they are known without a forward."""
     K = steps.proposed.shape[2]
     response = response_weight(batch, steps.anchors, K, heads.drafter, objective.response, steps.committed)
-    mask, _ = _rejected_positions(steps, heads)
+    mask, _ = _rejected_positions(steps, heads, objective.rejected)
     return response, float(offset_weights(objective.rejected.positions, mask)[mask].sum())
 
 
-def _rejected_positions(steps: Steps[torch.Tensor], heads: SoftmaxHeads) -> tuple[torch.Tensor, torch.Tensor]:
+def _rejected_positions(
+    steps: Steps[torch.Tensor], heads: SoftmaxHeads, stream: RejectedStream
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the mask of the rejected stream's positions, and the proposals' columns in the head, each [B, A, K]."""
     offsets = torch.arange(1, steps.proposed.shape[2] + 1, device=steps.proposed.device)
     columns, present = heads.drafter.to_columns(steps.proposed)
     first = steps.rejected_offset[..., None]
     scored = steps.logprobs.isfinite()
-    return (offsets >= first) & (first > 0) & scored & present, columns
+    end = first + (steps.proposed.shape[2] if stream.offsets is None else stream.offsets)
+    return (offsets >= first) & (offsets < end) & (first > 0) & scored & present, columns
 
 
 def _rejected_stream(
     blocks: DraftedBlocks, context: LossContext, objective: LossConfig, steps: Steps[torch.Tensor]
 ) -> tuple[WeightedMean, torch.Tensor]:
-    """Compute the loss of the drafter's proposals from the first rejected one on, each after its own prefix.
+    """Compute the loss of the proposals from the first rejected one on. Each follows the drafter's own prefix.
 
     Returns the stream's sums and the mask [B, A, K] of its positions.
     """
     heads = context.heads
     hidden = blocks.hidden if blocks.on_proposals is None else blocks.on_proposals
-    mask, all_columns = _rejected_positions(steps, heads)
+    mask, all_columns = _rejected_positions(steps, heads, objective.rejected)
     indices = mask.nonzero(as_tuple=True)
     log_p, columns, rejected = steps.logprobs[indices], all_columns[indices], hidden[indices]
     if heads.selector is not None:
@@ -367,11 +375,11 @@ def _rejected_stream(
 
 
 def changed_ratio(steps: Steps[torch.Tensor], correct: torch.Tensor) -> Ratio:
-    """Return the share of the trained steps that would no longer accept as many proposals as `steps` has.
+    """Return the share of trained steps that now accept a different number of proposals than in `steps`.
 
-    It costs nothing: offsets up to the first rejection are in the stream, which shows whether it is still the first.
+    It needs no forward: the stream has all offsets up to the first rejection.
     correct: bool [B, A, K], as in `StreamLoss`.
     """
-    now = correct.long().cumprod(-1).sum(-1)  # a lower bound: nothing is known of offsets outside the stream
+    now = correct.long().cumprod(-1).sum(-1)  # a lower bound: offsets outside the stream are unknown
     different = torch.where(steps.rejected_offset > 0, now != steps.accepted, now < steps.accepted)
     return Ratio(int(different.sum()), different.numel())

@@ -1,4 +1,4 @@
-"""Verify steps at the anchors of a batch: sampled from the mined table, or found on blocks that were just drafted."""
+"""Verify steps at the anchors of a batch: sampled from the mined table, or computed on the blocks just drafted."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ from draftsmith.stages.data.trajectories import Trajectory, trajectory_ids, traj
 from draftsmith.stages.drafters.base import LOGITS_PER_CHUNK, Drafter, argmax_tokens
 from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.drafters.sampling import probability_among, probability_of
-from draftsmith.stages.replay.replayer import KeptGroup, score
+from draftsmith.stages.replay.groups import KeptGroup
 from draftsmith.stages.replay.sampled import ExpectedCommits, TargetSampler
+from draftsmith.stages.replay.scoring import score
 from draftsmith.stages.replay.step_tables import STORED, stored_steps
 from draftsmith.stages.replay.steps import Steps
 from draftsmith.stages.runtime.memory import to_device
 from draftsmith.stages.runtime.ranks import ALONE, Ranks
 from draftsmith.stages.targets.causal_lm import Target
-from draftsmith.stages.training.drafted_blocks import DraftedBlocks, block_labels, systematic_sample, tokens_at
+from draftsmith.stages.training.anchors import systematic_sample
+from draftsmith.stages.training.drafted_blocks import DraftedBlocks, block_labels, tokens_at
 from draftsmith.stages.training.softmax_heads import SoftmaxHeads
 
 StepKind = Literal["errors", "visited"]
@@ -35,10 +37,10 @@ STEP_COLUMNS = (*STORED, "rejected_offset")
 
 @dataclass(frozen=True)
 class StepAnchors:
-    """The anchors of a step, and what is known of the verify steps there."""
+    """The anchors of a training step, with their verify steps as far as they are known."""
 
     anchors: torch.Tensor  # [B, A] absolute positions
-    steps: Steps[torch.Tensor] | None = None  # [B, A]; None: nobody knows them before the blocks are drafted
+    steps: Steps[torch.Tensor] | None = None  # [B, A]; None: unknown until the blocks are drafted
     mined: bool = False  # the steps were found under earlier weights
     metrics: dict[str, float] = field(default_factory=dict)
     unscored: Sequence[int] = ()  # rows of steps that the target has yet to score for a loss
@@ -58,16 +60,16 @@ def verify_blocks(
     proposed: torch.Tensor | None = None,
     sampler: TargetSampler | None = None,
 ) -> Steps[torch.Tensor]:
-    """Return the verify steps of blocks that are drafted already, without a second pass of the drafter.
+    """Return the verify steps of drafted blocks, without a second forward of the drafter.
 
-    The trajectories' own tokens decide what is accepted, for any drafter: up to the first rejection its proposals are
-    these tokens. A selector proposes by its own tokens.
+    Acceptance depends only on the trajectories' tokens, for any drafter: up to the first rejection the proposals are
+    these tokens. A selector's proposals depend on its previous ones.
 
-    proposals: how many of the K a served block has. With fewer, the first ones of the trained block stand in for the
-        smaller block's, which differ where a block attends in both directions (replay drafts the smaller block itself).
-    proposed: [B, A, K] of an autoregressive drafter, whose proposals after a rejection depend on the rejected one; left
-        out, those are not its own.
-    sampler: if proposals are sampled; without `proposed`, those of the steps are zeros then.
+    proposals: length of a served block, at most K. If it is smaller, the first proposals of the trained block are used.
+        They differ from a smaller block's if a block attends in both directions (replay drafts the smaller block).
+    proposed: [B, A, K] proposals of an autoregressive drafter. Without them, its proposals after a rejection are wrong,
+        because they depend on the rejected token.
+    sampler: accepts sampled proposals; None: argmaxes. With it and without `proposed` the steps' proposals are 0.
     """
     batch, anchors, hidden, head, selector = blocks.batch, blocks.anchors, blocks.hidden, heads.drafter, heads.selector
     K = hidden.shape[2]
@@ -100,7 +102,7 @@ Choice: TypeAlias = tuple[torch.Tensor, torch.Tensor]  # logits and token ids of
 def _choice(hidden: torch.Tensor, before: torch.Tensor, head: Head, selector: Drafter) -> Choice:
     """Return the selector's logits of its candidates at hidden states [..., H] after tokens `before` [...].
 
-    The head's rows of all candidates are many times the hidden states: `LOGITS_PER_CHUNK` numbers are in memory.
+    The head's rows of all candidates are far larger than the hidden states, so memory holds `LOGITS_PER_CHUNK` numbers.
     """
     columns = selector.selector_candidates(hidden, head)
     chunk = max(1, LOGITS_PER_CHUNK // (columns.shape[-1] * hidden.shape[-1]))
@@ -127,7 +129,7 @@ def _sampled_probability(
 def _sampled_acceptance(
     q: torch.Tensor, answer: torch.Tensor, anchors: torch.Tensor, sampler: TargetSampler
 ) -> torch.Tensor:
-    """Return the accepted proposals [B, A], as the sampler's numbers decide. q, answer: [B, A, K]."""
+    """Return the numbers of accepted proposals [B, A], by the sampler's random numbers. q, answer: [B, A, K]."""
     positions = anchors[..., None] + torch.arange(answer.shape[2], device=answer.device)
     p = sampler.answer_probability(positions.flatten(1), answer.flatten(1)).view_as(q)
     expectation = ExpectedCommits(sampler, anchors)
@@ -143,13 +145,15 @@ def score_steps(
     tokens_per_forward: int,
     kept: Sequence[KeptGroup] = (),
     ranks: Ranks = ALONE,
+    *,
+    offsets: int | None = None,
 ) -> list[StepAnchors]:
-    """Return the anchors with the target's log-probs of the rejected proposals in `unscored` rows, as `score` does.
+    """Return the anchors with `score`'s target log-probs of the rejected proposals in their `unscored` rows.
 
     sampled: anchors of several micro-batches, each with its trajectories; all have steps. A step that was sampled more
-    than once is scored once. Ranks that share the target score all their steps together.
+    than once is scored once. Ranks that share the target score all their steps together. offsets: same as in `score`.
     """
-    traces, indices = [], []  # of each row: its trajectory and trace, and which of the trace's steps its anchors are
+    traces, indices = [], []  # per row: trajectory and trace; index [A] of each anchor in the trace
     for trajectories, found in sampled:
         if found.unscored:
             steps = found.known_steps
@@ -163,7 +167,7 @@ def score_steps(
     of_ranks = ranks.gather_in_target_group(traces)
     everything = [pair for of_rank in of_ranks for pair in of_rank]
     answers, of_answers = [answer for answer, _ in everything], [trace for _, trace in everything]
-    scores = score(target, answers, of_answers, tokens_per_forward, kept) if everything else []
+    scores = score(target, answers, of_answers, tokens_per_forward, kept, offsets=offsets) if everything else []
     before = sum(map(len, of_ranks[: ranks.target_index]))
     own_scores = iter(zip(scores[before : before + len(traces)], indices, strict=True))
     scored = []
@@ -180,16 +184,16 @@ def score_steps(
 
 @dataclass(frozen=True)
 class MinedTable:
-    """The mined steps of N trajectories, each read when it is needed."""
+    """The mined steps of N trajectories, read when they are needed."""
 
-    steps_of: Callable[[int], Steps]  # takes the index of a trajectory
+    steps_of: Callable[[int], Steps]  # by index of a trajectory
     visited: np.ndarray  # [N] steps of each trajectory
-    errors: np.ndarray  # [N] those that rejected something
-    proposals: int  # of a mined block: at most those of the trained block
+    errors: np.ndarray  # [N] steps with a rejection
+    proposals: int  # length of a mined block, at most that of the trained one
 
     @classmethod
     def without_steps(cls, proposals: int) -> MinedTable:
-        """Return a table for anchors that are no mined steps. proposals: of a served block."""
+        """Return a table for anchors that are not mined steps. proposals: length of a served block."""
         none = np.zeros(0, dtype=np.int64)
         return cls([].__getitem__, none, none, proposals)
 
@@ -209,22 +213,22 @@ def sample_steps(
     traces: Sequence[Steps],
     kind: StepKind,
     per_sequence: int,
-    phases: np.ndarray,
+    shifts: np.ndarray,
     proposals: int,
     device: torch.device,
 ) -> Steps[torch.Tensor]:
-    """Sample `per_sequence` steps of each of B trajectories, at its phase in [0, 1) of `phases` [B].
+    """Sample `per_sequence` evenly spaced steps of each of B traces, offset by `shifts` [B] in [0, 1).
 
-    A trajectory that has no step of the kind any more gives any of its steps.
-    proposals: of the trained block; those that the traces lack are 0 and not scored.
+    A trace that no longer has a step of the kind gives steps of any kind.
+    proposals: length of the trained block; proposals that the traces lack are 0, with no score.
     """
     anchors, accepted = np.zeros((2, len(traces), per_sequence), dtype=np.int64)
     proposed = np.zeros((*anchors.shape, proposals), dtype=np.int64)
     logprobs = np.full(proposed.shape, np.nan, dtype=np.float32)
-    for row, (trace, phase) in enumerate(zip(traces, phases, strict=True)):
+    for row, (trace, shift) in enumerate(zip(traces, shifts, strict=True)):
         candidates = np.flatnonzero(trace.rejected_offset) if kind == "errors" else np.arange(0)
         candidates = candidates if len(candidates) else np.arange(len(trace))
-        chosen = systematic_sample(candidates, per_sequence, phase)
+        chosen = systematic_sample(candidates, per_sequence, shift)
         anchors[row], accepted[row] = trace.anchors[chosen], trace.accepted[chosen]
         proposed[row, :, : trace.proposed.shape[1]] = trace.proposed[chosen]
         if trace.target_logprobs is not None:
@@ -249,9 +253,9 @@ def load_mined(
 ) -> MinedTable:
     """Match verify_steps.parquet of a mining artifact to the trajectories that OPD trains on. The rows stay on disk.
 
-    block_size: of the trained drafter. whole: whether every trajectory must be mined. reader: same as in
-    `load_trajectories`. Raises DraftsmithError if a trajectory must be mined and is not, or if the table's proposals
-    are longer than the drafter's block.
+    block_size: block size of the trained drafter. whole: whether every trajectory must be mined. reader: same as in
+    `load_trajectories`. Raises DraftsmithError if a trajectory must be mined and is not, or if mined blocks are larger
+    than the drafter's.
     """
     path = folder / "verify_steps.parquet"
     reader, ids = reader or RowReader(path, VERIFY_STEPS), trajectory_ids(trajectories)
@@ -259,8 +263,8 @@ def load_mined(
     if whole and not rows.counts.all():
         name = ids[int(rows.counts.argmin())].as_py()
         raise DraftsmithError(
-            f"{path}: trajectory {name} was not mined. Mine all answers (`table: full` or `scored`), and leave out "
-            "answers of one token."
+            f"{path}: trajectory {name} was not mined. Mine all answers of two tokens or more (`table: "
+            "full` or `scored`)."
         )
     errors, longest, row = np.zeros(len(ids), dtype=np.int64), 0, 0
     for group in reader.row_groups(["rejected_offset", "proposed_ids"]):

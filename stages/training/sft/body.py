@@ -17,18 +17,21 @@ from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import (
     create_drafter,
     drafter_source,
+    has_native_head,
     kind_after,
     lineage_from,
     load_drafter,
     upgrade_drafter,
 )
+from draftsmith.stages.drafters.registry import KINDS
 from draftsmith.stages.runtime.ranks import Ranks
 from draftsmith.stages.runtime.stage import StageContext
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.sampling import GREEDY
+from draftsmith.stages.training.anchors import position_anchors
 from draftsmith.stages.training.batches import Batch, frequent_tokens, step_rng, token_counts
 from draftsmith.stages.training.config import SftConfig
-from draftsmith.stages.training.drafted_blocks import count_operations, draft_blocks, encode_batch, position_anchors
+from draftsmith.stages.training.drafted_blocks import count_operations, draft_blocks, encode_batch
 from draftsmith.stages.training.loss_registry import ResponseStream
 from draftsmith.stages.training.loss_report import LossReport
 from draftsmith.stages.training.response_loss import response_loss
@@ -50,6 +53,10 @@ def run(ctx: StageContext, config: SftConfig) -> None:
     else:
         config.check_lora(None, config.drafter.kind)
         drafter = create_drafter(config.drafter, target, ctx.seed, frequent_tokens(counts))
+        if KINDS[drafter.kind].native:
+            assert target.folder is not None
+            head = "own" if has_native_head(target.folder, drafter.config, config.steps) else "last layer, as a head"
+            ctx.log(f"starts from the target's {head}")
     earlier = drafter.frequent_tokens  # of the answers of its earlier training; without new training it keeps them
     if (earlier is None or config.steps) and "train" in stored_splits(ctx.inputs["trajectories"]):  # never evaluation's
         before = None if earlier is None else earlier.cpu()
@@ -123,14 +130,14 @@ class SftTraining(Trainer[SftConfig, TrainingData]):
     def micro_batches(self, step: int, limit: int | None) -> Iterator[LossReport]:
         rank_slice, rng = self.rank_slice(step, limit), step_rng(self.seed, step)
         # for the full step, whatever part of it this rank trains
-        phases = rng.random(rank_slice.step_rows)[rank_slice.rows]
+        shifts = rng.random(rank_slice.step_rows)[rank_slice.rows]
         heads = self._heads.sample(rng, [rank_slice.step_tokens])
         config = self.config
         context = LossContext(heads, self.target.head_weight, config.positions_per_chunk, self._sampling)
         for rows in rank_slice.micro_batches:
             batch = rank_slice.batch.select(rows)
             anchors = position_anchors(
-                batch.trajectories, config.anchors_per_sequence, phases[rows], self.target.device
+                batch.trajectories, config.anchors_per_sequence, shifts[rows], self.target.device
             )
             report = sft_loss(self.drafter, batch, anchors, context, self.stream, self._temperature)
             report.is_full_step = rank_slice.is_one_batch

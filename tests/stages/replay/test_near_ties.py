@@ -1,4 +1,4 @@
-"""Steps that differ from replay's by near-ties alone, on the test bed's drafters."""
+"""Steps that differ from replay's only by near-ties, on the test bed's drafters."""
 
 from __future__ import annotations
 

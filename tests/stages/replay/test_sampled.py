@@ -200,7 +200,7 @@ def test_expected_commits_equal_the_mean_of_sampled_ones(drafter: Drafter, plain
     varied = 0
     for anchor in np.unique(at):
         here = found[at == anchor]
-        assert np.ptp(expected[at == anchor]) < 1e-5  # it depends on the anchor alone
+        assert np.ptp(expected[at == anchor]) < 1e-5  # it depends only on the anchor
         if len(here) >= 100:
             error = max(here.std(), 0.05) / len(here) ** 0.5
             assert abs(here.mean() - expected[at == anchor][0]) < 5 * error

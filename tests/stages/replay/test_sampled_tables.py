@@ -45,7 +45,7 @@ class Tables:
         return cls(p, q[:2])
 
     def distributions(self, sampling: SamplingParams) -> tuple[np.ndarray, np.ndarray]:
-        """Return the distributions that are sampled from: top-k and top-p apply to the target alone."""
+        """Return the distributions that are sampled from: top-k and top-p apply only to the target."""
         p, q = (np.exp(x / sampling.temperature) for x in (self.p, self.q))
         p, q = (x / x.sum(-1, keepdims=True) for x in (p, q))
         return cut(p, sampling), q
@@ -92,7 +92,7 @@ class TableSampler(BlockSampler):
 
 @cache
 def texts(sampling: SamplingParams) -> torch.Tensor:
-    """Return answers [DRAWS, 4] of the target alone: the anchor, and what is sampled after it."""
+    """Return the target's answers [DRAWS, 4] without a drafter: anchor and sampled tokens."""
     p, rng, found = TABLES.distributions(sampling)[0], random.Random(1), []
     for _ in range(DRAWS):
         text = [ANCHOR]

@@ -10,8 +10,8 @@ import torch
 
 from draftsmith.stages.data.trajectories import Trajectory, pad_tokens
 from draftsmith.stages.replay import scoring
-from draftsmith.stages.replay.replayer import encode_group
-from draftsmith.stages.replay.scoring import EncodedGroup, score_traces
+from draftsmith.stages.replay.groups import EncodedGroup, encode_group
+from draftsmith.stages.replay.scoring import score_traces
 from draftsmith.stages.replay.steps import Steps
 from tests.stages.bench import Bench
 
@@ -69,6 +69,7 @@ def test_scores_equal_one_forward_per_block(
     scores = score_traces(bench.target, group, r.traces)
     without = score_traces(bench.target, uncached, r.traces)
     only = score_traces(bench.target, group, r.traces, rejected_only=True)
+    limited = [score_traces(bench.target, group, r.traces, rejected_only=True, offsets=limit) for limit in (1, 3)]
     after_rejections = 0
     for i, (trajectory, trace) in enumerate(zip(r.trajectories, r.traces, strict=True)):
         expected = plainly(bench, trajectory, trace)
@@ -78,6 +79,9 @@ def test_scores_equal_one_forward_per_block(
         np.testing.assert_allclose(without[i].logprobs, up_to, atol=TOLERANCE)
         rejected = np.where(offsets > trace.accepted[:, None], expected.logprobs, np.nan)
         np.testing.assert_allclose(only[i].logprobs, rejected, atol=TOLERANCE)
+        for limit, of_limit in zip((1, 3), limited, strict=True):
+            first = np.where(offsets <= trace.accepted[:, None] + limit, rejected, np.nan)
+            np.testing.assert_allclose(of_limit[i].logprobs, first, atol=TOLERANCE)
         assert expected.best_logprob is not None
         for found in (scores[i], without[i]):
             assert found.best_logprob is not None

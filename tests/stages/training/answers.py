@@ -13,7 +13,7 @@ from tests.testbed.context import RecordingContext
 def mined_answers(
     folder: Path, target: Path, prompts: Path, drafter: Path, count: int = 16, **sampling: Any
 ) -> dict[str, Path]:
-    """Return the inputs of a training that continues from the drafter: `trajectories` and `mined` beside the given."""
+    """Return the inputs of a training that continues from the drafter: target, drafter, `trajectories`, `mined`."""
     inputs = {"target": target, "drafter": drafter}
     rollout = RecordingContext.under(folder / "rollout", {**inputs, "prompts": prompts})
     sampling = {"max_new_tokens": 60, **sampling}

@@ -44,7 +44,7 @@ def blocks_of(case: Case, drafter: Drafter) -> DraftedBlocks:
 
 
 def whole_step(indices: Sequence[int], batch: Batch, micro_batches: Sequence[slice] = ()) -> RankSlice:
-    """Return the slice of a process that trains alone. micro_batches: left out, the whole batch is one."""
+    """Return the slice of a single training process. micro_batches: by default one, the whole batch."""
     rows = list(range(len(indices)))
     return RankSlice(list(indices), batch, list(micro_batches) or [slice(0, len(rows))], rows, len(rows), batch.tokens)
 

@@ -1,6 +1,6 @@
 """A training step in any model's shapes, without its memory: torch's tracker reports what it would take.
 
-Floating-point tensors are fake (shapes alone), bookkeeping is real: anchors, tokens, verify steps. What runs is the
+Floating-point tensors are fake (only shapes), bookkeeping is real: anchors, tokens, verify steps. What runs is the
 training's own code, with the gradients of other micro-batches and AdamW's moments there already.
 """
 
@@ -29,12 +29,14 @@ from draftsmith.stages.drafters.dflash2.model import DFlash2Drafter
 from draftsmith.stages.drafters.dspark.model import DSparkDrafter
 from draftsmith.stages.drafters.eagle3.config import Eagle3Config
 from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter
+from draftsmith.stages.drafters.mtp.config import MtpConfig
+from draftsmith.stages.drafters.mtp.model import MtpDrafter
 from draftsmith.stages.replay.steps import Steps
 from draftsmith.stages.targets.estimate import ModelSize, Sizes
 from draftsmith.stages.targets.sampling import GREEDY, SamplingParams
+from draftsmith.stages.training.anchors import position_anchors
 from draftsmith.stages.training.batches import Batch
 from draftsmith.stages.training.config import OpdConfig, SftConfig, TrainingConfig
-from draftsmith.stages.training.drafted_blocks import position_anchors
 from draftsmith.stages.training.lora import Adapter
 from draftsmith.stages.training.loss_report import LossReport, Ratio, WeightedMean
 from draftsmith.stages.training.opd.anchor_sources import ChainAnchors, RandomAnchors
@@ -46,11 +48,19 @@ from draftsmith.stages.training.softmax_heads import HeadSource, LossContext
 from tests.stages.training.case import whole_step
 
 _CPU = torch.device("cpu")
-_OF_KIND = {"dflash": DFlashDrafter, "dflash2": DFlash2Drafter, "dspark": DSparkDrafter}
+_OF_KIND = {"dflash": DFlashDrafter, "dflash2": DFlash2Drafter, "dspark": DSparkDrafter, "mtp": MtpDrafter}
 _SHARED = {"vocab_size": 151936, "head_dim": 128, "num_attention_heads": 32, "num_key_value_heads": 8}
-TARGETS = {
+TARGETS: dict[str, dict[str, Any]] = {
     "Qwen3-0.6B": _SHARED
     | {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16},
+    "with a head": _SHARED
+    | {
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "architectures": ["MiMoForCausalLM"],
+    },
     "Qwen3-4B": _SHARED | {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36},
     "Qwen3-8B": _SHARED | {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36},
 }
@@ -62,7 +72,7 @@ class FakeStep:
 
     target: str
     config: TrainingConfig  # of SFT or OPD
-    drafter: DFlashConfig | Eagle3Config
+    drafter: DFlashConfig | Eagle3Config | MtpConfig
     longest: int
     prompt: int = 512
     sampling: SamplingParams = GREEDY  # of SFT's answers
@@ -110,7 +120,10 @@ class FakeStep:
             if isinstance(self.drafter, Eagle3Config):
                 drafter: Drafter = Eagle3Drafter(plan.config, embedding, torch.empty(0))
             else:
-                drafter = _OF_KIND[plan.kind](plan.config, embedding)
+                with patch.object(torch.nn.Module, "to_empty", _to_empty):
+                    drafter = _OF_KIND[plan.kind](plan.config, embedding)
+                if isinstance(drafter, MtpDrafter):
+                    drafter.follow(target.model.norm)
             if config.lora is not None:
                 saved_in_bfloat16 = patch.object(torch.Tensor, "equal", lambda *_: True)
                 stays = patch.object(torch.nn.Module, "to", lambda module, *_, **__: module)  # fake ones cannot move
@@ -153,16 +166,24 @@ class FakeStep:
             yield from step.micro_batches(0, whole, rng)
             return
         assert isinstance(config, SftConfig)
-        phases = rng.random(len(batch.trajectories))
+        shifts = rng.random(len(batch.trajectories))
         heads = HeadSource(drafter, head, config).sample(rng, [])
         context = LossContext(heads, head, config.positions_per_chunk, self.sampling)
         stream = config.stream(drafter.recipe, sampled=True)
         for part in islice(parts, 2):
             rows = batch.select(part)
-            anchors = position_anchors(rows.trajectories, config.anchors_per_sequence, phases[part], _CPU)
+            anchors = position_anchors(rows.trajectories, config.anchors_per_sequence, shifts[part], _CPU)
             report = sft_loss(drafter, rows, anchors, context, stream, temperature=1.0)
             report.is_full_step = len(parts) == 1
             yield report
+
+
+def _to_empty(model: torch.nn.Module, *, device: torch.device) -> None:
+    """Give every part of a model values, as `Module.to_empty`, which cannot exchange fake ones."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = torch.nn.Parameter(torch.empty_like(parameter, device=device))
 
 
 class _Chains(ChainAnchors):
@@ -173,9 +194,9 @@ class _Chains(ChainAnchors):
         trajectories: Sequence[Trajectory],
         drafted: Any,  # noqa: ARG002
         committed: torch.Tensor,
-        phases: np.ndarray,
+        shifts: np.ndarray,
     ) -> torch.Tensor:
-        return position_anchors(trajectories, committed.shape[1], phases[:, 0], _CPU)
+        return position_anchors(trajectories, committed.shape[1], shifts[:, 0], _CPU)
 
 
 class _Rejected(RandomAnchors):
@@ -185,8 +206,8 @@ class _Rejected(RandomAnchors):
         super().__init__(per_sequence)
         self.proposals = proposals
 
-    def sample(self, step: int, indices: Sequence[int], view: Any, phases: np.ndarray) -> StepAnchors:
-        anchors = super().sample(step, indices, view, phases).anchors
+    def sample(self, step: int, indices: Sequence[int], view: Any, shifts: np.ndarray) -> StepAnchors:
+        anchors = super().sample(step, indices, view, shifts).anchors
         return StepAnchors(anchors, _steps(view.batch, anchors, self.proposals))
 
 

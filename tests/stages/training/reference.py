@@ -263,7 +263,7 @@ def slow_opd(slow: Slow, objective: LossConfig) -> tuple[torch.Tensor, int]:
             continue
         proposed = case.steps.proposed[row, index].tolist()
         log_q = slow.log_q(row, anchor, proposed)
-        for k in range(first, K + 1):
+        for k in range(first, min(K, first - 1 + (objective.rejected.offsets or K)) + 1):
             log_p_of_it = float(case.steps.logprobs[row, index, k - 1])
             if math.isnan(log_p_of_it) or proposed[k - 1] not in tokens:
                 continue
@@ -276,6 +276,8 @@ def slow_opd(slow: Slow, objective: LossConfig) -> tuple[torch.Tensor, int]:
             rejected = rejected + weight * term
             rejected_weights += weight
             trained.add((row, index, k))
+    if objective.pooled:
+        response_weights = rejected_weights = response_weights + rejected_weights
     loss = objective.response.weight * response / response_weights
     if objective.needs_scores:
         loss = loss + objective.rejected.weight * rejected / rejected_weights

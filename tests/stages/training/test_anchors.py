@@ -10,8 +10,8 @@ import torch
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.data.trajectories import Trajectory
+from draftsmith.stages.training.anchors import position_anchors, systematic_sample
 from draftsmith.stages.training.batches import step_rng
-from draftsmith.stages.training.drafted_blocks import position_anchors, systematic_sample
 
 CPU = torch.device("cpu")
 

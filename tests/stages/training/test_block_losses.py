@@ -98,7 +98,7 @@ def test_sft_of_eagle3_is_the_training_time_test(
     assert_as_expected(report, expected, drafter, case)
     ends = ((len(case.trajectories[row].tokens), anchor) for row, _, anchor in case.blocks())
     inside = sum(min(K, length - 1 - anchor) for length, anchor in ends)
-    assert report.positions < inside - 5, "tokens outside the draft vocabulary are left out"
+    assert report.positions < inside - 5, "tokens outside the draft vocabulary are skipped"
 
     outside = next(t for t in range(64) if t not in drafter.draft_tokens.tolist())
     nothing = replace(case.batch, tokens=torch.full_like(case.batch.tokens, outside))
@@ -124,7 +124,7 @@ def test_sft_of_eagle3_is_the_training_time_test(
 def test_sft_trains_the_head_and_the_selector(
     loss: Any, part: bool, sampling: SamplingParams, cases: dict[str, Case], plain_target: Target
 ) -> None:
-    """part: softmaxes over every other token alone."""
+    """part: softmaxes over only every other token."""
     drafter, case, tokens = RANDOM["dflash2"](plain_target), cases["dflash2"], list(range(0, 64, 2 if part else 1))
     report = sft(case, drafter, plain_target, tokens, sampling, temperature=0.8, gamma=3.0, loss=loss)
     slow = slowly(case, drafter, plain_target, tokens)
@@ -152,7 +152,7 @@ def resolved(value: Any = "matched", *, sampled: bool = False, temperature: floa
 
 
 def response(loss: str, **fields: Any) -> dict[str, Any]:
-    """Return a stream on committed offsets alone, unless `fields` say otherwise."""
+    """Return a stream on only committed offsets, unless `fields` say otherwise."""
     return {"response": {"loss": loss, "scope": "committed", "beyond": 0} | fields}
 
 
@@ -161,11 +161,12 @@ OBJECTIVES = {
     "matched greedy, committed": resolved(response("auto")),
     "matched sampled": resolved({"response": {"weight": 0.5}}, sampled=True, temperature=0.7),
     "paper": resolved("paper"),
+    "paper, each stream a mean": resolved({"preset": "paper", "pooled": False}),
     "paper, other weights": resolved(
         {
             "preset": "paper",
             "response": {"weight": 0.3},
-            "rejected": {"weight": 2.0, "positions": {"kind": "power", "delta": 0.5}},
+            "rejected": {"weight": 2.0, "offsets": 2, "positions": {"kind": "power", "delta": 0.5}},
         },
         sampled=True,
     ),
@@ -192,6 +193,7 @@ OBJECTIVES = {
 OF_EAGLE3: dict[str, Any] = {  # the response stream on the trajectory's tokens, the rejected one on the drafter's own
     "EAGLE-3, matched": "matched",
     "EAGLE-3, paper": "paper",
+    "EAGLE-3, paper, each stream a mean": {"preset": "paper", "pooled": False},
     "EAGLE-3, forward KL, rejected stream of another weight": response("forward_kl", scope="block", weight=0.5)
     | {"rejected": {"loss": "k3", "weight": 2.0, "positions": {"kind": "power", "delta": 0.5}}},
 }

@@ -11,6 +11,7 @@ from draftsmith.stages.drafters.dflash.config import DFlashConfig
 from draftsmith.stages.drafters.dflash2.config import DFlash2Config
 from draftsmith.stages.drafters.dspark.config import DSparkConfig
 from draftsmith.stages.drafters.eagle3.config import Eagle3Config
+from draftsmith.stages.drafters.mtp.config import MtpConfig
 from draftsmith.stages.targets.estimate import PROCESS_BYTES, AnswerCounts, StageUse
 from draftsmith.stages.targets.sampling import GREEDY, SamplingParams
 from draftsmith.stages.training.config import OpdConfig, SftConfig, TrainingConfig
@@ -21,7 +22,9 @@ DFLASH = DFlashConfig(mask_token=151669)
 DFLASH2 = DFlash2Config(kind="dflash2", mask_token=151669)
 DSPARK = DSparkConfig(kind="dspark", mask_token=151669, block_size=16)
 EAGLE3 = Eagle3Config(kind="eagle3", draft_vocab_size=32000)
-SMALL = {"sequences_per_step": 3, "anchors_per_sequence": 32, "micro_batch_tokens": 1}
+MTP = MtpConfig(kind="mtp")
+CHUNKS: dict[str, Any] = {"positions_per_chunk": 32}  # fewer than a row of short chains has
+SMALL: dict[str, Any] = {"sequences_per_step": 3, "anchors_per_sequence": 32, "micro_batch_tokens": 1}
 IN_CHAINS = {  # a round of 8 blocks has more positions than a chunk
     "anchors": "chains", "loss": {"response": {"loss": "cross_entropy"}}, "positions_per_chunk": 64,
 }  # fmt: skip
@@ -40,6 +43,7 @@ STEPS = {
     "0.6B, DFlash, SFT": of(DFLASH),
     "0.6B, EAGLE-3, SFT": of(EAGLE3),
     "0.6B, DFlash2, SFT": of(DFLASH2),
+    "0.6B, native head, SFT": FakeStep("with a head", SftConfig.model_validate(SMALL | CHUNKS), MTP, 1024),
     "0.6B, DFlash, whole distribution": of(DFLASH, loss="ce_l1"),
     "0.6B, DSpark, SFT": of(DSPARK, SamplingParams(0.7)),
     "0.6B, DSpark, SFT, top-p": of(DSPARK, SamplingParams(0.7, 0.9)),

@@ -76,6 +76,11 @@ CASES: dict[str, dict[str, Any] | None] = {
     "chains": {"anchors": "chains"},
     "random, paper": {"anchors": "random", "loss": "paper"},
     "errors, paper": {"anchors": "errors", "loss": "paper", "remine_every": 0},
+    "errors, paper, each stream a mean": {
+        "anchors": "errors",
+        "loss": {"preset": "paper", "pooled": False},
+        "remine_every": 0,
+    },
     "errors, paper, reduced head": {"anchors": "errors", "loss": "paper", "remine_every": 0, "head_tokens": 20},
     "visited, paper, mined again": {"anchors": "visited", "loss": "paper", "remine_every": 1},
 }

@@ -9,9 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from draftsmith.stages.drafters import block_attention
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.training.anchors import position_anchors
 from draftsmith.stages.training.batches import FeatureSource, step_rng
 from draftsmith.stages.training.config import LoraOptions, SftConfig, TrainingConfig
-from draftsmith.stages.training.drafted_blocks import position_anchors
 from draftsmith.stages.training.lora import Adapter
 from draftsmith.stages.training.loss_report import LossReport
 from draftsmith.stages.training.sft.body import sft_loss

@@ -18,9 +18,10 @@ from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.replay.sampled import TargetSampler
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.sampling import SamplingParams
+from draftsmith.stages.training.anchors import position_anchors
 from draftsmith.stages.training.batches import FeatureSource, step_rng
 from draftsmith.stages.training.config import OpdConfig, SftConfig, TrainingConfig
-from draftsmith.stages.training.drafted_blocks import draft_blocks, encode_batch, position_anchors
+from draftsmith.stages.training.drafted_blocks import draft_blocks, encode_batch
 from draftsmith.stages.training.loss_registry import PositionWeights, ResponseStream
 from draftsmith.stages.training.opd import verify_steps
 from draftsmith.stages.training.opd.body import MinedData, OpdTraining
@@ -97,7 +98,7 @@ def confidence_labels(
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
 def test_the_confidence_of_sampled_answers_is_the_acceptance_probability(sampling: SamplingParams) -> None:
     weight, hidden = a_head()
-    own = Head(weight * 0.7)  # another distribution than the target's
+    own = Head(weight * 0.7)  # not the target's distribution
     labels = confidence_labels(sampling, torch.zeros(N, dtype=torch.long), hidden, own, Head(weight))
     q = probabilities(hidden @ own.weight.T, sampling.temperature)
     p = sampling_distribution(hidden @ weight.T, sampling)
@@ -108,13 +109,13 @@ def test_the_confidence_of_greedy_answers_is_whether_the_argmax_is_accepted() ->
     weight, hidden = a_head()
     own = Head(weight * 0.7)
     answer = (hidden @ weight.T).argmax(-1)
-    answer[::2] = (hidden @ own.weight.T).argmin(-1)[::2]  # another token than the proposal
+    answer[::2] = (hidden @ own.weight.T).argmin(-1)[::2]  # not the proposed token
     labels = confidence_labels(SamplingParams(), answer, hidden, own, Head(weight))
     torch.testing.assert_close(labels, (torch.arange(N) % 2).float(), atol=1e-4, rtol=0)
 
 
 def test_every_step_of_opd_verifies_with_other_random_numbers(plain_target: Target) -> None:
-    """Neither those of the step before nor those of mining: what was rejected then may be accepted now."""
+    """Not with the step before's, nor with mining's: what was rejected then may be accepted now."""
     answers, drafter = random_target.trajectories(2, seed=2), random_dspark(plain_target)
     table, sampling = mined(answers, drafter.block_size - 1), SamplingParams(0.7)
     data = MinedData(trajectories=answers, sampling=sampling, mined=table)

@@ -12,11 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from draftsmith.stages.drafters.base import PreparedDrafter
 from draftsmith.stages.replay.chains import draft, successors
-from draftsmith.stages.replay.replayer import tree_tokens_of
+from draftsmith.stages.replay.groups import tree_tokens_of
 from draftsmith.stages.replay.sampled import VerifiedBlocks
+from draftsmith.stages.training.anchors import position_anchors
 from draftsmith.stages.training.batches import FeatureSource
 from draftsmith.stages.training.config import TrainingConfig
-from draftsmith.stages.training.drafted_blocks import draft_blocks, encode_batch, hidden_on_proposals, position_anchors
+from draftsmith.stages.training.drafted_blocks import draft_blocks, encode_batch, hidden_on_proposals
 from draftsmith.stages.training.loss_registry import LossConfig
 from draftsmith.stages.training.opd import step as opd_step
 from draftsmith.stages.training.opd import verify_steps
@@ -38,7 +39,7 @@ from tests.stages.training.opd.world import (
     PER_SEQUENCE,
     World,
     loss_of,
-    phases,
+    shifts,
     without_errors,
 )
 from tests.testbed.calls import recorded
@@ -67,7 +68,7 @@ def test_only_sampled_steps_are_scored(world: World, monkeypatch: pytest.MonkeyP
     remining = world.remining(every=10, scored=True)
     remining.refresh(10, INDICES[:2], world.view(INDICES[:2]))  # the third keeps its trace
     source = world.source("visited", remining=remining)
-    sampled = source.sample(9, INDICES, world.view(), phases(0, 1))  # too early for the third
+    sampled = source.sample(9, INDICES, world.view(), shifts(0, 1))  # too early for the third
     assert sampled.steps is not None and list(sampled.unscored) == [0, 1]
     (scored,) = score_steps([(world.batch.trajectories, sampled)], world.target, 7, 2048)
     logprobs = scored.known_steps.logprobs
@@ -141,7 +142,7 @@ def test_verify_steps_of_a_trainings_blocks_equal_those_of_replay(any_world: Wor
     world, drafter, batch, K = any_world, any_world.moved, any_world.batch, any_world.table.proposals
     fresh = world.mined_by(drafter)
     traces, device = [fresh.steps_of(i) for i in INDICES], torch.device("cpu")
-    expected = sample_steps(traces, "visited", 30, phases(0, 1)[:, 0], K, device)
+    expected = sample_steps(traces, "visited", 30, shifts(0, 1)[:, 0], K, device)
     anchors = expected.anchors
     context, heads = encode_batch(drafter, batch), heads_of(drafter, world.target)
     blocks, at = draft_blocks(drafter, context, batch, anchors), anchors
@@ -170,10 +171,10 @@ def test_successors_are_where_one_block_of_the_current_weights_leads(world: Worl
     on_trace = 0
     traces = world.traces(world.moved)
     for step in range(10):
-        sampled = source.sample(step, INDICES, view, phases(step, 2))
+        sampled = source.sample(step, INDICES, view, shifts(step, 2))
         assert sampled.steps is None  # found on the blocks of the step itself
         assert sampled.anchors.numel() == len(INDICES) * per_sequence
-        before = position_anchors(view.batch.trajectories, per_sequence, phases(step, 2)[:, 0], torch.device("cpu"))
+        before = position_anchors(view.batch.trajectories, per_sequence, shifts(step, 2)[:, 0], torch.device("cpu"))
         following = successors(
             PreparedDrafter(world.moved, view.head, 8),
             view.context,
@@ -264,6 +265,24 @@ def test_the_target_scores_proposals_only_for_a_rejected_stream(
         assert report.loss.isfinite()
 
 
+@pytest.mark.parametrize("kind", ["errors", "successors"])
+def test_the_target_reads_only_proposals_that_the_loss_reads(
+    kind: str, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a limited stream; the mined table has all scores."""
+    forwards = recorded(monkeypatch, world.target, "step")
+    read, trained = [], []
+    for offsets in (None, 2, 1):
+        objective = world.objective({"preset": "paper", "rejected": {"offsets": offsets}})
+        for every in (0, 1):
+            source = world.source(kind, remining=world.remining(every=every, scored=True))
+            forwards.clear()
+            trained.append(loss_of(world.step(source, objective), world.batch).positions)
+        read.append(sum(ids.numel() for ids, *_ in forwards))
+    assert read[0] > read[1] > read[2]  # the last: only the answers
+    assert trained[0] > trained[2] > trained[4] and trained[1] > trained[3] > trained[5]
+
+
 @pytest.mark.parametrize("indices", [INDICES, [4, 0, 4]], ids=["each once", "one twice"])
 def test_proposals_are_scored_on_the_keys_of_the_first_read(indices: list[int], world: World) -> None:
     """The target then reads an answer once a step; kept, if they fit, where the features of all answers do not."""
@@ -311,7 +330,7 @@ def test_a_step_has_the_loss_of_the_chains_that_mining_finds(eagle_world: World)
     objective, many = world.objective("paper"), 30
     drafter, batch, fresh = world.moved, world.batch, world.mined_by(world.moved)
     traces, K, device = [fresh.steps_of(i) for i in INDICES], drafter.block_size - 1, torch.device("cpu")
-    steps = sample_steps(traces, "errors", many, phases(5, 1)[:, 0], K, device)
+    steps = sample_steps(traces, "errors", many, shifts(5, 1)[:, 0], K, device)
     anchors = steps.anchors
     after_rejection = (steps.logprobs.isfinite().sum(-1) - 1)[steps.rejected_offset > 0]
     assert int(after_rejection.sum()) > 50, "scored proposals on the drafter's own prefix"
@@ -344,7 +363,7 @@ def test_a_step_has_the_loss_of_the_chains_that_mining_finds(eagle_world: World)
 def test_drafting_in_a_step_leaves_its_gradient_alone(
     kind: str, eagle_world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The gradient has the same bits as that of a step that is given its proposals."""
+    """The gradient has the same bits as in a step that is given its proposals."""
     world = eagle_world
     objective = world.objective("paper")
     drafted: list[VerifiedBlocks] = []

@@ -1,4 +1,4 @@
-"""Chains of anchors: where each round drafts, and that its loss is that of drafting first and training then."""
+"""Chains of anchors: each round drafts at the right positions, and its loss equals drafting first and training then."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from draftsmith.stages.replay.chains import committed_tokens, draft
 from draftsmith.stages.replay.sampled import TargetSampler
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.sampling import GREEDY, SamplingParams
+from draftsmith.stages.training.anchors import position_anchors
 from draftsmith.stages.training.batches import Batch, FeatureSource, step_rng
 from draftsmith.stages.training.config import OpdConfig, TrainingConfig
-from draftsmith.stages.training.drafted_blocks import encode_batch, position_anchors
+from draftsmith.stages.training.drafted_blocks import encode_batch
 from draftsmith.stages.training.loss_registry import LossConfig
 from draftsmith.stages.training.loss_report import LossReport
 from draftsmith.stages.training.opd import step as opd_step
@@ -39,7 +40,7 @@ ROUNDING = 1e-5  # float32, of the gradient's norm
 
 
 def answer(length: int) -> Trajectory:
-    """An answer of so many tokens, whose first anchor is position 10."""
+    """An answer of this many tokens, whose first anchor is position 10."""
     return Trajectory("it", list(range(10 + length)), 10)
 
 
@@ -76,7 +77,7 @@ def test_after_the_end_of_an_answer_comes_its_first_anchor() -> None:
     ],
 )
 def test_a_chain_that_meets_a_block_starts_anew(drafted: list[list[int]], committed: list[int], kept: set[int]) -> None:
-    """At positions without a block, spread over the answer: over the phases, at all of them."""
+    """At positions without a block, spread over the answer: over the shifts, at all of them."""
     others = set(range(10, 99)) - {*drafted[0], *kept}
     started: set[int] = set()
     for phase in np.linspace(0, 1, 200, endpoint=False):
@@ -97,7 +98,7 @@ def test_an_answer_with_fewer_positions_than_blocks_has_some_twice() -> None:
     ("count", "sizes"), [(16, [4, 4, 4, 4]), (6, [2, 2, 1, 1]), (11, [3, 3, 3, 2]), (3, [1, 1, 1]), (1, [1])]
 )
 def test_the_first_rounds_have_one_block_more_where_the_count_is_no_multiple(count: int, sizes: list[int]) -> None:
-    """A smaller round follows as many chains of those before, each of them equally often."""
+    """A smaller round follows only as many of the earlier chains, each of them equally often."""
     source = ChainAnchors(count)
     assert source.rounds == source.numbers == len(sizes)
     row, sample = answer(90), np.full((1, source.numbers), 0.5)
@@ -138,15 +139,15 @@ def found_by_drafting(
 ) -> list[torch.Tensor]:
     """Return the anchors of each round [B, a] of step 5, from blocks that are drafted for nothing else."""
     source = ChainAnchors(per_sequence)
-    phases = step_rng(0, 5).random((len(batch.trajectories), source.numbers))
+    shifts = step_rng(0, 5).random((len(batch.trajectories), source.numbers))
     first = per_sequence // source.rounds + (per_sequence % source.rounds > 0)
-    rounds = [position_anchors(batch.trajectories, first, phases[:, 0], CPU)]
+    rounds = [position_anchors(batch.trajectories, first, shifts[:, 0], CPU)]
     prepared = PreparedDrafter(drafter, drafter.head_over(target.head_weight, None), drafter.block_size)
     tokens = committed_tokens(batch.trajectories, drafter.block_size - 1, CPU)
     while len(rounds) < source.rounds:
         context = encode_batch(drafter, batch)
         blocks = draft(prepared, context, tokens, rounds[-1], sampler, with_proposals=False)
-        rounds.append(source.following(batch.trajectories, rounds, blocks.accepted + 1, phases))
+        rounds.append(source.following(batch.trajectories, rounds, blocks.accepted + 1, shifts))
     return rounds
 
 
@@ -193,7 +194,7 @@ def assert_as_if_drafted_first(
 LOSSES = {
     "matched": {},
     "whole blocks, D-PACE": {"response": {"scope": "block", "positions": {"kind": "d_pace"}}},
-    "committed alone": {"response": {"scope": "committed", "beyond": 0}},
+    "only committed": {"response": {"scope": "committed", "beyond": 0}},
     "the paper's response": {"preset": "paper", "rejected": {"loss": "none"}},
 }
 

@@ -18,7 +18,7 @@ from tests.stages.replay.test_mined_table import K, mined
 
 
 def test_steps_on_disk_equal_the_mined_ones(tmp_path: Path) -> None:
-    """Also if the trained block is longer, and for answers in another order than the table's."""
+    """Even if the trained block is longer, and for answers in a different order."""
     group, more = mined(50), 2
     write_table(tmp_path / "verify_steps.parquet", VERIFY_STEPS, steps_table(VERIFY_STEPS, group), group_bytes=2000)
     for order in (slice(None), slice(None, None, -3)):

@@ -12,7 +12,7 @@ import torch
 from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.lm_head import Head
-from draftsmith.stages.replay.replayer import score
+from draftsmith.stages.replay.scoring import score
 from draftsmith.stages.replay.steps import Steps
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training.batches import Batch, FeatureSource, step_rng
@@ -84,7 +84,7 @@ class World:
         return mined_table(score(self.target, self.trajectories, traces, 2048), drafter.block_size - 1)
 
     def scored(self, steps: Steps[torch.Tensor], proposals: int, tokens: int = 2048) -> Steps[torch.Tensor]:
-        """Score steps at anchors of the batch. tokens: that the target reads in one forward."""
+        """Score steps at anchors of the batch. tokens: tokens that the target reads in one forward."""
         found = StepAnchors(steps.anchors, steps, unscored=range(len(INDICES)))
         return score_steps([(self.batch.trajectories, found)], self.target, proposals, tokens)[0].known_steps
 
@@ -101,7 +101,7 @@ class World:
         per_sequence: int = PER_SEQUENCE,
         remining: TableAnchors | None = None,
     ) -> AnchorSource:
-        """Return a source. remining: for a kind that reads the table; left out: one that never mines again."""
+        """Return a source. remining: for a kind that reads the table; None: mined steps, never mined again."""
         if kind == "successors":
             return SuccessorAnchors(self.moved, self.table.proposals, per_sequence)
         if kind == "chains":
@@ -124,7 +124,7 @@ class World:
         proposals: int | None = None,
         per_sequence: int = PER_SEQUENCE,
     ) -> OpdStep:
-        """Return steps of the moved drafter. proposals: of a served block; left out: of the trained one."""
+        """Return steps of the moved drafter. proposals: length of a served block; None: of the trained one."""
         config = TrainingConfig(sequences_per_step=len(INDICES), anchors_per_sequence=per_sequence)
         options = StepOptions(config, objective, proposals or self.table.proposals)
         return OpdStep(self.moved, self.target, source, options)
@@ -161,8 +161,8 @@ def loss_of(step: OpdStep, batch: Batch) -> LossReport:
     return report
 
 
-def phases(step: int, numbers: int) -> np.ndarray:
-    """Return the phases [B, numbers] of the rows of `INDICES`, as a step samples them."""
+def shifts(step: int, numbers: int) -> np.ndarray:
+    """Return the shifts [B, numbers] of the rows of `INDICES`, as a step samples them."""
     return step_rng(0, step).random((len(INDICES), numbers))
 
 

@@ -1,4 +1,4 @@
-"""An EAGLE-3 drafter through the stages that follow its warm-start, and beside a DFlash drafter in one evaluation."""
+"""An EAGLE-3 drafter through the stages that follow its warm-start, and with a DFlash drafter in one evaluation."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def inputs(
 ) -> dict[str, Path]:
     """Return greedy answers with the EAGLE-3 drafter in the loop, and what was mined on them."""
     folder = tmp_path_factory.mktemp("eagle3")
-    clear = {prompt.prompt_id for prompt in eagle_bench.prompts}  # the drafter's own near-ties are left out
+    clear = {prompt.prompt_id for prompt in eagle_bench.prompts}  # without the drafter's own near-ties
     prompts = keep_prompts(tiny_drafter.prompts, folder / "prompts", clear)
     return mined_answers(folder, tiny_drafter.target, prompts, tiny_eagle3)
 
