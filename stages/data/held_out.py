@@ -101,7 +101,7 @@ def independent_units(prompts: Path, prompt_ids: Sequence[str]) -> list[Unit]:
 
 
 def _class(prompts: Path) -> tuple[float, HeldOutBy]:
-    """Return the share of the held-out class, and what decides it."""
+    """Return the share of prompts that are held out, and the field that decides which."""
     summary = PromptsSummary.read_if_there(prompts) or PromptsSummary()
     share = HELDOUT_SHARE if summary.heldout_share is None else summary.heldout_share
     return share, summary.heldout_by or "prompt"

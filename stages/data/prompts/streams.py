@@ -229,7 +229,7 @@ def prompt_rows(
 
     Unusable rows are counted in `rejects`, which is checked at the end.
     read_ids: without it, prompts that have only token ids have no messages. unchanged: nothing will be added to a
-    prompt; otherwise a prompt of token ids is built again from its messages, which have no tools. slices: fields whose
+    prompt; otherwise a prompt of token ids is made again from its messages, which have no tools. slices: fields whose
     values are the labels of a prompt. of_logs: see `row_messages`.
     """
     for row in rows:

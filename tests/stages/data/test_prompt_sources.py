@@ -152,11 +152,11 @@ def test_reasoning_gym_splits_have_different_prompts(target: Path, tmp_path: Pat
     assert [row["source"] for row in rows[:3]] == ["gsm_symbolic", "chain_sum", "leg_counting"]
     assert not texts(rows, "train") & (texts(rows, "heldout") | texts(rows, "validation"))
     assert len({row["prompt_id"] for row in rows}) == 45
-    assert context.summaries["duplicates_removed"] < 3  # each split has seeds of its own: nothing came up again
+    assert context.summaries["duplicates_removed"] < 3  # each split has its own seeds: no prompt is in two
 
 
 def test_a_task_gives_no_more_prompts_than_its_seeds_allow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even if so many are needed that a split would run into the seeds of the next one."""
+    """Even if a split needs more than there are before the seeds of the next one."""
     monkeypatch.setattr("draftsmith.stages.data.prompts.streams._SEEDS_PER_SPLIT", 50)
     source = {"kind": "reasoning_gym", "tasks": ["chain_sum"]}
     config = PromptsConfig.model_validate({"sources": [source], "train": 0, "heldout": 1})

@@ -1,4 +1,4 @@
-"""Every prompt serves the splits of its class alone, whatever the source, order and seed; few stay in memory."""
+"""Every prompt serves only the splits of its class, whatever the source, order and seed; few stay in memory."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
 from draftsmith.stages.data import row_files
 from draftsmith.stages.data.prompts.stage import STAGE, PromptsConfig
-from draftsmith.stages.data.trajectories import prompt_labels
+from draftsmith.stages.data.stored_prompts import prompt_labels
 from draftsmith.stages.targets.info import load_tokenizer, model_path
 from tests.stages.data.prompts_run import Row, error, of_classes, questions, run, run_with_context, texts
 from tests.stages.data.row_files import write

@@ -1,6 +1,6 @@
 """Stage `logs` trains on no prompt that stage `prompts` holds out, of the same log or in another week.
 
-The held-out class of a prompt depends on its text alone; token ids have the class of their text.
+The held-out class of a prompt depends only on its text; token ids have the class of their text.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def served(target: Path, conversations: list[list[Row]], **given: Any) -> list[R
 IDS = ("prompt_token_ids", "completion_token_ids")
 
 
-# of each: the template, the messages of a number, what the template is given, and fields beside the token ids
+# of each: the template, the messages of a number, the template's arguments, and fields in addition to the token ids
 CASES: dict[str, tuple[str, Callable[[int], list[Row]], Row, list[str]]] = {
     "system in the user's turn": (templates.GEMMA, kind, {}, ["messages"]),
     "rendered prompt": (templates.TOOLS, question, {}, ["prompt"]),
@@ -86,7 +86,7 @@ CASES: dict[str, tuple[str, Callable[[int], list[Row]], Row, list[str]]] = {
 def test_no_held_out_prompt_is_trained_on_in_any_row_format(
     case: str, with_template: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """Rows of the held-out class, and no others, are left out of training."""
+    """Training excludes the rows of the held-out class, and no others."""
     numbers = range(400)
     template, turns, given, beside = CASES[case]
     target = with_template(template)
@@ -229,7 +229,7 @@ def test_case_turns_and_roles_change_the_identity() -> None:
 
 
 def test_by_conversation_all_turns_share_an_identity() -> None:
-    """It is that of the first user message, also after a greeting of the assistant."""
+    """The first user message decides, even after a greeting of the assistant."""
     turns = [chat("hello", system="Be kind."), chat("hello", "yes?", "what?"), chat(" hello", "no.", "why?")]
     assert {prompt_identity(messages, "conversation") for messages in turns} == {prompt_identity(chat("hello"))}
     assert len({prompt_identity(messages) for messages in turns}) == 3

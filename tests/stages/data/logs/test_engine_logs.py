@@ -13,7 +13,7 @@ import pytest
 from tests.stages.data.logs.logs_run import accepted, schema_filter
 
 README = Path(__file__).parents[4] / "configs" / "own-logs.md"
-# Of SGLang 0.5.20 for a chat, shortened: fields that nothing reads are left out.
+# Of SGLang 0.5.20 for a chat, shortened: without fields that nothing reads.
 PARAMS = {"temperature": 0.0, "max_new_tokens": 3, "stop": None, "top_p": 1.0, "top_k": -1, "min_p": 0.0}
 PARAMS |= {"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0, "logit_bias": None}
 OUT = {"text": " How are", "output_ids": [94, 352, 758], "meta_info": {"completion_tokens": 3, "e2e_latency": 2.5}}

@@ -17,7 +17,7 @@ ROW = {"prompt_token_ids": [1, 2], "completion_token_ids": [3, 4]}
 
 
 def spans(*groups: tuple[int, float, float], **fields: Any) -> list[dict[str, Any]]:
-    """Return rows: so many requests that begin and end so many seconds after noon."""
+    """Return rows: numbers of requests, with begin and end in seconds after noon."""
     return [
         ROW | {"started_at": NOON + begin, "ended_at": NOON + end, **fields}
         for count, begin, end in groups
