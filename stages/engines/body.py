@@ -22,7 +22,8 @@ from draftsmith.artifacts.tables.readers import BATCH_ROWS
 from draftsmith.artifacts.tables.schemas import PROMPTS, QUESTIONS
 from draftsmith.stages.data.chat_template import token_ids
 from draftsmith.stages.data.row_formats import Message, TemplateKwargs
-from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, Prompt, PromptRows, positions_needed, request_seed
+from draftsmith.stages.data.stored_prompts import Prompt, PromptRows, positions_needed
+from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, request_seed
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.spec import NO_FREQUENT_TOKENS
@@ -130,11 +131,11 @@ class _Conversations:
 
     def whole(self, max_new_tokens: int) -> list[Prompt]:
         """Return the longest possible last prompt of each conversation; its tokens are placeholders."""
-        found = []
+        prompts = []
         for prompt_id, questions in self.questions.items():
             tokens = len(self._render(prompt_id, [""] * len(questions))) + len(questions) * (max_new_tokens + _SEAM)
-            found.append(Prompt(prompt_id, [0] * tokens))
-        return found
+            prompts.append(Prompt(prompt_id, [0] * tokens))
+        return prompts
 
     def _render(self, prompt_id: str, answers: Sequence[str]) -> list[int]:
         messages = list(self.messages[prompt_id])

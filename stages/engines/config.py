@@ -31,9 +31,7 @@ Fields = TypeVar("Fields", bound=Mapping[str, object])
 _HTTP_ONLY = "nothing: launched servers are used over HTTP, which the API key protects"
 _LOSSLESS = "nothing: below 1 the answers are not the target's"
 _OTHER_RULES = "nothing: in replay EAGLE-3 proposes argmaxes, and every proposal is verified by itself"
-_NO_PIPELINES = (
-    "nothing: a server gets tensor_parallel * data_parallel GPUs, and DFLASH and DSPARK draft with no pipeline"
-)
+_NO_PIPELINES = "nothing: a server gets tensor_parallel GPUs, and DFLASH and DSPARK draft with no pipeline"
 # Options that the stage sets from other fields; a second value could contradict them. Values follow "is set by".
 _RESERVED_OPTIONS = {
     "model": "the section target",
@@ -41,7 +39,7 @@ _RESERVED_OPTIONS = {
     "port": "nothing: a free one is taken",
     "dtype": "target.dtype",
     "tensor-parallel-size": "engine.launch.tensor_parallel",
-    "data-parallel-size": "engine.launch.data_parallel",
+    "data-parallel-size": "engine.launch.servers",
     "pipeline-parallel-size": _NO_PIPELINES,
     "nnodes": "nothing: a launched server runs on this machine only",
     "config": "nothing: a file could set any option; write them here",
@@ -50,8 +48,8 @@ _RESERVED_SGLANG = _RESERVED_OPTIONS | {
     "model-path": "the section target",
     "tp": "engine.launch.tensor_parallel",
     "tp-size": "engine.launch.tensor_parallel",
-    "dp": "engine.launch.data_parallel",
-    "dp-size": "engine.launch.data_parallel",
+    "dp": "engine.launch.servers",
+    "dp-size": "engine.launch.servers",
     "pp-size": _NO_PIPELINES,
     "mem-fraction-static": "engine.launch.memory_fraction",
     "speculative-algorithm": "the drafter's checkpoint",
@@ -75,7 +73,7 @@ _RESERVED_SGLANG = _RESERVED_OPTIONS | {
 }
 _RESERVED_VLLM = _RESERVED_OPTIONS | {
     "tp": "engine.launch.tensor_parallel",
-    "dp": "engine.launch.data_parallel",
+    "dp": "engine.launch.servers",
     "pp": _NO_PIPELINES,
     "gpu-memory-utilization": "engine.launch.memory_fraction",
     "max-num-seqs": "engine.concurrency",
@@ -130,12 +128,9 @@ class LaunchConfig(Config):
     title: ClassVar[str]  # the engine's name
     reserved: ClassVar[Mapping[str, str]]  # option -> what sets it
     servers: Annotated[
-        int, Field(ge=1, description="number of servers; each takes tensor_parallel * data_parallel GPUs"), NotInKey()
+        int, Field(ge=1, description="number of servers, each a replica on tensor_parallel GPUs"), NotInKey()
     ] = 1
     tensor_parallel: Annotated[int, Field(ge=1, description="GPUs that hold one copy"), NotInKey()] = 1
-    data_parallel: Annotated[
-        int, Field(ge=1, description="replicas of the model in each server, which spreads its requests"), NotInKey()
-    ] = 1
     memory_fraction: Annotated[
         float | None,
         Field(gt=0, lt=1, description="share of a GPU's memory for weights and key/value memory"),
@@ -177,11 +172,6 @@ class LaunchConfig(Config):
                 if str(item).startswith("-") and not _NUMBER.fullmatch(str(item)):
                     raise ValueError(f"{key}: {cls.title} would read its value {item!r} as another option. Correct it.")
         return options
-
-    @property
-    def gpus(self) -> int:
-        """Return the GPUs of one server."""
-        return self.tensor_parallel * self.data_parallel
 
     @property
     def on_cpu(self) -> bool:
@@ -253,9 +243,6 @@ class SGLangEngineConfig(ServerEngineConfig):
 
     kind: Literal["sglang"]
     launch: SGLangLaunchConfig | None = None
-    trace: Annotated[
-        bool, Field(description="ask the plug-in for verify steps, where the server has it"), NotInKey()
-    ] = True
 
 
 class VLLMEngineConfig(ServerEngineConfig):

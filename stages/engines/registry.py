@@ -59,7 +59,7 @@ def open_servers(
 
 
 def differing_settings(config: ServerEngineConfig, target: TargetInfo) -> list[str]:
-    """Return the settings by which servers compute another target than transformers.
+    """Return the settings that make servers compute the target differently from transformers.
 
     For servers to be launched, by their options; for running ones, as they report, if they answer and are no router.
     """
@@ -71,8 +71,8 @@ def differing_settings(config: ServerEngineConfig, target: TargetInfo) -> list[s
         async with httpx.AsyncClient(headers=key_header(config.api_key())) as client:
             return await asyncio.gather(*(ask(client, url) for url in config.urls), return_exceptions=True)
 
-    found = [state.differs(target) for state in asyncio.run(reported()) if isinstance(state, ServedTarget)]
-    return list(dict.fromkeys(setting for settings in found for setting in settings))
+    differences = [state.differs(target) for state in asyncio.run(reported()) if isinstance(state, ServedTarget)]
+    return list(dict.fromkeys(setting for settings in differences for setting in settings))
 
 
 def identify(url: str, api_key_env: str | None) -> tuple[ServerEngineConfig, int | None]:

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.data.row_files import local_files
-from draftsmith.stages.data.trajectories import PromptRows, check_answer_fits, load_prompts
+from draftsmith.stages.data.stored_prompts import PromptRows, check_answer_fits, load_prompts
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.config import (
     NO_REDUCED_HEAD,

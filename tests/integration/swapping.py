@@ -23,6 +23,7 @@ from draftsmith.flows.refresh.versions import registry
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import load_drafter, save_drafter, upgrade_drafter
+from draftsmith.stages.drafters.dflash2.checkpoint import NEW_SIZES
 from draftsmith.stages.drafters.dflash2.config import DFlash2Config
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.dspark.config import DSparkConfig
@@ -94,7 +95,7 @@ def line_of_two(
 
 
 def keep_from_servers(engine: str, patch: pytest.MonkeyPatch) -> None:
-    """Name a folder that does not exist to servers of an engine, as if their hosts had uploads alone."""
+    """Name a folder that does not exist to servers of an engine, as if their hosts had only uploads."""
     write = getattr(swap, f"write_{engine}")
 
     async def write_upload(client: httpx.AsyncClient, url: str, new: NewDrafter, *rest: Any) -> Json:
@@ -116,18 +117,18 @@ def with_noise(drafter: Drafter, scales: dict[str, float]) -> Drafter:
 
 
 def dflash2(bench: Bench) -> Drafter:
-    """Return the trained DFlash drafter with what it lacks at random."""
-    shape = DFlash2Config(kind="dflash2", conv_group_size=16, selector_rank=16, selector_top_k=8)
-    upgraded = upgrade_drafter(bench.drafters["trained"], shape, bench.target, seed=0)
+    """Return the trained DFlash drafter with what it lacks at random. The selector is small: it makes no near-ties."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(NEW_SIZES, "selector_rank", 16)
+        patch.setitem(NEW_SIZES, "selector_top_k", 8)
+        upgraded = upgrade_drafter(bench.drafters["trained"], DFlash2Config(kind="dflash2"), bench.target, seed=0)
     return with_noise(upgraded, {"_conv.": 0.03, "codebook": 0.5})
 
 
 def dspark(bench: Bench) -> Drafter:
     """Return the trained DFlash drafter, upgraded, with a bias that changes its proposals and leaves it good."""
-    upgraded = upgrade_drafter(
-        bench.drafters["trained"], DSparkConfig(kind="dspark", markov_rank=8), bench.target, seed=0
-    )
-    return with_noise(upgraded, {"markov_w2": 0.7})
+    upgraded = upgrade_drafter(bench.drafters["trained"], DSparkConfig(kind="dspark"), bench.target, seed=0)
+    return with_noise(upgraded, {"markov_w2": 0.12})
 
 
 def requests(bench: Bench, start: int = 0, count: int = PROMPTS) -> list[dict[str, Any]]:

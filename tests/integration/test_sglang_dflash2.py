@@ -1,4 +1,4 @@
-"""A stock SGLang server with a DFlash2 drafter whose layer has a window, float32: its proposals are those of replay.
+"""A stock SGLang server with a DFlash2 drafter whose layer has a window, float32: its proposals are replay's.
 
 Convolutions, selector and window are SGLang's own code there.
 """

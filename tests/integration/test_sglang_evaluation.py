@@ -134,7 +134,7 @@ def test_steps_of_another_drafter_are_refused(
     other: Path,
     config: EvaluationConfig,
 ) -> None:
-    """Replay with another checkpoint than the servers had: their answers stay as they are."""
+    """Replay with a checkpoint that the servers did not have: their answers stay as they are."""
     shutil.copytree(evaluated.work, tmp_path / "work", ignore=shutil.ignore_patterns("replayed"))
     ctx = RecordingContext.under(tmp_path, tiny_drafter.to_evaluate(sft=other))
     reason = "verify steps served by the engine differ from replay"

@@ -39,7 +39,7 @@ def launched(python: Path, environment: Mapping[str, str] = CPU_ENVIRONMENT, **l
 
 
 def context(folder: Path, made: DrafterArtifacts, act: Callable[[], None] | None = None) -> StoppingContext:
-    """With `act`, done when so many answers are there."""
+    """With `act`, called once this many answers are there."""
     inputs = {"target": made.target, "prompts": made.prompts, "drafter": made.drafter}
     return StoppingContext.under(folder, inputs, stop_after=KILLED_AFTER if act else None, act=act)
 

@@ -14,7 +14,8 @@ import httpx
 import pytest
 
 from draftsmith.stages.drafters.digest import drafter_digest
-from draftsmith.stages.engines.sglang.protocol import KEY, REQUESTS_STATE, SUPPORTED, SWAP_STATE
+from draftsmith.stages.engines.sglang.protocol import KEY, REQUESTS_STATE, SWAP_STATE
+from draftsmith.stages.engines.sglang.releases import SUPPORTED
 from tests.integration.recorded import Answer, Reference, asked_for_nothing, body
 from tests.sglang_cpu.fixtures import ServingTarget
 from tests.sglang_cpu.options import CPU_ENVIRONMENT

@@ -22,7 +22,8 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.results.evaluation import DiagnosisResult
 from draftsmith.artifacts.tables.parquet import read_table
 from draftsmith.artifacts.tables.schemas import TIMINGS, TRACE, TRAJECTORIES, TableSchema
-from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, load_prompts
+from draftsmith.stages.data.stored_prompts import load_prompts
+from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.config import SGLangEngineConfig
@@ -72,19 +73,15 @@ def test_plain_answers_are_the_embedded_engines(tmp_path: Path, tiny_drafter: Dr
     assert not (theirs.out / "trace.parquet").exists()
 
 
-@pytest.mark.parametrize("trace", [True, False], ids=["recorded", "not recorded"])
 def test_assisted_answers_and_verify_steps_are_the_embedded_engines(
-    trace: bool, tmp_path: Path, tiny_drafter: DrafterArtifacts, dflash_url: str
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, dflash_url: str
 ) -> None:
     ours = roll_out(tmp_path / "embedded", tiny_drafter, {"kind": "embedded"}, drafter=True)
-    theirs = roll_out(tmp_path / "sglang", tiny_drafter, served(dflash_url, trace=trace), drafter=True)
+    theirs = roll_out(tmp_path / "sglang", tiny_drafter, served(dflash_url), drafter=True)
     assert rows(theirs, "trajectories", TRAJECTORIES, "engine") == rows(ours, "trajectories", TRAJECTORIES, "engine")
     counted = [[row["verify_steps"] for row in rows(ctx, "timings", TIMINGS)] for ctx in (ours, theirs)]
     assert counted[0] == counted[1]
     recorded = rows(theirs, "trace", TRACE)
-    if not trace:
-        assert recorded == []
-        return
     assert rows(theirs, "trace", TRACE, "target_logprobs") == rows(ours, "trace", TRACE, "target_logprobs")
     assert len(recorded) == sum(counted[1]) > 200
     assert all(len(row["target_logprobs"]) == 7 and max(row["target_logprobs"]) <= 0 for row in recorded)

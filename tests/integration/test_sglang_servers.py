@@ -23,7 +23,6 @@ from tests.integration.test_sglang_failures import (  # noqa: F401  (a fixture)
     result,
     roll_out,
 )
-from tests.sglang_cpu.options import CPU_ENVIRONMENT
 from tests.sglang_cpu.server import started
 from tests.stages.engines.stand_ins import living
 from tests.testbed.drafter import DrafterArtifacts
@@ -52,20 +51,6 @@ def test_one_of_two_servers_that_dies_costs_no_answer(
     assert result(ctx.out) == expected
     assert any("was killed (SIGKILL)" in line for line in ctx.logs)
     assert not living(ctx.work / "servers")
-
-
-def test_replicas_inside_a_server_share_a_rollout(
-    tmp_path: Path,
-    sglang_env: Path,
-    tiny_drafter: DrafterArtifacts,
-    expected: list[list[dict[str, Any]]],  # noqa: F811
-) -> None:
-    ctx = context(tmp_path, tiny_drafter)
-    roll_out(ctx, launched(sglang_env, {**CPU_ENVIRONMENT, "SGLANG_CPU_OMP_THREADS_BIND": "0|1"}, data_parallel=2))
-    assert result(ctx.out) == expected
-    assert len(read_table(ctx.out / "trajectories.parquet", TRAJECTORIES)) == PROMPTS
-    log = (ctx.work / "servers" / "sglang-0.log").read_text("utf-8", errors="replace")
-    assert all(f"DP{rank}] Prefill batch" in log for rank in (0, 1))
 
 
 def test_a_router_that_runs_already_is_a_server_like_any_other(

@@ -1,4 +1,4 @@
-"""The real quickstart target, once: its speculative answers equal plain ones and those of transformers' `generate`."""
+"""The real quickstart target, once: its speculative answers equal plain ones and transformers' `generate`."""
 
 from __future__ import annotations
 

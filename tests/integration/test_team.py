@@ -1,4 +1,4 @@
-"""A team's servers: a schedule fires, a failed stage is retried alone, a webhook is called, the config is a form."""
+"""A team's servers: a schedule fires, only a failed stage is retried, a webhook is called, the config is a form."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def tasks(servers: Team, run: str) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    """A schedule of every minute whose runs the gate refuses; beside it a run that is cancelled, and one that fails, is
+    """A schedule of every minute whose runs the gate refuses; besides, a run that is cancelled, and one that fails, is
     retried and promotes; at last one that is killed. One team's servers for it all."""
     folder = tmp_path_factory.mktemp("team")
     allow, starts = folder / "allow", folder / "starts"

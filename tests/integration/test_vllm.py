@@ -1,4 +1,4 @@
-"""The engine on real vLLM servers on the CPU: its anchors are those of replay, and a wrong drafter is named."""
+"""The engine on real vLLM servers on the CPU: its anchors are replay's, and a wrong drafter is named."""
 
 from __future__ import annotations
 
@@ -57,15 +57,9 @@ from tests.stages.bench import GREEDY_TOKENS, Bench, step_rows, tau
 from tests.stages.engines.swaps import Prover, swapped
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts
-from tests.vllm_cpu.server import KEY, KEY_VARIABLE, LONGEST, OPTIONS, launched, running_server, vllm_python
+from tests.vllm_cpu.server import KEY, KEY_VARIABLE, LONGEST, MARKS, OPTIONS, PYTHON, launched, running_server
 
-PYTHON = vllm_python()
-pytestmark = [
-    pytest.mark.vllm,
-    pytest.mark.integration,
-    pytest.mark.timeout(1800),
-    pytest.mark.skipif(isinstance(PYTHON, str), reason=str(PYTHON)),
-]
+pytestmark = MARKS
 
 PROMPTS, SAMPLED, SWAPPED = 12, 24, 3
 
@@ -137,7 +131,7 @@ def served(
         save_drafter(MAKERS[kind](bench), checkpoint, torch.float32)
     drafters = {"it": load_drafter(checkpoint, bench.target), "trained": bench.drafters["trained"]}
     mlflow = f"http://127.0.0.1:{free_ports(1)[0]}"
-    with running_server(python, tiny_drafter, checkpoint, folder, mlflow=mlflow) as url:
+    with running_server(python, tiny_drafter.target, checkpoint, folder, mlflow=mlflow) as url:
         yield Served(kind, url, checkpoint, bench.with_drafters(drafters), tiny_drafter, mlflow)
 
 
@@ -408,7 +402,7 @@ def test_a_drafter_exported_with_layer_ids_off_by_one_is_named_and_refused(
 ) -> None:
     made, drafter = tiny_drafter, tiny_drafter.drafter / DRAFTER_FOLDER
     (tmp_path / "wrong").mkdir()
-    with running_server(python, made, drafter, tmp_path / "wrong", one_layer_higher) as url:
+    with running_server(python, made.target, drafter, tmp_path / "wrong", one_layer_higher) as url:
         wrong = diagnosed(tmp_path / "diagnosed", made, url)
         answers = roll_out(tmp_path / "rollout", made, {"kind": "vllm", "urls": [url], "api_key_env": KEY_VARIABLE})
     assert not wrong.agrees and [(each.cause, each.mismatch) for each in wrong.causes] == [("other layer ids", 0.0)]
@@ -419,7 +413,7 @@ def test_a_drafter_exported_with_layer_ids_off_by_one_is_named_and_refused(
 
 def test_the_diagnosis_of_a_right_server(served: Served, tmp_path: Path) -> None:
     if served.kind != "dflash":
-        pytest.skip("the server of the trained drafter alone")
+        pytest.skip("only the server of the trained drafter")
     right = diagnosed(tmp_path, served.made, served.url)
     assert right.agrees and right.as_it_is is not None and right.as_it_is.mismatch == 0
 

@@ -81,7 +81,7 @@ def drafted(model: Any, features: torch.Tensor, anchor: int, token: torch.Tensor
     embedded = model.embed_tokens(ids)
     hidden = model(ids, anchor + torch.arange(queries), batch, input_embeds=embedded).hidden_states[-model.gamma :]
     base = model.compute_base_logits(hidden)
-    base = base[0] if isinstance(base, tuple) else base  # 0.5.23 returns what the confidence reads beside it
+    base = base[0] if isinstance(base, tuple) else base  # 0.5.23 also returns what the confidence reads
     arguments: dict[str, Any] = {}
     if hasattr(dspark_draft, "DraftNoise"):  # 0.5.23
         noise = dspark_draft.DraftNoise(key=1, offset=torch.zeros(1, dtype=torch.int64))
@@ -108,7 +108,7 @@ def drafted(model: Any, features: torch.Tensor, anchor: int, token: torch.Tensor
 
 @torch.no_grad()
 def held_over_a_swap(model: Any) -> dict[str, torch.Tensor]:
-    """Return the tensors that the model derives from its weights on a GPU, after a swap; and as they are derived anew.
+    """Return the tensors that the model derives from its weights on a GPU, after a swap, and derives again.
 
     The first ones are held before the weights change, and the plug-in writes into them.
     """

@@ -41,7 +41,7 @@ class Device:
 
 
 CPU = Device("float32", CPU_OPTIONS, CPU_ENVIRONMENT)
-# by kernels that SGLang and Triton compile themselves; on a GPU SGLang's DFLASH computes in bfloat16 alone
+# by kernels that SGLang and Triton compile themselves; on a GPU SGLang's DFLASH computes in bfloat16 only
 GPU = Device(
     "bfloat16",
     {

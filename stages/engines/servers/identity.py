@@ -63,9 +63,9 @@ class ServedTarget:
 
     def differs(self, target: TargetInfo) -> list[str]:
         """Return the settings that differ from transformers' computation."""
-        own = {"dtype": target.dtype, "quantization": target.quantisation, "kv_cache_dtype": target.dtype}
-        reported = {name: _SAME.get(value, value) for name in own if (value := getattr(self, name))}
-        return [f"{name} {value}" for name, value in reported.items() if value not in ("auto", own[name])]
+        expected = {"dtype": target.dtype, "quantization": target.quantisation, "kv_cache_dtype": target.dtype}
+        reported = {name: _SAME.get(value, value) for name in expected if (value := getattr(self, name))}
+        return [f"{name} {value}" for name, value in reported.items() if value not in ("auto", expected[name])]
 
     def tolerance(self, target: TargetInfo) -> float:
         """Return the tolerance of the mean difference, nats."""

@@ -40,12 +40,10 @@ def assign_gpus(launch: LaunchConfig, gpus: Sequence[str]) -> list[str | None]:
     """Return CUDA_VISIBLE_DEVICES of every server, None without GPUs. Raises DraftsmithError if there are too few."""
     if not gpus or launch.on_cpu:
         return [None] * launch.servers
-    each = launch.gpus
+    each = launch.tensor_parallel
     if launch.servers * each > len(gpus):
-        shape = f"tensor_parallel {launch.tensor_parallel}"
-        shape += f" and data_parallel {launch.data_parallel}" if launch.data_parallel > 1 else ""
         raise DraftsmithError(
-            f"engine.launch: {launch.servers} servers of {shape} need {launch.servers * each} GPUs, "
+            f"engine.launch: {launch.servers} servers of tensor_parallel {each} need {launch.servers * each} GPUs, "
             f"{len(gpus)} are visible. Lower one of these numbers."
         )
     return [",".join(gpus[i * each : (i + 1) * each]) for i in range(launch.servers)]

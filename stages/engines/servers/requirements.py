@@ -12,6 +12,8 @@ from typing import Any
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.digest import drafter_digest
+from draftsmith.stages.drafters.mtp.config import MtpConfig
+from draftsmith.stages.drafters.mtp.families import ARCHITECTURES, ENGINE_FIELD
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.config import ServerEngineConfig, SGLangEngineConfig
 from draftsmith.stages.targets.info import TargetInfo, load_tokenizer, model_path, read_target_info
@@ -39,9 +41,8 @@ class ServerRequirements:
     measure_first_token: bool = False
     drafter_folder: Path | None = None
     drafter_digest: str | None = None
-    algorithm: str | None = None  # DFLASH, DSPARK or EAGLE3
+    algorithm: str | None = None  # DFLASH, DSPARK, EAGLE3 or NEXTN
     block_size: int | None = None
-    trace: bool = False  # whether verify steps are to be recorded
 
 
 def server_requirements(
@@ -80,13 +81,18 @@ def server_requirements(
     if isinstance(config, SGLangEngineConfig):
         _check_slots(drafter_folder)
     algorithm = speculative_algorithm(drafter_folder)
+    reads = _drafter_config(drafter_folder).get(ENGINE_FIELD, "sglang")
+    if algorithm == "NEXTN" and reads != config.kind:
+        raise DraftsmithError(
+            f"drafter {drafter_folder / 'config.json'}: {ENGINE_FIELD} is {reads}, and {config.kind} may feed this "
+            "head differently. Set sft.drafter.engine to the engine that serves."
+        )
     return replace(
         plain,
         drafter_folder=drafter_folder,
         drafter_digest=drafter_digest(drafter_folder),
         algorithm=algorithm,
         block_size=served_block_size(drafter_folder, drafting, algorithm),
-        trace=not isinstance(config, SGLangEngineConfig) or config.trace,
     )
 
 
@@ -106,8 +112,10 @@ def _check_slots(drafter_folder: Path) -> None:
 
 
 def speculative_algorithm(drafter_folder: Path) -> str:
-    """Return DFLASH, DSPARK or EAGLE3, by the architecture in the drafter's config.json."""
+    """Return DFLASH, DSPARK, EAGLE3 or NEXTN, by the architecture in the drafter's config.json."""
     architectures = _architectures(drafter_folder)
+    if any(name.lower() in architectures.split() for name in ARCHITECTURES):
+        return "NEXTN"
     return next((name for name in ("EAGLE3", "DSPARK") if name.lower() in architectures), "DFLASH")
 
 
@@ -126,6 +134,8 @@ def served_block_size(drafter_folder: Path, drafting: DraftingConfig, algorithm:
     raw = _drafter_config(drafter_folder)
     if methods := (raw.get("speculators_config") or {}).get("proposal_methods"):  # the layout that vLLM loads
         return drafting.block_of(int(methods[0]["speculative_tokens"]) + 1)
+    if algorithm == "NEXTN":
+        return drafting.block_of(int(raw.get("block_size") or MtpConfig(kind="mtp").block_size))
     trained = raw.get("block_size") or (raw.get("dflash_config") or {}).get("block_size")
     if algorithm == "EAGLE3":
         if (block_size := drafting.block_size or trained) is None:

@@ -39,6 +39,7 @@ class ServerState:
     block_size: int = 0  # tokens of a verify step
     tau: float | None = None  # over all verify steps since its start, by any drafter
     started_with: str = ""  # folder or hub id of the drafter in its options
+    own_head: bool = False  # it drafts with the head in the target's own folder
     # for a server that can be swapped:
     digest: str | None = None  # of the drafter, empty if its files are not here; None: nothing can write another one
     since: str | None = None  # when it began to serve that drafter, ISO 8601, UTC

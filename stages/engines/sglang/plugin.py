@@ -13,7 +13,7 @@ import logging
 import pkgutil
 from importlib import metadata
 
-from draftsmith.stages.engines.sglang.protocol import SUPPORTED, supported
+from draftsmith.stages.engines.sglang.releases import SUPPORTED, supported
 
 log = logging.getLogger(__name__)
 

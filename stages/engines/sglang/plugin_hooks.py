@@ -164,7 +164,10 @@ class Recorder:
         if arguments.pp_size > 1:
             log.warning("draftsmith: no traces with pipeline parallelism (pp_size %d)", arguments.pp_size)
             return
-        folder = drafter_folder(arguments.speculative_draft_model_path, arguments.speculative_draft_model_revision)
+        source = arguments.speculative_draft_model_path
+        if source == arguments.model_path:  # SGLang sets it for some targets that draft with their own head
+            source = None
+        folder = drafter_folder(source, arguments.speculative_draft_model_revision)
         self.drafter = "" if folder is None else drafter_digest(folder)
         self.active = True
         mixed = f"requests that ask, and sums of a share of {self.share:g}"

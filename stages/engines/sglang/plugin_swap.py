@@ -37,11 +37,11 @@ from draftsmith.stages.engines.servers.drafter_files import (
 )
 from draftsmith.stages.engines.servers.state import STATE_VERSION
 from draftsmith.stages.engines.sglang.plugin_hooks import Recorder
-from draftsmith.stages.engines.sglang.protocol import SWAP_ACTION, SWAP_STATE, Json
+from draftsmith.stages.engines.sglang.protocol import NATIVE, SWAP_ACTION, SWAP_STATE, Json
 
 log = logging.getLogger(__name__)
 
-_ALGORITHMS = ("DFLASH", "DSPARK", "EAGLE3")
+_ALGORITHMS = ("DFLASH", "DSPARK", "EAGLE3", "NEXTN", *NATIVE)
 Pairs = list[tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -120,7 +120,7 @@ class DrafterSwap:
     def _prepare(self, wanted: WantedDrafter) -> str:
         """Return "served", "reading" or "ready" (parameters are in `_ready`). Raises if they do not fit."""
         if self._scheduler is None:
-            raise RefusedSwapError("this server's drafter cannot be written: it needs DFLASH, DSPARK or EAGLE3")
+            raise RefusedSwapError("this server's drafter cannot be written: it needs DFLASH, DSPARK, EAGLE3 or NEXTN")
         digest = wanted.drafter
         if digest == self._recorder.drafter:
             return "served"
@@ -137,6 +137,11 @@ class DrafterSwap:
             return "reading"
         (_, reading), self._reading = self._reading, None
         content, worker = reading.result(), self._scheduler.draft_worker
+        if any(getattr(module, "w_kc", None) is not None for module in draft_runner(worker).model.modules()):
+            raise RefusedSwapError(
+                "for a head with latent attention (MLA) SGLang keeps matrices that only its loader computes. Start the "
+                "server with the new head"
+            )
         target = self._scheduler.tp_worker.model_runner.model
         shared = {parameter.data_ptr() for parameter in target.parameters()}  # embedding and head of most drafters
         with torch.inference_mode(False), torch.no_grad():

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any, TypeAlias
 
+NATIVE = {"EAGLE": "NEXTN"}  # `speculative_algorithm` in /server_info -> the option that becomes it
 Json: TypeAlias = dict[str, Any]  # an object of SGLang's HTTP API
 KEY = "draftsmith_trace"  # in a request's custom parameters, and in the answer's meta_info
 PROTOCOL = "1"  # version of the records: "v" in each
@@ -15,11 +15,3 @@ SWAP_STATE = "draftsmith"
 # In the same place, if a share of the requests is traced, the last ended ones:
 # {digest of the drafter: [[seconds since 1970, {depth: [committed tokens, verify steps]}], …]}
 REQUESTS_STATE = "draftsmith_requests"
-FIRST, END = (0, 5, 20), (0, 5, 24)
-SUPPORTED = ">=0.5.20,<0.5.24"  # FIRST and END as a requirement
-
-
-def supported(version: str) -> bool:
-    """Return whether a release is in SUPPORTED; its pre- and post-releases count as the release."""
-    numbers = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
-    return numbers is not None and FIRST <= tuple(int(n) for n in numbers.groups()) < END

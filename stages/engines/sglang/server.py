@@ -29,7 +29,7 @@ from draftsmith.stages.engines.servers.http import (
 )
 from draftsmith.stages.engines.servers.process import option_arguments
 from draftsmith.stages.engines.servers.requirements import ServerRequirements
-from draftsmith.stages.engines.sglang.protocol import SUPPORTED, supported
+from draftsmith.stages.engines.sglang.releases import SUPPORTED, supported
 
 # Runs inside the servers (pyproject's entry point) and records verify steps. Named here, it counts in the code digest
 # of every stage that uses servers.
@@ -56,11 +56,8 @@ def server_command(config: SGLangEngineConfig, required: ServerRequirements) -> 
     parts += ["--host", "127.0.0.1", "--dtype", required.target.dtype]
     if launch.tensor_parallel > 1:
         parts += ["--tp-size", str(launch.tensor_parallel)]
-    if launch.data_parallel > 1:
-        parts += ["--dp-size", str(launch.data_parallel)]
-    # With a drafter SGLang computes 48 requests at a time by default, without one 2,048 or more. All requests in
-    # flight may be at one replica.
-    parts += ["--max-running-requests", str(config.concurrency * launch.data_parallel)]
+    # With a drafter SGLang computes 48 requests at a time by default, without one 2,048 or more.
+    parts += ["--max-running-requests", str(config.concurrency)]
     if launch.memory_fraction is not None:
         parts += ["--mem-fraction-static", str(launch.memory_fraction)]
     if required.drafter_folder is not None:
@@ -72,7 +69,7 @@ def server_command(config: SGLangEngineConfig, required: ServerRequirements) -> 
 def drafting_options(folder: Path, algorithm: str, block_size: int) -> list[str]:
     """Return the options for a server to draft with this checkpoint, `block_size - 1` tokens per step."""
     parts = ["--speculative-algorithm", algorithm, "--speculative-draft-model-path", os.fspath(folder.absolute())]
-    if algorithm == "EAGLE3":  # a chain has one branch
+    if algorithm in ("EAGLE3", "NEXTN"):  # a chain has one branch
         parts += ["--speculative-num-steps", str(block_size - 1), "--speculative-eagle-topk", "1"]
     if algorithm == "DSPARK":  # must equal the checkpoint's
         parts += ["--speculative-dspark-block-size", str(block_size - 1)]
@@ -184,7 +181,7 @@ def environment_warnings(config: SGLangEngineConfig, environment: EngineEnvironm
             f"sglang {environment.version} is outside the tested {SUPPORTED}, so traces may be refused. Install a "
             "release of that range."
         )
-    if config.trace and not environment.plugin:
+    if not environment.plugin:
         warnings.append(
             f"the plug-in ({PLUGIN_GROUPS[config.kind]}: {PLUGIN}) is not installed next to sglang, so mining will "
             f"replay. `{config.interpreter} -m pip install --no-deps .` in this project's folder adds it."

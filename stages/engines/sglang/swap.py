@@ -24,7 +24,7 @@ from draftsmith.stages.engines.servers.state import (
     read_report,
     sums,
 )
-from draftsmith.stages.engines.sglang.protocol import REQUESTS_STATE, SWAP_ACTION, SWAP_STATE, Json
+from draftsmith.stages.engines.sglang.protocol import NATIVE, REQUESTS_STATE, SWAP_ACTION, SWAP_STATE, Json
 
 _COUNTERS = [f"sglang:{name}_total" for name in ("num_requests", "generation_tokens", "spec_verify_calls")]
 
@@ -33,16 +33,18 @@ async def server_state(client: httpx.AsyncClient, url: str) -> ServerState:
     """Return the state of a server. Raises RequestLostError if it does not answer."""
     server = await get_json(client, url, "server_info")
     states = server.get("internal_states") or ()  # one per replica
+    algorithm, drafter = server.get("speculative_algorithm") or None, server.get("speculative_draft_model_path")
     taus = [tau for state in states if (tau := state.get("avg_spec_accept_length"))]
     reported = ServerState(
         url,
         "sglang",
         version=str(server.get("version")),
         dtype=str(server.get("dtype")),
-        algorithm=server.get("speculative_algorithm") or None,
+        algorithm=NATIVE.get(str(algorithm), algorithm),
         block_size=int(server.get("speculative_num_draft_tokens") or 0),
         tau=sum(taus) / len(taus) if taus else None,
-        started_with=str(server.get("speculative_draft_model_path")),
+        started_with=str(drafter),
+        own_head=algorithm in NATIVE and drafter in (None, server.get("model_path")),
     )
     if not states or not all(SWAP_STATE in state for state in states):
         return reported
@@ -81,10 +83,10 @@ _POLL_S = 0.5
 
 async def write_drafter(client: httpx.AsyncClient, url: str, new: NewDrafter) -> Json:
     """Make a server serve a drafter. The plug-in takes the same request again."""
-    wanted = {"drafter": new.digest, "folder": str(new.folder.absolute()), "upload": new.upload}
+    order = {"drafter": new.digest, "folder": str(new.folder.absolute()), "upload": new.upload}
     deadline = time.monotonic() + _READ_LIMIT_S
     while time.monotonic() < deadline:
-        body = {"action": SWAP_ACTION + json.dumps(wanted)}
+        body = {"action": SWAP_ACTION + json.dumps(order)}
         response = await query(client, "POST", f"{url}/weights_checker", body, _WRITE_TIMEOUT_S)
         if response.status_code == HTTPStatus.BAD_REQUEST:
             raise DraftsmithError(f"{url}: refuses the drafter: {json_object(response).get('message')}.")

@@ -6,7 +6,6 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -67,8 +66,7 @@ class VLLMApi(ServerApi):
     async def check(self, client: httpx.AsyncClient, url: str, *, ours: bool) -> ServerInfo:
         launch = self._config.launch
         options = None if launch is None else launch.options
-        info = await check_server(client, url, self._required, self._log, ours=ours, options=options)
-        return info if launch is None else replace(info, replicas=launch.data_parallel)
+        return await check_server(client, url, self._required, self._log, ours=ours, options=options)
 
     def payload(self, request: Request, *, traced: bool) -> Json:  # noqa: ARG002  (it always reports the steps)
         payload = completion_payload(request, self._required.target.eos_ids)

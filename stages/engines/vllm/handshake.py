@@ -91,8 +91,8 @@ async def reported_target(client: httpx.AsyncClient, url: str, path: str = "") -
         model, cache = config["model_config"], config["cache_config"]
         dtype = str(model["dtype"]).removeprefix("torch.")
         return ServedTarget(url, path, dtype, model.get("quantization"), cache["cache_dtype"])
-    found = _CACHE_DTYPE.search((await query(client, "GET", f"{url}/metrics")).text)
-    return ServedTarget(url, path, "auto", kv_cache_dtype=found[1] if found else None)
+    match = _CACHE_DTYPE.search((await query(client, "GET", f"{url}/metrics")).text)
+    return ServedTarget(url, path, "auto", kv_cache_dtype=match[1] if match else None)
 
 
 async def is_vllm(client: httpx.AsyncClient, url: str) -> bool:

@@ -27,9 +27,7 @@ def server_command(config: VLLMEngineConfig, required: ServerRequirements, expor
     parts += ["--host", "127.0.0.1", "--dtype", required.target.dtype, "--generation-config", "vllm"]
     if launch.tensor_parallel > 1:
         parts += ["--tensor-parallel-size", str(launch.tensor_parallel)]
-    if launch.data_parallel > 1:
-        parts += ["--data-parallel-size", str(launch.data_parallel)]
-    parts += ["--max-num-seqs", str(config.concurrency)]  # of each replica
+    parts += ["--max-num-seqs", str(config.concurrency)]
     if launch.memory_fraction is not None:
         parts += ["--gpu-memory-utilization", str(launch.memory_fraction)]
     if required.drafter_folder is not None:
@@ -49,7 +47,7 @@ def drafting_options(
     """
     config: dict[str, object] = {
         "model": os.fspath(folder.absolute()),
-        "method": algorithm.lower(),  # vLLM would guess it from the folder's name
+        "method": "mtp" if algorithm == "NEXTN" else algorithm.lower(),  # vLLM would guess it from the folder's name
         "num_speculative_tokens": block_size - 1,
     }
     if samples_proposals(folder):
@@ -65,7 +63,7 @@ def _in_its_layout(drafter: Path, required: ServerRequirements, exported: Path) 
     from draftsmith.stages.drafters.checkpoint_format import is_speculators
     from draftsmith.stages.drafters.export import export_eagle3, export_speculators
 
-    if is_speculators(drafter):
+    if is_speculators(drafter) or required.algorithm == "NEXTN":
         return drafter
     shutil.rmtree(exported, ignore_errors=True)
     if required.algorithm == "EAGLE3":

@@ -68,18 +68,20 @@ async def server_state(client: httpx.AsyncClient, url: str, metrics: str) -> Ser
         return state  # not in development mode
     config = (await get_json(client, url, "server_info?config_format=json"))["vllm_config"]
     speculative = config["speculative_config"]
+    method, drafter = str(speculative["method"]), speculative["model"]
     state = replace(
         state,
         dtype=str(config["model_config"]["dtype"]).removeprefix("torch."),
-        algorithm=str(speculative["method"]).upper(),
-        started_with=str(speculative["model"]),
+        algorithm="NEXTN" if method == "mtp" else method.upper(),
+        started_with=str(drafter),
+        own_head=method == "mtp" and drafter in (None, config["model_config"]["model"]),
     )
     if (config["weight_transfer_config"] or {}).get("backend") != BACKEND:
         return state
     text = await _version(client, url)
     if not text.startswith("{"):  # no swap yet
         folder = Path(state.started_with)
-        return replace(state, digest=served_digest(folder) if folder.is_dir() else "")
+        return replace(state, digest=served_digest(folder) if folder.is_dir() and not state.own_head else "")
     report = read_report(url, json.loads(text))
     return replace(
         state,

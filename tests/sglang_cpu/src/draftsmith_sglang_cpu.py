@@ -65,6 +65,8 @@ def ignore_streams() -> None:
             record_stream(self, stream)
 
     torch.Tensor.record_stream = recorded  # type: ignore[method-assign, assignment]
+    if not torch.cuda.is_available():  # models with experts wait for it after loading
+        torch.cuda.synchronize = lambda *_args, **_kwargs: None
 
 
 def name_chain_topk() -> None:
@@ -83,7 +85,7 @@ def keep_dtype(kwargs: dict[str, Any], runner: Any, forward_batch: Any, *_args: 
 
 
 def leave_fused_kernel_out(_result: None, attention: Any, *_args: Any, **_kwargs: Any) -> None:
-    """models/dflash.py takes a CUDA kernel for norm and rotation in bfloat16; beside it stands the same in torch."""
+    """models/dflash.py takes a CUDA kernel for norm and rotation in bfloat16; this is the same in torch."""
     attention.use_table_qk_norm_rope = False
 
 

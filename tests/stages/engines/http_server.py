@@ -34,7 +34,7 @@ class HttpServer:
     at_once: int = 0
     most_at_once: int = 0
     url: str = ""
-    api_key: str = ""  # that all must show but who asks for /health or /metrics, as with both engines
+    api_key: str = ""  # required of all requests except those for /health and /metrics, as by both engines
     lock: threading.Lock = field(default_factory=threading.Lock)
     _http: ThreadingHTTPServer | None = None
 

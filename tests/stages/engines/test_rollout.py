@@ -20,7 +20,8 @@ from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
 from draftsmith.artifacts.store.manifest import content_id, describe_files
 from draftsmith.artifacts.tables.parquet import read_table, write_table
 from draftsmith.artifacts.tables.schemas import PROMPTS, QUESTIONS, TIMINGS, TRACE, TRAJECTORIES
-from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, load_prompts, load_trajectories
+from draftsmith.stages.data.stored_prompts import load_prompts
+from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, load_trajectories
 from draftsmith.stages.drafters.checkpoint import TOKENS_FILE
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.engines.base import Completion, Request

@@ -96,7 +96,7 @@ def test_a_request_samples_the_same_tokens_in_any_batch(drafter: Drafter, plain_
         assert step_rows(answer.steps) == step_rows(other.steps)
 
 
-# ---- verification alone, of distributions that are tables: many draws, so that every wrong rule is seen
+# ---- only verification, of distributions that are tables: many draws, so that every wrong rule is seen
 
 DRAWS, TOKENS, OFFSETS = 3000, 5, 2
 TABLES = np.random.default_rng(0).dirichlet(np.full(TOKENS, 0.7), (2, OFFSETS + 1))  # p and q of each offset

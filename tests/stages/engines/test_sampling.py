@@ -46,7 +46,7 @@ def test_the_best_token_is_the_first_of_equal_ones_for_any_vocabulary_size() -> 
 def test_the_distribution_is_that_of_transformers_warpers(top_p: float, top_k: int, tied: bool) -> None:
     """Temperature, top-k, top-p in this order; top-k keeps all tokens that tie at rank k."""
     logits = 2 * torch.randn(64, 200, generator=torch.Generator().manual_seed(top_k)).double()
-    if tied:  # as logits of half precision do; top-p is left out, for which of equal tokens it keeps is the sort's
+    if tied:  # as logits of half precision do; no top-p: which of equal tokens it keeps depends on the sort
         logits, top_p = (2 * logits).round() / 2, 1.0
     warped = TemperatureLogitsWarper(0.7)(None, logits)
     warped = TopKLogitsWarper(top_k)(None, warped) if top_k else warped

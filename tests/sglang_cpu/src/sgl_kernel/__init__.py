@@ -8,7 +8,7 @@ replaced but attention, which becomes torch's own.
 Covered: float32 and bfloat16, full attention, DFLASH and EAGLE3 chains (top-k 1). Anything else raises
 NotImplementedError, and an operation that is not here cannot be imported. Loops over requests: right, not fast.
 
-For tests alone: with a GPU SGLang must have the real package, so this one refuses to be imported there.
+Only for tests: with a GPU SGLang must have the real package, so this one refuses to be imported there.
 """
 
 # ruff: noqa: F401  (SGLang imports them from here)

@@ -353,7 +353,7 @@ def test_a_request_in_flight_at_two_deaths_is_reported_and_the_others_are_answer
     with mortal(4, {5}.__contains__) as running:
         errors, logs = with_pool(running, errors_of, concurrency=2)
         assert sum(server.running for server in running) == 2
-    assert 5 in errors and len(errors) <= 2  # one more may have been beside it both times
+    assert 5 in errors and len(errors) <= 2  # one more may have been in flight both times
     assert all(isinstance(error, PoisonRequestError) for error in errors.values())
     assert not any(isinstance(error, RetryableError) for error in errors.values())
     assert "request r5" in str(errors[5])

@@ -17,7 +17,7 @@ import pytest
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError, StageInterrupted
 from draftsmith.artifacts.tables.parquet import read_table
 from draftsmith.artifacts.tables.schemas import TRAJECTORIES
-from draftsmith.stages.data.trajectories import load_prompts
+from draftsmith.stages.data.stored_prompts import load_prompts
 from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.servers import dispatch
 from draftsmith.stages.engines.servers.engine import _MAX_UNANSWERED, ServerEngine, UnansweredError
@@ -131,7 +131,7 @@ def test_requests_that_servers_died_with_are_reported_once_and_the_others_are_an
 
 
 def test_a_retracted_answer_is_used_without_its_steps(assisted: ServerRequirements, engine_on: EngineOn) -> None:
-    """Its tokens are right, its records have gaps. To send it again would load a full server more."""
+    """Its tokens are right, its records have gaps. Sending it again would add load to a full server."""
 
     def generate(payload: dict[str, Any]) -> dict[str, Any]:
         done = speculating(payload, assisted.drafter_digest)

@@ -42,9 +42,6 @@ def test_without_the_plug_in_nothing_is_recorded(assisted: ServerRequirements) -
     with server_of(assisted) as server:
         info = check(server, assisted)
         assert not info.records_trace and any("plug-in" in remark for remark in info.remarks)
-    with server_of(assisted, digest=assisted.drafter_digest) as server:
-        assert not check(server, replace(assisted, trace=False)).records_trace
-        assert "custom_params" not in server.asked[-1][1]["sampling_params"]
 
 
 def test_a_server_that_drafts_may_answer_for_the_target_alone(
@@ -111,6 +108,21 @@ def test_a_wrong_server_is_one_clear_error(wrong: dict[str, Any], what: str, pla
 def test_a_wrong_drafter_is_one_clear_error(wrong: dict[str, Any], what: str, assisted: ServerRequirements) -> None:
     with server_of(assisted, **wrong) as server, pytest.raises(DraftsmithError, match=what):
         check(server, assisted)
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_native_head_is_reported_as_eagle_and_may_be_the_targets_own(
+    known: bool, assisted: ServerRequirements
+) -> None:
+    """A server that reads it from the target's folder has no digest of it, and records it all the same."""
+    required, told = replace(assisted, algorithm="NEXTN"), {"speculative_algorithm": "EAGLE"}
+    with server_of(required, server=told, digest=assisted.drafter_digest if known else "") as server:
+        assert check(server, required).records_trace
+    with (
+        server_of(required, server=told, digest="0" * 64) as server,
+        pytest.raises(DraftsmithError, match="drafts with 0"),
+    ):
+        check(server, required)
 
 
 def test_a_server_error_is_retryable(plain: ServerRequirements) -> None:

@@ -147,7 +147,7 @@ class Summed:
 
 
 def answered(tokens: int, rid: str = "", **asking: Any) -> ServerRequest:
-    """Return a request with a prompt of so many tokens, after its prefill."""
+    """Return a request with a prompt of this many tokens, after its prefill."""
     return ServerRequest(Sampling(**asking), rid=rid, origin_input_ids=[0] * tokens, output_ids=[0])
 
 
@@ -196,9 +196,11 @@ def test_what_is_no_share_ends_the_server(monkeypatch: pytest.MonkeyPatch, setti
         Summed(monkeypatch, setting)
 
 
-def test_a_server_that_drafts_with_its_targets_own_head_starts_and_names_no_drafter() -> None:
-    """SGLang's NEXTN and EAGLE need no `--speculative-draft-model-path` there."""
-    arguments = {"speculative_draft_model_path": None, "speculative_draft_model_revision": None, "pp_size": 1}
+@pytest.mark.parametrize("drafter", [None, "/target"])
+def test_a_server_that_drafts_with_its_targets_own_head_starts_and_names_no_drafter(drafter: str | None) -> None:
+    """SGLang's NEXTN and EAGLE need no `--speculative-draft-model-path` there, and set it for some targets."""
+    arguments = {"speculative_draft_model_path": drafter, "speculative_draft_model_revision": None, "pp_size": 1}
+    arguments["model_path"] = "/target"
     recorder = Recorder()
     recorder.after_load(None, SimpleNamespace(server_args=SimpleNamespace(**arguments)))
     assert recorder.active and recorder.drafter == ""

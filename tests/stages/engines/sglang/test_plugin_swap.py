@@ -254,6 +254,17 @@ def test_a_drafter_that_does_not_fit_is_refused_before_anything_is_written(
     assert not server.scheduler.calls and server.recorder.drafter == drafter_digest(server.a)
 
 
+def test_a_head_with_latent_attention_is_refused_before_its_loader_runs(server: Server, tmp_path: Path) -> None:
+    """SGLang's loader would replace the matrices that the served head computes with."""
+    worker = server.scheduler.draft_worker
+    attention: Any = plugin_swap.draft_runner(worker).model.layers[0].self_attn
+    attention.w_kc = matrix = torch.ones(2)
+    with pytest.raises(RefusedSwapError, match=r"latent attention \(MLA\).*Start the server with the new head"):
+        server.serve(write_drafter(tmp_path / "b", 2))
+    assert attention.w_kc is matrix and not server.scheduler.calls
+    server.assert_serves(server.a)
+
+
 def test_a_folder_with_another_drafter_is_refused(server: Server, tmp_path: Path) -> None:
     with pytest.raises(RefusedSwapError, match="does not have the files"):
         server.serve(write_drafter(tmp_path / "b", 1), digest="0" * 64)

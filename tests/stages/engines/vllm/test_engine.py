@@ -1,4 +1,4 @@
-"""The engine on stand-ins of vLLM's servers: handshake, requests, and answers whose steps are left out."""
+"""The engine on stand-ins of vLLM's servers: handshake, requests, and answers without steps."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_servers_of_something_else_are_refused(
 
 @pytest.mark.parametrize("known_by", ["metrics", "development mode", "options"])
 def test_a_cache_of_another_dtype_is_measured(plain: ServerRequirements, known_by: str) -> None:
-    """A stock server reports its cache in its metrics, beside other labels."""
+    """A stock server reports its cache in its metrics, among other labels."""
     scores = own_logprobs(plain.target_folder, plain.scored_ids, print)
     vllm_config = {
         "model_config": {"dtype": "torch.float32", "quantization": None}, "cache_config": {"cache_dtype": "fp8"}

@@ -148,7 +148,7 @@ class Rank:
         return parameters | {name: value for name, value in vars(self.model.model).items() if name in COPIES}
 
     def write(self, folder: Path, digest: str = "", served: str = "") -> None:
-        """Write a checkpoint. digest: another one than it has. served: what the client takes the served one for."""
+        """Write a checkpoint. digest: a wrong one, to be refused. served: digest that the client believes is served."""
         self.backend.receive_weights(self._plugin.Checkpoint(digest or drafter_digest(folder), str(folder), "", served))
 
     def stale(self, folder: Path) -> set[str]:

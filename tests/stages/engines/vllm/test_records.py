@@ -1,4 +1,4 @@
-"""Completions from vLLM's responses: anchors like the embedded engine's steps, and answers that are left out."""
+"""Completions from vLLM's responses: anchors like the embedded engine's steps, and answers that are skipped."""
 
 from __future__ import annotations
 

@@ -34,6 +34,8 @@ class StandIn:
 
     started_with: Path
     version: str = "default"
+    method: str = "dflash"
+    target: Path = Path("/target")
     writes: list[str] = field(default_factory=list)
     active: bool = False  # an update has begun
     broken: str = ""  # a call that is refused
@@ -48,21 +50,23 @@ class StandIn:
         return self.http.url
 
     def replies(self) -> dict[str, Any]:
-        options: dict[str, Any] = {
-            "model_config": {"dtype": "torch.float32"},
-            "speculative_config": {"method": "dflash", "model": str(self.started_with)},
-            "weight_transfer_config": {"backend": BACKEND},
-        }
         return {
             "version": lambda _: {"version": "0.32.0"},
             "metrics": lambda _: self.metrics(),
             "weight_info": lambda _: {"weight_version": self.version},
-            "server_info?config_format=json": lambda _: {"vllm_config": options},
+            "server_info?config_format=json": lambda _: {"vllm_config": self.options()},
             "update_weight_version": lambda body: self.name(body["new_version"]),
             "start_draft_weight_update": lambda _: self.begin(),
             "update_weights": lambda body: self.write(body["update_info"]),
             "finish_weight_update": lambda body: self.finish(body.get("weight_version")),
             "reset_prefix_cache?reset_running_requests=true": lambda _: {},
+        }
+
+    def options(self) -> dict[str, Any]:
+        return {
+            "model_config": {"dtype": "torch.float32", "model": str(self.target)},
+            "speculative_config": {"method": self.method, "model": str(self.started_with)},
+            "weight_transfer_config": {"backend": BACKEND},
         }
 
     def metrics(self) -> str:
@@ -141,6 +145,18 @@ def test_a_server_reports_the_drafter_that_was_exported_and_its_tau(server: Stan
     windows = count_finished([server.url], 0.0)[server.url]
     assert isinstance(windows, list) and len(windows) == 30
     assert {(each.requests, each.committed, each.steps) for each in windows} == {(1, 25, 10)}
+
+
+@pytest.mark.parametrize(("own", "digest"), [(True, ""), (False, OLD)])
+def test_a_native_head_is_known_by_its_method_and_has_a_digest_in_a_folder_of_its_own(
+    server: StandIn, own: bool, digest: str
+) -> None:
+    """vLLM names the target's folder where no other is given, and the digest of that would be no drafter's."""
+    server.method = "mtp"
+    if own:
+        server.target = server.started_with
+    state = server.state()
+    assert (state.algorithm, state.own_head, state.digest) == ("NEXTN", own, digest)
 
 
 def test_a_server_gets_the_key_of_its_engine(server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Stands in for SGLang in tests of start and stop: answers like `http_server`, has a child, ends as asked.
 
-STAND_IN says how it behaves; STAND_IN_REPLIES, a JSON object by path, what it answers beside /health and /generate.
+STAND_IN says how it behaves; STAND_IN_REPLIES, a JSON object by path, its answers to other requests than
+/health and /generate.
 """
 
 import fcntl
