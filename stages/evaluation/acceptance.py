@@ -112,15 +112,15 @@ def slices(tallies: Mapping[str, AcceptanceStats], prompts: Units, labels: Label
     def slice_of(name: str | None, sums: Mapping[str, Sums], depths: slice = EVERY) -> Slice | None:
         indices = np.flatnonzero(np.all([steps > 0 for _, steps in sums.values()], axis=0))
         chosen = [prompts[int(index)] for index in indices]
-        found = {
+        tallied = {
             arm: (sum_by_key(chosen, committed[indices]), sum_by_key(chosen, steps[indices]))
             for arm, (committed, steps) in sums.items()
         }
         by_offset = {arm: tally.acceptance_by_offset(indices, depths) for arm, tally in tallies.items()}
-        return Slice(name, found, strata_of(chosen), by_offset) if chosen else None
+        return Slice(name, tallied, strata_of(chosen), by_offset) if chosen else None
 
     masks: dict[str | None, np.ndarray] = {None: np.ones(len(labels))}
-    masks |= {name: np.array([float(name in each) for each in labels]) for name in slice_names(labels)}
+    masks |= {name: np.array([float(name in row) for row in labels]) for name in slice_names(labels)}
     by_label = [
         slice_of(name, {arm: (tally.committed * mask, tally.steps * mask) for arm, tally in tallies.items()})
         for name, mask in masks.items()
@@ -133,8 +133,8 @@ def slices(tallies: Mapping[str, AcceptanceStats], prompts: Units, labels: Label
         )
         for depth, name in enumerate(DEPTHS)
     ]
-    several = sum(each is not None for each in by_depth) > 1
-    yield from (each for each in [*by_label, *(by_depth if several else ())] if each is not None)
+    several = sum(item is not None for item in by_depth) > 1
+    yield from (item for item in [*by_label, *(by_depth if several else ())] if item is not None)
 
 
 def tau_by_slice(
@@ -144,31 +144,31 @@ def tau_by_slice(
 
     A slice that is too small has no interval.
     """
-    found: dict[str, dict[str, SetMetrics]] = {}
-    for each in slices(tallies, prompts, labels):
-        for arm, sums in each.sums.items():
-            tau = jackknife(ratio, *sums, strata=each.strata)
-            interval = tau.interval() if each.name is None or not too_small(tau) else None
+    taus: dict[str, dict[str, SetMetrics]] = {}
+    for part in slices(tallies, prompts, labels):
+        for arm, sums in part.sums.items():
+            tau = jackknife(ratio, *sums, strata=part.strata)
+            interval = tau.interval() if part.name is None or not too_small(tau) else None
             low, high = interval or (None, None)
             metrics = SetMetrics(tau=tau.value, low=low, high=high, prompts=tau.units)
-            found.setdefault(each.name or ALL, {})[arm] = metrics
-    return found
+            taus.setdefault(part.name or ALL, {})[arm] = metrics
+    return taus
 
 
 def tau_comparisons(tallies: Mapping[str, AcceptanceStats], prompts: Units, labels: Labels) -> list[ArmComparison]:
     """Compare every drafter with the champion, on all prompts (set None) and each slice; empty without a champion."""
     if CHAMPION not in tallies:
         return []
-    found = []
-    for each in slices(tallies, prompts, labels):
-        champion = each.sums[CHAMPION]
+    comparisons = []
+    for part in slices(tallies, prompts, labels):
+        champion = part.sums[CHAMPION]
         base = float(ratio(*(sums.sum() for sums in champion)))
-        for arm, own in each.sums.items():
+        for arm, arm_sums in part.sums.items():
             if arm != CHAMPION:
-                gain = estimate_record(jackknife(ratio_gain, *own, *champion, strata=each.strata))
-                difference = jackknife(ratio_difference, *own, *champion, strata=each.strata)
-                found.append(comparison("tau", (arm, CHAMPION), difference, set=each.name, base=base, gain=gain))
-    return found
+                gain = estimate_record(jackknife(ratio_gain, *arm_sums, *champion, strata=part.strata))
+                difference = jackknife(ratio_difference, *arm_sums, *champion, strata=part.strata)
+                comparisons.append(comparison("tau", (arm, CHAMPION), difference, set=part.name, base=base, gain=gain))
+    return comparisons
 
 
 def served_tallies(requests: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> dict[str, AcceptanceStats]:
@@ -178,10 +178,10 @@ def served_tallies(requests: Sequence[Mapping[str, Any]], arms: Sequence[str]) -
     """
     tallies = {}
     for arm in arms:
-        own = [row for row in requests if row["arm"] == arm]
-        tally = tallies[arm] = AcceptanceStats(len(own))
-        tally.committed[:] = [row["tokens"] - 1 for row in own]  # prefill commits the first token
-        steps = np.array([row["verify_steps"] for row in own])
+        rows = [row for row in requests if row["arm"] == arm]
+        tally = tallies[arm] = AcceptanceStats(len(rows))
+        tally.committed[:] = [row["tokens"] - 1 for row in rows]  # prefill commits the first token
+        steps = np.array([row["verify_steps"] for row in rows])
         tally.steps[:] = np.where(steps == 0, tally.committed, steps)  # nothing was drafted
     return tallies
 
@@ -193,8 +193,10 @@ def as_served(
     counted = acceptance_table(tallies, prompts, [False] * len(prompts))
     fields = ("tau", "tau_low", "tau_high", "tau_degrees", "prompts", "verify_steps", "differences")
     drafters = {
-        arm: own.model_copy(update={name: getattr(counted[arm], name) for name in fields} | {"tau_replayed": own.tau})
-        for arm, own in replayed.drafters.items()
+        arm: drafter.model_copy(
+            update={name: getattr(counted[arm], name) for name in fields} | {"tau_replayed": drafter.tau}
+        )
+        for arm, drafter in replayed.drafters.items()
     }
     sets = {name: arms for name, arms in tau_by_slice(tallies, prompts, labels).items() if name != ALL}
     comparisons = tau_comparisons(tallies, prompts, labels)
@@ -259,12 +261,12 @@ class ContextCollector:
         label_names = [name for name in slice_names(self.labels) if name in self._by_slice]
         depth_names = [name for name in DEPTHS if name in self._by_slice]
         several = [name for names in (label_names, depth_names) if len(names) > 1 for name in names]
-        found: list[tuple[str, list[_Stretch], str | None]] = [("worst", self._worst, None)]
-        found += [("typical", ordered[start : start + TYPICAL], None)]
-        found += [("worst", self._by_slice[name], name) for name in several]
+        groups: list[tuple[str, list[_Stretch], str | None]] = [("worst", self._worst, None)]
+        groups += [("typical", ordered[start : start + TYPICAL], None)]
+        groups += [("worst", self._by_slice[name], name) for name in several]
         return [
             _context(kind, stretch, trajectories[stretch[1]], self.labels[stretch[1]][0], name, decode)
-            for kind, stretches, name in found
+            for kind, stretches, name in groups
             for stretch in stretches
         ]
 

@@ -12,12 +12,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.results.base import SetMetrics
 from draftsmith.artifacts.results.evaluation import (
     ALL,
     CHAMPION,
+    NATIVE,
     PLAIN,
     Acceptance,
     ArmComparison,
@@ -29,18 +32,12 @@ from draftsmith.artifacts.results.evaluation import (
 )
 from draftsmith.artifacts.store.manifest import MANIFEST, read_manifest, write_versions
 from draftsmith.artifacts.tables.parquet import write_table
-from draftsmith.artifacts.tables.schemas import REQUESTS, TURNS
+from draftsmith.artifacts.tables.schemas import REQUESTS, TIMED_RUNS
 from draftsmith.stages.data.held_out import independent_units
-from draftsmith.stages.data.trajectories import (
-    DRAFTER_FOLDER,
-    Trajectory,
-    load_trajectories,
-    positions_needed,
-    prompt_labels,
-    stored_splits,
-)
+from draftsmith.stages.data.stored_prompts import positions_needed, prompt_labels
+from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, Trajectory, load_trajectories, stored_splits
 from draftsmith.stages.drafters.base import Drafter
-from draftsmith.stages.drafters.checkpoint import load_drafter
+from draftsmith.stages.drafters.checkpoint import load_drafter, load_native_head
 from draftsmith.stages.drafters.spec import NO_FREQUENT_TOKENS
 from draftsmith.stages.engines.config import ServerEngineConfig
 from draftsmith.stages.evaluation.acceptance import (
@@ -68,8 +65,8 @@ from draftsmith.stages.evaluation.speed_table import (
     speed_by_slice,
     speed_tables,
 )
+from draftsmith.stages.evaluation.speed_warnings import AGAIN, speed_warnings
 from draftsmith.stages.evaluation.timed_runs import Setting, SpeedMeasurement, machine, settings_of
-from draftsmith.stages.evaluation.validity import AGAIN, speed_warnings
 from draftsmith.stages.evaluation.verdicts import Pair, comparison, pairs, verdicts
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Replayer
@@ -161,7 +158,7 @@ def run(ctx: StageContext, config: EvaluationConfig) -> None:
     if version:
         write_versions(ctx.out, **{kind: version})
     write_table(ctx.out / "requests.parquet", REQUESTS, speed.requests)
-    write_table(ctx.out / "turns.parquet", TURNS, speed.runs)
+    write_table(ctx.out / "turns.parquet", TIMED_RUNS, speed.runs)
     undecided = config.min_speedup is not None and needs_another(result, config.min_speedup)
     if undecided or any(warning.kind in AGAIN for warning in warnings):
         ctx.summary(**{INCONCLUSIVE: 1.0})
@@ -172,7 +169,7 @@ def _summary(acceptance: EvaluationResult, tables: Sequence[SpeedTable]) -> dict
     """Return the final metrics of the stage."""
     taus = {f"tau_{arm}": metrics.tau for arm, metrics in acceptance.drafters.items()}
     for arm, metrics in acceptance.drafters.items():
-        taus |= {f"tau_{arm}_minus_{other}": each.value for other, each in metrics.differences.items()}
+        taus |= {f"tau_{arm}_minus_{other}": difference.value for other, difference in metrics.differences.items()}
     speeds = _speedups(tables[0].arms) | {"plain_tokens_per_s": tables[0].arms[PLAIN].tokens_per_s}
     for table in tables[1:]:
         where = f"t{table.temperature:g}.c{table.concurrency}"
@@ -190,9 +187,9 @@ def _with_speed(
     """Return the metrics of each slice and arm, with the speed-up if it is known."""
     merged = {name: dict(arms) for name, arms in sets.items()}
     for name, arms in speedups.items():
-        own = merged.setdefault(name, {})
+        measured = merged.setdefault(name, {})
         for arm, speedup in arms.items():
-            own[arm] = own.get(arm, SetMetrics()).model_copy(update=speedup.to_json())
+            measured[arm] = measured.get(arm, SetMetrics()).model_copy(update=speedup.to_json())
     return merged
 
 
@@ -201,13 +198,13 @@ def speed_comparisons(
 ) -> list[ArmComparison]:
     """Compare every drafter with decoding without one and with the champion, at every setting."""
     others = [PLAIN, *([CHAMPION] if CHAMPION in arms else [])]
-    wanted = [(arm, other) for arm in arms for other in others if arm != other]
+    compared = [(arm, other) for arm in arms for other in others if arm != other]
     comparisons = []
     for setting in settings:
         runs, requests = at_setting(speed.runs, setting), at_setting(speed.requests, setting)
         comparisons += [
             comparison("speed", pair, estimate, temperature=setting.temperature, concurrency=setting.concurrency)
-            for pair, estimate in log_ratios(runs, requests, wanted, units).items()
+            for pair, estimate in log_ratios(runs, requests, compared, units).items()
         ]
     return comparisons
 
@@ -216,6 +213,29 @@ def _drafters(ctx: StageContext) -> dict[str, Path]:
     """Return arm -> artifact of its drafter: first a refresh's arms, then any others in the order of the inputs."""
     arms = {name: ctx.inputs[name] for name in DRAFTERS if name in ctx.inputs}
     return arms | {n.removeprefix(PREFIX): folder for n, folder in ctx.inputs.items() if n.startswith(PREFIX)}
+
+
+def _loaded(ctx: StageContext, target: Target, config: EvaluationConfig) -> dict[str, Drafter]:
+    """Load the drafter of each arm, and last the target's own head, unless an arm has the same weights."""
+    drafters = {arm: load_drafter(folder / DRAFTER_FOLDER, target) for arm, folder in _drafters(ctx).items()}
+    if not drafters:
+        raise DraftsmithError(
+            f"evaluation: no drafter among the inputs. Add one of {', '.join(DRAFTERS)}, {PREFIX}NAME."
+        )
+    engine = config.engine.kind if isinstance(config.engine, ServerEngineConfig) else "sglang"
+    try:
+        head = load_native_head(target, ctx.work / NATIVE, engine)
+    except DraftsmithError as error:
+        ctx.log(f"the target's own head is not measured: {error}")
+        return drafters
+    if head is None or any(_have_same_weights(head, drafter) for drafter in drafters.values()):
+        return drafters
+    return {**drafters, NATIVE: head}
+
+
+def _have_same_weights(one: Drafter, other: Drafter) -> bool:
+    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=False)
+    return one.kind == other.kind and all(torch.equal(*pair) for pair in pairs)
 
 
 def _training_seed(folder: Path) -> int | None:
@@ -231,12 +251,8 @@ def _measure(
     Nothing is predicted for servers.
     """
     target = Target.load(ctx.inputs["target"])
-    folders = {arm: folder / DRAFTER_FOLDER for arm, folder in _drafters(ctx).items()}
-    if not folders:
-        raise DraftsmithError(
-            f"evaluation: no drafter among the inputs. Add one of {', '.join(DRAFTERS)}, {PREFIX}NAME."
-        )
-    drafters = {arm: load_drafter(folder, target) for arm, folder in folders.items()}
+    drafters = _loaded(ctx, target, config)
+    folders = {arm: drafter.folder for arm, drafter in drafters.items() if drafter.folder is not None}
     for arm, drafter in drafters.items():
         if config.head_tokens and drafter.frequent_tokens is None:
             ctx.log(f"{arm}: {NO_FREQUENT_TOKENS}")
@@ -326,12 +342,14 @@ class _Replays:
         if warning := truncation_warning(outside, stored.sampling):
             ctx.log(warning)
         decode = self.target.tokenizer.decode
-        Contexts({arm: each.contexts(stored.trajectories, decode) for arm, each in collectors.items()}).write(ctx.out)
+        Contexts({arm: collector.contexts(stored.trajectories, decode) for arm, collector in collectors.items()}).write(
+            ctx.out
+        )
         drafters: dict[str, Acceptance] = acceptance_table(trained, units, looping)
         validation, chosen_on = self.validation()
         for arm, tally in validation.items():
-            if (found := calibration(tally.decisions, trained[arm].decisions)) is not None:
-                drafters[arm] = drafters[arm].model_copy(update={"confidence": found})
+            if (correction := calibration(tally.decisions, trained[arm].decisions)) is not None:
+                drafters[arm] = drafters[arm].model_copy(update={"confidence": correction})
         result = EvaluationResult(
             heldout_trajectories=len(stored.trajectories),
             outside_nucleus_share=outside,
@@ -339,7 +357,7 @@ class _Replays:
             loop_share=sum(looping) / len(looping),
             tau_without_loops={arm: metrics.tau_without_loops for arm, metrics in drafters.items()},
             sets={name: arms for name, arms in tau_by_slice(trained, units, labels).items() if name != ALL},
-            acceptance_by_offset={each.name: each.by_offset for each in slices(trained, units, labels) if each.name},
+            acceptance_by_offset={part.name: part.by_offset for part in slices(trained, units, labels) if part.name},
             comparisons=tau_comparisons(trained, units, labels),
             validation_tau={arm: tally.tau for arm, tally in validation.items()} or None,
             chosen_on=chosen_on,
@@ -368,13 +386,12 @@ class _Replays:
 def shard(ctx: StageContext, config: EvaluationConfig, part: Shard) -> None:
     """Replay one shard of the answers for the acceptance of `run`, which measures speed."""
     target = Target.load(ctx.inputs["target"])
-    drafters = {arm: load_drafter(folder / DRAFTER_FOLDER, target) for arm, folder in _drafters(ctx).items()}
-    replays, counts = _Replays(ctx, config, target, drafters), {}
+    replays, counts = _Replays(ctx, config, target, _loaded(ctx, target, config)), {}
     splits = [HELDOUT, *([VALIDATION] if VALIDATION in stored_splits(ctx.inputs["trajectories"]) else [])]
     for split in splits:
         stored = load_trajectories(ctx.inputs["trajectories"], [split])
         groups = replays.replayer(split, stored.sampling, part).groups(
-            drafters,
+            replays.drafters,
             stored.trajectories,
             progress=progress_callback(ctx, "trajectories"),
             cache=ctx.out / REPLAYED / split,

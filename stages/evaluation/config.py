@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from draftsmith.stages.data.trajectories import Prompt, load_prompts
+from draftsmith.stages.data.stored_prompts import Prompt, load_prompts
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.config import (
     NO_REDUCED_HEAD,

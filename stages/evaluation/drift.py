@@ -8,7 +8,8 @@ from pydantic import Field
 
 from draftsmith.artifacts.results.evaluation import CHAMPION, DriftResult
 from draftsmith.stages.data.held_out import independent_units
-from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, load_trajectories, prompt_labels
+from draftsmith.stages.data.stored_prompts import prompt_labels
+from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, load_trajectories
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.evaluation.acceptance import tau_by_slice
 from draftsmith.stages.replay.options import ReplayOptions

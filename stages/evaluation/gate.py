@@ -3,9 +3,9 @@
 Every rule has metrics, a threshold and a result. A "better" rule needs evidence for it (the lower end of a
 one-sided interval), and is broken by evidence against it (the upper end). A "not worse" rule is broken by evidence
 against it, and passes without. A rule is inconclusive, and not passed, if its interval holds the threshold,
-too little was measured, or the speeds cannot be trusted (`validity.py`). The rules of one kind share their error rate
-(Bonferroni), and so do the looks at the speeds (`looks.py`): a challenger that is as good as the champion is promoted
-in at most 5 % of cases.
+too little was measured, or the speeds cannot be trusted (`speed_warnings.py`). The rules of one kind share their
+error rate (Bonferroni), and so do the looks at the speeds (`looks.py`): a challenger that is as good as the champion
+is promoted in at most 5 % of cases.
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ from draftsmith.artifacts.results.gate import LOAD_RULES, THE_CHAMPION, GateDeci
 from draftsmith.artifacts.store.local import Store
 from draftsmith.artifacts.store.manifest import Artifact, read_manifest
 from draftsmith.stages.evaluation.looks import decides, level_of, prompts_wanted
-from draftsmith.stages.evaluation.validity import FEWEST_PROMPTS, NOISE, PROMPTS, TAU, TURNS, few_runs
+from draftsmith.stages.evaluation.speed_warnings import FEWEST_PROMPTS, NOISE, PROMPTS, TAU, TIMED_RUNS, few_runs
 from draftsmith.stages.evaluation.verdicts import FEWEST_RUNS, at_loads, comparison, estimate_of, too_small
 from draftsmith.stages.runtime.stage import Config, Stage, StageContext
 from draftsmith.stages.runtime.statistics import CONFIDENCE, Estimate, simultaneous_level
 
 _NO_DIFFERENCE = "no measurable difference"
-_TIE_OF_FLOAT32 = 0.01  # logits: the most by which two orders of the same sums differ
+_TIE = 1.0  # logits: the most by which the serving dtype's outputs differ from those without a drafter
+_TIE_OF_FLOAT32 = 0.01  # the most by which two orders of the same sums differ
 
 
 class GateConfig(Config):
@@ -72,14 +73,6 @@ class GateConfig(Config):
     judge_speed: Annotated[
         bool, Field(description="false: only tau decides, if no meaningful speed can be measured")
     ] = True
-    max_margin: Annotated[
-        float,
-        Field(
-            ge=0,
-            description="logits: the largest margin that is a near-tie, where outputs in the serving dtype differ "
-            "from those without a drafter",
-        ),
-    ] = 1.0
 
 
 def run(ctx: StageContext, config: GateConfig) -> None:
@@ -116,7 +109,7 @@ def decide(evaluation: EvaluationResult, config: GateConfig, damage: Sequence[st
     """Decide about the challenger of an evaluation. damage: errors in the files of challenger or champion."""
     challenger = evaluation.challenger
     rules = [_rule("checksums", not damage, "; ".join(damage) or "every file is as it was written")]
-    rules += [*_lossless(evaluation, config), *_parity(evaluation, challenger)]
+    rules += [*_lossless(evaluation), *_parity(evaluation, challenger)]
     if evaluation.has_champion:
         rules += [_tau(evaluation, challenger, config), *_slices(evaluation, challenger, config)]
     if config.judge_speed:
@@ -137,8 +130,8 @@ def _decision(challenger: str, champion: str | None, rules: Sequence[RuleResult]
     other = THE_CHAMPION if champion else "the baseline"  # decoding without a drafter
     if promote:
         main = next((rule for rule in rules if rule.name in ("tau", "speed-up")), None)
-        wanted = next((rule.metrics.get("wanted") for rule in rules if rule.name == "speed-up"), None)
-        better = champion is not None or wanted is None or wanted >= 1  # a threshold may be lower
+        threshold = next((rule.metrics.get("wanted") for rule in rules if rule.name == "speed-up"), None)
+        better = champion is not None or threshold is None or threshold >= 1  # a threshold may be lower
         verb = "beats" if better else "passes against"
         sentence = f"promoted: {challenger} {verb} {other} ({main.text if main else ''})"
     else:
@@ -161,7 +154,7 @@ def _rule(
     return RuleResult(name=name, passed=passed, text=text, metrics=metrics or {}, conclusive=conclusive)
 
 
-def _lossless(evaluation: EvaluationResult, config: GateConfig) -> Iterator[RuleResult]:
+def _lossless(evaluation: EvaluationResult) -> Iterator[RuleResult]:
     """Check outputs token for token in float32; in the serving dtype they may differ only at near-ties."""
     exact = evaluation.exactness
     prompts, identical = exact.fp32_prompts or 0, exact.fp32_identical or 0
@@ -171,7 +164,7 @@ def _lossless(evaluation: EvaluationResult, config: GateConfig) -> Iterator[Rule
     margin = exact.median_margin
     if margin is not None:
         exactly = exact.serving_dtype == "float32" and evaluation.target_difference is None
-        tie = min(config.max_margin, _TIE_OF_FLOAT32) if exactly else config.max_margin
+        tie = _TIE_OF_FLOAT32 if exactly else _TIE
         text = f"outputs differ at a median margin of {margin:.3g} logits, at most {tie:g} is a near-tie"
         yield _rule("near-ties", margin <= tie, text, {"value": margin, "wanted": tie})
     if not prompts and margin is None:
@@ -207,13 +200,13 @@ def _tau(evaluation: EvaluationResult, challenger: str, config: GateConfig) -> R
     assert overall.gain is not None
     estimate = estimate_of(overall.gain)
     gain, low = estimate.value, estimate.upper(1 - CONFIDENCE)
-    wanted = f"above {config.min_tau_gain:+.1%} wanted{', as served' * (evaluation.target_difference is not None)}"
+    condition = f"above {config.min_tau_gain:+.1%} wanted{', as served' * (evaluation.target_difference is not None)}"
     if overall.units < FEWEST_PROMPTS:
         prompts = f"{overall.units} prompt{'s' * (overall.units != 1)}"
-        text = f"{prompts} are too few ({gain:+.1%}, {wanted}): {FEWEST_PROMPTS} are needed"
+        text = f"{prompts} are too few ({gain:+.1%}, {condition}): {FEWEST_PROMPTS} are needed"
         return _rule("tau", False, text, {"value": gain, "wanted": config.min_tau_gain}, conclusive=False)
     better = decides(estimate, config.min_tau_gain, CONFIDENCE)
-    text = f"{gain:+.1%} of the champion's, {_end(better, low, estimate.upper(), '+.1%')} at 95 %; {wanted}"
+    text = f"{gain:+.1%} of the champion's, {_end(better, low, estimate.upper(), '+.1%')} at 95 %; {condition}"
     metrics = {"value": gain, "end": low, "wanted": config.min_tau_gain}
     if better is None:
         text = f"{text}, inconclusive: {_NO_DIFFERENCE}"
@@ -232,7 +225,11 @@ def _tau_alone(evaluation: EvaluationResult, challenger: str) -> RuleResult:
 
 def _slices(evaluation: EvaluationResult, challenger: str, config: GateConfig) -> Iterator[RuleResult]:
     """Check that no slice loses tau: a prompt set, a label or a depth."""
-    gains = {each.set: estimate_of(each.gain) for each in evaluation.slices(challenger) if each.gain is not None}
+    gains = {
+        comparison.set: estimate_of(comparison.gain)
+        for comparison in evaluation.slices(challenger)
+        if comparison.gain is not None
+    }
     level = simultaneous_level(sum(not too_small(gain) for gain in gains.values()))
     for slice_name, gain in gains.items():
         name, lowest = f"tau of {slice_name}", -config.max_set_loss
@@ -248,36 +245,36 @@ def _slices(evaluation: EvaluationResult, challenger: str, config: GateConfig) -
 def _speed(evaluation: EvaluationResult, challenger: str, config: GateConfig) -> Iterator[RuleResult]:
     """Check for more speed than without a drafter at the first setting, and none lost to the champion at any."""
     over_plain, *_ = evaluation.compared("speed", challenger, PLAIN)
-    of_look = level_of(evaluation.look)
-    yield _speed_rule(evaluation, "speed-up", over_plain, config.min_speedup, of_look, [over_plain.concurrency])
+    look_level = level_of(evaluation.look)
+    yield _speed_rule(evaluation, "speed-up", over_plain, config.min_speedup, look_level, [over_plain.concurrency])
     over_champion = evaluation.compared("speed", challenger, CHAMPION)
-    for each in over_champion:
-        name = f"speed at temperature {each.temperature:g}, {each.concurrency} in flight"
-        level = simultaneous_level(len(over_champion), of_look)
-        yield _speed_rule(evaluation, name, each, 1 - config.max_speed_loss, level, [each.concurrency])
+    for setting in over_champion:
+        name = f"speed at temperature {setting.temperature:g}, {setting.concurrency} in flight"
+        level = simultaneous_level(len(over_champion), look_level)
+        yield _speed_rule(evaluation, name, setting, 1 - config.max_speed_loss, level, [setting.concurrency])
 
 
 def _at_loads(evaluation: EvaluationResult, challenger: str, config: GateConfig) -> Iterator[RuleResult]:
     """Check the speeds at the config's requests in flight; if measured, the speed warnings there count too."""
     others = [PLAIN, *([CHAMPION] if evaluation.has_champion else [])]
     for other in others if config.loads else ():
-        wanted = config.min_speedup if other == PLAIN else 1 - config.max_speed_loss
+        threshold = config.min_speedup if other == PLAIN else 1 - config.max_speed_loss
         curve = evaluation.load_curve(challenger, other)
         name = LOAD_RULES[other == PLAIN]
-        found = at_loads(curve, config.loads or {})
-        if found is None:
+        speeds = at_loads(curve, config.loads or {})
+        if speeds is None:
             numbers = [point.concurrency for point in curve]
             timed, remedy = f"steps were timed with up to {max(numbers, default=0)}", "raise evaluation.speed_prompts"
             if evaluation.load_is_measured:
                 timed = f"servers were timed with {', '.join(map(str, numbers))}"
                 remedy = "add them to evaluation.concurrency"
             text = f"inconclusive: {timed} requests in flight; remove other loads from gate.loads, or {remedy}"
-            yield _rule(name, False, text, {"wanted": wanted}, conclusive=False)
+            yield _rule(name, False, text, {"wanted": threshold}, conclusive=False)
             continue
-        estimate, tokens_per_s = found
+        estimate, tokens_per_s = speeds
         speed = comparison("speed", (challenger, other), estimate, temperature=evaluation.temperature)
         settings = _around(curve, config.loads or {}) if evaluation.load_is_measured else []
-        rule = _speed_rule(evaluation, name, speed, wanted, level_of(evaluation.look), settings)
+        rule = _speed_rule(evaluation, name, speed, threshold, level_of(evaluation.look), settings)
         more = {"tokens_per_s": tokens_per_s} if rule.conclusive else {}
         yield rule.model_copy(update={"metrics": {**rule.metrics, **more}})
 
@@ -285,8 +282,8 @@ def _at_loads(evaluation: EvaluationResult, challenger: str, config: GateConfig)
 def _around(curve: Sequence[LoadPoint], loads: Iterable[int]) -> list[int]:
     """Return the requests in flight of the points at or around the loads."""
     numbers = [point.concurrency for point in curve]
-    found = {numbers[bisect_right(numbers, load) - 1] for load in loads}
-    return sorted(found | {numbers[bisect_left(numbers, load)] for load in loads})
+    below = {numbers[bisect_right(numbers, load) - 1] for load in loads}
+    return sorted(below | {numbers[bisect_left(numbers, load)] for load in loads})
 
 
 def _speed_rule(
@@ -304,13 +301,13 @@ def _speed_rule(
 
     def warnings(*kinds: str) -> list[str]:
         arms = (speed.arm, speed.other)
-        found = [evaluation.warnings_about(speed.temperature, each, arms, kinds) for each in in_flight]
-        return list(dict.fromkeys(chain.from_iterable(found)))
+        warned = [evaluation.warnings_about(speed.temperature, number, arms, kinds) for number in in_flight]
+        return list(dict.fromkeys(chain.from_iterable(warned)))
 
     estimate, better = estimate_of(speed), speed.other == PLAIN
     value = math.exp(estimate.value)
     times = "times" if better else "times the champion's"
-    reasons = warnings(PROMPTS, TURNS, TAU)
+    reasons = warnings(PROMPTS, TIMED_RUNS, TAU)
     if not reasons and estimate.units < FEWEST_RUNS:
         reasons = [few_runs(estimate.units)]
     elif not reasons and math.isnan(estimate.error):

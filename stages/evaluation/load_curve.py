@@ -113,11 +113,13 @@ def measure_times(
     widest = max(trained.values())
     decoders = {(PLAIN, width): Decoder() for width in [1, *widths_of(widest)]}
     decoders |= {(arm, w): Decoder(drafters[arm], w) for arm, size in trained.items() for w in widths_of(size)}
-    prompts = sorted((each.prompt_length, row) for row, each in enumerate(answers))
-    ends = sorted((end, row) for row, each in enumerate(answers) for end in range(each.prompt_length, len(each.tokens)))
+    prompts = sorted((answer.prompt_length, row) for row, answer in enumerate(answers))
+    ends = sorted(
+        (end, row) for row, answer in enumerate(answers) for end in range(answer.prompt_length, len(answer.tokens))
+    )
     together = [1 << n for n in range(max(1, PREFILL_TOKENS // prompts[len(prompts) // 2][0]).bit_length())]
     longest = prompts[-1][0] + widest + 1
-    engines = {cell: test.engine(test.target, each, 1, longest) for cell, each in decoders.items()}
+    engines = {cell: test.engine(test.target, decoder, 1, longest) for cell, decoder in decoders.items()}
     sampling = test.config.sampling.params(setting.temperature)
 
     def request(row: int, end: int) -> Request:
@@ -138,7 +140,7 @@ def measure_times(
         """Return the seconds of a step of each cell, with requests advanced as if they began at random times."""
         requests = [request(row, end) for end, row in _spread(ends, concurrency)]
         cache = test.target.new_cache(concurrency, len(requests[-1].prompt_ids) + widest)
-        return _one_pass({cell: each.step_timer(requests, cell[1], cache) for cell, each in engines.items()}, index)
+        return _one_pass({cell: engine.step_timer(requests, cell[1], cache) for cell, engine in engines.items()}, index)
 
     numbers = list(IN_FLIGHT)
     refills: list[dict[Cell, float]] = [{} for _ in range(1 + PASSES)]
@@ -160,13 +162,14 @@ def measure_times(
                 numbers = numbers[: place + 1]
                 break
     release_memory()
-    found = {n: {cell: np.array([each[cell] for each in steps[n][1:]]) for cell in engines} for n in numbers}
+    seconds = {n: {cell: np.array([times[cell] for times in steps[n][1:]]) for cell in engines} for n in numbers}
     tokens = sum(run["tokens"] for run in runs) / sum(run["prompts"] for run in runs)
     together = [count for count in together if count <= numbers[-1]]  # no more than these end in one step
     refill = {
-        arm: np.array([[each[arm, count] for count in together] for each in refills[1:]]) for arm in [PLAIN, *drafters]
+        arm: np.array([[times[arm, count] for count in together] for times in refills[1:]])
+        for arm in [PLAIN, *drafters]
     }
-    return found, AverageAnswer(tokens, together, refill)
+    return seconds, AverageAnswer(tokens, together, refill)
 
 
 def _one_pass(timers: Mapping[Cell, Callable[[], float]], index: int) -> dict[Cell, float]:
@@ -242,7 +245,7 @@ def predict(
     Compared with decoding without a drafter, and with the champion if there is one. units: of the trajectories.
     """
     sums = {
-        (arm, width): [sum_by_key(units, each) for each in tally.at_width(width)]
+        (arm, width): [sum_by_key(units, values) for values in tally.at_width(width)]
         for arm, tally in tallies.items()
         for width in widths_of(tally.block_size)
     }
@@ -279,19 +282,19 @@ def from_timed_runs(comparisons: Sequence[ArmComparison], tables: Sequence[Speed
 
     comparisons: speeds at every setting. tables: one per setting.
     """
-    arms = {each.concurrency: each.arms for each in tables if each.temperature == tables[0].temperature}
+    arms = {table.concurrency: table.arms for table in tables if table.temperature == tables[0].temperature}
     points = [
         LoadPoint.model_validate(
             {
-                **dict(estimate_record(estimate_of(each))),
-                "arm": each.arm,
-                "other": each.other,
-                "concurrency": each.concurrency,
-                "block_size": arms[each.concurrency][each.arm].block_size,
-                "tokens_per_s": arms[each.concurrency][each.arm].tokens_per_s,
+                **dict(estimate_record(estimate_of(comparison))),
+                "arm": comparison.arm,
+                "other": comparison.other,
+                "concurrency": comparison.concurrency,
+                "block_size": arms[comparison.concurrency][comparison.arm].block_size,
+                "tokens_per_s": arms[comparison.concurrency][comparison.arm].tokens_per_s,
             }
         )
-        for each in comparisons
-        if each.temperature == tables[0].temperature
+        for comparison in comparisons
+        if comparison.temperature == tables[0].temperature
     ]
     return sorted(points, key=attrgetter("concurrency"))

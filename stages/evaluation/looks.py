@@ -20,11 +20,11 @@ from scipy.special import ndtr, stdtrit  # of scipy.stats, which takes a second 
 
 from draftsmith.artifacts.results.evaluation import PLAIN, EvaluationResult, Look
 from draftsmith.artifacts.tables.parquet import read_table
-from draftsmith.artifacts.tables.schemas import REQUESTS, TURNS
-from draftsmith.stages.data.trajectories import Prompt
+from draftsmith.artifacts.tables.schemas import REQUESTS, TIMED_RUNS
+from draftsmith.stages.data.stored_prompts import Prompt
 from draftsmith.stages.evaluation.config import EvaluationConfig
+from draftsmith.stages.evaluation.speed_warnings import AGAIN
 from draftsmith.stages.evaluation.timed_runs import Row
-from draftsmith.stages.evaluation.validity import AGAIN
 from draftsmith.stages.evaluation.verdicts import estimate_of
 from draftsmith.stages.runtime.statistics import CONFIDENCE, Estimate
 
@@ -84,8 +84,8 @@ def needs_another(evaluation: EvaluationResult, min_speedup: float) -> bool:
     """Return whether the challenger's speed-up is undecided and a further look is left."""
     look = evaluation.look
     speedup, *_ = evaluation.compared("speed", evaluation.challenger, PLAIN)
-    wanted = math.log(min_speedup) if min_speedup else -math.inf
-    return look.number < look.of and decides(estimate_of(speedup), wanted, level_of(look)) is None
+    threshold = math.log(min_speedup) if min_speedup else -math.inf
+    return look.number < look.of and decides(estimate_of(speedup), threshold, level_of(look)) is None
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,6 @@ def open_look(config: EvaluationConfig, heldout: Sequence[Prompt], earlier: Path
         kept = {prompt.prompt_id for prompt in heldout[: (number - 1) * size]}
         requests = [r for r in read_table(earlier / "requests.parquet", REQUESTS).to_pylist() if r["prompt_id"] in kept]
         rounds = {row["round"] for row in requests}
-        runs = [run for run in read_table(earlier / "turns.parquet", TURNS).to_pylist() if run["round"] in rounds]
+        runs = [run for run in read_table(earlier / "turns.parquet", TIMED_RUNS).to_pylist() if run["round"] in rounds]
     prompts = heldout[(number - 1) * size : number * size]
     return Looks(number, of, prompts, requests, runs, before if number > 1 else None)

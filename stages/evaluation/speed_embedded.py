@@ -23,14 +23,15 @@ import torch
 from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.results.evaluation import PLAIN, Exactness
 from draftsmith.artifacts.tables.parquet import read_table, write_table
-from draftsmith.artifacts.tables.schemas import REQUESTS, TURNS
-from draftsmith.stages.data.trajectories import Prompt
+from draftsmith.artifacts.tables.schemas import REQUESTS, TIMED_RUNS
+from draftsmith.stages.data.stored_prompts import Prompt
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.engines.base import Completion
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.evaluation.config import EvaluationConfig
 from draftsmith.stages.evaluation.looks import Looks
+from draftsmith.stages.evaluation.repetitions import steady
 from draftsmith.stages.evaluation.timed_runs import (
     LoadMeter,
     Row,
@@ -44,7 +45,6 @@ from draftsmith.stages.evaluation.timed_runs import (
     rounds_of,
     settings_of,
 )
-from draftsmith.stages.evaluation.validity import steady
 from draftsmith.stages.runtime.stage import StageContext
 from draftsmith.stages.targets.causal_lm import Target
 
@@ -152,8 +152,8 @@ class EmbeddedSpeedTest:
         requests, runs, prompts = list(looks.requests), list(looks.runs), looks.prompts
         warm: set[Setting] = set()
         answers_a_round = len(settings) * len(arms) * len(prompts)
-        for of_look, most in rounds_of(self.ctx, self.config, partial(steady, runs, requests, settings)):
-            round = looks.first_round + of_look
+        for look_round, most in rounds_of(self.ctx, self.config, partial(steady, runs, requests, settings)):
+            round = looks.first_round + look_round
             for index, setting in enumerate(settings):
                 folder = self.ctx.work / "rounds" / f"{round}-{index}"
                 if not (folder / "turns.parquet").exists():
@@ -164,9 +164,11 @@ class EmbeddedSpeedTest:
                     before = (len(requests) - len(looks.requests), most * answers_a_round)
                     new_requests, new_runs = self._round(round, arms, prompts, setting, before)
                     write_table(folder / "requests.parquet", REQUESTS, new_requests)
-                    write_table(folder / "turns.parquet", TURNS, new_runs)  # last: a folder that has it is complete
+                    write_table(
+                        folder / "turns.parquet", TIMED_RUNS, new_runs
+                    )  # last: a folder that has it is complete
                 requests += read_table(folder / "requests.parquet", REQUESTS).to_pylist()
-                runs += read_table(folder / "turns.parquet", TURNS).to_pylist()
+                runs += read_table(folder / "turns.parquet", TIMED_RUNS).to_pylist()
                 self.ctx.progress(len(requests) - len(looks.requests), most * answers_a_round, "answers")
                 self.ctx.check_interrupted()
         return requests, runs

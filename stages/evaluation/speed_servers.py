@@ -30,8 +30,9 @@ from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.artifacts.results.evaluation import PLAIN, Parity, TargetDifference
 from draftsmith.artifacts.tables.parquet import read_table, write_table
-from draftsmith.artifacts.tables.schemas import REQUESTS, TRACE, TURNS
-from draftsmith.stages.data.trajectories import Prompt, Trajectory
+from draftsmith.artifacts.tables.schemas import REQUESTS, TIMED_RUNS, TRACE
+from draftsmith.stages.data.stored_prompts import Prompt
+from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.base import Drafter, PreparedDrafter
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.drafters.spec import DraftingConfig
@@ -43,6 +44,7 @@ from draftsmith.stages.engines.servers.process import assign_gpus, usable_gpus
 from draftsmith.stages.engines.servers.requirements import server_requirements
 from draftsmith.stages.evaluation.config import EvaluationConfig
 from draftsmith.stages.evaluation.looks import Looks
+from draftsmith.stages.evaluation.repetitions import steady
 from draftsmith.stages.evaluation.speed_embedded import add_margins, compare_with_plain, exactness
 from draftsmith.stages.evaluation.timed_runs import (
     LoadMeter,
@@ -58,11 +60,11 @@ from draftsmith.stages.evaluation.timed_runs import (
     rounds_of,
     settings_of,
 )
-from draftsmith.stages.evaluation.validity import steady
 from draftsmith.stages.replay.near_ties import explained_by_ties
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.parity import ParityTolerance, StepComparison, check_tau
-from draftsmith.stages.replay.replayer import Replayer, samples_proposals
+from draftsmith.stages.replay.replayer import Replayer
+from draftsmith.stages.replay.sampled import samples_proposals
 from draftsmith.stages.replay.step_tables import steps_table
 from draftsmith.stages.runtime.memory import release_memory
 from draftsmith.stages.runtime.stage import StageContext, progress_callback
@@ -86,7 +88,7 @@ class ServerSpeedTest:
     trained: Mapping[str, int]  # arm -> block size that its drafter was trained with
     longest: int  # positions of the longest request
     target_dtype: str  # that servers compute in
-    shares: Sequence[str | None] = (None,)  # CUDA_VISIBLE_DEVICES of each round that runs beside others
+    shares: Sequence[str | None] = (None,)  # CUDA_VISIBLE_DEVICES of each round that runs next to others
 
     @property
     def settings(self) -> list[Setting]:
@@ -171,23 +173,23 @@ def measure_servers(
     requests, runs = list(looks.requests), list(looks.runs)
     parity: dict[str, Parity] = {}
     timed, batch = itertools.count(1), list[int]()
-    for of_look, most in rounds_of(ctx, config, partial(steady, runs, requests, test.settings)):
-        batch.append(looks.first_round + of_look)
-        if len(batch) < len(test.shares) and of_look + 1 not in (config.rounds, most):
+    for look_round, most in rounds_of(ctx, config, partial(steady, runs, requests, test.settings)):
+        batch.append(looks.first_round + look_round)
+        if len(batch) < len(test.shares) and look_round + 1 not in (config.rounds, most):
             continue
 
         def time_round(round: int, share: str | None, end: threading.Event, total: int = most) -> tuple[list[Row], ...]:
             _start_round(ctx.work / f"round-{round}", arms)
-            first, of_round = round % len(arms), (list[Row](), list[Row]())
+            first, round_rows = round % len(arms), (list[Row](), list[Row]())
             for order, arm in enumerate(arms[first:] + arms[:first]):
                 if end.is_set():  # another round failed, whose error is raised
                     break
                 rows = _time_arm(test, looks, (round, order), arm, sizes.get(arm, 1), heldout, share)
-                for table, new in zip(of_round, rows, strict=True):
+                for table, new in zip(round_rows, rows, strict=True):
                     table.extend(new)
                 ctx.progress(next(timed), total * len(arms), "timed runs")
                 ctx.check_interrupted()
-            return of_round
+            return round_rows
 
         for new_requests, new_runs in _side_by_side(test, time_round, batch):
             requests += new_requests
@@ -229,10 +231,10 @@ def _side_by_side(
 
 
 def shares_of(launch: LaunchConfig) -> list[str | None]:
-    """Return CUDA_VISIBLE_DEVICES of each round that runs beside others: as many as the config has servers, if there
+    """Return CUDA_VISIBLE_DEVICES of each round that runs next to others: as many as the config has servers, if there
     are GPUs for them."""
     gpus = [] if launch.on_cpu else usable_gpus()
-    count = max(1, min(launch.servers, len(gpus) // launch.gpus))
+    count = max(1, min(launch.servers, len(gpus) // launch.tensor_parallel))
     return assign_gpus(launch.model_copy(update={"servers": count if gpus else 1}), gpus)
 
 
@@ -290,7 +292,7 @@ def _time_arm(
     folder = test.ctx.work / f"round-{round}" / arm
     requests_file, runs_file = folder / "requests.parquet", folder / _TURNS
     if runs_file.exists():
-        return read_table(requests_file, REQUESTS).to_pylist(), read_table(runs_file, TURNS).to_pylist()
+        return read_table(requests_file, REQUESTS).to_pylist(), read_table(runs_file, TIMED_RUNS).to_pylist()
     test.ctx.log(f"round {round + 1}: {arm}")
     drafter = test.drafters.get(arm)
     requests: list[Row] = []
@@ -307,7 +309,7 @@ def _time_arm(
             requests += [run.request_row(answer) for answer in answers]
             runs.append(run.row(answers, wall, others))
     write_table(requests_file, REQUESTS, requests)
-    write_table(runs_file, TURNS, runs)  # last: a folder that has it is complete
+    write_table(runs_file, TIMED_RUNS, runs)  # last: a folder that has it is complete
     return requests, runs
 
 
@@ -334,7 +336,7 @@ def _trace(
 def _check_parity(
     test: ServerSpeedTest, sizes: Mapping[str, int], heldout: Sequence[Prompt], rounds: Sequence[int]
 ) -> dict[str, Parity]:
-    """Return the parity of each arm in the first round. sizes: the block of each. rounds: that were timed so far.
+    """Return the parity of each arm in the first round. sizes: block size of each. rounds: rounds timed so far.
 
     Raises DraftsmithError for a drafter that was not served as replay computes it.
     """
@@ -433,6 +435,6 @@ def _tokens_per_s(test: ServerSpeedTest, arm: str, size: int, validation: Sequen
             requests = requests_for(validation, test.config, setting, test.ctx.seed)
             answers, wall, others = test.decode(engine, requests, setting)
         run = TimedRun(engine.name, 0, 0, arm, size, setting)
-        write_table(table, TURNS, [run.row(answers, wall, others)])
-    (row,) = read_table(table, TURNS).to_pylist()
+        write_table(table, TIMED_RUNS, [run.row(answers, wall, others)])
+    (row,) = read_table(table, TIMED_RUNS).to_pylist()
     return float(row["tokens"] / row["wall_seconds"])

@@ -119,11 +119,11 @@ def speed_by_slice(
     requests: at one setting. labels: per prompt, its set first. A request's speed is its tokens divided by its latency,
     which requests in flight share. alternating: `alternates` of the runs.
     """
-    found: dict[str, dict[str, SetMetrics]] = {}
+    speeds: dict[str, dict[str, SetMetrics]] = {}
     for name in dict.fromkeys(chain.from_iterable(labels.values())):
         sums: dict[tuple[str, int], list[float]] = {}  # tokens, seconds
-        own = [row for row in requests if name in labels.get(row["prompt_id"], ())]
-        for row in own:
+        rows = [row for row in requests if name in labels.get(row["prompt_id"], ())]
+        for row in rows:
             run = sums.setdefault((row["arm"], row["round"]), [0.0, 0.0])
             run[0] += row["tokens"]
             run[1] += row["latency_seconds"]
@@ -132,9 +132,9 @@ def speed_by_slice(
         like = {"concurrency": 1, "batches": 2 if alternating else 1}
         runs = [{"arm": arm, "round": n, "tokens": t, "wall_seconds": s, **like} for (arm, n), (t, s) in sums.items()]
         arms = [arm for arm in dict.fromkeys(arm for arm, _ in sums) if arm != PLAIN]
-        for (arm, _), ratio in log_ratios(runs, own, [(arm, PLAIN) for arm in arms], units).items():
-            found.setdefault(name, {})[arm] = _speedup(ratio)
-    return found
+        for (arm, _), ratio in log_ratios(runs, rows, [(arm, PLAIN) for arm in arms], units).items():
+            speeds.setdefault(name, {})[arm] = _speedup(ratio)
+    return speeds
 
 
 def log_ratios(
@@ -146,7 +146,7 @@ def log_ratios(
     rounds if no row has the time of its request. The error is unknown with a single unit, or if one prompt outweighs
     all others.
     """
-    found = {}
+    ratios = {}
     in_flight = runs[0].get("concurrency", 1) if runs else 1
     by_prompt = alternates(runs)
     speeds: dict[str, dict[int, float]] = {}
@@ -155,11 +155,11 @@ def log_ratios(
     for arm, other in wanted:
         over_prompts = _over_prompts(requests, (arm, other), units, in_flight)
         if by_prompt and over_prompts is not None:
-            found[arm, other] = over_prompts
+            ratios[arm, other] = over_prompts
             continue
         ratio = mean_estimate(np.array([math.log(speeds[arm][n] / speeds[other][n]) for n in sorted(speeds[other])]))
-        found[arm, other] = ratio if over_prompts is None else combine_errors(ratio, over_prompts)
-    return found
+        ratios[arm, other] = ratio if over_prompts is None else combine_errors(ratio, over_prompts)
+    return ratios
 
 
 def _over_prompts(requests: Sequence[Row], pair: Pair, units: Units, in_flight: int) -> Estimate | None:
@@ -176,12 +176,12 @@ def _over_prompts(requests: Sequence[Row], pair: Pair, units: Units, in_flight: 
         for arm in pair
         for name in ("tokens", "latency_seconds")
     ]
-    found = jackknife(
+    estimates = jackknife(
         lambda t, s, other_t, other_s: np.log(t / s) - np.log(other_t / other_s), *sums, strata=strata_of(keys)
     )
-    if found.degrees < 1:  # fewer than two units in effect
-        return replace(found, error=math.nan)
-    return found if in_flight == 1 else replace(found, error=error_over_prompts(timed, pair, keys, in_flight))
+    if estimates.degrees < 1:  # fewer than two units in effect
+        return replace(estimates, error=math.nan)
+    return estimates if in_flight == 1 else replace(estimates, error=error_over_prompts(timed, pair, keys, in_flight))
 
 
 def _factor(estimate: Estimate) -> Difference:
@@ -241,7 +241,9 @@ def error_over_prompts(
         np.random.default_rng(0),
         stratum_indices(list(zip(strata_of(keys), first_round.values(), strict=True))),
     )
-    sampled = np.concatenate([own[rng.integers(len(own), size=(_RESAMPLES, len(own)))] for own in strata], axis=1)
+    sampled = np.concatenate(
+        [stratum[rng.integers(len(stratum), size=(_RESAMPLES, len(stratum)))] for stratum in strata], axis=1
+    )
     prompts = members[rng.permuted(sampled, axis=1)].reshape(_RESAMPLES, -1)
     speeds = [tokens[:, prompts].sum(-1) / _wall(seconds[:, prompts], in_flight) for tokens, seconds in sums]
     ratios = np.log(speeds[0] / speeds[1]).mean(0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from draftsmith.artifacts.results.evaluation import EvaluationResult
-from draftsmith.stages.data.trajectories import check_answer_fits
+from draftsmith.stages.data.stored_prompts import check_answer_fits
 from draftsmith.stages.evaluation.config import DRAFTERS, PREFIX, EvaluationConfig
 from draftsmith.stages.runtime.stage import Compute, Stage
 

@@ -17,7 +17,8 @@ import psutil
 
 from draftsmith.artifacts.host import all_gpus
 from draftsmith.artifacts.results.evaluation import Exactness, Machine, Parity, TargetDifference
-from draftsmith.stages.data.trajectories import Prompt, request_seed
+from draftsmith.stages.data.stored_prompts import Prompt
+from draftsmith.stages.data.trajectories import request_seed
 from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.evaluation.config import EvaluationConfig
 from draftsmith.stages.runtime.stage import StageContext

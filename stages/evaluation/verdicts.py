@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from draftsmith.artifacts.results.evaluation import CHAMPION, ArmComparison, EstimateRecord, LoadPoint, Verdict
+from draftsmith.artifacts.results.evaluation import CHAMPION, NATIVE, ArmComparison, EstimateRecord, LoadPoint, Verdict
 from draftsmith.stages.runtime.statistics import Estimate, simultaneous_level
 
 Pair = tuple[str, str]  # an arm, and the arm it is compared with
 
 AGAINST_ALL = (CHAMPION, "sft")  # every other drafter is compared with the first of these among the arms
-FURTHER: tuple[Pair, ...] = (("opd", "control"),)
+FURTHER: tuple[Pair, ...] = (("opd", "control"), ("opd", NATIVE))
 FEWEST_IN_SLICE = 4  # prompts for a slice to be judged: with fewer, an interval means nothing
 FEWEST_RUNS = 5  # timed runs to call two speeds different: with fewer, their spread is unknown
 
@@ -40,11 +40,14 @@ def verdicts(tau: Mapping[Pair, Estimate], speed: Mapping[Pair, Estimate], speed
     enough = [estimate.units >= 2 for estimate in tau.values()]
     enough += [_enough_runs(estimate) for estimate in speed.values()]
     level = simultaneous_level(sum(enough))
-    found = [_verdict("tau", pair, each, level, each.units >= 2, prompts=each.units) for pair, each in tau.items()]
-    for pair, each in speed.items():
-        runs = {"prompts": speed_prompts, "turns": each.units, "turns_needed": FEWEST_RUNS}
-        found.append(_verdict("speed", pair, each, level, _enough_runs(each), **runs))
-    return found
+    judged = [
+        _verdict("tau", pair, estimate, level, estimate.units >= 2, prompts=estimate.units)
+        for pair, estimate in tau.items()
+    ]
+    for pair, estimate in speed.items():
+        runs = {"prompts": speed_prompts, "turns": estimate.units, "turns_needed": FEWEST_RUNS}
+        judged.append(_verdict("speed", pair, estimate, level, _enough_runs(estimate), **runs))
+    return judged
 
 
 def _enough_runs(speed: Estimate) -> bool:

@@ -21,10 +21,12 @@ import torch
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError, StageInterrupted
 from draftsmith.artifacts.results.evaluation import DiagnosisResult, ReplayChange
 from draftsmith.artifacts.tables.schemas import TRACE
-from draftsmith.stages.data.trajectories import Prompt, Trajectory, load_prompts, positions_needed
+from draftsmith.stages.data.stored_prompts import Prompt, load_prompts, positions_needed
+from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.base import Context, Drafter
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter, FeatureContext
+from draftsmith.stages.drafters.mtp.model import MtpDrafter
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.base import Completion, Request, recorded_table
 from draftsmith.stages.engines.config import ServerEngineConfig
@@ -34,7 +36,8 @@ from draftsmith.stages.evaluation.diagnosis.stage import DiagnosisConfig
 from draftsmith.stages.replay.chains import replay_sequentially
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.parity import ParityTolerance, check_steps
-from draftsmith.stages.replay.replayer import Replayer, samples_proposals
+from draftsmith.stages.replay.replayer import Replayer
+from draftsmith.stages.replay.sampled import samples_proposals
 from draftsmith.stages.replay.step_tables import steps_table
 from draftsmith.stages.replay.steps import Steps
 from draftsmith.stages.runtime.stage import StageContext, progress_callback
@@ -44,6 +47,11 @@ from draftsmith.stages.targets.sampling import GREEDY, SamplingParams
 
 THETAS = (10_000.0, 500_000.0, 1_000_000.0, 5_000_000.0)  # of public models; the first is the libraries' default
 SHORTEST_WINDOW = 8
+_INPUTS = {  # field of a head's `Reading` -> what an engine may add
+    "target_normed": "the target's final norm before the head",
+    "own_normed": "the head's norm on its own states",
+    "zeroes_first": "a zero embedding at position 0",
+}
 EXPLAINS = 0.5  # a change explains nothing if more than this share of the contradicted steps is left
 
 
@@ -162,11 +170,11 @@ def diagnose(
     for done, change in enumerate(changes):
         tried.append(_explained(target, drafter, served, change))
         progress(done + 1, len(changes))
-    tried.sort(key=lambda each: each.mismatch)
+    tried.sort(key=lambda candidate: candidate.mismatch)
     bound = min(max(allowed, tried[0].mismatch), EXPLAINS * unchanged.mismatch) if tried else 0.0
     causes = [change for change in tried if change.mismatch <= min(bound, tried[0].mismatch + 0.02)]
     sentence = (
-        f"{metrics}; no single change of layer ids, rotary settings, mask token, context or block size explains it: "
+        f"{metrics}; no single change that was tried explains it: "
         "the engine serves another checkpoint, or other weights of it"
     )
     if causes:
@@ -186,14 +194,22 @@ def _changes(target: Target, drafter: Drafter, served: ServedAnswers) -> Iterato
         if other != ids and min(other) >= 0 and max(other) < layers:
             yield Change("other layer ids", f"{other} instead of {ids}, {text}", partial(_copy, target_layer_ids=other))
     rope = dict(drafter.config.rope_parameters)
-    own = float(rope["rope_theta"])
+    trained = float(rope["rope_theta"])
     ropes = {
-        f"rope_theta {theta:g} instead of {own:g}": {**rope, "rope_theta": theta} for theta in THETAS if theta != own
+        f"rope_theta {theta:g} instead of {trained:g}": {**rope, "rope_theta": theta}
+        for theta in THETAS
+        if theta != trained
     }
     if rope.get("rope_type", "default") != "default":
-        ropes[f"without the scaling {rope['rope_type']}"] = {"rope_type": "default", "rope_theta": own}
+        ropes[f"without the scaling {rope['rope_type']}"] = {"rope_type": "default", "rope_theta": trained}
     for text, parameters in ropes.items():
         yield Change("other rotary settings", text, partial(_with_rope, parameters=parameters))
+    if isinstance(drafter, MtpDrafter):
+        for name, does in _INPUTS.items():
+            value = not getattr(drafter.reading, name)
+            reading = replace(drafter.reading, **{name: value})
+            text = f"{'with' if value else 'without'} {does}"
+            yield Change("other inputs of the head", text, partial(_copy, reading=reading))
     if isinstance(drafter, DFlashDrafter):
         mask = drafter.mask_token_id
         # an engine might take a special token for the mask token
@@ -268,4 +284,4 @@ def _with_rope(drafter: Any, parameters: dict[str, object]) -> Drafter:
     config = copy.deepcopy(drafter.config)
     config.rope_parameters = parameters
     rotary = type(drafter.rotary)(config)
-    return _copy(drafter, rotary=rotary.to(drafter.fc.weight.device))
+    return _copy(drafter, rotary=rotary.to(next(drafter.parameters()).device))

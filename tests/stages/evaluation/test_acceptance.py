@@ -194,7 +194,7 @@ def decode(ids: list[int]) -> str:
 
 
 def traced(prompt: str, answer: str, accepted: list[int], K: int = 3) -> tuple[Trajectory, Steps]:
-    """A trace that keeps so many proposals in each step; the others are `x`."""
+    """A trace that keeps this many proposals in each step; the others are `x`."""
     tokens = [ord(letter) for letter in prompt + answer]
     anchors, proposed, anchor = [], [], len(prompt)
     for kept in accepted:

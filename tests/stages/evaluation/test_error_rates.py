@@ -17,16 +17,16 @@ import pytest
 
 from draftsmith.artifacts.results.evaluation import CHAMPION, PLAIN, Difference, Verdict
 from draftsmith.stages.evaluation.acceptance import acceptance_table, tau_differences
+from draftsmith.stages.evaluation.repetitions import steady
 from draftsmith.stages.evaluation.speed_table import log_ratios, speed_metrics
 from draftsmith.stages.evaluation.timed_runs import Setting
-from draftsmith.stages.evaluation.validity import steady
 from draftsmith.stages.evaluation.verdicts import FEWEST_RUNS, pairs, verdicts
 from draftsmith.stages.replay.steps import DEPTH_ENDS, AcceptanceStats
 from draftsmith.stages.runtime.statistics import Estimate
 
 SETTING = [Setting(0.0, 1)]
 ARMS = ("sft", "control", "opd")  # six verdicts
-NOISE = 0.03  # of an arm's turn, beside what its round has in common
+NOISE = 0.03  # of an arm's turn, in addition to its round's
 DIFFICULTY, TALENT = 0.25, 0.06  # standard deviations over prompts, in log tau: of all drafters, of a single one
 
 
@@ -102,7 +102,7 @@ def simulated_by_prompt(
     """The same where arms alternate prompt by prompt, on a machine whose other load comes and goes within seconds.
 
     Every answer takes up to 1 + `load` times as long, by a load that moves on from answer to answer and is half the
-    time not there, beside noise of 3 %.
+    time not there, with noise of 3 %.
     """
     drawn, arms, busy, rows = Prompts.draw(rng, prompts), [PLAIN, *ARMS], 0.0, []
     for round in range(rounds):
@@ -218,7 +218,7 @@ def test_equal_drafters_seldom_differ_in_speed(concurrency: int, prompts: int) -
 
 @pytest.mark.parametrize(("prompts", "load"), [(6, 1.0), (40, 0.0), (40, 1.0)])
 def test_equal_drafters_seldom_differ_prompt_by_prompt(prompts: int, load: float) -> None:
-    """Whatever else the machine does."""
+    """The load of the machine makes no difference."""
     rng = np.random.default_rng(prompts)
     repetitions, wrong, outside = 200, 0, 0
     for _ in range(repetitions):

@@ -18,8 +18,8 @@ from draftsmith.stages.evaluation import gate as gate_stage
 from draftsmith.stages.evaluation.acceptance import acceptance_table, tau_comparisons
 from draftsmith.stages.evaluation.gate import GateConfig
 from draftsmith.stages.evaluation.speed_table import log_ratios
+from draftsmith.stages.evaluation.speed_warnings import speed_warnings
 from draftsmith.stages.evaluation.timed_runs import Setting
-from draftsmith.stages.evaluation.validity import speed_warnings
 from draftsmith.stages.evaluation.verdicts import comparison
 from draftsmith.stages.replay.steps import DEPTHS, AcceptanceStats
 from draftsmith.stages.runtime.statistics import Estimate

@@ -89,11 +89,11 @@ def test_a_drafter_of_known_survival_has_the_exact_speed_and_block_size(acceptan
         assert point.tokens_per_s == pytest.approx(speeds[point.block_size], rel=0.01)
         plain = exact_speed(PLAIN, 0, point.concurrency, 1)
         assert point.tokens_per_s == pytest.approx(plain * math.exp(point.value))
-    assert len({point.block_size for point in points}) > 1, "large blocks pay with few requests in flight alone"
+    assert len({point.block_size for point in points}) > 1, "large blocks pay only with few requests in flight"
 
 
 def answer_trace(rng: np.random.Generator, acceptance: float, tokens: int) -> Steps:
-    """Return the steps of an answer of so many tokens; its end cuts the last one."""
+    """Return the steps of an answer of this many tokens; its end cuts the last one."""
     accepted = np.minimum(rng.geometric(1 - acceptance, tokens) - 1, BLOCK - 1)
     anchors = np.concatenate([[0], np.cumsum(accepted + 1)[:-1]])
     inside = anchors < tokens - 1

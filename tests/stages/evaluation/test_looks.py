@@ -14,7 +14,7 @@ from scipy import stats
 from draftsmith.artifacts.results.evaluation import PLAIN, EvaluationResult, Look
 from draftsmith.artifacts.tables.parquet import read_table
 from draftsmith.artifacts.tables.schemas import REQUESTS
-from draftsmith.stages.data.trajectories import load_prompts
+from draftsmith.stages.data.stored_prompts import load_prompts
 from draftsmith.stages.evaluation.config import EvaluationConfig
 from draftsmith.stages.evaluation.looks import MOST_LOOKS, decides, level_of, needs_another, open_look, prompts_wanted
 from draftsmith.stages.evaluation.speed_embedded import Decoder, EmbeddedSpeedTest
@@ -148,7 +148,7 @@ def test_a_look_that_the_machine_spoilt_is_taken_again(tmp_path: Path, tiny_draf
         "sampling": {"max_new_tokens": 8}, "speed_prompts": 5, "rounds": 2, "exactness_prompts": 0, "min_speedup": 1.0,
     }  # fmt: skip
     first = RecordingContext.under(tmp_path / "first", tiny_drafter.to_evaluate()).run(STAGE, **config)
-    assert [each.kind for each in EvaluationResult.read(first.out).speed_warnings] == ["noise"]
+    assert "noise" in [each.kind for each in EvaluationResult.read(first.out).speed_warnings]  # and load on a busy one
     heldout = load_prompts(tiny_drafter.prompts, ["heldout"])
     look = open_look(EvaluationConfig.model_validate(config), heldout, first.out)
     assert (look.number, look.requests, look.first_round) == (1, [], 0)

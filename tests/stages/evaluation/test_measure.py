@@ -18,14 +18,14 @@ from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
 from draftsmith.artifacts.results.evaluation import EvaluationResult
 from draftsmith.artifacts.store.manifest import content_id, describe_files
 from draftsmith.artifacts.tables.parquet import read_table, write_table
-from draftsmith.artifacts.tables.schemas import REQUESTS, TRAJECTORIES, TURNS
+from draftsmith.artifacts.tables.schemas import REQUESTS, TIMED_RUNS, TRAJECTORIES
 from draftsmith.stages.data.trajectories import load_trajectories
 from draftsmith.stages.evaluation import load_curve
 from draftsmith.stages.evaluation import speed_embedded as embedded
 from draftsmith.stages.evaluation.config import EvaluationConfig
+from draftsmith.stages.evaluation.repetitions import steady
 from draftsmith.stages.evaluation.speed_embedded import Decoder, EmbeddedSpeedTest
 from draftsmith.stages.evaluation.stage import STAGE, preflight
-from draftsmith.stages.evaluation.validity import steady
 from draftsmith.stages.runtime.stage import Shard
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training.sft.stage import STAGE as SFT
@@ -111,14 +111,14 @@ def test_tau_is_that_of_sequential_replay(
 def test_acceptance_of_shards_is_that_of_one_process_and_measured_seconds_are_no_content(
     evaluated: RecordingContext, tmp_path: Path
 ) -> None:
-    """Evaluations that differ in shards and time alone are one to the gate's key and the report's."""
+    """Evaluations that differ only in shards and time give gate and report the same keys."""
     config = EvaluationConfig.model_validate(QUICK | {"exactness_prompts": CONFIG["exactness_prompts"]})
     parts = [RecordingContext.under(tmp_path / str(index), evaluated.inputs) for index in range(3)]
     for index, part in enumerate(parts):
         STAGE.shard(part, config, Shard(index, 3))
     joined = RecordingContext.under(tmp_path / "joined", evaluated.inputs, shards=[part.out for part in parts])
     STAGE.run(joined, config)
-    assert not (joined.work / "replayed").exists()  # by the shards alone
+    assert not (joined.work / "replayed").exists()  # only by the shards
     assert metrics_of(joined)["speed"] != metrics_of(evaluated)["speed"]
     ids = [content_id(describe_files(ctx.out, STAGE.volatile)) for ctx in (evaluated, joined)]
     assert ids[0] == ids[1]
@@ -148,7 +148,7 @@ def test_every_pair_has_its_verdicts_which_hold_together(evaluated: RecordingCon
         place = "drafters" if verdict["kind"] == "tau" else "speed"
         single = found[place][verdict["arm"]]["differences" if place == "drafters" else "ratios"][verdict["other"]]
         assert single["value"] == pytest.approx(verdict["value"])
-        assert verdict["low"] <= single["low"] and single["high"] <= verdict["high"]  # for one alone less is asked
+        assert verdict["low"] <= single["low"] and single["high"] <= verdict["high"]  # a single one needs less
         if verdict["kind"] == "tau":
             assert verdict["prompts"] == found["drafters"]["sft"]["prompts"]
         else:
@@ -225,7 +225,7 @@ def test_every_arm_has_a_row_for_every_prompt(evaluated: RecordingContext, tiny_
 
 
 def test_arms_alternate_by_small_batches_and_runs_are_their_sums(evaluated: RecordingContext) -> None:
-    turns = read_table(evaluated.out / "turns.parquet", TURNS).to_pylist()
+    turns = read_table(evaluated.out / "turns.parquet", TIMED_RUNS).to_pylist()
     requests = read_table(evaluated.out / "requests.parquet", REQUESTS).to_pylist()
     arms = ["plain", "sft", "control", "opd"]
     assert {(turn["round"], turn["arm"]) for turn in turns} >= {(r, arm) for r in range(5) for arm in arms}
@@ -323,7 +323,7 @@ def test_an_interrupted_evaluation_goes_on_with_the_next_round(tmp_path: Path, f
     first = StoppingContext.under(tmp_path, inputs(few), stop_after=9, unit="answers")
     with pytest.raises(StageInterrupted):
         first.run(STAGE, **config)
-    kept = [read_table(path, TURNS) for path in sorted(first.work.glob("rounds/*/turns.parquet"))]
+    kept = [read_table(path, TIMED_RUNS) for path in sorted(first.work.glob("rounds/*/turns.parquet"))]
     assert len(kept) == 2
     sizes = first.work / "block_sizes.json"
     chosen = json.loads(sizes.read_text())
@@ -331,7 +331,7 @@ def test_an_interrupted_evaluation_goes_on_with_the_next_round(tmp_path: Path, f
     sizes.write_text(json.dumps(chosen))
 
     ctx = RecordingContext.under(tmp_path, inputs(few)).run(STAGE, **config)
-    turns = read_table(ctx.out / "turns.parquet", TURNS)
+    turns = read_table(ctx.out / "turns.parquet", TIMED_RUNS)
     assert turns.slice(0, 4).to_pylist() == [row for table in kept for row in table.to_pylist()]
     assert [row["block_size"] for row in turns.slice(4).to_pylist() if row["arm"] == "sft"] == [3]
     assert metrics_of(ctx)["block_size_candidates"] == chosen
@@ -451,7 +451,7 @@ def test_missing_answers_drafters_and_too_long_answers_are_errors(
     tmp_path: Path, tiny_drafter: DrafterArtifacts
 ) -> None:
     given = inputs(tiny_drafter)
-    longest = {"sampling": {"max_new_tokens": 1020}}  # fits alone, but not behind a prompt
+    longest = {"sampling": {"max_new_tokens": 1020}}  # fits by itself, but not after a prompt
     for changed, config, message in (
         (given | {"trajectories": tiny_drafter.rollout}, {}, "no answer of split heldout, only of train"),
         (given, longest, "the longest prompt and 1020 new tokens need"),

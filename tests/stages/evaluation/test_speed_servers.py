@@ -113,7 +113,7 @@ def ctx(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> RecordingContext:
 
 
 def served(ctx: RecordingContext, made: DrafterArtifacts, config: Any = None, **changes: Any) -> StandIn:
-    """Return the servers of a measurement. config: changes of it; left out: several concurrencies and block sizes."""
+    """Return the servers of a measurement. config: changed fields; None: several concurrencies and block sizes."""
     fields = {"block_sizes": None, "concurrency": (1,), **config} if config is not None else {}
     asked, drafter = CONFIG.model_copy(update=fields), made.drafter / DRAFTER_FOLDER
     assert isinstance(asked.engine, SGLangEngineConfig)
@@ -240,7 +240,7 @@ def test_an_engine_that_needs_more_steps_than_replay_is_an_error_without_a_trace
 def test_a_quantised_target_is_judged_by_its_own_steps(
     tmp_path: Path, tiny_drafter: DrafterArtifacts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They are not those of replay. All held-out prompts are decoded once, in blocks as trained."""
+    """They differ from replay's. All held-out prompts are decoded once, in blocks as trained."""
     inputs = {"target": tiny_drafter.target}
     config = {"block_sizes": (7,), "concurrency": (1, 4), "rounds": 1, "parity_prompts": 40}
     difference = TargetDifference(settings=["quantization fp8"], tokens=9, mean=0.1, largest=0.7)
@@ -289,12 +289,12 @@ def test_a_run_in_which_a_request_was_lost_is_measured_again(
         else:
             answers, wall, _ = stand_in.decode(server, requests_for(prompts, config, setting, 0), setting)
             assert len(answers) == len(prompts)
-            assert time.perf_counter() - began - wall >= loses * LOST_S, "of the last attempt alone"
+            assert time.perf_counter() - began - wall >= loses * LOST_S, "of the last attempt only"
     assert sum(line.startswith("requests were lost (1), which took time") for line in ctx.logs) == loses
 
 
 def test_a_retracted_answer_is_not_compared_with_replay(ctx: RecordingContext, tiny_drafter: DrafterArtifacts) -> None:
-    """Steps after a token that no step committed are not those of replay, even in float32."""
+    """Steps after a token that no step committed differ from replay's, even in float32."""
     found = measure(served(ctx, tiny_drafter, {"rounds": 1}, retracts=True), tiny_drafter)
     assert found.parity is not None
     assert {(each.answers, each.tau_difference) for each in found.parity.values()} == {(5, 0.0)}
@@ -304,7 +304,7 @@ def test_a_retracted_answer_is_not_compared_with_replay(ctx: RecordingContext, t
 def test_a_server_that_accepts_wrong_proposals_fails_by_the_targets_margin(
     ctx: RecordingContext, tiny_drafter: DrafterArtifacts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its steps are those of replay, which rebuilds them from the answers that it gave."""
+    """Its steps are replay's, which rebuilds them from the answers that it gave."""
     right = embedded.verify
 
     def keep_all(drafted: Any, logits: torch.Tensor, *settings: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The speed table, and outputs compared with those without a drafter, by hand."""
+"""The speed table and the comparison of outputs, against values computed by hand."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from draftsmith.stages.data.trajectories import Prompt
+from draftsmith.stages.data.stored_prompts import Prompt
 from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.evaluation.config import EvaluationConfig
 from draftsmith.stages.evaluation.speed_embedded import compare_with_plain, exactness
@@ -77,7 +77,7 @@ def tables(
 
 
 def jackknife(seconds: Mapping[str, Sequence[float]], groups: Sequence[Sequence[int]]) -> float:
-    """Return the error of the logarithm of sums, over groups of prompts that are left out together."""
+    """Return the error of the logarithm of sums, over groups of prompts that are omitted together."""
     total = {arm: np.array(s) for arm, s in seconds.items()}
     left = [np.log(np.delete(total["plain"], g).sum() / np.delete(total["sft"], g).sum()) for g in groups]
     return float(np.sqrt((len(groups) - 1) / len(groups) * np.sum((np.array(left) - np.mean(left)) ** 2)))
@@ -138,7 +138,7 @@ def test_runs_are_the_repetitions_and_paired_by_round() -> None:
 
 
 def test_an_interval_has_the_error_of_the_rounds_and_that_of_the_prompts() -> None:
-    """Beside scipy's, and numpy's over logarithms of sums with one prompt left out."""
+    """Compare with scipy's, and numpy's over logarithms of sums without one prompt."""
     seconds = {"plain": [4.0, 2.0, 9.0, 6.0], "sft": [2.0, 1.5, 3.0, 4.0]}
     rounds = [{**seconds, "sft": [each * slow for each in seconds["sft"]]} for slow in (1.0, 1.1, 0.9)]
     turns, rows = tables(rounds, Setting(0.0, 1))
@@ -159,7 +159,7 @@ def test_an_interval_has_the_error_of_the_rounds_and_that_of_the_prompts() -> No
 
 
 def test_where_arms_alternate_the_prompts_are_the_repetitions() -> None:
-    """Beside numpy's jackknife of logarithms of sums over both rounds; a prompt in which all is slow weighs more."""
+    """Compare with numpy's jackknife of logarithms of sums over both rounds; a slow prompt weighs more."""
     seconds = {"plain": [[4.0, 2.0, 9.0], [4.4, 2.0, 90.0]], "sft": [[2.0, 1.5, 3.0], [2.1, 1.4, 30.0]]}
     rounds = [{arm: of_rounds[round] for arm, of_rounds in seconds.items()} for round in range(2)]
     turns, rows = tables(rounds, Setting(0.0, 1), batches=3)
@@ -176,7 +176,7 @@ def test_where_arms_alternate_the_prompts_are_the_repetitions() -> None:
 
 def test_with_several_in_flight_the_slowest_request_decides_the_error() -> None:
     """Three of four short prompts are drafted twice as fast, the long one half as fast: by their sums it is one prompt
-    of four, but it alone decides how long a turn takes wherever it is drawn."""
+    of four, but only it decides how long a turn takes if it is drawn."""
     errors = {}
     for in_flight in (1, 4):
         rounds = [{"plain": [1.0, 1.0, 1.0, 2.0], "sft": [0.5, 0.5, 0.5, 4.0]}] * 5
@@ -192,7 +192,7 @@ def test_with_several_in_flight_the_slowest_request_decides_the_error() -> None:
 
 
 def test_a_prompt_that_outweighs_all_others_is_inconclusive() -> None:
-    """An answer that runs on to its end beside short ones: by Student's t of half a degree of freedom the speed-up lies
+    """An answer that runs to its limit among short ones: by Student's t of half a degree of freedom the speed-up lies
     between 1e-45 and 1e45, and that of a report of six verdicts beyond what a float holds."""
     rounds = [
         {"plain": [80.0, 1.0], "sft": [20.0 * slow, 0.9 * slow], "opd": [16.0 * slow, 0.9 * slow]}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,10 @@ from draftsmith.stages.drafters.base import Context, Drafter
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter, FeatureContext
 from draftsmith.stages.engines.base import recorded_table
 from draftsmith.stages.evaluation.diagnosis.body import ServedAnswers, diagnose
+from draftsmith.stages.targets.causal_lm import Target
 from tests.stages.bench import Bench
+from tests.testbed import native
+from tests.testbed.mtp import native_head
 
 ALLOWED = 0.1
 WINDOW, BLOCK = 16, 4
@@ -23,7 +27,7 @@ PROMPTS, TOKENS = 5, 40  # windows are replayed block by block: no more than tel
 
 
 class Forgetful(DFlashDrafter):
-    """Sees the last positions of its context alone."""
+    """Sees only the last positions of its context."""
 
     def block_hidden(self, context: Context, tokens: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
         assert isinstance(context, FeatureContext)
@@ -99,6 +103,20 @@ def test_a_single_error_of_the_engine_is_named(
     assert {each.cause for each in diagnosis.causes} == {cause}, diagnosis
     assert text in diagnosis.sentence and diagnosis.causes[0].mismatch == 0
     assert diagnosis.causes[0].tau == pytest.approx(diagnosis.served_tau)
+
+
+def test_a_native_head_that_is_fed_as_another_engine_does_is_named(bench: Bench, tmp_path: Path) -> None:
+    """Fed back before its own norm. With weights near one that norm changes no proposal, so it gets others."""
+    target = Target.load(native.target_with_head(tmp_path), device="cpu")
+    head = native_head(target)
+    with torch.no_grad():
+        head.norm.weight.mul_(torch.linspace(0.2, 2, len(head.norm.weight)))
+    with_head = replace(bench, target=target, drafters={"trained": head})
+    wrong = with_attribute("reading", replace(head.reading, own_normed=False))
+    diagnosis = found(with_head, serve(with_head, wrong(head)))
+    assert {each.cause for each in diagnosis.causes} == {"other inputs of the head"}, diagnosis
+    assert "without the head's norm on its own states" in diagnosis.sentence and diagnosis.causes[0].mismatch == 0
+    assert {"other layer ids", "other rotary settings"} <= {each.cause for each in diagnosis.tried or ()}
 
 
 def test_blocks_of_another_size_are_named(bench: Bench) -> None:

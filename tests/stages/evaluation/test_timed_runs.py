@@ -1,4 +1,4 @@
-"""The load of other programs, measured beside a process that takes CPU time."""
+"""The load of other programs, measured while a process takes CPU time."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def test_a_prompt_is_its_own_unit_or_its_conversation_s(prompts: Path, tiny_draf
     assert independent_units(prompts, ["of logs"]) == [Unit("logs", "of logs")]
     bare = [row | {"messages": []} for row in rows]
     write_table(prompts / "prompts.parquet", PROMPTS, bare)
-    assert independent_units(prompts, names) == of_prompts, "of token ids alone nothing is known"
+    assert independent_units(prompts, names) == of_prompts, "token ids show nothing"
 
 
 def test_drift_and_evaluation_measure_conversations(

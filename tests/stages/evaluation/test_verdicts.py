@@ -16,6 +16,7 @@ def test_every_drafter_is_compared_with_one_and_opd_with_sft_continued() -> None
     ]  # fmt: skip
     assert pairs(["opd", "control"]) == [("opd", "control")]
     assert pairs(["champion", "sft", "opd"]) == [("sft", "champion"), ("opd", "champion")]
+    assert pairs(["sft", "opd", "native"]) == [("opd", "sft"), ("opd", "native"), ("native", "sft")]
     assert pairs(["mine", "theirs"]) == [("theirs", "mine")], "unknown ones are compared with the first"
     assert pairs(["sft"]) == pairs([]) == []
 

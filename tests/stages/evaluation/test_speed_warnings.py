@@ -11,9 +11,10 @@ from draftsmith.artifacts.results.evaluation import CHAMPION, PLAIN, EvaluationR
 from draftsmith.artifacts.results.gate import GateDecision
 from draftsmith.stages.evaluation import gate as gate_stage
 from draftsmith.stages.evaluation.gate import GateConfig
+from draftsmith.stages.evaluation.repetitions import machine_errors
 from draftsmith.stages.evaluation.speed_table import log_ratios, speed_metrics
+from draftsmith.stages.evaluation.speed_warnings import FEWEST_PROMPTS, speed_warnings
 from draftsmith.stages.evaluation.timed_runs import Setting
-from draftsmith.stages.evaluation.validity import FEWEST_PROMPTS, machine_errors, speed_warnings
 from draftsmith.stages.evaluation.verdicts import comparison, verdicts
 
 TAU = {PLAIN: 1.0, CHAMPION: 2.0, "opd": 2.4}
