@@ -55,7 +55,7 @@ class LineageEntry:
             return int(parallel.get("processes", 1) * parallel.get("nodes", 1))
         launch = (config.get("engine") or {}).get("launch") or {}
         servers = 1 if "rounds" in config else launch.get("servers", 1)  # an evaluation runs one at a time
-        return int(servers * launch.get("tensor_parallel", 1) * launch.get("data_parallel", 1))
+        return int(servers * launch.get("tensor_parallel", 1))
 
     def count(self, metric: str) -> float | None:
         """Return the stage's count of work: `response_tokens`, `positions` or `tflop`.
@@ -87,12 +87,12 @@ def read_lineage(inputs: Mapping[str, Path], config: ReportConfig) -> Iterator[L
         manifest = read_manifest(folder)
         if manifest.key not in seen:
             seen.add(manifest.key)
-            own = names.get(manifest.key, CHAMPION if manifest.stage == CHAMPION else name)
+            label = names.get(manifest.key, CHAMPION if manifest.stage == CHAMPION else name)
             for source, entry in manifest.inputs.items():
                 if (_sibling(folder, entry) / MANIFEST).is_file():  # it may have been removed since
-                    node = _answer_node(own, entry.stage) if source == _TRAJECTORIES else source
+                    node = _answer_node(label, entry.stage) if source == _TRAJECTORIES else source
                     yield from visit(node, _sibling(folder, entry))
-            yield LineageEntry(own, _with_line(manifest, config), folder)
+            yield LineageEntry(label, _with_line(manifest, config), folder)
 
     for name, folder in roots.items():
         yield from visit(name, folder)
@@ -142,15 +142,15 @@ def report_metrics(
 
     data: the summaries of stages `prompts` and `logs`.
     """
-    found: dict[str, object] = dict(_evaluation_metrics(evaluation))
-    found |= dict(_cost_metrics(lineage))
+    metrics: dict[str, object] = dict(_evaluation_metrics(evaluation))
+    metrics |= dict(_cost_metrics(lineage))
     for name, summary in (data or {}).items():
-        found |= dict(_flatten(f"data.{name}", None if summary is None else summary.to_json()))
+        metrics |= dict(_flatten(f"data.{name}", None if summary is None else summary.to_json()))
     if decision is not None:
-        found |= dict(_gate_metrics(decision))
+        metrics |= dict(_gate_metrics(decision))
     return {
         name: float(value)
-        for name, value in found.items()
+        for name, value in metrics.items()
         if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     }
 
@@ -229,22 +229,24 @@ def _drafter_metrics(role: str, drafter: Acceptance) -> Named:
 
 def _set_metrics(role: str, arm: str, evaluation: EvaluationResult) -> Named:
     for name, arms in evaluation.sets.items():
-        if (own := arms.get(arm)) is not None:
-            yield from _with_ends(f"tau.{role}/{name}", (own.tau, own.low, own.high))
-            yield from _with_ends(f"speedup.{role}/{name}", (own.speedup, own.speedup_low, own.speedup_high))
+        if (measured := arms.get(arm)) is not None:
+            yield from _with_ends(f"tau.{role}/{name}", (measured.tau, measured.low, measured.high))
+            yield from _with_ends(
+                f"speedup.{role}/{name}", (measured.speedup, measured.speedup_low, measured.speedup_high)
+            )
 
 
 def _champion_metrics(evaluation: EvaluationResult, challenger: str) -> Named:
     """Yield the challenger's gain of tau and speed over the champion, with their intervals."""
-    for each in evaluation.compared("tau", challenger, CHAMPION):
-        if each.gain is not None and each.base:
-            gain = estimate_of(each.gain)
-            name = "tau_gain" if each.set is None else f"tau_gain/{each.set}"
+    for verdict in evaluation.compared("tau", challenger, CHAMPION):
+        if verdict.gain is not None and verdict.base:
+            gain = estimate_of(verdict.gain)
+            name = "tau_gain" if verdict.set is None else f"tau_gain/{verdict.set}"
             yield from _with_ends(name, (gain.value, *(gain.interval() or (None, None))))
-    for each in evaluation.compared("speed", challenger, CHAMPION):
-        ends = map(math.exp, estimate_of(each).interval() or (math.nan, math.nan))
-        name = f"speed_over_champion.{setting_name(each.temperature, each.concurrency)}"
-        yield from _with_ends(name, (math.exp(each.value), *ends))
+    for verdict in evaluation.compared("speed", challenger, CHAMPION):
+        ends = map(math.exp, estimate_of(verdict).interval() or (math.nan, math.nan))
+        name = f"speed_over_champion.{setting_name(verdict.temperature, verdict.concurrency)}"
+        yield from _with_ends(name, (math.exp(verdict.value), *ends))
 
 
 def _load_metrics(point: LoadPoint) -> Named:

@@ -74,9 +74,11 @@ def render_report(path: Path, data: ReportData) -> None:
         steps=data.steps,
         choice=tables.choice_sentence(evaluation) if data.decision is not None else "",
         contexts=_in_order([context for context in data.contexts if context.slice is None]),
-        contexts_by_slice=groupby((each for each in data.contexts if each.slice is not None), attrgetter("slice")),
+        contexts_by_slice=groupby(
+            (context for context in data.contexts if context.slice is not None), attrgetter("slice")
+        ),
         shown=2 * _SHOWN,
-        data=_json({name: {} if each is None else each.to_json() for name, each in summaries.items()})
+        data=_json({name: {} if summary is None else summary.to_json() for name, summary in summaries.items()})
         if any(summaries.values())
         else "",
         config=_json(data.config) if data.config else "",
@@ -97,23 +99,23 @@ def render_report(path: Path, data: ReportData) -> None:
 
 
 def _plots(data: ReportData) -> dict[str, str]:
-    found = {}
+    plots = {}
     drafters = data.evaluation.drafters
     if offsets := {
-        arm: each.acceptance_by_offset for arm, each in drafters.items() if len(each.acceptance_by_offset) > 1
+        arm: drafter.acceptance_by_offset for arm, drafter in drafters.items() if len(drafter.acceptance_by_offset) > 1
     }:
-        found["by_offset"] = acceptance_by_offset(offsets, {arm: name_of(arm) for arm in offsets})
+        plots["by_offset"] = acceptance_by_offset(offsets, {arm: name_of(arm) for arm in offsets})
     if gains := tables.slice_gains(data.evaluation):
         rules = data.decision.rules if data.decision is not None else ()
         allowed = [rule.metrics.get("wanted") for rule in rules if rule.name.startswith("tau of ")]
-        found["by_slice"] = gain_by_slice(gains, allowed[0] if allowed else None)
+        plots["by_slice"] = gain_by_slice(gains, allowed[0] if allowed else None)
     elif slices := {name: arms for name, arms in data.evaluation.sets.items() if arms}:
-        found["tau_by_slice"] = tau_by_slice(slices)
+        plots["tau_by_slice"] = tau_by_slice(slices)
     if curves := {arm: curve for arm in drafters if len(curve := data.evaluation.load_curve(arm)) > 1}:
-        found["by_load"] = speed_by_load(curves)
+        plots["by_load"] = speed_by_load(curves)
     if len(data.history) > 1:
-        found["trend"] = tau_over_time(data.history)
-    return found
+        plots["trend"] = tau_over_time(data.history)
+    return plots
 
 
 def _cost_sentence(lineage: Sequence[LineageEntry]) -> str:

@@ -24,6 +24,7 @@ from draftsmith.stages.report.tables import SliceGain
 
 COLOURS = {  # also for the colour-blind
     "plain": "#8a8f98", "champion": "#a06cd5", "sft": "#4c8bd6", "opd": "#e0703c", "control": "#3fa66b",
+    "native": "#b59a2c",
 }  # fmt: skip
 _OTHER = "#a06cd5"
 _MOST_CHARS = 40  # of a slice's name in a plot
@@ -82,16 +83,16 @@ def gain_by_slice(gains: Sequence[SliceGain], allowed: float | None) -> str:
 @_styled
 def tau_by_slice(slices: Mapping[str, Mapping[str, SetMetrics]]) -> str:
     """Plot each drafter's acceptance length on every slice with its interval, if there is no champion."""
-    arms = list(dict.fromkeys(arm for each in slices.values() for arm in each))
+    arms = list(dict.fromkeys(arm for by_arm in slices.values() for arm in by_arm))
     figure, axes = _axes(0.9 + (0.12 + 0.14 * len(arms)) * len(slices))
     for place, arm in enumerate(arms):
         shift = 0.7 * ((place + 0.5) / len(arms) - 0.5)
-        found = [(row + shift, each[arm], tau) for row, each in enumerate(slices.values())
-                 if arm in each and (tau := each[arm].tau) is not None]  # fmt: skip
-        below = [tau - (tau if own.low is None else own.low) for _, own, tau in found]
-        above = [(tau if own.high is None else own.high) - tau for _, own, tau in found]
+        points = [(row + shift, by_arm[arm], tau) for row, by_arm in enumerate(slices.values())
+                 if arm in by_arm and (tau := by_arm[arm].tau) is not None]  # fmt: skip
+        below = [tau - (tau if metrics.low is None else metrics.low) for _, metrics, tau in points]
+        above = [(tau if metrics.high is None else metrics.high) - tau for _, metrics, tau in points]
         axes.errorbar(
-            [tau for *_, tau in found], [row for row, *_ in found], xerr=[below, above], linestyle="", marker="o",
+            [tau for *_, tau in points], [row for row, *_ in points], xerr=[below, above], linestyle="", marker="o",
             markersize=5, elinewidth=2, color=COLOURS.get(arm, _OTHER), label=name_of(arm),
         )  # fmt: skip
     axes.set_yticks(range(len(slices)), [_cut(name) for name in slices], parse_math=False)

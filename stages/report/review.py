@@ -18,15 +18,16 @@ from typing import Any
 from scipy.special import stdtrit
 
 from draftsmith.artifacts.results.base import Record
-from draftsmith.artifacts.results.evaluation import CHAMPION, PLAIN, Acceptance, EvaluationResult, SpeedMetrics
+from draftsmith.artifacts.results.evaluation import CHAMPION, NATIVE, PLAIN, Acceptance, EvaluationResult, SpeedMetrics
 from draftsmith.artifacts.results.gate import LOAD_RULES, GateDecision, Outcome, RuleResult
-from draftsmith.stages.evaluation.validity import AGAIN
+from draftsmith.stages.evaluation.speed_warnings import AGAIN
 from draftsmith.stages.evaluation.verdicts import AGAINST_ALL, estimate_of
 from draftsmith.stages.runtime.statistics import CONFIDENCE
 
 NAMES = {
     PLAIN: "without a drafter",
     CHAMPION: "champion",
+    NATIVE: "native head",
     "sft": "SFT",
     "opd": "SFT + OPD",
     "control": "SFT continued",
@@ -41,7 +42,7 @@ def name_of(arm: str) -> str:
 
 def in_words(arm: str) -> str:
     """Return the name of a variant inside a sentence, after a preposition."""
-    return {CHAMPION: "the champion", PLAIN: "no drafter"}.get(arm, name_of(arm))
+    return {CHAMPION: "the champion", NATIVE: "the native head", PLAIN: "no drafter"}.get(arm, name_of(arm))
 
 
 def target_name(source: str) -> str:
@@ -62,7 +63,7 @@ def interval(numbers: Iterable[Any], form: str) -> str:
     Ends of 100 or more have no decimals, so that a wide interval does not make a wide column.
     """
     wide = re.sub(r"\.\df$", ".0f", form)
-    value, *ends = (number(each, wide if each is not None and abs(each) >= 100 else form) for each in numbers)
+    value, *ends = (number(bound, wide if bound is not None and abs(bound) >= 100 else form) for bound in numbers)
     return value if ABSENT in (value, *ends) else f"{value}\n[{', '.join(ends)}]"
 
 
@@ -158,10 +159,10 @@ class Review(Record):
 
     def ticks(self) -> list[tuple[str, str]]:
         """Return (tick, group) of the gate; the worst rule of a group counts."""
-        found: dict[str, str] = {}
+        ticks: dict[str, str] = {}
         for check in self.checks:
-            found[check.group] = max(found.get(check.group, "✓"), check.tick, key="✓?✗".index)
-        return [(tick, group) for group, tick in found.items()]
+            ticks[check.group] = max(ticks.get(check.group, "✓"), check.tick, key="✓?✗".index)
+        return [(tick, group) for group, tick in ticks.items()]
 
 
 def review_of(evaluation: EvaluationResult, decision: GateDecision | None) -> Review:
@@ -198,11 +199,14 @@ def _more_prompts(evaluation: EvaluationResult, decision: GateDecision | None) -
 def _variant(arm: str, evaluation: EvaluationResult, challenger: str, level: float) -> Variant:
     speed, unreliable = evaluation.speed.get(arm), arm != PLAIN and evaluation.is_unreliable(arm)
     differences: dict[str, dict[str, MetricDifference]] = {"tau": {}, "speed": {}}
-    for each in evaluation.verdicts:
-        if each.arm == arm:
-            untrusted = each.kind == "speed" and (unreliable or evaluation.is_unreliable(each.other))
-            differences[each.kind][each.other] = MetricDifference(
-                value=each.value, low=each.low, high=each.high, significant=None if untrusted else each.different
+    for verdict in evaluation.verdicts:
+        if verdict.arm == arm:
+            untrusted = verdict.kind == "speed" and (unreliable or evaluation.is_unreliable(verdict.other))
+            differences[verdict.kind][verdict.other] = MetricDifference(
+                value=verdict.value,
+                low=verdict.low,
+                high=verdict.high,
+                significant=None if untrusted else verdict.different,
             )
     return Variant(
         arm=arm,
@@ -231,9 +235,9 @@ def _speedup(arm: str, speed: SpeedMetrics | None, evaluation: EvaluationResult,
     """Return the speed-up at the first setting, with an interval of this level."""
     if speed is None or speed.speedup is None:
         return Metric(value=1.0) if arm == PLAIN and speed is not None else None
-    for each in evaluation.compared("speed", arm, PLAIN):
-        at_first = (each.temperature, each.concurrency) == (evaluation.temperature, evaluation.concurrency)
-        if at_first and (ends := estimate_of(each).interval(level)):
+    for verdict in evaluation.compared("speed", arm, PLAIN):
+        at_first = (verdict.temperature, verdict.concurrency) == (evaluation.temperature, evaluation.concurrency)
+        if at_first and (ends := estimate_of(verdict).interval(level)):
             return Metric(value=speed.speedup, low=math.exp(ends[0]), high=math.exp(ends[1]))
     return Metric(value=speed.speedup)
 
@@ -245,49 +249,49 @@ def _check(rule: RuleResult) -> Check:
 
 
 def _warnings(evaluation: EvaluationResult) -> list[str]:
-    found = []
+    sentences = []
     exact = evaluation.exactness
     if exact.fp32_prompts and exact.fp32_identical != exact.fp32_prompts:
-        found.append(
+        sentences.append(
             f"Do not serve these drafters: in float32 only {exact.fp32_identical} of {exact.fp32_prompts} outputs "
             "equal decoding without a drafter."
         )
     if (share := evaluation.loop_share or 0.0) >= MANY_LOOPS:
         lengths = {name_of(arm): number(tau, ".2f") for arm, tau in evaluation.tau_without_loops.items()}
         without = ", ".join(f"{name} {length}" for name, length in lengths.items())
-        found.append(
+        sentences.append(
             f"{share:.0%} of the held-out answers loop (six tokens repeated three times or more). Acceptance lengths "
             f"without them: {without}."
         )
     if (share := evaluation.outside_nucleus_share or 0.0) > 0.001:
-        found.append(
+        sentences.append(
             f"{share:.1%} of the answers' tokens cannot be sampled with the stated top_p and top_k, so acceptance "
             "lengths may be wrong. Set logs.top_p and logs.top_k to the values that the service used."
         )
-    return found
+    return sentences
 
 
 def _speed_warnings(evaluation: EvaluationResult) -> list[str]:
     several = len(evaluation.speed_by_setting) > 1
-    found = []
+    sentences = []
     for warning in evaluation.speed_warnings:
         where = f" (at temperature {warning.temperature:g}, {warning.concurrency} in flight)" if several else ""
-        found.append(f"{warning.text[:1].upper()}{warning.text[1:]}{where}.")
-    return list(dict.fromkeys(found))
+        sentences.append(f"{warning.text[:1].upper()}{warning.text[1:]}{where}.")
+    return list(dict.fromkeys(sentences))
 
 
 def exactness_sentences(evaluation: EvaluationResult) -> list[str]:
     """Return sentences about equality of outputs with the target's, and of serving with replay."""
-    found = evaluation.exactness
+    exactness = evaluation.exactness
     sentences = []
-    if found.fp32_prompts:
-        same = f"{found.fp32_identical} of {found.fp32_prompts} outputs"
+    if exactness.fp32_prompts:
+        same = f"{exactness.fp32_identical} of {exactness.fp32_prompts} outputs"
         sentences.append(f"In float32, {same} equal decoding without a drafter, token for token.")
-    if found.identical_share is not None:
+    if exactness.identical_share is not None:
         sentences.append(
-            f"In {found.serving_dtype or 'the serving dtype'}, {found.identical_share:.1%} of the outputs do."
+            f"In {exactness.serving_dtype or 'the serving dtype'}, {exactness.identical_share:.1%} of the outputs do."
         )
-    if (margin := found.median_margin) is not None:
+    if (margin := exactness.median_margin) is not None:
         sentences.append(f"Where they differ, the token is {margin:.3g} logits below the target's best (median).")
     for arm, parity in (evaluation.parity or {}).items():
         if parity.served_steps is not None:
@@ -303,22 +307,22 @@ def _headline(evaluation: EvaluationResult, challenger: str, decision: GateDecis
 
     The speed at the team's load comes first.
     """
-    found = []
+    parts = []
     if decision is not None and (rule := decision.at_load) is not None:
         factor, rate = rule.metrics["value"] or 1.0, rule.metrics["tokens_per_s"] or 0.0
         over = in_words(CHAMPION if rule.name == LOAD_RULES[0] else PLAIN)
         speeds = f"{_rate(rate / factor)} → {_rate(rate)} tokens/s ({factor - 1:+.0%} over {over})"
         how = "measured" if evaluation.load_is_measured else "predicted"
-        found.append(f"at your load, {how}: {speeds}")
+        parts.append(f"at your load, {how}: {speeds}")
     for table in evaluation.speed_by_setting:
         before = CHAMPION if CHAMPION in table.arms else PLAIN
         old, new = table.arms.get(before), table.arms.get(challenger)
         if old is not None and new is not None:
             speeds = f"{_rate(old.tokens_per_s)} → {_rate(new.tokens_per_s)} tokens/s"
             gain = f"{new.tokens_per_s / old.tokens_per_s - 1:+.0%} over {in_words(before)}"
-            found.append(f"{table.concurrency} in flight: {speeds} ({gain})")
-    unreliable = ", unreliable" if found and evaluation.is_unreliable(challenger) else ""
-    return "; ".join(dict.fromkeys(found)) + unreliable
+            parts.append(f"{table.concurrency} in flight: {speeds} ({gain})")
+    unreliable = ", unreliable" if parts and evaluation.is_unreliable(challenger) else ""
+    return "; ".join(dict.fromkeys(parts)) + unreliable
 
 
 def _rate(tokens_per_s: float) -> str:
@@ -368,7 +372,7 @@ def _outcome(kind: str, sentence: str, reasons: Sequence[str] = (), followed: st
 
 def rule_name(rule: str) -> str:
     """Return a rule of the gate in the readers' words: `acceptance length on chat`."""
-    return re.sub(r"^tau( of )?", lambda found: "acceptance length" + (" on " if found[1] else ""), rule)
+    return re.sub(r"^tau( of )?", lambda match: "acceptance length" + (" on " if match[1] else ""), rule)
 
 
 def _reason(rule: RuleResult) -> tuple[str, str]:

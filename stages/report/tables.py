@@ -31,9 +31,9 @@ class Table:
 def drafters(review: Review, evaluation: EvaluationResult, *, short: bool = False) -> Table:
     """Return acceptance length and speed of every variant, with adjusted significance. short: for a screen."""
     digits = ".2f" if short else ".3f"
-    others = [review.other] if short and review.other else _others(each.differences for each in review.variants)
-    timed = [] if short else _others(each.speed_over for each in review.variants)
-    replayed = {} if short else {arm: each.tau_replayed for arm, each in evaluation.drafters.items()}
+    others = [review.other] if short and review.other else _others(variant.differences for variant in review.variants)
+    timed = [] if short else _others(variant.speed_over for variant in review.variants)
+    replayed = {} if short else {arm: drafter.tau_replayed for arm, drafter in evaluation.drafters.items()}
     with_replayed = any(tau is not None for tau in replayed.values())
     rows = []
     for variant in review.variants:
@@ -62,7 +62,7 @@ def drafters(review: Review, evaluation: EvaluationResult, *, short: bool = Fals
 
 
 def _others(differences: Iterable[Mapping[str, MetricDifference]]) -> list[str]:
-    return list(dict.fromkeys(other for each in differences for other in each))
+    return list(dict.fromkeys(other for by_arm in differences for other in by_arm))
 
 
 def _legend(rows: Sequence[Sequence[str]], review: Review) -> str:
@@ -102,25 +102,25 @@ def by_setting(evaluation: EvaluationResult) -> Table:
 
 def single_points(evaluation: EvaluationResult) -> dict[str, str]:
     """Return a sentence for each plot that would have only one point, by name of the plot."""
-    found = {}
+    sentences = {}
     drafters, curves = evaluation.drafters, {arm: evaluation.load_curve(arm) for arm in evaluation.drafters}
-    if drafters and all(len(each.acceptance_by_offset) == 1 for each in drafters.values()):
-        shares = (f"{name_of(arm)} {each.acceptance_by_offset[0]:.0%}" for arm, each in drafters.items())
-        found["by_offset"] = f"A block has one proposal. Share accepted: {', '.join(shares)}."
+    if drafters and all(len(drafter.acceptance_by_offset) == 1 for drafter in drafters.values()):
+        shares = (f"{name_of(arm)} {drafter.acceptance_by_offset[0]:.0%}" for arm, drafter in drafters.items())
+        sentences["by_offset"] = f"A block has one proposal. Share accepted: {', '.join(shares)}."
     if curves and all(len(curve) == 1 for curve in curves.values()):
         points = {arm: point for arm, (point,) in curves.items()}
         speeds = (f"{name_of(arm)} {interval(load_factor(point), '.2f')}" for arm, point in points.items())
         in_flight = next(iter(points.values())).concurrency
         requests = f"{in_flight} request{'s' * (in_flight != 1)} in flight"
-        found["by_load"] = f"Speed-up with {requests}: {', '.join(speeds)}.".replace("\n", " ")
-    return found
+        sentences["by_load"] = f"Speed-up with {requests}: {', '.join(speeds)}.".replace("\n", " ")
+    return sentences
 
 
 def by_load(evaluation: EvaluationResult) -> Table:
     """Return the speed of each drafter at every number of requests in flight: predicted, or measured on servers."""
     with_champion, rows = evaluation.has_champion, []
     for arm in evaluation.drafters:
-        over_champion = {each.concurrency: each for each in evaluation.load_curve(arm, CHAMPION)}
+        over_champion = {speed.concurrency: speed for speed in evaluation.load_curve(arm, CHAMPION)}
         for point in evaluation.load_curve(arm):
             compared = over_champion.get(point.concurrency)
             vs_champion = interval(load_factor(compared), ".3f") if compared else ABSENT
@@ -165,7 +165,11 @@ def slice_gains(evaluation: EvaluationResult) -> list[SliceGain]:
     if not evaluation.has_champion:
         return []
     compared = evaluation.slices(evaluation.challenger)
-    gains = {each.set or "": estimate_of(each.gain) for each in compared if each.base and each.gain is not None}
+    gains = {
+        comparison.set or "": estimate_of(comparison.gain)
+        for comparison in compared
+        if comparison.base and comparison.gain is not None
+    }
     problems = {name: too_small(gain) for name, gain in gains.items()}
     level = simultaneous_level(sum(not problem for problem in problems.values()))
     return [
@@ -177,13 +181,13 @@ def slice_gains(evaluation: EvaluationResult) -> list[SliceGain]:
 def by_slice(evaluation: EvaluationResult) -> Table:
     """Return the acceptance length of each drafter on every slice, and the challenger's gain over the champion."""
     slices = {name: arms for name, arms in evaluation.sets.items() if arms}
-    arms = [arm for arm in evaluation.drafters if any(arm in each for each in slices.values())]
-    gains = {each.name: each for each in slice_gains(evaluation)}
+    arms = [arm for arm in evaluation.drafters if any(arm in by_arm for by_arm in slices.values())]
+    gains = {gain.name: gain for gain in slice_gains(evaluation)}
     rows = []
     for name, by_arm in slices.items():
         prompts = max((by_arm[arm].prompts or 0 for arm in arms if arm in by_arm), default=0)
-        own = [by_arm.get(arm, SetMetrics()) for arm in arms]
-        lengths = [interval((each.tau, each.low, each.high), ".3f") for each in own]
+        metrics = [by_arm.get(arm, SetMetrics()) for arm in arms]
+        lengths = [interval((cell.tau, cell.low, cell.high), ".3f") for cell in metrics]
         rows.append([name, str(prompts), *lengths, *([_gain(gains.get(name))] if gains else [])])
     head = ["slice", "prompts", *map(name_of, arms), *(["challenger vs champion"] if gains else [])]
     note = "Acceptance lengths. In brackets: 95 % intervals of each single slice."
@@ -207,11 +211,14 @@ def by_offset(evaluation: EvaluationResult) -> Table:
 
 def confidence(evaluation: EvaluationResult) -> Table:
     """Return the calibration of each drafter's confidence head, before and after its correction."""
-    found = {arm: each.confidence for arm, each in evaluation.drafters.items() if each.confidence is not None}
+    confidences = {
+        arm: drafter.confidence for arm, drafter in evaluation.drafters.items() if drafter.confidence is not None
+    }
     fields = {"confidence": ".3f", "accepted": ".3f", "error": ".4f", "error_calibrated": ".4f"}
     fields |= {"decisions": ",d", "scale": ".3f", "shift": "+.3f"}
     rows = [
-        [name_of(arm), *(number(getattr(each, f), form) for f, form in fields.items())] for arm, each in found.items()
+        [name_of(arm), *(number(getattr(drafter, f), form) for f, form in fields.items())]
+        for arm, drafter in confidences.items()
     ]
     head = ["", "mean confidence", "share accepted", "calibration error", "calibrated", "proposals", "scale", "shift"]
     note = (
@@ -255,7 +262,7 @@ def stages(lineage: Sequence[LineageEntry]) -> Table:
     """Return every artifact behind the report, with its time and tokens, and the totals."""
     rows = [
         [name, where, duration(wall_seconds(group)), duration(device_seconds(group)), *_counts(group)]
-        for name, where, group in [*((_name(each), each.key, [each]) for each in lineage), ("total", "", lineage)]
+        for name, where, group in [*((_name(stage), stage.key, [stage]) for stage in lineage), ("total", "", lineage)]
     ]
     head = [
         "node",

@@ -182,7 +182,7 @@ def load_point(arm: str, other: str, concurrency: int, factor: float, tokens_per
     return {**estimate, **point, "tokens_per_s": tokens_per_s}
 
 
-OF_A_LINE: dict[str, Any] = {  # an evaluation beside a champion, with a speed warning
+OF_A_LINE: dict[str, Any] = {  # an evaluation against a champion, with a speed warning
     **SERVED,
     "temperature": 0.0,
     "concurrency": 1,

@@ -172,7 +172,7 @@ def test_the_page_needs_no_network_and_every_reference_has_its_target(tmp_path: 
 
 
 def test_any_arm_is_shown_and_unset_metrics_as_absent(tmp_path: Path) -> None:
-    """Not only those of a refresh, and without those that it had not."""
+    """Arms of any name are shown, and arms that were not measured are not."""
     speed = {"plain": {"tokens_per_s": 10.0}, "eagle3 opd": {"tokens_per_s": 12.34}}
     evaluation = {"drafters": {"eagle3 opd": {"tau": 2.0}}, "speed": speed, "exactness": {}}
     page = render(tmp_path, ReportData("Report", EvaluationResult.model_validate(evaluation)))
