@@ -38,14 +38,14 @@ from tests.stages.runtime.test_stage_process import start as start_stage
 from tests.stages.runtime.trainings import AGAIN, IN_PARTS, MIDDLE, REDUCED, STEPS, Training, run_all
 from tests.testbed import random_target
 from tests.testbed.context import RecordingContext
-from tests.testbed.dflash2 import SIZES, random_dflash2
+from tests.testbed.dflash2 import random_dflash2
 from tests.testbed.dspark import random_dspark
 from tests.testbed.eagle3 import random_eagle3
 
-DFLASH = {"num_layers": 1, "block_size": 5, "target_layer_ids": [2, 0], "intermediate_size": 40}
+DFLASH = {"num_layers": 1, "block_size": 5, "target_layer_ids": [2, 0]}
 EAGLE3 = {"kind": "eagle3", "block_size": 4, "target_layer_ids": [0, 1, 2], "draft_vocab_size": 40}
-DFLASH2 = {**DFLASH, **SIZES, "kind": "dflash2"}
-DSPARK = {**DFLASH, "kind": "dspark", "markov_rank": 6}
+DFLASH2 = {**DFLASH, "kind": "dflash2"}
+DSPARK = {**DFLASH, "kind": "dspark"}
 NAMES = ["sft dflash", "sft dflash2", "sft dspark", "sft eagle3", "opd dflash", "opd chains", "opd adapter",
          "opd eagle3 again", "opd dflash2 sampled", "opd dspark sampled again"]  # fmt: skip
 

@@ -229,4 +229,4 @@ def test_freed_memory_is_reused() -> None:
     for how in ("usual", "kept"):
         done = subprocess.run([sys.executable, "-c", _REUSE, how], cwd=ROOT, capture_output=True, text=True, check=True)
         faults[how] = int(done.stdout)
-    assert 10 * faults["kept"] < faults["usual"]  # pages that the kernel had to clear anew
+    assert 10 * faults["kept"] < faults["usual"]  # pages that the kernel had to clear again

@@ -68,7 +68,7 @@ def test_sets_that_differ_are_no_error_once_their_shares_are_fixed() -> None:
 
 
 def test_the_stratified_error_of_a_mean_is_that_of_the_textbook() -> None:
-    """Beside numpy's sum over strata of their variances of a mean (Cochran 1977, 5.9), weighted by the shares."""
+    """Compare with numpy's sum over strata of their variances of a mean (Cochran 1977, 5.9), weighted by the shares."""
     values, strata = np.array([1.0, 2.0, 4.0, 9.0, 3.0, 5.0, 8.0]), ["a", "a", "a", "b", "b", "b", "b"]
     found = jackknife(ratio, values, np.ones(7), strata=strata)
     variance = sum((len(own) / 7) ** 2 * own.var(ddof=1) / len(own) for own in (values[:3], values[3:]))

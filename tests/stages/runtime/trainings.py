@@ -20,7 +20,7 @@ from tests.testbed.context import RecordingContext, StoppingContext
 STEPS, MIDDLE = 6, 3
 SHARED = {
     "steps": STEPS, "sequences_per_step": 5, "anchors_per_sequence": 4, "learning_rate": 1e-3, "warmup_fraction": 0.2,
-    "compute_dtype": "float32", "weight_decay": 0.01,
+    "compute_dtype": "float32",
 }  # fmt: skip
 REDUCED = {"head_tokens": 12, "head_negatives": 4}
 IN_PARTS = {"micro_batch_tokens": 70}  # of one or two answers
