@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, Prompt, Trajectory, load_prompts, pad_tokens
+from draftsmith.stages.data.stored_prompts import Prompt, load_prompts
+from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, Trajectory, pad_tokens
 from draftsmith.stages.drafters.base import Context, Drafter, PreparedDrafter
 from draftsmith.stages.drafters.checkpoint import create_drafter, load_drafter
 from draftsmith.stages.drafters.dflash.config import DFlashConfig
@@ -190,7 +191,7 @@ def build_bench(made: DrafterArtifacts) -> Bench:
     )
     trained = load_drafter(made.drafter / DRAFTER_FOLDER, target)
     untrained.frequent_tokens = trained.frequent_tokens
-    # the target's own near-ties are left out there
+    # there without the target's own near-ties
     prompts = list(load_prompts(made.prompts, ["heldout", "validation"]))
     plain, drafters = Bench(target, {}, prompts, {}), {"trained": trained, "untrained": untrained.eval()}
 

@@ -9,7 +9,7 @@ from draftsmith.stages.catalog import STAGES
 
 _STORED = {"artifacts", "artifacts.store", "artifacts.tables"}
 _MODEL = {*_STORED, "data", "runtime", "targets"}
-_DRAFTERS = {"drafters", *(f"drafters.{kind}" for kind in ("dflash", "dflash2", "dspark", "eagle3"))}
+_DRAFTERS = {"drafters", *(f"drafters.{kind}" for kind in ("dflash", "dflash2", "dspark", "eagle3", "mtp"))}
 _ENGINES = {"engines", "engines.servers", "engines.sglang", "engines.vllm"}
 _RESULTS = "artifacts.results"
 # stage -> the packages, under `stages` where not `artifacts`, of which modules are in its digest

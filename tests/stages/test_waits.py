@@ -31,7 +31,7 @@ def target() -> Target:
 
 @pytest.fixture(scope="module", params=["dflash", "eagle3"])
 def drafter(request: pytest.FixtureRequest, target: Target) -> Drafter:
-    """Return a drafter; that of two layers has a sliding one."""
+    """Return a drafter; with two layers, one of them is sliding."""
     made = make_drafter(TINY.drafter if request.param == "dflash" else EAGLE3, make_target(TINY, "cpu", "bfloat16"))
     if isinstance(made, DFlashDrafter):
         made.spans = [AttentionSpan(4, causal=True), AttentionSpan(None, causal=False)]

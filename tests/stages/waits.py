@@ -1,4 +1,4 @@
-"""Finds what a GPU's queue would be drained for: calls after which the host waits for the device."""
+"""Finds calls after which the host would wait for a GPU, so that its queue drains."""
 
 from __future__ import annotations
 
