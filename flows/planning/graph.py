@@ -31,9 +31,9 @@ class Node:
 class Selection:
     """The part of a graph that a command selects. A name is a node's, or a stage's, which means all its nodes."""
 
-    force: tuple[str, ...] = ()  # nodes to build again although the store has them
+    force: tuple[str, ...] = ()  # nodes to make again although the store has them
     start: tuple[str, ...] = ()  # `--from`: the first nodes; what does not follow from them must be in the store
-    until: tuple[str, ...] = ()  # nodes to build, with all that they need; empty: the whole graph
+    until: tuple[str, ...] = ()  # nodes to make, with all that they need; empty: the whole graph
     reuse_listing: bool = False  # read the files that the last run listed, although that run has ended
     alone: bool = False  # of `draftsmith stage`, which neither begins nor ends a run
 
@@ -64,14 +64,14 @@ class Selection:
         ordered = topological_order(graph)
         if not self.until:
             return ordered
-        wanted = nodes_named(ordered, self.until, "stage" if self.alone else "--until")
+        names = nodes_named(ordered, self.until, "stage" if self.alone else "--until")
         for node in reversed(ordered):
-            if node.name in wanted:
-                wanted |= set(node.inputs.values())
-        return [node for node in ordered if node.name in wanted]
+            if node.name in names:
+                names |= set(node.inputs.values())
+        return [node for node in ordered if node.name in names]
 
     def forced(self, nodes: Sequence[Node]) -> set[str]:
-        """Return the names of the nodes to build again. Raises DraftsmithError for an unknown name."""
+        """Return the names of the nodes to make again. Raises DraftsmithError for an unknown name."""
         return nodes_named(nodes, self.force, "--force")
 
     def asked(self, nodes: Sequence[Node]) -> set[str]:

@@ -1,4 +1,4 @@
-"""The plan of a run: what it builds for each node, under which key, and what the store already has."""
+"""The plan of a run: what it makes for each node, under which key, and what the store already has."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from draftsmith.artifacts.store.local import Store
 from draftsmith.artifacts.store.manifest import SHARD, Artifact, InputEntry, Manifest, PendingManifest
 from draftsmith.artifacts.tracking.refresh_runs import Metrics
 from draftsmith.flows.config.options import RunOptions
+from draftsmith.flows.planning.external_files import external_digests
 from draftsmith.flows.planning.graph import ALL_NODES, Node, Selection, nodes_named
-from draftsmith.flows.planning.inputs import external_digests, pin_files, read_listings
+from draftsmith.flows.planning.listings import pin_files, read_listings
 from draftsmith.stages.runtime.stage import INCONCLUSIVE, InputListing, Shard
 
 UNSERVED = "Unserved"  # name of a conclusion: a server does not draft with the champion
@@ -127,7 +128,7 @@ class Pipeline:
         return None
 
     def sticky_force(self, config: Any, asked: Collection[str]) -> Collection[str]:  # noqa: ARG002
-        """Return names that must stay in `--force` when a failed run is continued, even if their nodes were built."""
+        """Return names that must stay in `--force` when a failed run is continued, even if their nodes were made."""
         return ()
 
     def compared(self, folders: Mapping[str, Path]) -> Mapping[str, tuple[Manifest, Metrics]]:  # noqa: ARG002
@@ -168,7 +169,7 @@ class Build:
     damage: DraftsmithError | None = None  # what is wrong with the stored artifact, and the remedy
     newer_files: int = 0  # files that appeared since the listing that the run reuses
     shard: Shard | None = None  # None: the whole node
-    forced_attempt: str = ""  # set if the node is built again: its shards are too, each once
+    forced_attempt: str = ""  # set if the node is made again: its shards are too, each once
 
     @classmethod
     def of(cls, pipeline: Pipeline, config: RunOptions, node: Node, inputs: Mapping[str, Artifact]) -> Build:
@@ -184,7 +185,7 @@ class Build:
 
     @property
     def after(self) -> tuple[str, ...]:
-        """Return the nodes that must be built before the key is known."""
+        """Return the nodes that must be made before the key is known."""
         return tuple(dict.fromkeys(source for name, source in self.node.inputs.items() if name not in self.inputs))
 
     @property
@@ -326,7 +327,7 @@ def _with_status(build: Build, store: Store, *, forced: bool) -> Build:
 
 
 def _check_start(selection: Selection, builds: Sequence[Build]) -> None:
-    """Raise DraftsmithError if a node that does not follow from `--from` has to be built.
+    """Raise DraftsmithError if a node that does not follow from `--from` has to be made.
 
     Without this check a changed field could make the rerun of a late stage begin with hours of earlier ones.
     """

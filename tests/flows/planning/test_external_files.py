@@ -6,7 +6,7 @@ from pathlib import Path
 
 import fsspec
 
-from draftsmith.flows.planning.inputs import external_digests
+from draftsmith.flows.planning.external_files import external_digests
 from draftsmith.stages.data.logs.stage import LogsConfig
 from draftsmith.stages.training.config import SftConfig
 from tests.testbed.refresh import node_of

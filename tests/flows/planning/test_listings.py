@@ -24,8 +24,9 @@ from draftsmith.flows.execution.make import RunContext
 from draftsmith.flows.execution.process import run_stage
 from draftsmith.flows.orchestration import run
 from draftsmith.flows.orchestration.flow_run import deployed
+from draftsmith.flows.planning.external_files import external_digests
 from draftsmith.flows.planning.graph import Selection
-from draftsmith.flows.planning.inputs import external_digests, note_listings, read_listings
+from draftsmith.flows.planning.listings import note_listings, read_listings
 from draftsmith.flows.planning.plan import Build, Status, plan
 from draftsmith.stages.data import listing, time_window
 from draftsmith.stages.data.logs.stage import LogsConfig

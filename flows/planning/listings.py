@@ -1,10 +1,9 @@
-"""Files outside the store that stages read: their checksums, which are part of cache keys, and their listings."""
+"""The files that stages list outside the store: a run notes them, so that a continued run reads the same ones."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -13,34 +12,9 @@ from pathlib import Path
 from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.errors import EXIT_USER_ERROR, DraftsmithError, TimeLimitError
 from draftsmith.artifacts.home import home, run_file_name
-from draftsmith.artifacts.store.checksums import Checksums
 from draftsmith.stages.runtime.stage import Config, InputListing
 
-log = logging.getLogger(__name__)
-_MANY_BYTES = 20_000_000_000  # even a fast disk takes some time to read them
 _REUSE_S = 3 * 86400.0  # a listing is not reused after this time, so that next week's run makes a new one
-
-
-def external_digests(config: Config) -> dict[str, str]:
-    """Return the files that a config reads outside the store: path -> sha256, or the version of a remote file.
-
-    The result also has the beginnings of a pinned listing's windows. Raises DraftsmithError if a listed file is gone.
-    """
-    checksums, files = Checksums(home()), config.external_files()
-    if (unread := checksums.uncached_bytes(files)) > _MANY_BYTES:
-        log.warning(
-            "Reading %d GB for the checksums of %d files outside the store, maybe for minutes. Unchanged files are not "
-            "read again for a week.",
-            unread // 10**9,
-            len(files),
-        )
-    digests = {str(path): checksums.sha256(path) for path in files} | config.external_versions()
-    if gone := sorted((config.pinned_files or frozenset()) - digests.keys()):
-        raise DraftsmithError(
-            f"{gone[0]} (and {len(gone) - 1} more) was there when the run began and is gone. Put it back, or run the "
-            "same command again to read what is there now."
-        )
-    return digests | (dict(config.listing.since) if config.listing is not None else {})
 
 
 def pin_files(config: Config, earlier: InputListing | None) -> tuple[Config, int]:
@@ -55,9 +29,9 @@ def pin_files(config: Config, earlier: InputListing | None) -> tuple[Config, int
 
 
 def read_listings(run: str, *, ended: bool = False) -> dict[str, InputListing]:
-    """Return each node's listing in the last run of this name, if it has not ended.
+    """Return each node's listing in the last run of this name; none if that run has ended.
 
-    ended: also if it has ended.
+    ended: return them of an ended run too.
     """
     try:
         note = json.loads(_path(run).read_text("utf-8"))
@@ -71,7 +45,7 @@ def read_listings(run: str, *, ended: bool = False) -> dict[str, InputListing]:
 def note_listings(run: str, listings: Mapping[str, InputListing], *, ended: bool = False) -> None:
     """Note the listings of a run, so that a continued run reads the same files. A failure to write is ignored."""
     if listings and (ended or read_listings(run) != listings):
-        text = json.dumps({"ended": ended, "listings": {node: asdict(each) for node, each in listings.items()}})
+        text = json.dumps({"ended": ended, "listings": {node: asdict(listing) for node, listing in listings.items()}})
         with contextlib.suppress(DraftsmithError):
             write_text(_path(run), text)
 
