@@ -14,8 +14,8 @@ from draftsmith.stages.engines.config import ServerEngineConfig, SGLangEngineCon
 from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.evaluation.config import DRAFTERS, EvaluationConfig
 from draftsmith.stages.evaluation.gate import GateConfig
+from draftsmith.stages.evaluation.speed_warnings import fewest_prompts
 from draftsmith.stages.evaluation.timed_runs import settings_of
-from draftsmith.stages.evaluation.validity import fewest_prompts
 from draftsmith.stages.evaluation.verdicts import FEWEST_RUNS
 from draftsmith.stages.targets.sampling import SamplingParams
 from draftsmith.stages.training.config import OpdConfig, SftConfig
@@ -63,7 +63,7 @@ def server_engines(nodes: Sequence[Node]) -> list[tuple[ServerEngineConfig, list
     for node in nodes:
         if (engine := server_engine(node)) is not None:
             on_cpu = engine.launch is not None and engine.launch.on_cpu
-            key = (engine.kind, engine.interpreter, engine.urls, on_cpu, getattr(engine, "trace", True))
+            key = (engine.kind, engine.interpreter, engine.urls, on_cpu)
             engines.setdefault(key, (engine, []))[1].append(node.name)
     return list(engines.values())
 
@@ -109,16 +109,12 @@ def check_gate(findings: Findings, nodes: Sequence[Node]) -> None:
 def check_sampling(findings: Findings, nodes: Sequence[Node]) -> None:
     """Warn if tau is measured on answers that were sampled differently from OPD's or from the first speed setting's.
 
-    Answers of OPD count only if it adapts to their sampling (`opd.verification: auto`). Without OPD, SFT's count.
+    Without OPD, the answers of SFT count.
     """
     configs = {node.name: node.config for node in nodes}
     trainings = [node for node in nodes if isinstance(node.config, OpdConfig)]
     trainings = trainings or [node for node in nodes if isinstance(node.config, SftConfig)]
-    learned = {
-        node.inputs["trajectories"]
-        for node in trainings
-        if not isinstance(node.config, OpdConfig) or node.config.verification == "auto"
-    }
+    learned = {node.inputs["trajectories"] for node in trainings}
     for node in nodes:
         if not isinstance(node.config, EvaluationConfig):
             continue

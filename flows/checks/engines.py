@@ -84,12 +84,13 @@ def _check_gpus(findings: Findings, nodes: Sequence[Node]) -> None:
             continue
         # an evaluation needs one, and runs as many side by side as there are GPUs for
         servers = 1 if isinstance(node.config, EvaluationConfig) else engine.launch.servers
-        needed = servers * engine.launch.gpus
+        gpus = engine.launch.tensor_parallel
+        needed = servers * gpus
         if here < needed:
             findings.error(
                 f"{node.name}: GPUs",
-                f"{servers} servers of {engine.launch.gpus} GPUs need {needed}, and this machine has {here}. Lower "
-                "engine.launch.servers, data_parallel or tensor_parallel.",
+                f"{servers} servers of {gpus} GPUs need {needed}, and this machine has {here}. Lower "
+                "engine.launch.servers or tensor_parallel.",
             )
     if runs_elsewhere(nodes):
         findings.skip(

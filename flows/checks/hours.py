@@ -37,7 +37,7 @@ def check_hours(
 ) -> None:
     """Add a line with the time of the nodes in `to_make`, without those that only read and write files.
 
-    Another line has the nodes that the config leaves out, with the time that they took when they were last made.
+    Another line has the nodes that the config skips, with the time that they took when they were last made.
 
     uses: of nodes with an estimate. made: artifacts of earlier runs, oldest first. gpu: None without a known one.
     """
@@ -60,10 +60,10 @@ def check_hours(
         parts.append(f"known after a first run: {', '.join(unknown)}")
     if parts:
         findings.ok("time", "; ".join(parts))
-    if config.left_out:
-        saved = {name: last[name] for name in config.left_out if name in last}
+    if config.skipped:
+        saved = {name: last[name] for name in config.skipped if name in last}
         took = f": about {format_duration(sum(saved.values()))} when last made ({_listed(saved)})" if saved else ""
-        findings.ok("saved", f"{', '.join(config.left_out)} are left out{took}")
+        findings.ok("saved", f"{', '.join(config.skipped)} are skipped{took}")
 
 
 def node_flop(node: Node, use: StageUse) -> float:
@@ -105,7 +105,7 @@ def step_flop(config: TrainingConfig, use: StageUse) -> dict[str, float]:
         drafted = blocks * ((opd.anchors == "successors") + scores)
     flop["mining"] = rows * _drafter_flop(sizes, T, drafted, vocabulary) if drafted else 0.0
     if scores and drafted:
-        flop["scoring"] = _scoring_flop(sizes, T, rows * blocks, T / steps)
+        flop["scoring"] = _scoring_flop(sizes, T, rows * blocks, T / steps, opd.loss.rejected.offsets)
         if not keeps_keys:
             flop["scoring"] += target_flop(sizes.target, rows * T, T / 2)
     return flop
@@ -133,9 +133,9 @@ def _mining_flop(config: MiningConfig, use: StageUse) -> float:
     return flop + (_scoring_flop(sizes, T, steps, 1 / STEPS_PER_TOKEN) if config.table == "scored" else 0.0)
 
 
-def _scoring_flop(sizes: Sizes, T: int, steps: float, tau: float) -> float:
+def _scoring_flop(sizes: Sizes, T: int, steps: float, tau: float, offsets: int | None = None) -> float:
     """Return the FLOP of the target's forwards over the proposals after rejections, and of their logits."""
-    leaves = steps * max(0.0, sizes.block_size - 1 - tau)
+    leaves = steps * min(max(0.0, sizes.block_size - 1 - tau), (offsets or sizes.block_size) - 1)
     return target_flop(sizes.target, leaves, T / 2, logits=steps + leaves)
 
 

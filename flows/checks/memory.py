@@ -308,8 +308,7 @@ def _launched(
     weights = sizes.weights(sizes.target) + (sizes.weights(sizes.drafter) if drafter else 0.0)
     models = (sizes.target, sizes.drafter) if drafter else (sizes.target,)
     entries = sum(model.kv_bytes_per_token(s) / min(tp, model.entry_heads) for model in models)
-    gpus = servers * engine.launch.data_parallel * tp  # each replica has its own requests
-    return ServerNeed(gpus, weights / tp, in_flight * (longest + block) * entries)
+    return ServerNeed(servers * tp, weights / tp, in_flight * (longest + block) * entries)
 
 
 def _tables(answers: AnswerCounts | None) -> float:

@@ -126,6 +126,8 @@ def check_target(findings: Findings, nodes: Sequence[Node], artifact: Path) -> N
             f"its MXFP4 weights become {format_bytes(size.parameters * DTYPE_BYTES[info.dtype])} of {info.dtype} in "
             "each process, since the package kernels is missing. On a GPU install it: `pip install kernels`.",
         )
+    with findings.check("native head"):
+        _check_native_head(findings, model_path(artifact))
     config = next((node.config for node in nodes if isinstance(node.config, TargetConfig)), None)
     if config is not None and info.kind == "hub" and config.revision is None:
         findings.warn(
@@ -136,6 +138,20 @@ def check_target(findings: Findings, nodes: Sequence[Node], artifact: Path) -> N
         if isinstance(node.config, PromptsConfig):
             with findings.check("chat template"):
                 _check_template(findings, node.config, model_path(artifact))
+
+
+def _check_native_head(findings: Findings, folder: Path) -> None:
+    """Say whether a target has a head of its own, which a new drafter must beat."""
+    from draftsmith.stages.drafters.checkpoint import read_target_config  # imports torch, and planning must not
+    from draftsmith.stages.drafters.mtp.families import find_head
+
+    try:
+        head = find_head(folder, read_target_config(folder))
+    except DraftsmithError as error:
+        findings.warn("native head", f"this target has an MTP head, which no evaluation measures: {error}")
+        return
+    if head is not None:
+        findings.ok("native head", "this target has an MTP head; a new drafter must beat it (arm native)")
 
 
 def _check_template(findings: Findings, config: PromptsConfig, folder: Path) -> None:
@@ -249,12 +265,19 @@ def _check_drafter(
             checkpoint.check_drafter(source, info)
         if whole or source == Path(config.init_from).expanduser():  # only small files of a hub checkpoint are here
             checkpoint.check_complete(source)
-    elif config.steps == 0:
+    elif config.steps == 0 and not KINDS[config.drafter.kind].native:
         raise DraftsmithError("sft.steps: 0 steps train nothing. Name the drafter to use unchanged in sft.init_from.")
     else:
         config.check_lora(None, config.drafter.kind)
         shape = checkpoint.with_mask_token(config.drafter, info)
         plan, where = checkpoint.plan_of_new(shape, target_config, tokenizer), "new"
+    if KINDS[plan.kind].native:
+        if not config.init_from:
+            where = "the target's own"
+            if (whole or info.kind == "folder") and not checkpoint.has_native_head(folder, plan.config, config.steps):
+                where = "from the target's last layer, for lack of a head"
+        findings.ok(name, f"{where}: {plan.description}, {plan.parameters / 1e6:,.1f}M parameters")
+        return plan
     if reason := checkpoint_format.unservable_layers(plan.target_layer_ids, target_config.num_hidden_layers):
         if served:
             remedy = f"Change {node}.drafter.target_layer_ids."

@@ -24,7 +24,7 @@ from draftsmith.stages.data.prompts.stage import (
 from draftsmith.stages.data.prompts.streams import load_rows, open_streams, prompt_rows
 from draftsmith.stages.data.row_files import UNREADABLE, RejectLog, is_remote, match_files, read_rows
 from draftsmith.stages.data.row_formats import RejectedRow, row_messages
-from draftsmith.stages.data.trajectories import Prompt, positions_needed
+from draftsmith.stages.data.stored_prompts import Prompt, positions_needed
 from draftsmith.stages.engines.stage import RolloutConfig, prompt_shortage, prompts_to_answer
 from draftsmith.stages.evaluation.config import EvaluationConfig, prompts_to_decode
 

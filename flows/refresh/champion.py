@@ -18,6 +18,7 @@ from draftsmith.flows.config.options import RunOptions
 from draftsmith.flows.refresh.config import CHAMPION, RefreshConfig, RegistryConfig, prompts_since
 from draftsmith.flows.refresh.versions import (
     BY,
+    KIND,
     MEASURED_WITH,
     REFRESHED_AT,
     SHARES,
@@ -110,6 +111,7 @@ def champion_config(version: Version) -> ChampionConfig:
         folder=str(drafter_checkpoint(version)),
         content_id=version.content_id,
         drafter_digest=version.tags.get("drafter_digest", ""),
+        kind=version.tags.get(KIND, ""),
         promoted_at=version.tags.get("promoted_at", ""),
         figures=version.metrics(),
     )

@@ -15,6 +15,7 @@ from draftsmith.stages.data.logs.stage import LogsConfig
 from draftsmith.stages.data.prompts.stage import SPLITS, JsonlSource, PromptsConfig
 from draftsmith.stages.data.time_window import LAST
 from draftsmith.stages.drafters.champion import ChampionConfig
+from draftsmith.stages.drafters.registry import is_native
 from draftsmith.stages.engines.config import ServerEngineConfig
 from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.evaluation.config import EvaluationConfig
@@ -129,24 +130,24 @@ class RefreshConfig(RunOptions):
         if not isinstance(data.get("logs"), dict):
             return filled
         logs = data["logs"]
-        paths, given = logs.get("paths"), data.get("prompts", {})
-        if paths and isinstance(given, dict) and "sources" not in given:
+        paths, prompts = logs.get("paths"), data.get("prompts", {})
+        if paths and isinstance(prompts, dict) and "sources" not in prompts:
             row_fields = {name: logs[name] for name in ("since", "filter", "fields") if logs.get(name) is not None}
             shared = {name: logs[name] for name in _SHARED if logs.get(name) is not None}
             all_paths = [paths] if isinstance(paths, str) else paths
             sources = [{"kind": "jsonl", "path": path, **row_fields} for path in all_paths]
-            filled["prompts"] = {"sources": sources, **_LOG_PROMPTS, **shared, **given, "of_logs": True}
+            filled["prompts"] = {"sources": sources, **_LOG_PROMPTS, **shared, **prompts, "of_logs": True}
         sampled = {
             "temperature": logs.get("temperature", 0),
             "top_p": logs.get("top_p", 1),
             "top_k": logs.get("top_k", 0),
         }
         for section, fields in {"heldout": {"splits": _MEASURED}, "evaluation": {}}.items():
-            given = data.get(section, {})
-            if isinstance(given, dict):
-                own = given.get("sampling", {})
-                sampling = {**sampled, **own} if isinstance(own, dict) else own
-                filled[section] = {**fields, **given, "sampling": sampling}
+            section_data = data.get(section, {})
+            if isinstance(section_data, dict):
+                section_sampling = section_data.get("sampling", {})
+                sampling = {**sampled, **section_sampling} if isinstance(section_sampling, dict) else section_sampling
+                filled[section] = {**fields, **section_data, "sampling": sampling}
         return filled
 
     @model_validator(mode="after")
@@ -161,7 +162,8 @@ class RefreshConfig(RunOptions):
 
     @model_validator(mode="after")
     def _trains(self) -> RefreshConfig:
-        if self.opd is None and self.sft.steps == 0:
+        native = is_native(self.sft.drafter.kind)
+        if self.opd is None and self.sft.steps == 0 and not native:
             raise ValueError("opd: without it, sft.steps: 0 trains nothing. Set sft.steps, or keep section opd.")
         return self
 
@@ -230,8 +232,8 @@ class RefreshConfig(RunOptions):
         return self.registry.name if self.registry is not None else None
 
     @property
-    def left_out(self) -> tuple[str, ...]:
-        """Return the nodes that `opd: null` leaves out."""
+    def skipped(self) -> tuple[str, ...]:
+        """Return the nodes that `opd: null` skips."""
         if self.opd is not None:
             return ()
         assisted, control = ("assisted",) * (self.logs is None), ("control",) * self.refresh.control
@@ -251,12 +253,12 @@ class RefreshConfig(RunOptions):
 
 def _reject_filled_in(data: dict[str, Any]) -> None:
     """Raise ValueError for a field that a run fills in, and would overwrite."""
-    for section, given in data.items():
-        for model in models_at(RefreshConfig, [section]) if isinstance(given, dict) else []:
+    for section, fields in data.items():
+        for model in models_at(RefreshConfig, [section]) if isinstance(fields, dict) else []:
             for name in model.filled_in() if issubclass(model, Config) else []:
-                if (section, name) == ("registry", "restart") and name in given:
+                if (section, name) == ("registry", "restart") and name in fields:
                     raise ValueError("registry.restart: applies to one command. Remove it, and use option --restart.")
-                if name in given:
+                if name in fields:
                     raise ValueError(f"{section}.{name} is filled in by the run. Remove it.")
 
 
@@ -275,8 +277,14 @@ CHAMPION = "champion"  # value of `sft.init_from`: the line's champion, or rando
 
 
 def starts_from_champion(config: RefreshConfig) -> bool:
-    """Return whether SFT continues the champion; `sft.init_from` is where a line starts or restarts."""
-    return config.registry is not None and config.champion is not None and not config.registry.restart
+    """Return whether SFT continues the champion; `sft.init_from` is where a line starts or restarts.
+
+    A native head continues only a native head, and not with `sft.steps: 0`, which reads the target's.
+    """
+    if config.registry is None or config.champion is None or config.registry.restart:
+        return False
+    native = is_native(config.sft.drafter.kind)
+    return native == is_native(config.champion.kind) and not (native and config.sft.steps == 0)
 
 
 def sft_config(config: RefreshConfig) -> SftConfig:
@@ -316,8 +324,8 @@ def measured_with(config: RefreshConfig) -> dict[str, JsonValue]:
     sections = {"heldout.sampling": config.heldout.sampling, "drafting": config.evaluation.drafted()}
     return {
         f"{section}.{name}": value
-        for section, given in sections.items()
-        for name, value in given.model_dump(mode="json").items()
+        for section, fields in sections.items()
+        for name, value in fields.model_dump(mode="json").items()
     }
 
 

@@ -189,7 +189,10 @@ def watch(config: RefreshConfig, minutes: float = 5, then: str | None = None) ->
             rollback(Display(), line.name, sentence, dry_run=False, servers=line.servers)
             champion = registry().resolve(line.name)
             return "\n\n".join(
-                [f"{champion} is the champion again.", *(f"{each.url}: {each.proof}" for each in served_by(champion))]
+                [
+                    f"{champion} is the champion again.",
+                    *(f"{server.url}: {server.proof}" for server in served_by(champion)),
+                ]
             )
 
         run_task("rollback", f"{line.name} rollback", body, Display().line)

@@ -121,7 +121,7 @@ def write_first_config(
     if path.exists():
         raise DraftsmithError(f"{path} exists. Give the name of a new file.")
     if not path.absolute().parent.is_dir():
-        raise DraftsmithError(f"{path.parent}: no such folder. Create it, or give another file.")
+        raise DraftsmithError(f"{path.parent}: no such folder. Create it, or choose another file.")
     interactive = sys.stdin.isatty()
     if beginning is None:
         if not interactive:
@@ -184,10 +184,10 @@ def _sections(name: str, values: Mapping[str, str], size: Size, *, alone: bool) 
         sft |= {"steps": steps, "learning_rate": OpdConfig().learning_rate, **training}
     if published is None:
         sft = {"drafter": _shape(info, size), "steps": _PASSES * steps, **size.sft, **training}
-    given: dict[str, Any]
+    sections: dict[str, Any]
     if "prompts" in values:
         rollout = {"sampling": sampling, **engine}
-        given = {
+        sections = {
             "prompts": {"sources": [{"kind": "jsonl", "path": path}], "train": answers, **counts, "too_long": "skip"},
             # without SFT's steps only for the list of frequent tokens
             "rollout": {"prompts": answers if sft["steps"] else min(64, answers), **rollout},
@@ -200,12 +200,12 @@ def _sections(name: str, values: Mapping[str, str], size: Size, *, alone: bool) 
             "since": None,
             "rows": size.answers,
         }
-        given = {"logs": logs, "prompts": counts}
+        sections = {"logs": logs, "prompts": counts}
     return {
         "name": name,
         "registry": {"name": name},
         "target": {"source": values["target"], "dtype": "bfloat16"},
-        **given,
+        **sections,
         "sft": sft,
         "opd": None if alone else {"steps": steps, **training},
         "heldout": {"sampling": sampling, **engine},
@@ -286,7 +286,7 @@ def _as_text(sections: Mapping[str, Any], title: str) -> str:
         if len(whole) + len(comment) <= _WIDTH or not isinstance(value, dict):
             lines.append(whole + comment)
         else:
-            lines += [f"{name}:{comment}", *(f"  {field}: {_as_yaml(each)}" for field, each in value.items())]
+            lines += [f"{name}:{comment}", *(f"  {field}: {_as_yaml(inner)}" for field, inner in value.items())]
     return "\n".join(lines) + "\n"
 
 

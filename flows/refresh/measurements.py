@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.identifiers import PlainName, server_url
-from draftsmith.artifacts.results.evaluation import DiagnosisResult
+from draftsmith.artifacts.results.evaluation import NATIVE, PLAIN, DiagnosisResult
 from draftsmith.flows.checks.check import check_after, check_before
 from draftsmith.flows.config.options import RunOptions
 from draftsmith.flows.execution.display import Display, EndedRun
@@ -75,7 +75,7 @@ class EvaluatePipeline(Pipeline):
 EVALUATE = EvaluatePipeline()
 
 
-_RESERVED = {"target", "prompts", "heldout", "evaluation", "plain", *DRAFTERS}  # names of nodes and of a refresh's arms
+_RESERVED = {"target", "prompts", "heldout", "evaluation", PLAIN, NATIVE, *DRAFTERS}  # names of nodes and arms
 
 
 def evaluate_config(refresh: RefreshConfig, drafters: list[str]) -> EvaluateConfig:

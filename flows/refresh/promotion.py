@@ -27,6 +27,7 @@ from draftsmith.flows.refresh.versions import (
     BY,
     CONFIDENCE,
     FASTEST_BLOCK,
+    KIND,
     MEASURED_WITH,
     REFRESHED_AT,
     SCHEDULE,
@@ -145,13 +146,14 @@ def version_tags(
 
     artifact: the challenger's folder. settings: what its tau depends on (`measured_with`).
     """
-    from draftsmith.stages.drafters.checkpoint import read_info  # imports torch, and planning must not
+    from draftsmith.stages.drafters.checkpoint import read_config, read_info  # import torch, and planning must not
 
     arm, folder = decision.challenger, artifact / DRAFTER_FOLDER
     info, drafter = read_info(folder), evaluation.drafters[arm]
     speed = evaluation.speed.get(arm)
     return {
         "arm": arm,
+        KIND: read_config(folder)[0],
         "drafter_digest": drafter_digest(folder),
         "target_digest": info.target_digest,
         "parents": json.dumps(info.parents[-8:]),

@@ -158,7 +158,7 @@ def _move(
 
 
 def _serve(display: Display, champion: str, servers: Sequence[str]) -> None:
-    """Have the servers draft with the new champion, `LINE@VERSION`; empty: those that were swapped before."""
+    """Have the servers draft with the new champion, `LINE@VERSION`. Empty `servers`: those that were swapped before."""
     line = champion.partition("@")[0]
     if not (servers or swapped_servers(line)):
         display.line(f"restart the servers that draft, or name them: `draftsmith swap {line} --url URL`")
@@ -201,8 +201,9 @@ def named_servers(urls: Sequence[str], option: str = "--url") -> list[str]:
 
 
 def export(display: Display, text: str, folder: Path, layout: str = "sglang", *, calibrated: bool = False) -> None:
-    """Write a verified copy of a version's checkpoint: as SGLang loads it, or in vLLM's layout `speculators`.
+    """Write a verified copy of a version's checkpoint.
 
+    layout: `sglang`; `speculators`, which vLLM loads; or `stitched`, in a copy of the target's checkpoint.
     calibrated: correct the confidence head as its evaluation measured.
     """
     version = registry().resolve(text)
@@ -236,6 +237,13 @@ def _export(display: Display, version: Version, folder: Path, layout: str, *, ca
                 _calibrate(version, source, folder)
         display.line(f"{version}: in speculators' layout, with the target's embedding and head, in {folder}")
         _show_options(display, "vLLM", version, folder)
+        return
+    if layout == "stitched":
+        from draftsmith.stages.drafters.stitched import export_stitched  # imports torch
+
+        with _all_or_nothing(folder):
+            export_stitched(source, model_path(_target_of(version)), folder)
+        display.line(f"{version}: in a copy of the target's checkpoint, which drafts with it, in {folder}")
         return
     with _all_or_nothing(folder):
         shutil.copytree(source, folder, dirs_exist_ok=True)
@@ -299,6 +307,13 @@ def _calibrate(version: Version, source: Path, folder: Path) -> None:
 def _export_speculators(version: Version, source: Path, folder: Path) -> None:
     from draftsmith.stages.drafters.export import export_speculators  # imports torch, unlike the other commands here
 
+    target = _target_of(version)
+    export_speculators(source, model_path(target), read_target_info(target).source, folder)
+    apply_user_umask(folder)
+
+
+def _target_of(version: Version) -> Path:
+    """Return the verified artifact of the target that a version was trained for. Raises DraftsmithError."""
     if not (artifact_folder(version) / MANIFEST).is_file():
         raise DraftsmithError(f"{version}: its artifact, which names the target, is not here. Mount the store.")
     store, made_from = open_store(home()), read_manifest(artifact_folder(version)).inputs["target"]
@@ -309,9 +324,7 @@ def _export_speculators(version: Version, source: Path, folder: Path) -> None:
             f"{made_from.content_id[:16]}) is no longer in the store, or was replaced. Export without --format."
         )
     store.verify_once(Artifact(target, read_manifest(target)))  # with the model, if that lies elsewhere
-    info = read_target_info(target)
-    export_speculators(source, model_path(target), info.source, folder)
-    apply_user_umask(folder)
+    return target
 
 
 def verify_checkpoint(version: Version) -> Path:

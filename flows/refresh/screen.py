@@ -198,6 +198,8 @@ def compared(folders: Mapping[str, Path]) -> dict[str, tuple[Manifest, Metrics]]
     paths = dict(folders.items())  # only manifests are read, so nothing is fetched
     drafters: dict[str, tuple[Manifest, Metrics]] = {}
     for arm, acceptance in evaluation.drafters.items():
+        if arm not in paths:  # the target's own head is no node
+            continue
         records = {name: arms[arm].to_json() for name, arms in evaluation.sets.items() if arm in arms}
         records[ALL] = acceptance.to_json() | (evaluation.speed[arm].to_json() if arm in evaluation.speed else {})
         metrics = {

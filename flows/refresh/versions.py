@@ -27,6 +27,7 @@ STEP_COSTS = "step_costs"  # tag: seconds of drafting by requests in flight, and
 SCHEDULE = "schedule"  # tag: proposals by requests in flight, [[fewest, most, proposals], …]
 CONFIDENCE = "confidence"  # tag: the calibration of a confidence head
 BLOCK_SIZE = "drafting.block_size"  # one of the settings that metrics were measured with
+KIND = "kind"  # tag: of the drafter
 REFRESHED_AT = "refreshed_at"  # tag: when a refresh last ended with this version
 MEASURED_WITH = "measured_with"  # tag: the settings that tau depends on
 SHARES, BY, SUFFIXES = "heldout_shares", "heldout_by", "suffixes"  # tags: which prompts may have measured it

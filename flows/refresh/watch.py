@@ -19,7 +19,8 @@ from draftsmith.flows.execution.display import Display
 from draftsmith.flows.refresh.drift import degraded_sets
 from draftsmith.flows.refresh.registry_commands import named_servers
 from draftsmith.flows.refresh.swap import swapped_servers
-from draftsmith.flows.refresh.versions import BLOCK_SIZE, registry
+from draftsmith.flows.refresh.versions import BLOCK_SIZE, KIND, registry
+from draftsmith.stages.drafters.registry import is_native
 from draftsmith.stages.engines.server_state import ask_servers, count_finished, served_tau
 from draftsmith.stages.engines.servers.state import ServerState, TracedRequest
 from draftsmith.stages.evaluation.verdicts import FEWEST_IN_SLICE, too_small
@@ -68,7 +69,12 @@ def watch(line: str, urls: Sequence[str], minutes: float, threshold: float) -> t
     servers, named = _servers(line, urls), bool(urls)
     states = _answered(ask_servers(servers, named=named))
     for url, state in states.items():
-        if state.algorithm is None or state.digest not in (None, "", champion.tags.get("drafter_digest")):
+        same_kind = not state.own_head or is_native(champion.tags.get(KIND, ""))
+        if (
+            state.algorithm is None
+            or not same_kind
+            or state.digest not in (None, "", champion.tags.get("drafter_digest"))
+        ):
             served = f"{url} serves {_drafter(state, _version(state, versions))}, and {champion} is the champion"
             return "mismatched", f"{served}. Run `draftsmith swap {line}{f' --url {url}' if named else ''}`."
     measured_with = champion.json("measured_with", {}).get(BLOCK_SIZE)
@@ -196,6 +202,8 @@ def _drafter(state: ServerState, version: Version | None) -> str:
         return f"version {version.number}" + (" (champion)" if CHAMPION in version.aliases else "")
     if state.algorithm is None:
         return "no drafter"
+    if state.own_head and not state.digest:
+        return "the target's own head (NEXTN)"
     if not state.digest:
         return f"{state.algorithm}, which one is unknown without Draftsmith's plug-in"
     return f"{state.digest[:12]}, no version of the line"

@@ -263,7 +263,7 @@ def test_a_recipe_is_checked_from_the_hubs_small_files(
     monkeypatch.setenv("PATH", str(tmp_path))  # no nvidia-smi: the same on every machine
     monkeypatch.chdir(ROOT)
     code, out = check(f"configs/{recipe}.yaml", "stages.min_free_gb=0.01")
-    assert code == 2  # SGLang is not installed here, and that alone, but for a small disk
+    assert code == 2  # the only errors: no SGLang here, and perhaps a small disk
     errors = [line for line in out.splitlines() if line.startswith("error") and "Free some space" not in line]
     assert errors == [line for line in out.splitlines() if "has no sglang installed" in line] != []
     found = levels(out)

@@ -22,7 +22,7 @@ from tests.testbed.refresh import node_of
 
 @pytest.mark.parametrize(
     ("launch", "errors"),
-    [({"servers": 2, "tensor_parallel": 2}, 1), ({"data_parallel": 4}, 1), ({"servers": 2}, 0)],
+    [({"servers": 2, "tensor_parallel": 2}, 1), ({"tensor_parallel": 4}, 1), ({"servers": 2}, 0)],
 )
 def test_servers_that_need_more_gpus_than_there_are_are_an_error(
     launch: dict[str, Any], errors: int, monkeypatch: pytest.MonkeyPatch

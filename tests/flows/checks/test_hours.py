@@ -47,11 +47,12 @@ SMALL = Scale(
     answers=3,
 )  # fmt: skip
 PAPER = {"loss": "paper", "anchors": "errors", "remine_every": 1}
+TWO_OFFSETS = {"loss": {"preset": "paper", "rejected": {"offsets": 2}}}
 WITHIN = 0.1
 
 
 def counted(training: Training, target: Target) -> float:
-    """Run a step, its optimiser left out, and return what torch counts."""
+    """Run a step without its optimiser, and return torch's count."""
     accumulation = Accumulation()
     with (
         FlopCounterMode(display=False, custom_mapping=KERNEL_FLOPS) as flops,
@@ -69,16 +70,19 @@ def mined_steps(training: OpdTraining) -> float:
     return float(sum(len(training.memory.steps(i).anchors) for i in range(SMALL.answers)))
 
 
-@pytest.mark.parametrize("kind", ["SFT", "SFT of an adapter", "OPD", "OPD, chains", "OPD, mined again"])
+@pytest.mark.parametrize(
+    "kind", ["SFT", "SFT of an adapter", "OPD", "OPD, chains", "OPD, mined again", "OPD, two offsets"]
+)
 def test_a_step_takes_what_torch_counts(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     target = make_target(SMALL, "cpu", "bfloat16")
     drafter, answers = make_drafter(SMALL.drafter, target), make_trajectories(SMALL)
-    mines, adapted = kind == "OPD, mined again", kind == "SFT of an adapter"
+    mines, adapted = kind in ("OPD, mined again", "OPD, two offsets"), kind == "SFT of an adapter"
     if mines:
         rng, K = np.random.default_rng(0), drafter.block_size - 1
         table = mined_table([invented_steps(t, K, 1.0, rng) for t in answers], K)  # a step a token, as random weights
         mined = MinedData(trajectories=answers, mined=table)
-        training: Training = OpdTraining(drafter, target, mined, OpdConfig.model_validate({**SMALL.step, **PAPER}))
+        fields = {**SMALL.step, **PAPER, **(TWO_OFFSETS if kind == "OPD, two offsets" else {})}
+        training: Training = OpdTraining(drafter, target, mined, OpdConfig.model_validate(fields))
     else:
         fields = {**SMALL.step, **({"lora": {"rank": 8}} if adapted else {})}
         if kind == "OPD, chains":
@@ -159,10 +163,10 @@ def test_a_run_takes_as_long_as_the_last_one_of_its_name() -> None:
 def test_sft_alone_saves_what_the_other_nodes_took() -> None:
     history = [made("assisted", 7), made("sft", 100), made("assisted", 60), made("opd", 40), made("opd", 9, "other")]
     assert lines_of([SFT], history, opd=None)["saved"] == (
-        "assisted, mining, opd, control are left out: about 1 min 40 s when last made (assisted 1 min 00 s, opd 40 s)"
+        "assisted, mining, opd, control are skipped: about 1 min 40 s when last made (assisted 1 min 00 s, opd 40 s)"
     )
     unknown = lines_of([SFT], [], opd=None, refresh={"control": False})
-    assert unknown["saved"] == "assisted, mining, opd are left out"
+    assert unknown["saved"] == "assisted, mining, opd are skipped"
 
 
 def test_without_a_last_run_it_takes_its_flop_by_the_rate_of_a_gpu() -> None:

@@ -16,11 +16,14 @@ from draftsmith.flows.checks.findings import Findings, Level, RaisingFindings
 from draftsmith.flows.checks.models import DrafterPlans, check_drafters, check_stage_settings
 from draftsmith.flows.checks.prompts import check_lengths, check_prompt_counts
 from draftsmith.flows.planning.graph import Node
-from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, load_prompts
+from draftsmith.stages.data.stored_prompts import load_prompts
+from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.drafters.checkpoint import read_info
 from draftsmith.stages.targets.info import read_target_info
 from tests.flows.toy import ToyConfig, toy_nodes
 from tests.flows.toy_stages.combine import CombineConfig
+from tests.stages.drafters.edits import setting
+from tests.testbed import native
 from tests.testbed.drafter import DrafterArtifacts
 from tests.testbed.refresh import node_of
 from tests.testbed.target import MASK
@@ -158,6 +161,20 @@ def test_drafters_of_blocks_are_served_in_bfloat16_alone(
     assert "sft" in check_drafters(findings, nodes, tiny_drafter.target, whole=False)
     found = [line.text for line in findings.lines if (line.check, line.level) == ("assisted", Level.ERROR)]
     assert len(found) == errors and all("target.dtype: float32" in text for text in found)
+
+
+def test_a_target_with_a_native_head_is_told(tiny_drafter: DrafterArtifacts, tmp_path: Path) -> None:
+    def told(artifact: Path) -> list[tuple[Level, str]]:
+        findings = Findings()
+        models.check_target(findings, [], artifact)
+        return [(line.level, line.text) for line in findings.lines if line.check == "native head"]
+
+    with_head = native.target_with_head(tmp_path)
+    assert told(with_head) == [(Level.OK, "this target has an MTP head; a new drafter must beat it (arm native)")]
+    assert told(tiny_drafter.target) == []
+    setting(num_nextn_predict_layers=2)(tmp_path / "model")
+    ((level, text),) = told(with_head)
+    assert level is Level.WARNING and "no evaluation measures" in text and "only heads of one layer" in text
 
 
 def test_mxfp4_weights_that_would_be_expanded_are_a_warning(

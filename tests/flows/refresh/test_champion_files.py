@@ -149,7 +149,7 @@ def test_a_line_that_another_mlflow_has_is_an_error(
 
 
 def test_no_tag_leads_out_of_the_home(line: str, home: Path, drafters: list[Artifact], tmp_path: Path) -> None:
-    """An exported drafter lies beside the home, where the folder of a digest `../..` would be."""
+    """An exported drafter lies next to the home, where the folder of a digest `../..` would be."""
     refresh = RefreshRun(Tracking(home), "week 1", {})
     config = config_of(line, registry={"name": line, "upload": True})
     finished(config, gated(Store(home / "store"), drafters[0]), refresh.open())

@@ -170,7 +170,7 @@ FEW = SetMetrics(tau=1.0, low=None, high=None, prompts=1)
 BEFORE = {"all": now(4.0, 0.01), "chat": now(3.0, 0.01), "code": now(5.0, 0.01)}
 
 
-OF_MANY = {name: metrics.model_copy(update={"high": None}) for name, metrics in BEFORE.items()}  # lower ends alone
+OF_MANY = {name: metrics.model_copy(update={"high": None}) for name, metrics in BEFORE.items()}  # only lower ends
 FELL = "chat: tau 2.000 (at most 2.300), 3.000 at its promotion (at least 2.990)"
 
 
@@ -222,7 +222,7 @@ def measured(rng: np.random.Generator, sets: int, prompts: int, share: float = 1
 
 @pytest.mark.parametrize(("sets", "prompts", "then", "seed"), [(10, 14, 14, 0), (20, 60, 3, 2)])
 def test_no_set_is_named_where_nothing_changed(sets: int, prompts: int, then: int, seed: int) -> None:
-    """By single intervals of today's taus alone more than half of the first checks set off a refresh.
+    """By single intervals of only today's taus more than half of the first checks set off a refresh.
 
     By the tail of today's many prompts, one in seven of the second does: the promotion had few prompts.
     """

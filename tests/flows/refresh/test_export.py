@@ -36,6 +36,7 @@ from draftsmith.stages.targets.causal_lm import Target
 from tests.testbed.artifacts import committed
 from tests.testbed.dspark import random_dspark
 from tests.testbed.eagle3 import random_eagle3
+from tests.testbed.mtp import native_head, target_with_head
 from tests.testbed.random_target import random_drafter, write_artifact
 
 SOURCE = {"kind": "jsonl", "path": "prompts.jsonl"}
@@ -206,6 +207,27 @@ def test_each_layout_has_the_same_drafter(version: Version, plain_target: Target
     assert tensors["lm_head.weight"].equal(plain_target.head_weight)
     drafter, kept = (load_drafter(folder, plain_target) for folder in (tmp_path / "vllm", source))
     assert all(tensor.equal(kept.state_dict()[name]) for name, tensor in drafter.state_dict().items())
+
+
+def test_a_native_head_is_exported_alone_and_in_its_targets_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = target_with_head(tmp_path / "mimo", "mimo")
+    trained = native_head(target)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.mul_(1.5)
+    version = version_of(trained, tmp_path / "mimo" / "out", tmp_path, monkeypatch)
+    registry_commands.export(Display(), "line", tmp_path / "head")
+    assert drafter_digest(tmp_path / "head") == drafter_digest(version.path / DRAFTER_FOLDER)
+    assert "--speculative-algorithm NEXTN" in capsys.readouterr().out
+    registry_commands.export(Display(), "line", tmp_path / "stitched", "stitched")
+    assert "--speculative-draft-model-path" not in capsys.readouterr().out
+    stitched, before = (
+        load_file(folder / "model.safetensors") for folder in (tmp_path / "stitched", tmp_path / "mimo/model")
+    )
+    changed = {name for name, tensor in stitched.items() if not tensor.equal(before[name])}
+    assert changed == {name for name in before if ".mtp_layers." in name}
 
 
 @pytest.mark.parametrize("layout", ["sglang", "speculators"])

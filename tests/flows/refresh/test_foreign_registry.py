@@ -135,7 +135,7 @@ def uses(folder: Path) -> dict[str, Callable[[], object]]:
 
 @pytest.fixture(scope="module")
 def place() -> Iterator[Path]:
-    """A home, and beside it what a path that leads out of it would reach."""
+    """A home, and next to it the files that a path leading out of it would reach."""
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         outside = Path(folder) / DRAFTER_FOLDER
         outside.mkdir()

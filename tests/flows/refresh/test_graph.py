@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.flows.planning.external_files import external_digests
 from draftsmith.flows.planning.graph import topological_order
-from draftsmith.flows.planning.inputs import external_digests
 from draftsmith.flows.refresh.champion import restarted
 from draftsmith.flows.refresh.config import RefreshConfig, control_config, prompts_since
 from draftsmith.flows.refresh.graph import refresh_nodes
@@ -103,6 +103,23 @@ def test_init_from_champion_starts_from_the_champion_if_there_is_one() -> None:
     assert type(sft.config).model_validate(sft.config.model_dump()) == sft.config
 
 
+def test_a_native_head_continues_only_a_native_head() -> None:
+    """A champion that is a head leaves SFT of another kind to its own start. With no steps the target's own is read."""
+    trained, head = of_line(champion=True), of_line("sft.drafter={kind: mtp}", "sft.steps=0", "opd=null", champion=True)
+    serves = trained.champion
+    assert trained.registry is not None and serves is not None
+    native = serves.model_copy(update={"kind": "mtp"})
+    registry = trained.registry.model_copy(update={"champion": native})
+    for config in (trained.model_copy(update={"registry": registry}), head):
+        nodes = {node.name: node for node in refresh_nodes(config)}
+        assert "drafter" not in nodes["sft"].inputs and nodes["sft"].config == config.sft
+        assert all(nodes[name].inputs["champion"] == "champion" for name in ("drift", "evaluation", "gate"))
+    assert native.key_material() == serves.key_material()
+    trained_head = of_line("sft.drafter={kind: mtp}", champion=True).model_copy(update={"registry": registry})
+    (sft,) = [node for node in refresh_nodes(trained_head) if node.name == "sft"]
+    assert sft.inputs["drafter"] == "champion"
+
+
 @pytest.mark.parametrize(
     ("opd", "table"),
     [
@@ -151,7 +168,7 @@ def test_without_opd_a_refresh_is_sft_alone(overrides: list[str], left_out: list
     nodes = {node.name: node for node in topological_order(refresh_nodes(config))}
     with_opd = load_config(QUICKSTART, [each for each in overrides if each != "assisted=null"])
     whole = {node.name: node for node in refresh_nodes(with_opd)}
-    assert sorted(whole.keys() - nodes.keys()) == sorted(config.left_out) == left_out and not with_opd.left_out
+    assert sorted(whole.keys() - nodes.keys()) == sorted(config.skipped) == left_out and not with_opd.skipped
     assert nodes["sft"] == whole["sft"], "under the same key"
     for name in ("evaluation", "gate", "report"):
         assert nodes[name].inputs == {n: source for n, source in whole[name].inputs.items() if source not in left_out}

@@ -30,7 +30,7 @@ ELSEWHERE = ("make sglang-gpu", "no sglang installed", "stages.min_free_gb")  # 
 
 
 def answers_of(source: str | Path, prompts: Sequence[Sequence[int]], most: int) -> list[list[int]]:
-    """Return greedy answers of a target, of so many tokens at most."""
+    """Return greedy answers of a target, of at most this many tokens."""
     requests = [Request(f"{number:04}", list(prompt), most) for number, prompt in enumerate(prompts)]
     engine = EmbeddedEngine(load_target(source), slots=16, capacity=64)
     answers = sorted((done.trajectory() for done in engine.generate(requests)), key=lambda each: each.trajectory_id)
@@ -62,7 +62,7 @@ def errors_of(out: str) -> list[str]:
     ("source", "beginning", "size"),
     [
         *itertools.product(["tiny"], BEGINNINGS, SIZES),
-        (SMOLLM2, "logs", "laptop"),
+        (SMOLLM2, "prompts", "laptop"),
         (SMOLLM2, "prompts", "gpu"),
     ],
 )
@@ -75,10 +75,8 @@ def test_a_config_of_every_beginning_and_size_passes_its_check(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Nothing is asked about drafters: the target's depth decides, and the mask token is said by name."""
+    """Nothing is asked about drafters: the target's depth decides, and the mask token is given by name."""
     target, path = str(tiny_target) if source == "tiny" else source, tmp_path / "my first.yaml"
-    if target == SMOLLM2 and beginning == "logs":
-        logs = write_log(tmp_path / "answers.jsonl", target, 400)
     code = main(["init", str(path), "--from", beginning, "--size", size, f"--target={target}", f"--{beginning}={logs}"])
     out = capsys.readouterr().out
     assert errors_of(out) == [] and code == (2 if size == "node" else 0)
@@ -108,8 +106,8 @@ def test_sft_alone_has_no_section_that_only_opd_reads(
     assert config.opd is None and not {"assisted", "mining"} & config.model_fields_set
     assert 0 <= 363 - config.sft.steps * config.sft.sequences_per_step / 4 < config.sft.sequences_per_step
     assert config.rollout is None or config.rollout.prompts == config.prompts.train == 363
-    left_out = "mining, opd, control are left out"
-    assert f"  {left_out if beginning == 'logs' else f'assisted, {left_out}'}" in out
+    skipped = "mining, opd, control are skipped"
+    assert f"  {skipped if beginning == 'logs' else f'assisted, {skipped}'}" in out
 
 
 @pytest.mark.usefixtures("home")
@@ -202,7 +200,7 @@ def test_it_asks_on_a_terminal_and_takes_defaults(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # the default size is that of a machine without a GPU
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # the default size is for a machine without a GPU
     ours, theirs = pty.openpty()
     os.write(ours, f"nonsense\n\n\n\n{tiny_target}\n{tiny_prompts}\n".encode())
     with os.fdopen(theirs) as terminal:

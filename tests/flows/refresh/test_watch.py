@@ -1,4 +1,4 @@
-"""Tau that servers count, or that of requests they trace, is compared with the champion's at its promotion."""
+"""Tau that servers count, or of requests that they trace, is compared with the champion's at its promotion."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Metrics = Mapping[str, SetMetrics]
 
 
 def served(rng: np.random.Generator, requests: float, share: float = 1.0) -> Metrics:
-    """Return tau of about so many requests in 30 windows, which are as those of `measured`, with tau times `share`."""
+    """Return tau of about `requests` requests in 30 windows, distributed as in `measured`, with tau times `share`."""
     windows = []
     for count in rng.poisson(requests / 30, 30):
         tau = np.clip(np.exp(rng.normal(1.0, 0.3, count)) * share, 1.02, None)
@@ -162,13 +162,13 @@ def line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @contextmanager
-def server(requests: Mapping[str, Any] | None) -> Iterator[str]:
-    """Yield the address of a server of the champion. requests: that it traced."""
-    state: dict[str, Any] = {SWAP_STATE: {"drafter": DIGEST, "since": "", "before": "", "pause_s": 0.0, "proof": ""}}
+def server(requests: Mapping[str, Any] | None, digest: str = DIGEST, **options: Any) -> Iterator[str]:
+    """Yield the address of a server of the champion. requests: its reported traces; None: none. options: its own."""
+    state: dict[str, Any] = {SWAP_STATE: {"drafter": digest, "since": "", "before": "", "pause_s": 0.0, "proof": ""}}
     if requests is not None:
         state[REQUESTS_STATE] = requests
     reported = {"speculative_algorithm": "DFLASH", "speculative_num_draft_tokens": 8, "internal_states": [state, state]}
-    with serving(lambda _: {}, server_info=lambda _: reported, metrics=lambda _: "") as running:
+    with serving(lambda _: {}, server_info=lambda _: reported | options, metrics=lambda _: "") as running:
         yield running.url
 
 
@@ -191,3 +191,16 @@ def test_without_traces_of_all_servers_a_watch_counts(line: str, requests: Mappi
     with server(requests) as url, server({DIGEST: [[0, {DEPTHS[0]: [10, 10]}]] * 20}) as other:
         _, mixed = watch(line, [url, other], 0, 0.03)
     assert mixed.startswith(f"{line} version 1: too few") == (requests is None)
+
+
+@pytest.mark.parametrize("drafter", [None, "/target"])
+def test_a_server_of_the_targets_own_head_serves_a_champion_that_is_one(line: str, drafter: str | None) -> None:
+    """SGLang reports NEXTN as EAGLE; which head it is, its digest does not tell."""
+    options = {"speculative_algorithm": "EAGLE", "speculative_draft_model_path": drafter, "model_path": "/target"}
+    with server(None, "", **options) as url:
+        outcome, sentence = watch(line, [url], 0, 0.03)
+        assert outcome == "mismatched" and f"{url} serves the target's own head (NEXTN), and" in sentence
+        champion = registry().champion(line)
+        assert champion is not None
+        registry().tag(champion, {"kind": "mtp"})
+        assert watch(line, [url], 0, 0.03)[1].startswith(f"{line} version 1: too few requests ended")
