@@ -106,8 +106,8 @@ def _show_plan(pipeline: Pipeline, config: RunOptions, selection: Selection) -> 
 
 
 def _init(options: argparse.Namespace, pipeline: Pipeline) -> None:
-    given = {name: getattr(options, name) for name in QUESTIONS}
-    size = write_first_config(options.file, options.beginning, options.size, options.training, given)
+    answers = {name: getattr(options, name) for name in QUESTIONS}
+    size = write_first_config(options.file, options.beginning, options.size, options.training, answers)
     command = shlex.join(["draftsmith", "run", str(options.file)])
     Display().line(f"{options.file}: written. If its check passes, run it: {command}")
     options.config, options.overrides = options.file, []
@@ -134,7 +134,7 @@ def _check(options: argparse.Namespace, pipeline: Pipeline) -> None:
 
 
 def _stage(options: argparse.Namespace, pipeline: Pipeline) -> None:
-    """Build one node with its inputs from the store, without Prefect's server."""
+    """Make one node with its inputs from the store, without Prefect's server."""
     prepare(home())
     from draftsmith.flows.orchestration.run import Run  # imports Prefect, which reads its environment
 
@@ -209,7 +209,7 @@ def _deploy(options: argparse.Namespace, pipeline: Pipeline) -> None:
     if options.watch is not None:
         if named:
             raise DraftsmithError(
-                "--force, --from, --until: a watch builds no node. Remove them, or deploy the refresh with them."
+                "--force, --from, --until: a watch makes no node. Remove them, or deploy the refresh with them."
             )
         refresh = f"refresh/{config.name.replace('/', '-')}"
         arguments = {"then": {"report": None, "refresh": refresh, "rollback": "rollback"}[options.watch]}
@@ -255,7 +255,6 @@ def _read_refresh(options: argparse.Namespace) -> RefreshConfig:
 
 COMMANDS: Mapping[str, Callable[[argparse.Namespace, Pipeline], None]] = {
     "run": _run,
-    "refresh": _run,
     "check": _check,
     "init": _init,
     "stage": _stage,

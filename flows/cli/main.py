@@ -30,17 +30,13 @@ _EPILOG = (
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the parser. `command` in its results is the name as typed, maybe an alias."""
+    """Return the parser of the command line."""
     main = argparse.ArgumentParser(prog="draftsmith", description=_DESCRIPTION, epilog=_EPILOG)
     main.add_argument("--version", action="version", version=f"%(prog)s {version('draftsmith')}")
     main.set_defaults(restart=False)
     commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    run = commands.add_parser(
-        "run",
-        aliases=["refresh"],
-        help="run the refresh that a file describes, and reuse what has not changed",
-    )
+    run = commands.add_parser("run", help="run the refresh that a file describes, and reuse what has not changed")
     _add_run_options(run)
 
     check = commands.add_parser("check", help="check a config before anything runs: errors, warnings, memory, time")
@@ -75,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
     stage = commands.add_parser("stage", help="run one node, with its inputs from the store")
     stage.add_argument("name", metavar="NODE", help="the node, as in `draftsmith run --plan`")
     _add_config(stage)
-    stage.add_argument("--force", action="store_true", help="build it again although the store has it")
+    stage.add_argument("--force", action="store_true", help="make it again although the store has it")
 
     why = commands.add_parser("why", help="explain why a node's cache key is new: fields, inputs, files, code")
     _add_config(why)
@@ -144,9 +140,10 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("folder", metavar="FOLDER", type=Path)
     export.add_argument(
         "--format",
-        choices=["sglang", "speculators"],
+        choices=["sglang", "speculators", "stitched"],
         default="sglang",
-        help="speculators: what vLLM loads, with the target's embedding and head; no EAGLE-3",
+        help="speculators: what vLLM loads, with the target's embedding and head; no EAGLE-3. stitched: the target's "
+        "checkpoint with this native head in it",
     )
     export.add_argument(
         "--calibrated",
@@ -200,7 +197,7 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_selection(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--force", action="append", default=[], metavar="NODE", help="build this node again although the store has it"
+        "--force", action="append", default=[], metavar="NODE", help="make this node again although the store has it"
     )
     parser.add_argument(
         "--from",
@@ -208,10 +205,10 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
         default=[],
         dest="start",
         metavar="NODE",
-        help="build this node and what follows from it; all else must be in the store",
+        help="make this node and what follows from it; all else must be in the store",
     )
     parser.add_argument(
-        "--until", action="append", default=[], metavar="NODE", help="build only this node and what it needs"
+        "--until", action="append", default=[], metavar="NODE", help="make only this node and what it needs"
     )
 
 

@@ -60,7 +60,7 @@ def _state(item: Build, store: Store) -> str:
         made = local_time(item.artifact.manifest.created_at)
         return f"not new: {item.artifact.stage}/{item.key[:16]} is in the store, made {made}"
     if store.manifest_at(item.node.stage.name, item.key) is not None:
-        return f"built again: its inputs were measured again after the artifact (key {item.key[:16]}) was made"
+        return f"made again: its inputs were measured again after the artifact (key {item.key[:16]}) was made"
     rest = ", but an unfinished attempt resumes" if item.status is Status.RESUME else ""
     return f"new: no artifact has the key {item.key[:16]}{rest}"
 
@@ -72,7 +72,7 @@ def _reference(manifests: Sequence[Manifest], run: str, item: Build) -> tuple[Ma
         return before[0], f"this node in the last run of {run} that had another key"
     stage, inputs = item.node.stage.name, set(item.node.inputs)
     same = [manifest for manifest in others if manifest.stage == stage and set(manifest.inputs) == inputs]
-    return (same[-1], "the last artifact of its stage (no run of this name has built the node)") if same else None
+    return (same[-1], "the last artifact of its stage (no run of this name has made the node)") if same else None
 
 
 def _differences(
@@ -118,7 +118,7 @@ def _input(name: str, old: InputEntry | None, node: Node, planned: Mapping[str, 
     if source is None or old is None:
         yield f"input    {name}: {'removed' if source is None else f'new, node {source.node.name}'}"
     elif source.artifact is None:
-        yield f"input    {name}: node {source.node.name} is not built yet"
+        yield f"input    {name}: node {source.node.name} is not made yet"
     elif source.artifact.content_id != old.content_id:
         files = _changed_files(old, source.artifact, store)
         yield (

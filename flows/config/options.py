@@ -23,26 +23,23 @@ class StageOptions(Config):
 
     time_limits: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     """Time limit of an attempt in minutes, by node, e.g. `{sft: 30}`. Other nodes have a day."""
-    grace_seconds: float = Field(default=60, ge=0)
-    """Time in which a stage saves, from the request to stop until it is killed."""
     retries: int = Field(default=5, ge=0, le=20)
     """Further attempts after the hub, an engine, or a server of MLflow or Prefect was lost. No other error is
     retried."""
     retry_delay_seconds: float = Field(default=10, ge=0)
     """Delay before the first retry. It doubles with every retry, with jitter; five retries take about five minutes."""
     lock_wait_minutes: float = Field(default=24 * 60, gt=0)
-    """How long to wait for another run that builds the same artifact or uses the same device."""
+    """How long to wait for another run that makes the same artifact or uses the same device."""
     group_may_read: bool = False
     """Let the group of the home read its files (0750, files 0640). Otherwise only the owner may (0700, 0600)."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of the numerical libraries; by default their own choice."""
     shards: int = Field(default=1, ge=1, le=1024)
-    """Number of shards of a stage that allows them. Each is built by its own process, on one GPU if there are any. The
+    """Number of shards of a stage that allows them. Each is made by its own process, on one GPU if there are any. The
     result is the same. On CPUs, set `threads` to the cores of one shard."""
     runner: Literal["local", "ray"] = "local"
-    """Where shards are built: on this machine, or by Prefect's task runner on a Ray cluster."""
-    runner_address: str | None = None
-    """Address of the Ray cluster, such as `ray://head:10001`. By default a cluster is started on this machine."""
+    """Where shards are made: on this machine, or by Prefect's task runner on the Ray cluster that `RAY_ADDRESS` in the
+    environment names; without it a cluster is started on this machine."""
     min_free_gb: float = Field(default=2, ge=0)
     """Free disk space (10^9 bytes) that a run needs to start."""
 
@@ -83,8 +80,8 @@ class RunOptions(Config):
         return None
 
     @property
-    def left_out(self) -> tuple[str, ...]:
-        """Return the nodes that a run of its kind has by default, and this config leaves out to save their time."""
+    def skipped(self) -> tuple[str, ...]:
+        """Return the nodes that a run of its kind has by default, and this config skips to save their time."""
         return ()
 
     @model_validator(mode="before")

@@ -1,1 +1,1 @@
-"""Builds one node: its process, devices, shards, log and MLflow run."""
+"""Makes one node: its process, devices, shards, log and MLflow run."""

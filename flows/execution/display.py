@@ -182,7 +182,7 @@ class Display:
             yield StageDisplay(self, name, bar)
 
     def finished(self, name: str, seconds: float, summary: Mapping[str, float]) -> None:
-        """Print that a node was built, with its metrics."""
+        """Print that a node was made, with its metrics."""
         metrics = "  ".join(f"{key}={format_number(value)}" for key, value in summary.items())
         self.line(f"{name}: done in {format_duration(seconds)}" + (f"  {metrics}" if metrics else ""))
 

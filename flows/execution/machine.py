@@ -98,9 +98,9 @@ def lock_devices(
         descriptors = []
         for name in names or [CPU]:
             with disk_errors("taking the lock of a device:"):
-                of_device = replace(wait, on_wait=partial(on_wait, name))
+                device_wait = replace(wait, on_wait=partial(on_wait, name))
                 shared = name == CPU and compute is not Compute.TIMED
-                lock = locked(_lock_path(name), run, of_device, shared=shared, mode=0o666)
+                lock = locked(_lock_path(name), run, device_wait, shared=shared, mode=0o666)
                 descriptors.append(stack.enter_context(lock).fd)
         yield Device(tuple(descriptors))
 

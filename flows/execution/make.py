@@ -29,10 +29,11 @@ from draftsmith.flows.config.options import RunOptions
 from draftsmith.flows.execution.display import Display, StageDisplay
 from draftsmith.flows.execution.machine import Device, OnWait, gpu_names, lock_devices
 from draftsmith.flows.execution.process import Event, run_stage
-from draftsmith.flows.planning.inputs import external_digests
+from draftsmith.flows.planning.external_files import external_digests
 from draftsmith.flows.planning.plan import Build, OutdatedPlanError, find, is_inconclusive
 from draftsmith.stages.runtime.stage import StageRequest
 
+GRACE_S = 60  # in which a stage saves, from the request to stop until it is killed
 log = logging.getLogger("draftsmith.stages")  # Prefect shows it in the run
 
 
@@ -93,7 +94,7 @@ def make(context: RunContext, build: Build, *, force: bool = False) -> Artifact:
 
     def on_wait(holder: Holder | None) -> None:
         who = f" ({holder})" if holder is not None else ""
-        context.display.line(f"{build}: waits for another run that builds this artifact{who}")
+        context.display.line(f"{build}: waits for another run that makes this artifact{who}")
 
     # An artifact that another run or the commit of an earlier attempt has completed may be outdated too.
     while made is None or not build.reuses(made):
@@ -217,10 +218,10 @@ def _make_shards(context: RunContext, build: Build, attempt: Attempt) -> list[Ar
 
         made = context.pool(shards, make_one, stopped.set, check)
     store = context.store
-    made = [replace(each, path=store.path(each.stage, each.key)) for each in made]  # another host has another home
-    for each in made:
-        store.fetch(each)
-        store.verify_once(each)
+    made = [replace(part, path=store.path(part.stage, part.key)) for part in made]  # another host has another home
+    for part in made:
+        store.fetch(part)
+        store.verify_once(part)
     return made
 
 
@@ -305,7 +306,7 @@ def run_attempt(
             home / "logs" / f"{build.stage}-{build.key[:16]}-{time.strftime('%Y%m%d-%H%M%S')}.log",
             node=node.name,
             limit_s=options.time_limit_s(node.name),
-            grace_s=options.grace_seconds,
+            grace_s=GRACE_S,
             follow=follow_locked,
             check=check,
             # The locks live as long as the process that writes and computes, even if we are killed.
@@ -358,7 +359,7 @@ def _check_inputs(store: Store, build: Build, *, after: bool) -> None:
                 store.fetch(made)
             store.verify_once(made, read=after)
         except DraftsmithError as error:
-            alone = f" (`draftsmith stage {node.inputs[name]} CONFIG --force` builds only this)"
+            alone = f" (`draftsmith stage {node.inputs[name]} CONFIG --force` makes only this)"
             hint = alone if "--force" in str(error) else ""
             raise type(error)(f"{node.name}: its input {name}: {error}{hint}") from error
     if after:  # last, as it may ask a bucket
@@ -377,6 +378,6 @@ def _check_content(store: Store, build: Build) -> None:
         now = store.manifest_at(made.stage, made.key)
         if now is not None and now.content_id != made.content_id:
             raise DraftsmithError(
-                f"{build.name}: its input {name} ({made.path}) was built again by another run, with other content. "
+                f"{build.name}: its input {name} ({made.path}) was made again by another run, with other content. "
                 "Run the same command again to start from the new one."
             )

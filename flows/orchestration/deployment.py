@@ -62,10 +62,10 @@ def deploy(
     """Create or change the deployment of the config's flow, under the config's name. Return what was done.
 
     api: URL of Prefect's server. pool: a work pool that exists. folder: the working directory of a process pool's runs,
-    to which paths in the config are relative. schedules: empty: only on request. arguments: the flow's, besides the
-    config.
+    to which paths in the config are relative. schedules: empty: runs start only on request. arguments: arguments of the
+    flow, without the config.
 
-    Raises DraftsmithError, also if a deployment of this name belongs to another line.
+    Raises DraftsmithError, even if a deployment of this name belongs to another line.
     """
     with get_client(sync_client=True) as client:
         work_pool = _pool(client, pool)
@@ -81,7 +81,7 @@ def deploy(
         )
         created = _is_new(client, deployment.full_name, config)
         id_ = deployment.apply(work_pool_name=pool)
-    when = ", ".join(f"{each.cron} ({each.timezone})" for each in schedules) or "on request"
+    when = ", ".join(f"{schedule.cron} ({schedule.timezone})" for schedule in schedules) or "on request"
     page = f"{api.rstrip('/').removesuffix('/api')}/deployments/deployment/{id_}"
     action = "created" if created else "changed"
     return f"{deployment.full_name}: {action}, in work pool {pool}, {when}: {page}"
@@ -94,25 +94,25 @@ def parameters(config: RunOptions, arguments: Mapping[str, Any]) -> dict[str, An
 
 def runs_of_line(line: str) -> list[str]:
     """Return for each deployment of a line when it runs next, and its last run if that did not complete."""
-    found = []
+    runs = []
     with get_client(sync_client=True) as client:
         for deployment in client.read_deployments(limit=200):
             config = deployment.parameters.get("config")
             if not isinstance(config, dict) or (config.get("registry") or {}).get("name") != line:
                 continue
-            own = DeploymentFilter(id=DeploymentFilterId(any_=[deployment.id]))
+            filter_ = DeploymentFilter(id=DeploymentFilterId(any_=[deployment.id]))
             scheduled = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED])))
             begun = FlowRunFilter(start_time=FlowRunFilterStartTime(is_null_=False))
             soonest, latest = FlowRunSort.EXPECTED_START_TIME_ASC, FlowRunSort.START_TIME_DESC
-            coming = client.read_flow_runs(flow_run_filter=scheduled, deployment_filter=own, sort=soonest, limit=1)
-            last = client.read_flow_runs(flow_run_filter=begun, deployment_filter=own, sort=latest, limit=1)
+            coming = client.read_flow_runs(flow_run_filter=scheduled, deployment_filter=filter_, sort=soonest, limit=1)
+            last = client.read_flow_runs(flow_run_filter=begun, deployment_filter=filter_, sort=latest, limit=1)
             when = next((local_time(str(run.expected_start_time)) for run in coming), "on request")
             text = f"{when}, deployment {deployment.name}"
             for run in last:
                 if run.state is not None and not run.state.is_completed():
                     text += f" (its last run: {run.state.name}, {url_for(run)})"
-            found.append(text)
-    return found
+            runs.append(text)
+    return runs
 
 
 def _is_new(client: SyncPrefectClient, name: str, config: RunOptions) -> bool:

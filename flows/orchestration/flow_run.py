@@ -110,7 +110,7 @@ def announce(run: str, conclusion: Conclusion) -> None:
     emit_event(
         event=f"draftsmith.{conclusion.name.lower()}",
         resource={"prefect.resource.id": f"draftsmith.run.{run}", "prefect.resource.name": run},
-        payload={"message": conclusion.message, "figures": dict(conclusion.metrics), "tags": dict(conclusion.tags)},
+        payload={"message": conclusion.message, "metrics": dict(conclusion.metrics), "tags": dict(conclusion.tags)},
     )
     if conclusion.asset:
 

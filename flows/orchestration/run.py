@@ -52,7 +52,7 @@ from draftsmith.flows.orchestration.flow_run import (
 )
 from draftsmith.flows.orchestration.tasks import run_node, run_shards
 from draftsmith.flows.planning.graph import Selection
-from draftsmith.flows.planning.inputs import forget_listings, note_listings, read_listings
+from draftsmith.flows.planning.listings import forget_listings, note_listings, read_listings
 from draftsmith.flows.planning.plan import (
     Build,
     Conclusion,
@@ -70,7 +70,7 @@ T = TypeVar("T")
 
 
 class Run(RunContext):
-    """One run of a pipeline: what it builds, what it has made so far, and how it ends.
+    """One run of a pipeline: what it plans, what it has made so far, and how it ends.
 
     A command prepares it, and its flow finds it. A deployment's flow creates it. It is the context of its stages too.
     """

@@ -127,9 +127,9 @@ def check_database_location(home: Path) -> None:
     if os.environ.get("PREFECT_API_URL"):
         return
     names = ("PREFECT_API_DATABASE_CONNECTION_URL", "PREFECT_SERVER_DATABASE_CONNECTION_URL")
-    given = next((value for name in names if (value := os.environ.get(name))), None)
+    address = next((value for name in names if (value := os.environ.get(name))), None)
     folder = Path(os.environ.get("PREFECT_HOME") or home / "prefect").expanduser()
-    if (database := sqlite_file(given) if given else folder / "prefect.db") is not None:
+    if (database := sqlite_file(address) if address else folder / "prefect.db") is not None:
         advice = "Start a Prefect server and set PREFECT_API_URL to its address"
         check_database_disk(database, "Prefect's database", advice)
 

@@ -198,7 +198,6 @@ def _ray(options: StageOptions) -> tuple[TaskRunner[Any], Callable[[], AbstractC
         )
         return context
 
-    local = {} if options.runner_address else {"include_dashboard": False}
-    return prefect_ray.RayTaskRunner(
-        address=options.runner_address, init_kwargs={"log_to_driver": False, **local}
-    ), resources
+    # Ray itself reads the address of a running cluster
+    local = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False}
+    return prefect_ray.RayTaskRunner(init_kwargs={"log_to_driver": False, **local}), resources

@@ -88,7 +88,7 @@ def run_toy(home: Path, *arguments: str | Path, **variables: str) -> subprocess.
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-# The server ends with its process, but counts as a permanent one here.
+# The server ends with its process, but counts as permanent here.
 _SERVER = """
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The page of the life of a refresh: its rows have the names that are stored, and its nodes are those of a refresh."""
+"""The page of the life of a refresh: its rows have stored names, and its nodes are a refresh's."""
 
 from __future__ import annotations
 

@@ -33,7 +33,6 @@ result = {
     "rollout": len(rollout),
     "config": quickstart.is_file(),
     "mined": mined.num_rows,
-    "stepped": bool(optimiser.state),
     "same": [draftsmith.load_drafter(f"models:/my-line{which}", target).block_size for which in ("@champion", "/1")],
     "block_size": drafter.block_size,
 }
@@ -81,5 +80,5 @@ def test_the_code_of_the_page_runs(folder: Path) -> None:
     assert result["outcome"] is None and result["rollout"] == 8
     assert all((Path(artifact) / "manifest.json").is_file() for artifact in result["artifacts"].values())
     assert result["same"] == [result["block_size"]] * 2
-    assert result["config"] and result["mined"] > 0 and result["stepped"]
+    assert result["config"] and result["mined"] > 0
     assert (folder / "acceptance.png").stat().st_size > 0

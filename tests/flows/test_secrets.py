@@ -23,7 +23,7 @@ VARIABLES = {
 def test_a_refresh_leaves_no_secret_behind(tmp_path: Path) -> None:
     home = tmp_path / "home"
     config = write_config(tmp_path / "toy.yaml", target={"leaks": "PLACE"})
-    done = run_toy(home, "refresh", config, **VARIABLES)
+    done = run_toy(home, "run", config, **VARIABLES)
     assert done.returncode == 0, done.stderr
     files = [path for path in home.rglob("*") if path.is_file()]
     holding = [str(path.relative_to(home)) for path in files if MARKER.encode() in path.read_bytes()]

@@ -22,7 +22,7 @@ SFT_STEPS, OPD_STEPS, TRAINED_ON, HELD_OUT = 200, 40, 160, 40
 
 @pytest.fixture
 def example(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Return the file as a module, with the sizes of the tiny target in place of its own."""
+    """Return the file as a module, with the sizes of the tiny target instead of its own."""
     spec = importlib.util.spec_from_file_location("whole_refresh", ROOT / "configs" / "whole_refresh.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -107,7 +107,7 @@ def write_config(path: Path, **sections: Any) -> Path:
 
     sections = {
         "name": "toy",
-        "stages": {"min_free_gb": 0.01, "grace_seconds": 10, "retry_delay_seconds": 0},
+        "stages": {"min_free_gb": 0.01, "retry_delay_seconds": 0},
         **sections,
     }
     path.write_text(yaml.safe_dump(sections))

@@ -1,4 +1,4 @@
-"""The `draftsmith` command with the toy pipeline: `python -m tests.flows.toy_command refresh CONFIG`.
+"""The `draftsmith` command with the toy pipeline: `python -m tests.flows.toy_command run CONFIG`.
 
 The environment variable TOY_FLOW names another flow of the pipeline.
 """

@@ -41,7 +41,7 @@ def saved_numbers(home: Path) -> int:
 def test_nothing_heavy_is_imported_early(code: str, heavy: set[str]) -> None:
     source = f"import atexit, sys; atexit.register(lambda: print(sorted({heavy} & set(sys.modules)))); {code}"
     done = subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]" and ("help" not in code or "refresh" in done.stdout)
+    assert done.stdout.splitlines()[-1] == "[]" and ("help" not in code or "champions" in done.stdout)
 
 
 def test_an_unreachable_mlflow_is_reported_before_the_work(
@@ -54,7 +54,7 @@ def test_an_unreachable_mlflow_is_reported_before_the_work(
 
 
 def test_a_plan_changes_nothing(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["refresh", str(write_config(tmp_path / "toy.yaml")), "--plan"], TOY) == 0
+    assert main(["run", str(write_config(tmp_path / "toy.yaml")), "--plan"], TOY) == 0
     assert "after left, right" in capsys.readouterr().out
     assert not home.exists()
 

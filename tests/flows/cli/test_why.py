@@ -36,7 +36,7 @@ def test_fields_seeds_inputs_files_code_and_versions_are_compared(
 
     dependent = why("left", "--set", "target.count=4", "--set", "left.factor=7")
     assert dependent.startswith("left: its key is known after target\n")
-    assert "config   factor: 1 -> 7\n" in dependent and "input    first: node target is not built yet" in dependent
+    assert "config   factor: 1 -> 7\n" in dependent and "input    first: node target is not made yet" in dependent
     assert "\ntarget: new: " in dependent and "config   count: 3 -> 4\n" in dependent
 
     added.write_text("2")
@@ -61,6 +61,6 @@ def test_fields_seeds_inputs_files_code_and_versions_are_compared(
 
     # a run of another name is compared with the nearest artifact
     other = why("target", "--set", "name=other", "--set", "target.count=9")
-    assert "the last artifact of its stage (no run of this name has built the node)" in other
+    assert "the last artifact of its stage (no run of this name has made the node)" in other
     assert "config   count: 4 -> 9\n" in other
     assert main(["why", config, "lfet"], TOY) == 2

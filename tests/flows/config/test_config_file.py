@@ -1,4 +1,4 @@
-"""Config files and overrides: what is read, and that every error is one line with a remedy."""
+"""Config files and overrides are read, and every error is one line with a remedy."""
 
 from __future__ import annotations
 

@@ -26,6 +26,7 @@ _YAML = [file for pattern in ("configs/*.yaml", "configs/scale/*.yaml") for file
 _LAB = list(ROOT.glob("tests/lab/experiments/*.yaml"))
 _PAGES = [
     *(ROOT / name for name in ("README.md", "flows/README.md", "stages/README.md", "artifacts/README.md")),
+    *(ROOT / "stages" / name for name in ("formats.md", "targets.md", "training.md", "verify-steps.md")),
     *(ROOT / "configs" / name for name in ("README.md", "own-logs.md", "scale/README.md", "team/README.md")),
     *(ROOT / "flows" / name for name in ("failed-night.md", "promote-by-hand.md", "refresh/README.md")),
     ROOT / "stages" / "engines" / "sglang" / "README.md",

@@ -110,7 +110,7 @@ def test_a_run_cancelled_while_it_waits_starts_nothing(
 def squares(
     home: Path, tracking: Tracking, shards: int, *, note: Path, die: Path | None = None, pool: ShardPool = run_locally
 ) -> Artifact:
-    """Build the node `squares` in so many shards."""
+    """Build the node `squares` in shards."""
     told = SquaresConfig(note_start=note, die=die)
     config = ToyConfig(name="t", squares=told, stages=StageOptions(shards=shards))
     nodes = {node.name: node for node in toy_nodes(config)}
@@ -204,7 +204,7 @@ def test_hosts_with_a_common_bucket_reuse_each_others_artifacts(
     here = {path.parent.parent.name: sorted(p.name for p in path.parent.iterdir()) for path in b.rglob(MANIFEST)}
     assert here == {"collect": [MANIFEST], "combine": [MANIFEST]}
 
-    at(b, "stage", "right", config)  # reads the target alone
+    at(b, "stage", "right", config)  # reads only the target
     here = {path.parent.parent.name: sorted(p.name for p in path.parent.iterdir()) for path in b.rglob(MANIFEST)}
     assert here["collect"] == [MANIFEST, "metrics.jsonl", "numbers.json"]
     assert (tmp_path / "started").read_text() == "started\n"

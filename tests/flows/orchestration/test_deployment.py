@@ -31,7 +31,7 @@ def test_a_deployment_needs_a_permanent_server_and_existing_nodes(
     assert main(["deploy", config, "--pool", "p", "--force", "lfet"], TOY) == 2
     assert "--force lfet: no such node" in capsys.readouterr().err
     assert main(["deploy", config, "--pool", "p", "--watch", "report", "--force", "left"], TOY) == 2
-    assert "a watch builds no node" in capsys.readouterr().err
+    assert "a watch makes no node" in capsys.readouterr().err
     assert main(["deploy", config, "--pool", "p", "--from", "lfet"], TOY) == 2
     assert "--from lfet: no such node" in capsys.readouterr().err
     assert not (tmp_path / "home").exists()

@@ -27,7 +27,7 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_other_users_of_the_machine_cannot_use_a_runs_temporary_server(tmp_path: Path) -> None:
     home, started = tmp_path / "home", tmp_path / "started"
     config = write_config(tmp_path / "toy.yaml", target={"seconds_each": 1, "note_start": str(started)})
-    with toy_command(home, "refresh", config) as run:
+    with toy_command(home, "run", config) as run:
         wait_until(started.exists, "the first stage has started", limit_s=180)
         processes = [Path(f"/proc/{pid}") for pid in processes_of(home)]
         environments = [

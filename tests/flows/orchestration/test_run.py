@@ -49,17 +49,17 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     target = {"count": 6, "fail_at": 4, "allow": str(allow), "note_start": str(starts), "lose_engine_until": str(lost)}
     config = write_config(folder / "toy.yaml", target=target)
     results: dict[str, Any] = {"home": home, "starts": starts}
-    results["failed"] = run_toy(home, "refresh", config)
+    results["failed"] = run_toy(home, "run", config)
     results["failed_tasks"] = task_runs(home)
     allow.touch()
     nowhere = "http://127.0.0.1:9"  # a proxy that does not answer
-    results["rerun"] = run_toy(home, "refresh", config, http_proxy=nowhere, HTTP_PROXY=nowhere, all_proxy=nowhere)
-    results["unchanged"] = run_toy(home, "refresh", config)
+    results["rerun"] = run_toy(home, "run", config, http_proxy=nowhere, HTTP_PROXY=nowhere, all_proxy=nowhere)
+    results["unchanged"] = run_toy(home, "run", config)
     results["changed"] = run_toy(
-        home, "refresh", config, "--set", "left.factor=3", "--from", "left", "--set", "verdict=refused"
+        home, "run", config, "--set", "left.factor=3", "--from", "left", "--set", "verdict=refused"
     )
     results["tasks"], results["flows"], results["runs"] = task_runs(home), flow_states(home), mlflow_runs(home)
-    results["shards"] = run_toy(home, "refresh", config, *in_shards(2))
+    results["shards"] = run_toy(home, "run", config, *in_shards(2))
     results["shard_tasks"] = task_runs(home)[len(results["tasks"]) :]
     results["config"] = config
     yield results
@@ -137,7 +137,7 @@ def test_shards_on_a_ray_cluster_have_the_same_content(story: dict[str, Any]) ->
     (before,) = (story["home"] / "store" / "squares").glob("[!.]*/manifest.json")
     content = json.loads(before.read_text())["content_id"]
     by_ray = in_shards(3, **{"stages.runner": "ray"})
-    found = run_toy(story["home"], "refresh", story["config"], *by_ray, "--force", "squares")
+    found = run_toy(story["home"], "run", story["config"], *by_ray, "--force", "squares")
     assert found.returncode == 0, found.stderr
     (after,) = (story["home"] / "store" / "squares").glob("[!.]*/manifest.json")
     assert json.loads(after.read_text())["content_id"] == content
@@ -174,7 +174,7 @@ def test_a_stopped_refresh_leaves_no_process_and_continues(tmp_path: Path, numbe
     home, worker_file = tmp_path / "home", tmp_path / "worker"
     target = {"count": 30, "seconds_each": 0.1, "worker": str(worker_file)}
     config = write_config(tmp_path / "toy.yaml", target=target)
-    command = toy_command(home, "refresh", config)
+    command = toy_command(home, "run", config)
     worker = pid_in(worker_file)
     saved = wait_for_saved(home)
     os.kill(command.pid, number)
@@ -189,7 +189,7 @@ def test_a_stopped_refresh_leaves_no_process_and_continues(tmp_path: Path, numbe
         assert flow_states(home) == ["Crashed"]
         assert {status for _, status in mlflow_runs(home)} == {"KILLED"}
 
-    again = run_toy(home, "refresh", config, "--until", "target")
+    again = run_toy(home, "run", config, "--until", "target")
     assert again.returncode == 0, again.stderr
     assert names(again.stdout, "done in") == ["target"]
     assert again.stdout.splitlines()[-1].startswith(f"target: {home}/store/collect/")
@@ -215,7 +215,7 @@ def prefect_of(home: Path) -> tuple[int, str, tuple[str, str]]:
 def test_a_run_succeeds_although_its_prefect_server_dies(tmp_path: Path) -> None:
     home = tmp_path / "home"
     config = write_config(tmp_path / "toy.yaml", target={"count": 15, "seconds_each": 0.1})
-    command = toy_command(home, "refresh", config, PREFECT_CLIENT_MAX_RETRIES="1")
+    command = toy_command(home, "run", config, PREFECT_CLIENT_MAX_RETRIES="1")
     wait_for_saved(home)
     for pid in processes_of(home):
         if "uvicorn" in Path(f"/proc/{pid}/cmdline").read_text():
@@ -249,7 +249,7 @@ def test_a_run_that_is_cancelled_in_prefect_saves_its_stage(tmp_path: Path) -> N
 
     home = tmp_path / "home"
     config = write_config(tmp_path / "toy.yaml", target={"count": 999, "seconds_each": 0.1, "seconds_to_save": 2})
-    command = toy_command(home, "refresh", config)
+    command = toy_command(home, "run", config)
     wait_for_saved(home)
     _, url, user = prefect_of(home)
     api = httpx.Client(base_url=url, auth=user, trust_env=False)
@@ -284,7 +284,7 @@ def test_two_concurrent_refreshes_in_a_new_home_make_every_artifact_once(tmp_pat
         right={"factor": 2, **noted},
         total=noted,
     )
-    racers = [toy_command(home, "refresh", config) for _ in range(2)]
+    racers = [toy_command(home, "run", config) for _ in range(2)]
     outputs = [racer.communicate(timeout=600) for racer in racers]
     assert [racer.returncode for racer in racers] == [0, 0], outputs
     assert starts.read_text() == "started\n" * 4

@@ -132,7 +132,7 @@ def test_the_image_has_a_compiler_for_triton_and_sglang() -> None:
 
 
 def test_containers_of_a_host_share_its_device_locks() -> None:
-    """In a folder of its own a container would take a GPU that another one uses."""
+    """With a separate folder a container would take a GPU that another one uses."""
     pool = json.loads((TEAM / "pools" / "docker.json").read_text())["variables"]["properties"]
     assert FOLDER not in pool["env"]["default"]
     assert f"{DEFAULT_FOLDER}:{DEFAULT_FOLDER}" in pool["volumes"]["default"]

@@ -19,7 +19,7 @@ class CollectConfig(Config):
 
     count: int = 5
     seconds_each: float = 0.0
-    fail_at: int | None = None  # a user's error after so many numbers, unless the file `allow` exists
+    fail_at: int | None = None  # number of numbers before a user's error, unless the file `allow` exists
     allow: Path | None = None
     lose_engine_until: Path | None = None  # a retryable error on every attempt, counted in this file, up to two
     worker: Path | None = None  # start a grandchild that writes its process id here
