@@ -12,6 +12,7 @@ from pydantic import RootModel
 from draftsmith.artifacts.results.base import Record, ResultFile, SetMetrics
 
 CHAMPION, PLAIN = "champion", "plain"  # arms: the drafter that serves, and decoding without a drafter
+NATIVE = "native"  # arm: the target's own head
 
 
 class Difference(Record):
@@ -164,7 +165,7 @@ class Verdict(Record):
 class SpeedWarning(Record):
     """A reason why speeds at one setting cannot be trusted."""
 
-    kind: str  # one of the kinds in `stages/evaluation/validity.py`
+    kind: str  # one of the kinds in `stages/evaluation/speed_warnings.py`
     text: str
     temperature: float
     concurrency: int
@@ -285,7 +286,7 @@ class EvaluationResult(ResultFile, Record):
     @property
     def challenger(self) -> str:
         """Return the arm with the highest tau on the validation split; without one, the last training of a refresh."""
-        arms = [arm for arm in self.drafters if arm != CHAMPION]
+        arms = [arm for arm in self.drafters if arm not in (CHAMPION, NATIVE)]
         taus = {arm: tau for arm, tau in (self.validation_tau or {}).items() if arm in arms and tau is not None}
         if taus:
             return max((arm for arm in arms if arm in taus), key=taus.__getitem__)
@@ -295,7 +296,7 @@ class EvaluationResult(ResultFile, Record):
     def better_arm(self) -> str | None:
         """Return the arm with the highest tau on held-out prompts if that is above the challenger's; else None."""
         taus = {arm: self.drafters[arm].tau for arm in self.validation_tau or {} if arm in self.drafters}
-        best = max((arm for arm in taus if arm != CHAMPION), key=taus.__getitem__, default=None)
+        best = max((arm for arm in taus if arm not in (CHAMPION, NATIVE)), key=taus.__getitem__, default=None)
         return best if best is not None and taus[best] > self.drafters[self.challenger].tau else None
 
     @property

@@ -71,7 +71,7 @@ TRAJECTORIES = _table(
     engine=pa.string(),
 )
 
-TIMINGS = _table(  # volatile, so in another file than the trajectories
+TIMINGS = _table(  # volatile, so not in the file of the trajectories
     "timings",
     3,
     trajectory_id=pa.string(),
@@ -161,7 +161,7 @@ REQUESTS = _table(  # one row per request of an evaluation
     margin=pa.float32(),  # logit gap between the target's best and the differing token; NaN if none or unknown
 )
 
-TURNS = _table(  # one row per timed run: an arm decodes all prompts of a setting once
+TIMED_RUNS = _table(  # one row per timed run: an arm decodes all prompts of a setting once
     "turns",
     3,
     nullable=("others_share",),

@@ -213,12 +213,12 @@ class RefreshRun:
         """Begin no run yet. params: the config. data: nodes whose artifacts are the run's data sets."""
         self._tracking, self._name, self._params, self._data = tracking, name, params, data
         self._id: str | None = None
-        self._building = False  # a stage was built, so no earlier run has the same artifacts
+        self._building = False  # a stage was made, so no earlier run has the same artifacts
         self._earlier: str | None = None  # the finished run that has the same artifacts
         self._opening, self._alive, self._files = threading.Lock(), ExitStack(), list[Path]()
 
     def open(self) -> str | None:
-        """Return the run's id for a stage that is to be built; None if MLflow failed: the next call tries again."""
+        """Return the run's id for a stage that is to be made; None if MLflow failed: the next call tries again."""
         self._building = True
         return self._open()
 
@@ -262,7 +262,7 @@ class RefreshRun:
         name: str | None = None,
         concluded: bool = False,
     ) -> None:
-        """End the run under a new name. A refresh that failed before its first stage was built has none in MLflow.
+        """End the run under a new name. A refresh that failed before its first stage was made has none in MLflow.
 
         files: the report. tags: its outcome. An earlier run with the same artifacts is only tagged as reused, unless it
         ended without a conclusion (`--until`) and this one is `concluded`.

@@ -210,6 +210,7 @@ def test_the_second_of_two_homes_that_share_only_mlflow_must_decide_again(
     line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They share no file lock: the other one promotes just after this one has written its event."""
+    monkeypatch.setattr(registry_module, "_RIVAL_S", 0.1)  # this one's promotion cannot end while the other one waits
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/shared.db")
     here, there = (Registry(Tracking(tmp_path / name)) for name in ("here", "there"))
     first = here.register(line, ref(tmp_path, "a"), {})
