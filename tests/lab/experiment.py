@@ -44,7 +44,7 @@ from tests.testbed.procedural.training import ShapeConfig, TrainingTextConfig, t
 from tests.testbed.target import trained_target
 
 _PROMPTS_SEED = 1001
-_SPARE = 2  # rows of the prompts' file for each that is asked for: a split takes those of its class alone
+_SPARE = 2  # rows of the prompts' file for each that is asked for: a split takes only those of its class
 
 
 class Arm(Config):

@@ -35,7 +35,7 @@ from draftsmith.stages.targets.sampling import SamplingParams
 from tests.testbed import cache as folders
 from tests.testbed.procedural.text import examples
 from tests.testbed.procedural.training import CHAT_TEMPLATE, training_examples
-from tests.testbed.target import SHAPE, TAUGHT, target_folder, trained_target
+from tests.testbed.target import SHAPE, TAUGHT, trained_target
 
 INDEX = "season.json"
 HELD_OUT = 160
@@ -50,6 +50,7 @@ class Week:
     target: str
     families: tuple[str, ...]  # in turn
     trained: int = 240  # answers of the first six days
+    validation: int = 0  # more of them, which only learning rates are chosen on
     max_new_tokens: int = 96
 
 
@@ -96,7 +97,7 @@ class Season:
 
     @cache  # noqa: B019
     def answers(self, number: int) -> Path:
-        """Return the folder of a week's answers as stages read them: `train` and `heldout`."""
+        """Return the folder of a week's answers as stages read them: `train`, `validation` and `heldout`."""
 
         def build(folder: Path) -> None:
             rows = [
@@ -108,7 +109,7 @@ class Season:
                 }
                 for row in self.rows(number)
             ]  # fmt: skip
-            for split in ("train", "heldout"):
+            for split in ("train", "validation", "heldout"):
                 (folder / split).mkdir()
                 chosen = [row for row in rows if row["split"] == split]
                 write_table(folder / split / "trajectories.parquet", TRAJECTORIES, chosen)
@@ -145,7 +146,8 @@ class Season:
         week, target, sampling = self.weeks[number], self.target(number), SamplingParams(temperature=self.temperature)
         rows: list[dict[str, Any]] = []
         names = itertools.count()
-        count = week.trained + HELD_OUT
+        learned = week.trained + week.validation
+        count = learned + HELD_OUT
         while len(rows) < count:
             requests, given = [], {}
             for family, prompt in itertools.islice(asked, count - len(rows)):
@@ -165,9 +167,8 @@ class Season:
                 if len(answers[name].response_ids) >= 2
             ]  # fmt: skip
         for i, row in enumerate(rows):
-            held_out = i >= week.trained
-            day = 6 + (i - week.trained) / HELD_OUT if held_out else 6 * i / week.trained
-            row["split"] = "heldout" if held_out else "train"
+            day = 6 + (i - learned) / HELD_OUT if i >= learned else 6 * i / learned
+            row["split"] = "train" if i < week.trained else "validation" if i < learned else "heldout"
             row["timestamp"] = (FIRST_MONDAY + timedelta(weeks=number, days=day)).isoformat()
         return rows
 
@@ -207,7 +208,8 @@ def copy_target(source: Path, out: Path, weights: Mapping[str, torch.Tensor]) ->
 # -- the procedural target ---------------------------------------------------------------------------------------------
 
 _SHIPPED = Path(__file__).parent / "season"
-FINE_TUNING = TAUGHT.model_copy(update={"steps": 150, "revision_2": 0.7, "learning_rate": 2e-3, "seed": 1})
+FIRST = TAUGHT.model_copy(update={"seed": 20, "text_seed": 20})
+FINE_TUNING = FIRST.model_copy(update={"steps": 150, "revision_2": 0.7, "learning_rate": 2e-3, "seed": 21})
 SYSTEM_TURN = "<|im_start|>system\nAnswer in the usual form.<|im_end|>\n"
 OLD_TRAFFIC, NEW_TRAFFIC = ("record", "dialogue"), ("story", "record", "story", "dialogue")
 
@@ -225,7 +227,7 @@ def _shipped(name: str) -> str:
                 (folder / path.name).symlink_to(Path("..", source.name, path.name))
         (folder / "chat_template.jinja").write_text(SYSTEM_TURN + CHAT_TEMPLATE)
         return str(folder)
-    first = target_folder()
+    first = trained_target("target-season-first", FIRST, SHAPE)
     if name == "target-2":
         source = Path(_shipped("target-1"))
     else:
@@ -236,7 +238,9 @@ def _shipped(name: str) -> str:
 
 
 def _procedural_prompts(number: int, week: Week, seen: frozenset[str]) -> Iterator[tuple[str, str]]:
-    for example in examples(2000 + number, 2 * (week.trained + HELD_OUT), exclude=seen, families=week.families):
+    for example in examples(
+        5000 + number, 2 * (week.trained + week.validation + HELD_OUT), exclude=seen, families=week.families
+    ):
         yield example.family, example.prompt
 
 
@@ -245,7 +249,7 @@ PROCEDURAL = Season(
     folder=_SHIPPED,
     weeks=(
         Week("first", "target-0", OLD_TRAFFIC, trained=480),
-        Week("fine-tuned target", "target-1", OLD_TRAFFIC),
+        Week("fine-tuned target", "target-1", OLD_TRAFFIC, validation=80),
         Week("nothing", "target-1", OLD_TRAFFIC),
         Week("traffic", "target-1", NEW_TRAFFIC),
         Week("quantised target", "target-2", NEW_TRAFFIC),
@@ -256,7 +260,7 @@ PROCEDURAL = Season(
     dtype="float32",
     source=_shipped,
     asked=_procedural_prompts,
-    seen=lambda: frozenset(e.prompt for taught in (TAUGHT, FINE_TUNING) for e in training_examples(taught)),
+    seen=lambda: frozenset(e.prompt for taught in (FIRST, FINE_TUNING) for e in training_examples(taught)),
 )
 
 

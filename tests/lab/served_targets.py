@@ -3,7 +3,7 @@
 The small target of the test bed is computed in bfloat16: as it is, with its linear maps rounded to 8 bits (a scale a
 row), and to 4 bits (a scale for 32 weights), as a server quantises weights. Each gives greedy answers to the same
 prompts, and drafters are trained on each. All are replayed on the held-out answers of all; on those of a rounded target
-also with hidden states of the first one, as by a gate that knows transformers' target alone. A finished stage is kept.
+also with hidden states of the first one, as by a gate that knows only transformers' target. A finished stage is kept.
 """
 
 from __future__ import annotations

@@ -1,38 +1,24 @@
-"""The refresh benchmark: what is shipped is unchanged, a rival trains as its paper says, scores follow the bars."""
+"""The refresh benchmark: what is shipped is unchanged, an arm is what the bars say, intervals include all errors."""
 
 from __future__ import annotations
 
 import json
-from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, load_trajectories
-from draftsmith.stages.drafters.base import PreparedDrafter
 from draftsmith.stages.drafters.checkpoint import load_drafter
-from draftsmith.stages.drafters.dflash.model import DFlashDrafter
-from draftsmith.stages.replay.chains import committed_tokens, draft
-from draftsmith.stages.training.batches import FeatureSource
-from draftsmith.stages.training.drafted_blocks import DraftingView, encode_batch, tokens_at
-from tests.lab.benchmark import (
-    Benchmark,
-    arm_in,
-    compare,
-    compare_offsets,
-    half,
-    promotes,
-    run_stage,
-    stats_of,
-    write_results,
-)
-from tests.lab.rivals import ShuffledAnchors, hidden_after_prefix
+from draftsmith.stages.training.config import OpdConfig
+from draftsmith.stages.training.opd.body import MinedData
+from draftsmith.stages.training.opd.verify_steps import load_mined
+from tests.lab.benchmark import LABS, MAIN, Row, append, chosen_rate, compare, lines_of, mine, read_rows, run_stage
+from tests.lab.rivals import ChosenAnswers, repeated
 from tests.lab.seasons import INDEX, PROCEDURAL, SEASONS, Season, checksum, rounded
 from tests.testbed.refresh import load_config
-
-PROCEDURAL_ARMS = Benchmark.of_procedural()
 
 
 @pytest.mark.parametrize("season", SEASONS.values(), ids=list(SEASONS))
@@ -54,7 +40,8 @@ def test_weeks_are_split_by_time_and_share_no_prompt(season: Season) -> None:
         times = [row["timestamp"] for row in rows]
         assert latest < times[0] and times == sorted(times)
         latest = times[-1]
-        assert [row["split"] for row in rows] == ["train"] * week.trained + ["heldout"] * (len(rows) - week.trained)
+        learned = ["train"] * week.trained + ["validation"] * week.validation
+        assert [row["split"] for row in rows] == learned + ["heldout"] * (len(rows) - len(learned))
         prompts = {tuple(row["prompt_token_ids"]) for row in rows}
         assert len(prompts) == len(rows) and not prompts & seen
         seen |= prompts
@@ -75,97 +62,77 @@ def test_the_config_for_any_drafter_is_valid() -> None:
     assert config.heldout.answers is not None and config.prompts.prompt_count("heldout") == 480
 
 
-@pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The inputs of a training: a drafter that has learned next to nothing."""
-    folder = tmp_path_factory.mktemp("first") / "out"
+@pytest.mark.parametrize("lab", LABS)
+def test_arms_share_everything_but_anchors_and_loss(lab: str) -> None:
+    shared = ("steps", "learning_rate", "sequences_per_step", "anchors_per_sequence", "compute_dtype", "head_tokens")
+    arms = LABS[lab].arms(7, 0.5)
+    assert {json.dumps([config.get(name) for name in shared]) for _, config in arms.values()} == {
+        json.dumps([arms["sft"][1].get(name) for name in shared])
+    }
+
+
+def test_answers_with_many_mined_errors_are_trained_more_often(tmp_path: Path) -> None:
+    assert repeated(np.array([0.1, 0.5, 0.3, 0.2, 0.6, 0.0])) == [0, 1, 1, 1, 2, 2, 3, 3, 4, 4, 4, 5]
+    lab, target = LABS["dflash"], PROCEDURAL.target(0)
     inputs = {"target": PROCEDURAL.target_artifact(0), "trajectories": PROCEDURAL.answers(0) / "train"}
-    run_stage("sft", PROCEDURAL_ARMS.first.model_copy(update={"steps": 2}).model_dump(), folder, inputs)
-    return inputs | {"drafter": folder}
+    run_stage("sft", lab.sft(2), tmp_path / "first", inputs)
+    inputs["drafter"] = tmp_path / "first"
+    _, config = lab.arms(2)["chosen"]
+    mine(lab, config, tmp_path / "mined", inputs)
+    drafter = load_drafter(tmp_path / "first" / DRAFTER_FOLDER, target, torch.float32)
+    stored = load_trajectories(inputs["trajectories"])
+    table = load_mined(inputs["mined"], stored.trajectories, drafter.block_size, whole=True)
+    data = MinedData(trajectories=stored.trajectories, sampling=stored.sampling, mined=table)
+    usable = ChosenAnswers(drafter, target, data, OpdConfig.model_validate(config)).usable
+    assert len(usable) == 2 * len(stored.trajectories) and set(usable) == set(range(len(stored.trajectories)))
+    run_stage("chosen", config, tmp_path / "out", inputs)
+    load_drafter(tmp_path / "out" / DRAFTER_FOLDER, target)
 
 
-def test_the_rival_trains_a_checkpoint_that_loads(start: dict[str, Path], tmp_path: Path) -> None:
-    trainer, config = PROCEDURAL_ARMS.arms["visible-prefix"]
-    run_stage(trainer, {**config, "steps": 2}, tmp_path / "out", start)
-    target = PROCEDURAL.target(0)
-    before, after = (load_drafter(folder / DRAFTER_FOLDER, target) for folder in (start["drafter"], tmp_path / "out"))
-    weights = dict(after.named_parameters())
-    assert weights.keys() == dict(before.named_parameters()).keys()
-    assert any(not torch.equal(parameter, weights[name]) for name, parameter in before.named_parameters())
+def test_the_rate_of_an_arm_is_the_best_on_average_over_champions(tmp_path: Path) -> None:
+    path = tmp_path / "rates.jsonl"
+    for champion, rate, value in ((0, 0.5, 2.0), (1, 0.5, 2.0), (0, 1.0, 2.5), (1, 1.0, 1.7), (0, 2.0, 1.0)):
+        append(path, {"lab": "dflash", "arm": "chains", "rate": rate, "champion": champion, "tau": value})
+    append(path, {"lab": "dflash", "arm": "sft", "rate": 2.0, "champion": 0, "tau": 3.0})
+    assert chosen_rate(read_rows(path), "dflash", "chains") == 1.0
+    with pytest.raises(SystemExit, match="paper of dflash has no learning rate yet"):
+        chosen_rate(read_rows(path), "dflash", "paper")
 
 
-def test_with_one_visible_token_a_block_is_drafted_as_it_is_served(start: dict[str, Path]) -> None:
-    target = PROCEDURAL.target(0)
-    drafter = load_drafter(start["drafter"] / DRAFTER_FOLDER, target)
-    assert isinstance(drafter, DFlashDrafter)
-    trajectories = load_trajectories(start["trajectories"]).trajectories[:2]
-    features = FeatureSource(target, drafter.target_layer_ids, trajectories, PROCEDURAL_ARMS.first, with_hidden=False)
-    batch = features.batch([0, 1])
-    anchors = torch.tensor([[t.first_anchor, t.first_anchor + 3] for t in trajectories], device=target.device)
-    context = encode_batch(drafter, batch)
-    served = drafter.block_hidden(context, tokens_at(batch, anchors, 0, drafter.block_size - 1), anchors)
-    one, two = (
-        hidden_after_prefix(drafter, context, batch, anchors, torch.full_like(anchors, visible)) for visible in (1, 2)
+def _line(tau: float, noise: np.ndarray) -> Row:
+    return {"committed": (10 * tau + noise).tolist(), "verify_steps": [10] * len(noise)}
+
+
+def _lines(taus: dict[tuple[int, int], float], noise: np.ndarray) -> dict[tuple[int, int], list[Row]]:
+    return {key: [_line(tau, noise)] for key, tau in taus.items()}
+
+
+def test_an_interval_includes_answers_seeds_and_champions() -> None:
+    noise = np.random.default_rng(0).normal(0, 1, 160)
+    keys = [(champion, seed) for champion in (0, 1) for seed in (0, 1, 2)]
+    base = _lines(dict.fromkeys(keys, 2.0), np.zeros(160))
+    same = compare(_lines(dict.fromkeys(keys, 2.1), np.zeros(160)), base)
+    assert same.difference == pytest.approx(0.1) and same.verdict == "wins"
+    assert (same.of_answers, same.of_lines) == (pytest.approx(0, abs=1e-9), pytest.approx(0, abs=1e-9))
+    of_answers = compare(_lines(dict.fromkeys(keys, 2.1), noise), base)
+    assert of_answers.of_answers == pytest.approx(noise.std(ddof=1) / 10 / 160**0.5, rel=0.01)
+    seeds = dict(zip(keys, (2.0, 2.1, 2.2) * 2, strict=True))
+    assert compare(_lines(seeds, np.zeros(160)), base).of_lines == pytest.approx(
+        np.std([0, 0.1, 0.2] * 2, ddof=1) / 6**0.5
     )
-    torch.testing.assert_close(one, served)
-    assert not torch.allclose(two, served)
+    champions = compare(_lines({key: 2.05 + 0.1 * key[0] for key in keys}, np.zeros(160)), base)
+    assert champions.of_lines == pytest.approx(0.05)  # and not that of six lines
+    most = (2.01505 * 0.05 - 0.1) / 2  # Student's t of five degrees of freedom
+    assert champions.verdict == "ties" and champions.most_lost == pytest.approx(most, rel=1e-3)
 
 
-def test_shuffled_steps_are_those_of_the_other_blocks(start: dict[str, Path]) -> None:
-    target = PROCEDURAL.target(0)
-    drafter = load_drafter(start["drafter"] / DRAFTER_FOLDER, target, torch.float32)
-    trajectories = load_trajectories(start["trajectories"]).trajectories[:4]
-    batch = FeatureSource(
-        target, drafter.target_layer_ids, trajectories, PROCEDURAL_ARMS.first, with_hidden=False
-    ).batch(range(4))
-    context, head = encode_batch(drafter, batch), drafter.drafting_head(target.head_weight, None)
-    view = DraftingView(batch, context, head, None)
-    found = ShuffledAnchors(drafter, 16).sample(0, range(4), view, np.full((4, 1), 0.5))
-    assert found.steps is not None
-    tokens = committed_tokens(trajectories, 7, target.device)
-    own = draft(PreparedDrafter(drafter, head, 8), context, tokens, found.anchors).accepted + 1
-    assert found.steps.committed.flatten().sort().values.equal(own.flatten().sort().values)
-    assert not found.steps.committed.equal(own)
+def test_an_arm_is_compared_on_lines_that_have_all_weeks() -> None:
+    def row(arm: str, seed: int, week: int) -> dict[str, Any]:
+        about = {"lab": "dflash", "steps": 150, "arm": arm, "champion": 0, "seed": seed, "week": week}
+        return {**about, **_line(2.0, np.zeros(4))}
 
-
-def test_an_arm_goes_on_as_another_one() -> None:
-    assert [arm_in("plateau-then-frozen", number) for number in (1, 2, 3)] == ["plateau", "frozen", "frozen"]
-    assert arm_in("opd", 3) == "opd"
-
-
-def test_results_of_other_arms_and_of_more_seeds_stay(tmp_path: Path) -> None:
-    path = tmp_path / "results.json"
-    for week, arm, seeds in (("1", "sft", [0, 1]), ("2", "sft", [0, 1]), ("1", "opd", [0]), ("1", "sft", [0])):
-        row = {"taus": [2.0] * len(seeds)}
-        write_results(path, {"seeds": seeds, "weeks": {week: {"change": "nothing", "arms": {arm: row}}}})
-    found = json.loads(path.read_text())
-    rows = {(n, arm): len(row["taus"]) for n, week in found["weeks"].items() for arm, row in week["arms"].items()}
-    assert rows == {("1", "sft"): 2, ("1", "opd"): 1, ("2", "sft"): 2}
-    assert found["seeds"] == [0, 1]
-
-
-def test_verdicts_and_gate_follow_the_measured_difference() -> None:
-    steps, noise = np.full(80, 10.0), np.random.default_rng(0).normal(0, 1, 80)
-    base, better = stats_of(30 + noise, steps), stats_of(33 + noise, steps)
-    families = [("record",)] * 80
-    assert compare([better], [base])["verdict"] == "wins" and compare([base], [better])["verdict"] == "loses"
-    assert compare([base], [base])["verdict"] == "ties"
-    assert compare([stats_of(30.1 + noise, steps)], [base])["verdict"] == "ties"  # measurable, and below 1 %
-    assert promotes(better, base, families)
-    assert not promotes(base, base, families) and not promotes(base, better, families)
-
-
-def test_offsets_are_the_first_proposal_and_what_follows_it() -> None:
-    base = [stats_of(np.ones(4), np.ones(4), np.array([[5, 3, 2]] * 4))]
-    better = [stats_of(np.ones(4), np.ones(4), np.array([[5, 1, 4]] * 4))]
-    found = compare_offsets(better, base)
-    assert found["first"]["gain"] == pytest.approx(0)
-    assert found["accepted_then"]["gain"] == pytest.approx((9 / 5) / (7 / 5) - 1)
-
-
-def test_both_halves_have_equal_shares_of_each_family() -> None:
-    for season in SEASONS.values():
-        for number in range(len(season.weeks)):
-            families = season.families(number)
-            halves = [Counter(families[i] for i in half(families, which)) for which in (0, 1)]
-            assert halves[0] == halves[1] and sum(halves[0].values()) == len(families) / 2
+    rows = [row(arm, seed, week) for arm in MAIN for seed in (0, 1) for week in (1, 2)]
+    rows.remove(row("chains", 1, 2))
+    found = lines_of(rows, [1, 2])[("dflash", 150)]
+    assert {arm: len(lines) for arm, lines in found.items()} == dict.fromkeys(MAIN, 2) | {"chains": 1}
+    assert compare(found["chains"], found["sft"]).lines == 1
