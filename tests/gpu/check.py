@@ -28,13 +28,13 @@ OUT = Path("build/gpu")
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the JSON file")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="left out: CUDA if there is any")
-    parser.add_argument("--scale", choices=SCALES, help="left out: Qwen3-4B on CUDA, tiny elsewhere")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="by default CUDA if there is any")
+    parser.add_argument("--scale", choices=SCALES, help="by default Qwen3-4B on CUDA, tiny elsewhere")
     parser.add_argument("--repetitions", type=int, default=2, help="steps of each training that are measured")
     parser.add_argument(
-        "--minutes", type=float, default=MINUTES, help="time limit; trainings that do not fit are left out"
+        "--minutes", type=float, default=MINUTES, help="time limit; trainings that do not fit are skipped"
     )
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="trainings; left out: all")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="trainings; by default all")
     options = parser.parse_args(arguments)
     options.json = options.out / f"gpu-check{f'-{options.scale}' if options.scale else ''}.json"
     return options

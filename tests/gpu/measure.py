@@ -87,7 +87,7 @@ def measure_training(
         torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
         context = Timed.under(Path(folder))
-        of_row = config.anchors_per_sequence * drafter.block_size  # tokens beside its trajectory
+        of_row = config.anchors_per_sequence * drafter.block_size  # tokens in addition to its trajectory
         micro_batches = MicroBatches(training.micro_batches, limit, of_row, context)
         totals = train(context, drafter, config, micro_batches, training.memory)
     peak = torch.cuda.max_memory_allocated() if on_gpu else None
@@ -128,7 +128,7 @@ def _profile(
     step: Mapping[str, Any],
     limit: int,
 ) -> Profile:
-    """Return the profile of a small step: the second of three, so that the next one's features are read beside it."""
+    """Return the profile of a small step: the second of three, so that the next one's features are read during it."""
     training = make_training(kind, drafter, target, trajectories, {**step, "sequences_per_step": PROFILED, "steps": 3})
     profile = Profile(target.device)
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder, watched(target), profile.profiler:

@@ -61,7 +61,7 @@ class Rows:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--scale", choices=SCALES, help="left out: Qwen3-4B on CUDA, tiny elsewhere")
+    parser.add_argument("--scale", choices=SCALES, help="by default Qwen3-4B on CUDA, tiny elsewhere")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the rows")
     options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -130,12 +130,15 @@ def _losses(rows: Rows, scale: Scale, device: str) -> None:
         for loss in LOSSES:
             fields = {"loss": loss, "scope": "block", "positions": {"kind": "d_pace"}}
             stream = ResponseStream.model_validate(fields)
-            rows.timed(
-                f"loss {loss}",
-                lambda signal=signal, stream=stream: head_loss(hidden, signal, stream).terms.sum().backward(),  # type: ignore[misc]
-                chunk=positions,
-                positions=N,
-            )
+            for stance in ("force_eager", "default"):
+                with torch.compiler.set_stance(stance):
+                    rows.timed(
+                        f"loss {loss}",
+                        lambda signal=signal, stream=stream: head_loss(hidden, signal, stream).terms.sum().backward(),  # type: ignore[misc]
+                        chunk=positions,
+                        positions=N,
+                        compiled=stance == "default" and device == "cuda",
+                    )
 
 
 def _target_layer(rows: Rows, scale: Scale, target: Target) -> None:

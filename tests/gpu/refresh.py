@@ -227,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("--sglang", type=Path, metavar="PYTHON", help="generate on SGLang servers of this interpreter")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the JSON file")
-    parser.add_argument("--home", type=Path, help="of artifacts and logs; left out: a folder of the model in --out")
+    parser.add_argument("--home", type=Path, help="folder of artifacts and logs; by default the model's in --out")
     parser.add_argument(
         "--until", nargs="+", default=["mining", "evaluation"], metavar="NODE", help="the last stages (%(default)s)"
     )

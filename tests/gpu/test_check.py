@@ -36,7 +36,7 @@ def test_every_training_is_measured(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_the_commands_need_no_index_and_neither_prefect_nor_mlflow() -> None:
-    """A GPU machine without a package index has the numerical libraries alone."""
+    """A GPU machine without a package index has only the numerical libraries."""
     commands = subprocess.run(
         ["make", "--dry-run", "gpu-check", "VENV=nowhere", f"PYTHON={sys.executable}"],
         cwd=ROOT,

@@ -1,4 +1,4 @@
-"""The steps of the hour (`hour.sh`) in their smallest form on a CPU, each on a machine of its own."""
+"""The steps of the hour (`hour.sh`) in their smallest form on a CPU, each on a separate machine."""
 
 from __future__ import annotations
 

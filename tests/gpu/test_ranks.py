@@ -23,7 +23,7 @@ from tests.stages.runtime.trainings import Training, run_all
 from tests.testbed import random_target
 from tests.testbed.context import RecordingContext
 
-# Sends as one of two ranks, and receives from itself alone: sums have one term.
+# Sends as one of two ranks, and receives only from itself: sums have one term.
 SENDING = Ranks(0, 2)
 
 
@@ -57,7 +57,7 @@ def test_gathered_objects_gradients_and_weights_arrive(group: str) -> None:
 
 
 def test_a_sharded_optimiser_moves_weights_as_a_whole_one(group: str) -> None:
-    config = TrainingConfig(parallel=ParallelConfig(processes=2, shard_optimiser=True), weight_decay=0.01)
+    config = TrainingConfig(parallel=ParallelConfig(processes=2, shard_optimiser=True))
     whole = torch.nn.Linear(4, 3, device=group)
     split = copy.deepcopy(whole)
     optimisers = [make_optimiser(whole.parameters(), config), make_optimiser(split.parameters(), config, SENDING)]
@@ -83,7 +83,7 @@ def test_a_sharded_optimiser_moves_weights_as_a_whole_one(group: str) -> None:
 def test_two_ranks_train_the_same_drafter_as_one(tmp_path: Path, plain_artifact: Path) -> None:
     answers = random_target.write_trajectories(tmp_path / "answers", random_target.trajectories(12, seed=5))
     inputs = {"target": plain_artifact, "trajectories": answers}
-    drafter = {"num_layers": 1, "block_size": 5, "target_layer_ids": [2, 0], "intermediate_size": 40}
+    drafter = {"num_layers": 1, "block_size": 5, "target_layer_ids": [2, 0]}
     named = {name: str(folder) for name, folder in inputs.items()}
     training = Training("sft", "draftsmith.stages.training.sft.stage", {"drafter": drafter}, named)
     alone = RecordingContext.under(tmp_path / "one", inputs)

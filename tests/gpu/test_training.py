@@ -90,7 +90,7 @@ def test_a_training_learns_and_continues_from_its_checkpoint(kind: str, device: 
 
 
 def test_prefetched_features_are_those_of_their_batch(device: str) -> None:
-    """Beside other work, in memory that is reused."""
+    """While other work runs, in memory that is reused."""
     target = make_target(TINY, device, "bfloat16", alike=True)
     trajectories = make_trajectories(TINY, equally_long=False)
     config = TrainingConfig(tokens_per_target_forward=64, feature_memory_mb=1e-6)

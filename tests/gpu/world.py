@@ -43,7 +43,7 @@ TINY = Scale(
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
     },
     DFlashConfig(num_layers=2, block_size=5, target_layer_ids=(2, 0), mask_token=255),
-    {"sequences_per_step": 3, "anchors_per_sequence": 4, "feature_memory_mb": 1e-3},  # read anew, as the large ones
+    {"sequences_per_step": 3, "anchors_per_sequence": 4, "feature_memory_mb": 1e-3},  # read again in every step
     prompt=4,
     longest=40,
     answers=6,
@@ -106,7 +106,7 @@ def make_target(scale: Scale, device: str, dtype: str, *, alike: bool = False) -
 
 
 def make_drafter(shape: DrafterConfig, target: Target, *, alike: bool = False) -> Drafter:
-    """Of float32 weights, as a training has it, over every token as often as any other. alike: as of `make_target`."""
+    """Make a drafter in float32, as in training, with all tokens equally frequent. alike: same as in `make_target`."""
     frequent = torch.arange(target.info.vocab_size)
     drafter = create_drafter(shape, target, seed=0, frequent=frequent)
     drafter.frequent_tokens = frequent.to(target.device)
