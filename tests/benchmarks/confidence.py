@@ -50,7 +50,7 @@ def answers_of(made: DrafterArtifacts, prompts: Path, temperature: float, folder
 def measure(made: DrafterArtifacts, answers: Path, heldout: Path, steps: int, folder: Path) -> dict[str, Any]:
     """Train a drafter and measure its confidence; return a row of the table."""
     ctx = RecordingContext.under(folder, {"target": made.target, "trajectories": answers})
-    start = {"init_from": str(made.drafter / DRAFTER_FOLDER), "drafter": {"kind": "dspark", "markov_rank": 16}}
+    start = {"init_from": str(made.drafter / DRAFTER_FOLDER), "drafter": {"kind": "dspark"}}
     SFT.run(ctx, SftConfig.model_validate({**TRAINING, **start, "steps": steps}))
     target = Target.load(made.target, device="cpu")
     drafters = {"it": load_drafter(ctx.out / DRAFTER_FOLDER, target)}

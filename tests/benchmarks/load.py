@@ -17,13 +17,8 @@ from typing import Any
 import numpy as np
 
 from draftsmith.artifacts.results.evaluation import PLAIN, LoadPoint
-from draftsmith.stages.data.trajectories import (
-    DRAFTER_FOLDER,
-    Prompt,
-    Trajectory,
-    load_prompts,
-    load_trajectories,
-)
+from draftsmith.stages.data.stored_prompts import Prompt, load_prompts
+from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, Trajectory, load_trajectories
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.engines.base import Completion, Request
@@ -70,7 +65,7 @@ class EndlessRun:
     seconds: float = 0.0
 
     def turn(self, answers: int) -> None:
-        """Decode until so many more answers are finished."""
+        """Decode until this many more answers are finished."""
         started = time.perf_counter()
         for done in itertools.islice(self.completions, answers):
             self.tokens += len(done.response_ids)
@@ -144,7 +139,7 @@ class Benchmark:
 
 
 def row(point: LoadPoint, runs: Mapping[Cell, EndlessRun]) -> dict[str, Any]:
-    """Return the prediction of one arm at one number in flight beside what was measured."""
+    """Return the prediction of one arm at one number in flight next to the measured value."""
     low, high = np.exp(estimate_of(point).interval() or (np.nan, np.nan))
     plain = runs[PLAIN, 1].tokens_per_s
     own = {width: run.tokens_per_s / plain for (arm, width), run in runs.items() if arm == point.arm}

@@ -18,7 +18,7 @@ import numpy as np
 from draftsmith.artifacts.results.evaluation import PLAIN, EvaluationResult, Look
 from draftsmith.artifacts.store.manifest import read_manifest
 from draftsmith.stages.data.held_out import independent_units
-from draftsmith.stages.data.trajectories import load_prompts
+from draftsmith.stages.data.stored_prompts import load_prompts
 from draftsmith.stages.evaluation.config import DRAFTERS, EvaluationConfig
 from draftsmith.stages.evaluation.looks import MOST_LOOKS, decides, level_of
 from draftsmith.stages.evaluation.speed_table import log_ratios

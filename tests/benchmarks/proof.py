@@ -91,7 +91,7 @@ def walk(counts: np.ndarray) -> list[int]:
 def answers_needed(
     old: Side, new: Side, serving: Side, rng: np.random.Generator, *, noisy: bool
 ) -> tuple[bool | None, int]:
-    """Return what the proof says of a server, and after how many answers."""
+    """Return the proof's verdict on a server, and the number of answers that it took."""
     total = np.zeros(3)
     order = rng.permutation(len(new.table))
     for asked, answer in enumerate(order, 1):
@@ -105,7 +105,7 @@ def answers_needed(
 
 
 def simulate(old: Side, new: Side, times: int, *, noisy: bool, seed: int = 0) -> dict[str, Any]:
-    """Return the results of a swap that happened and of one that did not, simulated `times` each."""
+    """Simulate `times` swaps that happened and as many that did not; return their results."""
     rng = np.random.default_rng(seed)
     happened, failed = (
         [answers_needed(old, new, serving, rng, noisy=noisy) for _ in range(times)] for serving in (new, old)

@@ -83,7 +83,7 @@ class Bench:
         return replay_chains(PreparedDrafter(self.drafter, self.head, self.drafter.block_size), context, group, count)
 
     def chains(self, count: int | None) -> list[Steps]:
-        """Replay in so many chains; return the traces in the order of the trajectories."""
+        """Replay in `count` chains; return the traces in the order of the trajectories."""
         by_id: dict[str, Steps] = {}
         for group in self.groups():
             traces = self.replay(group, self.context(group, self.features(group)), count)

@@ -18,8 +18,9 @@ from draftsmith.stages.drafters.checkpoint import create_drafter
 from draftsmith.stages.drafters.dflash.config import DFlashConfig
 from draftsmith.stages.drafters.dflash2.config import DFlash2Config
 from draftsmith.stages.drafters.dspark.config import DSparkConfig
+from draftsmith.stages.replay.groups import Group, group_indices
 from draftsmith.stages.replay.options import ReplayOptions
-from draftsmith.stages.replay.replayer import Group, Replayer, group_indices
+from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.sampling import GREEDY, SamplingParams
 from tests.benchmarks import harness

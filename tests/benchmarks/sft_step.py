@@ -43,9 +43,10 @@ from draftsmith.stages.replay.steps import Steps
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.sampling import GREEDY, SamplingParams
 from draftsmith.stages.training import losses
+from draftsmith.stages.training.anchors import position_anchors
 from draftsmith.stages.training.batches import Batch, FeatureSource, frequent_tokens, step_rng, token_counts
 from draftsmith.stages.training.config import OpdConfig, SftConfig, TrainingConfig
-from draftsmith.stages.training.drafted_blocks import block_labels, draft_blocks, encode_batch, position_anchors
+from draftsmith.stages.training.drafted_blocks import block_labels, draft_blocks, encode_batch
 from draftsmith.stages.training.loss_report import LossReport
 from draftsmith.stages.training.opd.anchor_sources import ChainAnchors
 from draftsmith.stages.training.opd.body import anchor_source
@@ -63,19 +64,20 @@ GAMMA = 2.0
 DENSE = "SFT, dense"
 TAU = 1.8  # of the invented verify steps
 HEAD_TOKENS = 4096  # of the reduced head
+SAMPLED = {"loss": {"response": {"loss": "forward_kl"}}}  # as on sampled answers
 ARMS: dict[str, dict[str, Any] | None] = {
     "SFT": None,
     DENSE: {},
     "SFT, forward KL": {"loss": "forward_kl"},
     "OPD mined once": {"anchors": "visited", "remine_every": 0},
-    "OPD mined once, sampled": {"anchors": "visited", "remine_every": 0, "verification": "sampled"},
+    "OPD mined once, sampled": {"anchors": "visited", "remine_every": 0, **SAMPLED},
     "OPD mined once, paper": {"anchors": "visited", "remine_every": 0, "loss": "paper"},
     "OPD random": {"anchors": "random"},
     "OPD successors": {"anchors": "successors"},
-    "OPD successors, sampled": {"anchors": "successors", "verification": "sampled"},
+    "OPD successors, sampled": {"anchors": "successors", **SAMPLED},
     "OPD chains": {"anchors": "chains"},
     "OPD chains, two rounds": {"anchors": "chains"},
-    "OPD chains, sampled": {"anchors": "chains", "verification": "sampled"},
+    "OPD chains, sampled": {"anchors": "chains", **SAMPLED},
 }
 TWO_ROUNDS = "OPD chains, two rounds"
 FORWARD_KL = "SFT, forward KL"
@@ -150,8 +152,8 @@ class Step:
 
     def _opd(self, name: str, fields: dict[str, Any]) -> OpdStep:
         config, table = OpdConfig.model_validate(self.config.model_dump() | fields), self.world.table
-        sampled = config.verification == "sampled" or not self.world.sampling.greedy
-        objective = config.loss.resolved(self.drafter.recipe, sampled, self.world.sampling.temperature)
+        sampling = self.world.sampling
+        objective = config.loss.resolved(self.drafter.recipe, not sampling.greedy, sampling.temperature)
         source = anchor_source(config, table, self.drafter, scored=objective.needs_scores)
         if name == TWO_ROUNDS:
             source = ChainAnchors(config.anchors_per_sequence, rounds=2)
@@ -166,8 +168,8 @@ class Step:
             (report,) = self.opd.micro_batches(self.step, whole_step(indices, batch), rng)
             return report
         started = time.perf_counter()
-        phases, target = rng.random(len(indices)), self.world.target
-        anchors = position_anchors(batch.trajectories, config.anchors_per_sequence, phases, target.device)
+        shifts, target = rng.random(len(indices)), self.world.target
+        anchors = position_anchors(batch.trajectories, config.anchors_per_sequence, shifts, target.device)
         heads = self.heads.sample(rng, [batch.tokens])
         selected = time.perf_counter()
         if self.dense:
@@ -266,7 +268,7 @@ def main() -> None:
     harness.add_target(parser)
     parser.add_argument("--sequences", type=int, default=4)
     parser.add_argument("--anchors", type=int, default=16, help="a sequence")
-    parser.add_argument("--arms", nargs="+", help="beginnings of the names of those to measure; left out: all")
+    parser.add_argument("--arms", nargs="+", help="trainings to measure, by beginnings of names; by default all")
     parser.add_argument("--kind", default="dflash", choices=["dflash", "dflash2", "dspark"])
     parser.add_argument("--temperature", type=float, default=0.0, help="of the answers")
     parser.add_argument("--features-kept", action="store_true", help="the target reads the answers once")

@@ -1,4 +1,4 @@
-"""Reading the data of a training step: its answers and their mined verify steps, as one of so many ranks.
+"""Reading the data of a training step: its answers and their mined verify steps, as one of several ranks.
 
 Answers of 1,000 random tokens after prompts of 100, a verify step every three tokens with 15 proposals, as rollout and
 mining store them. `decoded` reads row groups of the Parquet files, as everything but training does; `mapped` reads the
@@ -42,7 +42,7 @@ def token_ids(count: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def filled(schema: TableSchema, rows: int, **columns: object) -> pa.Table:
-    """Return a table in which the columns that are left out have a constant."""
+    """Return a table whose omitted columns hold a constant."""
     constant = {pa.string(): "-", pa.int32(): 0, pa.int64(): 0, pa.float32(): 0.0}
     return pa.table(
         {f.name: columns.get(f.name, pa.array([constant.get(f.type)] * rows, f.type)) for f in schema.columns}

@@ -1,6 +1,6 @@
 """How often the same evaluation gets the same verdict on its speeds, whatever else the machine does.
 
-The drafters of an evaluation decode its held-out prompts in many rounds, beside a load that the command makes. Two
+The drafters of an evaluation decode its held-out prompts in many rounds, under a load that the command makes. Two
 rounds that follow each other are one measurement as the stage takes it; the gate decides on each. With `--twin` a
 drafter is compared with itself instead: how often equals are called different, and how often one that is 10 % slower is
 detected, where tau and speed are compared and share a level, as in an evaluation of two drafters.
@@ -23,17 +23,19 @@ import psutil
 from draftsmith.artifacts.results.evaluation import PLAIN, EvaluationResult, Exactness
 from draftsmith.artifacts.store.manifest import read_manifest
 from draftsmith.stages.data.held_out import independent_units
-from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, load_prompts
+from draftsmith.stages.data.stored_prompts import load_prompts
+from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.evaluation import speed_embedded as embedded
 from draftsmith.stages.evaluation.body import speed_comparisons
 from draftsmith.stages.evaluation.config import DRAFTERS, EvaluationConfig
 from draftsmith.stages.evaluation.gate import GateConfig, decide
 from draftsmith.stages.evaluation.looks import open_look
+from draftsmith.stages.evaluation.repetitions import machine_errors, steady
 from draftsmith.stages.evaluation.speed_embedded import Decoder, EmbeddedSpeedTest, choose_block_sizes, one_thread
 from draftsmith.stages.evaluation.speed_table import log_ratios
+from draftsmith.stages.evaluation.speed_warnings import speed_warnings
 from draftsmith.stages.evaluation.timed_runs import Row, SpeedMeasurement, settings_of
-from draftsmith.stages.evaluation.validity import machine_errors, speed_warnings, steady
 from draftsmith.stages.evaluation.verdicts import verdicts
 from draftsmith.stages.runtime.statistics import Estimate
 from draftsmith.stages.targets.causal_lm import Target
@@ -66,7 +68,7 @@ def beside(load: str) -> Iterator[None]:
 def measured_rounds(
     inputs: Mapping[str, Path], arms: Mapping[str, Path], config: EvaluationConfig, seed: int, rounds: int
 ) -> tuple[Rows, Rows]:
-    """Return rows of the tables `turns` and `requests` of so many rounds. arms: name -> artifact of the drafter."""
+    """Return rows of the tables `turns` and `requests` of this many rounds. arms: name -> artifact of the drafter."""
     target = Target.load(inputs["target"])
     drafters = {arm: load_drafter(folder / DRAFTER_FOLDER, target) for arm, folder in arms.items()}
     validation = load_prompts(inputs["prompts"], ["validation"])[: config.validation_prompts]
@@ -98,8 +100,8 @@ def main() -> None:
     parser.add_argument("evaluation", type=Path, help="artifact of an evaluation, in its store")
     parser.add_argument("--load", choices=LOADS, default="idle", help="what else the machine does")
     parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--prompts", type=int, help="held-out prompts; left out: those of the evaluation")
-    parser.add_argument("--tokens", type=int, help="of an answer; left out: those of the evaluation")
+    parser.add_argument("--prompts", type=int, help="held-out prompts; by default those of the evaluation")
+    parser.add_argument("--tokens", type=int, help="tokens per answer; by default as in the evaluation")
     parser.add_argument("--twin", metavar="ARM", help="compare this drafter with itself")
     parser.add_argument("--min-speedup", type=float, default=GateConfig().min_speedup)
     options = parser.parse_args()
