@@ -34,7 +34,7 @@ def config_of(kind: str, folder: Path) -> dict[str, Any]:
     """The config; folder: of its files."""
     config = small_refresh(
         kind, target.target_folder(), folder / "prompts.jsonl", 24,
-        stages={"min_free_gb": 0.001, "grace_seconds": 3, "retry_delay_seconds": 1},
+        stages={"min_free_gb": 0.001, "retry_delay_seconds": 1},
         prompts={"heldout_share": 0.3},
         rollout={**_ROLLOUT, "prompts": 10},
         sft={**_TRAINING, "steps": 24, "drafter": {"block_size": 4}},

@@ -139,7 +139,7 @@ def pages(path: Path, chance: random.Random) -> None:
 
 
 def notes(damage: Damage) -> Play:
-    """Damage the files beside the store: checksums, listings, requests of earlier attempts.
+    """Damage the files outside the store: checksums, listings, requests of earlier attempts.
 
     They only explain and save time, so this must not disturb the refresh.
     """

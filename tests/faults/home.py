@@ -102,7 +102,7 @@ class Home:
         return Store(self.path / "store")
 
     def start(self, *arguments: str | Path, output: str = "output", **variables: str) -> Running:
-        """Start `draftsmith refresh CONFIG ARGUMENTS`.
+        """Start `draftsmith run CONFIG ARGUMENTS`.
 
         output: name of a folder for the output, for two concurrent commands. variables: of the environment; an empty
         one is left out.
@@ -112,7 +112,7 @@ class Home:
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "DRAFTSMITH_"))}
         with (folder / "stdout").open("wb") as out, (folder / "stderr").open("wb") as err:
             process = subprocess.Popen(
-                [sys.executable, "-m", "draftsmith.flows", "refresh", str(self.config), *map(str, arguments)],
+                [sys.executable, "-m", "draftsmith.flows", "run", str(self.config), *map(str, arguments)],
                 cwd=ROOT,
                 env={**environment, **{k: v for k, v in (self._environment | variables).items() if v}},
                 stdin=subprocess.DEVNULL,
@@ -125,7 +125,7 @@ class Home:
         return Running(process, folder)
 
     def refresh(self, *arguments: str | Path, **variables: str) -> Ended:
-        """Run `draftsmith refresh CONFIG ARGUMENTS` to its end."""
+        """Run `draftsmith run CONFIG ARGUMENTS` to its end."""
         return self.start(*arguments, **variables).wait()
 
     # ---- content of the home

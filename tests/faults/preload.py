@@ -13,13 +13,13 @@ import subprocess
 import time
 from pathlib import Path
 
+from draftsmith.flows.execution.make import GRACE_S
 from tests.faults.home import Ended
 from tests.faults.scene import Play, Scene, Strike, must
 from tests.faults.undisturbed import MEASURES, TIMED
 
 _LAYOUT = struct.Struct("=qii")  # as `struct switches` in preload.c
 _DAY_S = 86_400
-_GRACE_S = 3.0  # of the config
 
 
 class Switches:
@@ -79,7 +79,7 @@ def stage_deaf(scene: Scene) -> Ended:
     os.kill(running.process.pid, signal.SIGTERM)
     ended = scene.check_end(running.wait(), [143], "terminated")
     seconds = time.monotonic() - started
-    must(seconds < _GRACE_S + 15, f"the command took {seconds:.0f} s to end")
+    must(seconds < GRACE_S + 15, f"the command took {seconds:.0f} s to end")
     return ended
 
 

@@ -21,7 +21,7 @@ def same_config(scene: Scene) -> None:
 
 
 def different_configs(scene: Scene) -> None:
-    """Check that they share what both need, and that the other's OPD equals one that is made alone."""
+    """Check that they share what both need, and that the other's OPD equals one made without the first."""
     one = scene.start()
     scene.pause(scene.chance.uniform(0, 5))
     other = scene.home.start(*scene.arguments, *_OTHER, output="other")

@@ -159,7 +159,7 @@ def _record(rows: Iterator[Row], total: int, path: Path) -> Iterator[Row]:
 
 
 def _in_mounts_of_our_own() -> None:
-    """Continue in a mount namespace that ends with this process, if that is allowed: the disks are real ones."""
+    """Continue in a mount namespace that ends with this process, if that is allowed; disks are mounted there."""
     if _MOUNTED in os.environ or shutil.which("unshare") is None:
         return
     for prefix in (["unshare", "--mount"], ["unshare", "--map-root-user", "--mount"]):

@@ -70,7 +70,7 @@ class Scene:
     # ---- the moment of the fault
 
     def reach(self, running: Running, phases: Sequence[str] = (STARTING, WORKING, WORKING)) -> StageProcess:
-        """Wait for a random moment in the life of the node's stage. Raise TooLate if it has ended by then."""
+        """Wait for a random moment in the life of the node's stage. Raise TooLate if it has already ended."""
         times, phase, share = self.undisturbed.nodes[self.node], self.chance.choice(phases), self.chance.random()
         stage = self.stage(running)
         if phase == STARTING:
@@ -150,7 +150,7 @@ class Scene:
         return ended
 
     def kept(self, ended: Ended, saved: int) -> None:
-        """Check that the node continued from all that was saved, if the command got to it."""
+        """If the command reached the node, check that it continued from everything saved."""
         if self.node in ended.nodes("done") or ended.kept is not None:
             kept = ended.kept or 0
             must(kept >= saved, f"{saved} steps or answers were saved, but the same command continued from {kept}")
