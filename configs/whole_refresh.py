@@ -32,7 +32,7 @@ from draftsmith.stages.targets.sampling import GREEDY
 from draftsmith.stages.training.config import OpdConfig, SftConfig
 from draftsmith.stages.training.opd.body import MinedData, OpdTraining
 from draftsmith.stages.training.opd.verify_steps import MinedTable
-from draftsmith.stages.training.optimiser import cosine
+from draftsmith.stages.training.optimiser import CLIP_NORM, cosine
 from draftsmith.stages.training.sft.body import SftTraining
 from draftsmith.stages.training.trainer import Trainer, TrainingData
 
@@ -85,12 +85,12 @@ def rollout(target: Target, prompt_ids: Sequence[list[int]], drafter: Drafter | 
 def train(name: str, training: Trainer) -> None:
     """Take all optimiser steps of a training."""
     weights, config = list(training.drafter.parameters()), training.config
-    optimiser = torch.optim.AdamW(weights, lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimiser = torch.optim.AdamW(weights, lr=config.learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, partial(cosine, config=config))
     for step in range(config.steps):
         (report,) = training.micro_batches(step, None)  # None: the whole step is one micro-batch
         report.loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, config.clip_norm)
+        torch.nn.utils.clip_grad_norm_(weights, CLIP_NORM)
         optimiser.step()
         optimiser.zero_grad()
         schedule.step()
