@@ -79,7 +79,9 @@ def install(arguments: Sequence[str], every_s: float = _SIGN_OF_LIFE_S) -> int:
     began, progress, last = time.monotonic(), Progress(), deque[str](maxlen=_LAST_LINES)
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True, errors="replace") as process:
         assert process.stdout is not None
-        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # else pip would go on alone
+        before = signal.signal(
+            signal.SIGTERM, lambda *_: process.terminate()
+        )  # otherwise pip would go on without its parent
         lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=_read, args=(process.stdout, lines), daemon=True).start()
         shown_at = time.monotonic()

@@ -1,6 +1,6 @@
 """Bad input of every kind, in one table: one clear line, exit code 2, before long work, and nothing is lost.
 
-Every case is a refresh's config with a change, files beside it, or a home that is not as it should be; the command runs
+Every case is a refresh's config with a change, files next to it, or a damaged home; the command runs
 in this process.
 """
 
