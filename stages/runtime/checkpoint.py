@@ -101,11 +101,11 @@ class _HashedFile(io.BufferedWriter):
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
     """Save `state` (tensors and plain values) after `step` optimiser steps; keep the previous checkpoint too."""
-    for leftover in folder.glob(f"{TMP_PREFIX}*-{_NEW}"):  # from an attempt that was killed while writing
-        leftover.unlink()
-    with atomic_path(folder / _NEW) as tmp, _HashedFile(tmp) as file:  # given a path, torch hides why writing failed
-        torch.save(state, file)
     with disk_errors(f"writing a checkpoint in {folder}"):
+        for leftover in folder.glob(f"{TMP_PREFIX}*-{_NEW}"):  # from an attempt that was killed while writing
+            leftover.unlink()
+        with atomic_path(folder / _NEW) as tmp, _HashedFile(tmp) as file:  # given a path, torch hides the error
+            torch.save(state, file)
         digest = file.sha256.hexdigest()[:_DIGEST_DIGITS]
         path = (folder / _NEW).rename(folder / f"checkpoint-{step:08d}-{digest}.pt")
         fsync(folder)
