@@ -275,7 +275,7 @@ def _check_drafter(
         if not config.init_from:
             where = "the target's own"
             if (whole or info.kind == "folder") and not checkpoint.has_native_head(folder, plan.config, config.steps):
-                where = "from the target's last layer, for lack of a head"
+                where = "from the target's last layer, because the target has no head"
         findings.ok(name, f"{where}: {plan.description}, {plan.parameters / 1e6:,.1f}M parameters")
         return plan
     if reason := checkpoint_format.unservable_layers(plan.target_layer_ids, target_config.num_hidden_layers):

@@ -31,7 +31,7 @@ class ChampionConfig(Config):
     folder: Annotated[str, Field(description="folder of the artifact or of the uploaded drafter"), NotInKey()]
     content_id: Annotated[str, Field(description="content id of the artifact")]
     drafter_digest: Annotated[str, Field(description="digest of its checkpoint")]
-    kind: Annotated[str, NotInKey(), Field(description="of the drafter; empty: of a version without this tag")] = ""
+    kind: Annotated[str, NotInKey(), Field(description="of the drafter; empty for a version without this tag")] = ""
     promoted_at: Annotated[str, NotInKey()] = ""
     figures: Annotated[dict[str, Any], NotInKey()] = Field(default={}, description="its metrics at its promotion")
 

@@ -166,7 +166,7 @@ def check_complete(folder: Path) -> None:
 def has_native_head(folder: Path, config: Any, steps: int) -> bool:
     """Check a target's head by a plan's config, and return whether there is one. Reads headers only.
 
-    Raises DraftsmithError for a head that is not whole, and if there is none without steps that train one.
+    Raises DraftsmithError for an incomplete head, and for a missing one if no steps train it.
     """
     architecture: Any = next(ARCHITECTURES[kind] for kind, traits in KINDS.items() if traits.native)
     if steps and architecture.find_head(folder, config) is None:
@@ -257,7 +257,7 @@ def load_drafter(
 def load_native_head(target: Target, folder: Path, engine: str) -> Drafter | None:
     """Read the target's own head, and write it to `folder` as engines load it. None: its checkpoint has none.
 
-    engine: that serves it, sglang or vllm. Raises DraftsmithError if the head cannot be read here.
+    engine: the one that serves the head, sglang or vllm. Raises DraftsmithError if the head cannot be read here.
     """
     if target.folder is None or find_head(target.folder, target.config) is None:
         return None

@@ -191,7 +191,7 @@ class MtpDrafter(ChainDrafter):
         return 2.0 * (maps + (7 if training else 2) * attention + (2 if training else 1) * head)
 
     def _experts_read(self) -> float:
-        """Return how many weights of router and experts an entry is multiplied by: of the experts, the chosen."""
+        """Return the number of weights that an entry is multiplied by: the router's and its chosen experts'."""
         mlp = self.layer.mlp
         if not hasattr(mlp, "experts"):
             return 0.0
@@ -201,7 +201,7 @@ class MtpDrafter(ChainDrafter):
 
 
 def _width(config: Any, attention: Any) -> int:
-    """Return the width of a layer's queries, which MLA's values are filled up to."""
+    """Return the width of a layer's queries, to which MLA's values are padded."""
     return max(int(attention.o_proj.in_features), config.num_attention_heads * getattr(config, "qk_head_dim", 0))
 
 

@@ -26,7 +26,7 @@ class Rules:
     feeds_normed: bool = True
     zeroes_first: bool = False
     plus_one: bool = False  # norms multiply by 1 + weight
-    skips: frozenset[str] = frozenset()  # parts left out, to show that they matter
+    skips: frozenset[str] = frozenset()  # parts that are skipped, to show that they matter
 
 
 _NEXTN = Rules("model.layers.2.", ("enorm", "hnorm", "eh_proj", "shared_head.norm"))
