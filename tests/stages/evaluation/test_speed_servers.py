@@ -77,6 +77,11 @@ class Server:
             yield answer
 
 
+# Two loads at once in one process leave transformers without tied weights for its remaining life (`no_tie_weights`
+# replaces a method of the class). Real servers are processes.
+LOADING = threading.Lock()
+
+
 @dataclass(frozen=True)
 class StandIn(ServerSpeedTest):
     """Serves in this process; remembers which servers were started."""
@@ -96,7 +101,8 @@ class StandIn(ServerSpeedTest):
         self.on_shares.append((work.parent.name, work.name, share))
         if self.both is not None and not any(seen == share for *_, seen in self.on_shares[:-1]):
             self.both.wait(60)
-        target = Target.load(self.ctx.inputs["target"])
+        with LOADING:
+            target = Target.load(self.ctx.inputs["target"])
         if self.quantised is not None:
             self.quantised.write(self.ctx.work)
             for parameter in target.model.parameters():
