@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from draftsmith.artifacts.errors import DraftsmithError
 
@@ -151,9 +151,13 @@ def find_head(folder: Path, config: Any) -> HeadFiles | None:
 def _tensor_files(folder: Path) -> dict[str, Path]:
     """Return tensor -> file for all tensors of a checkpoint. Files that an index names are not opened."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.is_file():
-        return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-    if not single.is_file():
+    read = index if index.is_file() else single
+    if not read.is_file():
         return {}
-    with safe_open(single, framework="np") as file:
-        return dict.fromkeys(file.keys(), single)
+    try:
+        if read == index:
+            return {name: folder / file for name, file in json.loads(index.read_bytes())["weight_map"].items()}
+        with safe_open(single, framework="np") as file:
+            return dict.fromkeys(file.keys(), single)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise DraftsmithError(f"{read}: cannot be read ({error}). Copy or download the checkpoint again.") from error

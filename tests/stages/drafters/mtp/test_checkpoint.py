@@ -99,6 +99,14 @@ def without_head(tensors: dict[str, torch.Tensor]) -> None:
         del tensors[name]
 
 
+def damaged(name: str, content: str) -> Edit:
+    def change(folder: Path) -> None:
+        (folder / name).unlink(missing_ok=True)  # the model's file is shared by tests
+        (folder / name).write_text(content)
+
+    return change
+
+
 N = "model.layers.2"
 BAD: dict[str, tuple[Edit, str]] = {
     "no head": (edited(without_head), rf"no MTP head: {N}\.eh_proj\.weight is missing\. An export of transformers"),
@@ -118,6 +126,12 @@ BAD: dict[str, tuple[Edit, str]] = {
         edited(lambda tensors: tensors.update({f"{N}.eh_proj.weight_scale_inv": torch.zeros(1, 1)})),
         rf"model\.safetensors: {N}\.eh_proj\.weight_scale_inv shows that the MTP head is quantised",
     ),
+    "a file that is none": (damaged("model.safetensors", "x"), r"model\.safetensors: cannot be read \("),
+    "an index without a map": (
+        damaged("model.safetensors.index.json", "{}"),
+        r"index\.json: cannot be read \('weight_map'\)\. Copy or download",
+    ),
+    "an index that is none": (damaged("model.safetensors.index.json", "[]"), r"index\.json: cannot be read \("),
     "several layers": (
         setting(num_nextn_predict_layers=3),
         r"config\.json: num_nextn_predict_layers is 3, and only heads of one layer are supported",
