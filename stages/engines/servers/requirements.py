@@ -44,6 +44,13 @@ class ServerRequirements:
     algorithm: str | None = None  # DFLASH, DSPARK, EAGLE3 or NEXTN
     block_size: int | None = None
 
+    @property
+    def reported_digests(self) -> tuple[str, ...]:
+        """Return what SGLang's plug-in may report as the drafter; "" is a head in the target's own checkpoint."""
+        if self.drafter_digest is None:
+            return ()
+        return (self.drafter_digest, "") if self.algorithm == "NEXTN" else (self.drafter_digest,)
+
 
 def server_requirements(
     config: ServerEngineConfig,

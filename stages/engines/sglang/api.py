@@ -94,8 +94,8 @@ class SGLangApi(ServerApi):
         # A full server may have retracted the answer and prefilled it again, which gives a token without a verify
         # step. Its tokens are right; its steps are not read, and mining replays them.
         retracted = int(answer.body.get("meta_info", {}).get("num_retractions") or 0)
-        digest = self._required.drafter_digest if traced and not retracted else None
-        return read_completion(request, answer, self._required.target, digest)
+        digests = self._required.reported_digests if traced and not retracted else ()
+        return read_completion(request, answer, self._required.target, digests)
 
     async def check_health(self, client: httpx.AsyncClient, url: str) -> None:
         """Check that the server computes.

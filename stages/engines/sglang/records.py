@@ -61,11 +61,11 @@ def recorded_drafter(request_id: str, meta: Json) -> str | None:
 
 
 def read_completion(
-    request: Request, answer: ServerAnswer, target: TargetInfo, drafter_digest: str | None = None
+    request: Request, answer: ServerAnswer, target: TargetInfo, digests: Sequence[str] = ()
 ) -> Completion:
     """Return the completion of a finished /generate.
 
-    drafter_digest: the drafter whose verify steps are read; None: no steps are read.
+    digests: of the drafter whose verify steps are read, as the plug-in may report it; empty: no steps are read.
     Raises BadAnswerError, which names the request, if the answer does not fit it.
     """
     try:
@@ -82,12 +82,12 @@ def read_completion(
     if wrong := wrong_tokens(request, tokens, reason, matched, prompt_tokens, target):
         raise BadAnswerError(f"request {request.request_id}: the server's answer {wrong}")
     steps = None
-    if drafter_digest is not None:
+    if digests:
         drafter = recorded_drafter(request.request_id, meta)
-        if drafter not in (None, "", drafter_digest):  # "": the handshake allows it for a target's own head
+        if drafter is not None and drafter not in digests:
             raise BadAnswerError(
-                f"request {request.request_id}: its verify steps come from the drafter {drafter[:12]}, not from "
-                f"{drafter_digest[:12]}. Start the server with that one."
+                f"request {request.request_id}: its verify steps come from {drafter[:12] or 'an unnamed drafter'}, not "
+                f"from {digests[0][:12]}. Start the server with that one."
             )
         steps = read_steps(request, tokens, meta)
     return Completion(

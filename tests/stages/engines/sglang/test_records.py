@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.engines.servers.http import ServerAnswer
+from draftsmith.stages.engines.servers.requirements import ServerRequirements
 from draftsmith.stages.engines.sglang.records import (
     BadAnswerError,
     generate_payload,
@@ -41,7 +43,7 @@ def body(
 
 def read(answer: dict[str, Any], request: Request = REQUEST, with_records: bool = True) -> Completion:
     target = TargetInfo.model_construct(eos_ids=list(EOS), vocab_size=900)
-    return read_completion(request, ServerAnswer(answer), target, "d" if with_records else None)
+    return read_completion(request, ServerAnswer(answer), target, ["d"] if with_records else [])
 
 
 GOOD = [None, record(3, [21, 22, 99], 2, 23), None, None, record(6, [24, 25, 26], 3, 27), None]
@@ -171,11 +173,19 @@ def test_payloads_hold_sampling_and_the_request_for_records() -> None:
 
 def test_records_of_another_drafter_are_a_bad_answer() -> None:
     answer = body([20, 21, 2], [{"v": "1", "drafter": "e" * 64}, record(3, [21, 2, 23], 3, 24), None], "stop")
-    with pytest.raises(
-        BadAnswerError, match=r"request p/0: its verify steps come from the drafter eeeeeeeeeeee, not from d"
-    ):
+    with pytest.raises(BadAnswerError, match=r"request p/0: its verify steps come from eeeeeeeeeeee, not from d"):
         read(answer)
     assert read(answer, with_records=False).steps is None
+
+
+def test_only_a_native_head_may_have_no_digest() -> None:
+    answer = body([20, 21, 2], [{"v": "1", "drafter": ""}, record(3, [21, 2, 23], 3, 24), None], "stop")
+    target = TargetInfo.model_construct(eos_ids=list(EOS), vocab_size=900)
+    required = ServerRequirements(target, Path(), Path(), [], [], 9, 1, drafter_digest="d" * 64, algorithm="DFLASH")
+    with pytest.raises(BadAnswerError, match="its verify steps come from an unnamed drafter, not from d"):
+        read_completion(REQUEST, ServerAnswer(answer), target, required.reported_digests)
+    native = replace(required, algorithm="NEXTN")
+    assert read_completion(REQUEST, ServerAnswer(answer), target, native.reported_digests).steps is not None
 
 
 def test_without_records_the_servers_own_counts_are_used() -> None:
