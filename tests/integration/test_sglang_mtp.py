@@ -14,6 +14,11 @@ import pytest
 import torch
 
 from draftsmith.artifacts.results.evaluation import DiagnosisResult
+from draftsmith.artifacts.store.local import Store
+from draftsmith.artifacts.store.manifest import Artifact, read_manifest
+from draftsmith.flows.cli.main import main
+from draftsmith.flows.refresh.swap import served_by
+from draftsmith.flows.refresh.versions import artifact_folder, registry
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, Trajectory
 from draftsmith.stages.drafters.checkpoint import load_drafter, save_drafter
 from draftsmith.stages.drafters.digest import drafter_digest
@@ -28,8 +33,9 @@ from draftsmith.stages.engines.sglang.protocol import KEY
 from draftsmith.stages.evaluation.diagnosis.stage import STAGE as DIAGNOSIS
 from draftsmith.stages.replay.chains import replay_sequentially
 from draftsmith.stages.targets.causal_lm import Target
+from tests.flows.refresh.line_runs import config_of, finished, gated
 from tests.integration.recorded import assert_same_steps, body, trace_of
-from tests.integration.swapping import assert_swaps, write_other_weights
+from tests.integration.swapping import PROMISED, assert_drafts_with, line_of_two, write_other_weights
 from tests.sglang_cpu.server import generate, running_server
 from tests.stages.bench import Bench
 from tests.stages.engines.swaps import swapped
@@ -137,13 +143,35 @@ def test_a_server_of_the_targets_own_head_is_known_and_diagnosed(
     assert found.agrees and found.as_it_is is not None and found.as_it_is.mismatch == 0, found.sentence
 
 
-def test_a_head_is_swapped_forth_and_back(
+def test_a_promoted_head_is_swapped_in_and_a_rollback_swaps_it_out(
     sglang_env: Path, sglang_logs: Path, tiny_drafter: DrafterArtifacts, bench: Bench, tmp_path: Path
 ) -> None:
+    """A line of two heads, the target's own and one with other weights; each block is compared with replay."""
     artifact = native.target_with_head(tmp_path)
-    head = native.taken_head(tiny_drafter, artifact, tmp_path / "head") / DRAFTER_FOLDER
-    with_head = replace(bench, target=Target.load(artifact, device="cpu"))
-    with running_server(
-        sglang_env, tmp_path / "model", head, "NEXTN", OPTIONS, log=sglang_logs / "swapped-head.log"
-    ) as url:
-        assert_swaps(url, with_head, head, "NEXTN", tmp_path / "other")
+    made = DrafterArtifacts(tmp_path / "made")
+    made.root.mkdir()
+    made.target.symlink_to(artifact)
+    made.rollout.symlink_to(tiny_drafter.rollout)
+    made.drafter.symlink_to(native.taken_head(tiny_drafter, artifact, tmp_path / "head"))
+    target = Target.load(artifact, device="cpu")
+    own = {"trained": load_drafter(made.drafter / DRAFTER_FOLDER, target)}
+    with_head = replace(bench, target=target).with_drafters(own)
+    with line_of_two("heads", tmp_path / "home", made, with_head) as folders:
+        with_head = with_head.with_drafters({name: load_drafter(folders[name], target) for name in folders})
+        challenger = artifact_folder(registry().version("heads", 2))
+        gate = gated(
+            Store(tmp_path / "home" / "store"),
+            Artifact(challenger, read_manifest(challenger)),
+            tau=PROMISED["tau"],
+            block_size=BLOCK,
+        )
+        log = sglang_logs / "swapped-head.log"
+        with running_server(sglang_env, tmp_path / "model", folders["1"], "NEXTN", OPTIONS, log=log) as url:
+            assert_drafts_with(url, with_head, "1")
+            promoted = finished(config_of("heads", registry={"name": "heads", "servers": [url]}), gate)
+            assert (promoted.name, promoted.error) == ("Promoted", None)
+            assert_drafts_with(url, with_head, "2")
+            assert main(["rollback", "heads"]) == 0
+            assert_drafts_with(url, with_head, "1")
+            (served,) = served_by(registry().version("heads", 1))
+            assert (served.url, served.drafter) == (url, drafter_digest(folders["1"]))

@@ -5,6 +5,8 @@ The target is the shipped one with its head (`tests/testbed/native.py`), and the
 
 from __future__ import annotations
 
+import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,18 +14,28 @@ import pytest
 from draftsmith.artifacts.results.base import SetMetrics
 from draftsmith.artifacts.results.drafting import AdoptedChampion
 from draftsmith.artifacts.results.evaluation import ALL, DriftResult, EvaluationResult
+from draftsmith.artifacts.results.gate import GateDecision
+from draftsmith.artifacts.store.local import Store
+from draftsmith.artifacts.store.manifest import Artifact
+from draftsmith.flows.execution.display import Display
+from draftsmith.flows.refresh import registry_commands
+from draftsmith.flows.refresh.champion import resolve
+from draftsmith.flows.refresh.config import starts_from_champion
 from draftsmith.flows.refresh.drift import degraded_sets
 from draftsmith.flows.refresh.promotion import promotion_metrics
+from draftsmith.flows.refresh.versions import registry
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.drafters.champion import STAGE as CHAMPION
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.engines.stage import STAGE as ROLLOUT
 from draftsmith.stages.evaluation.drift import STAGE as DRIFT
 from draftsmith.stages.evaluation.drift import DriftConfig
-from draftsmith.stages.evaluation.gate import GateConfig, decide
+from draftsmith.stages.evaluation.gate import STAGE as GATE
 from draftsmith.stages.evaluation.stage import STAGE as EVALUATION
 from draftsmith.stages.training.sft.stage import STAGE as SFT
+from tests.flows.refresh.line_runs import config_of, finished, serving
 from tests.testbed import native, target
+from tests.testbed.artifacts import committed
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts
 from tests.testbed.make import ANSWER_TOKENS
@@ -100,10 +112,17 @@ def test_after_a_fine_tune_the_whole_interval_lies_below(
     assert high is not None and low is not None and high < (1 - THRESHOLD) * low
 
 
-def test_a_trained_head_beats_the_stale_one_at_the_gate(
-    taken_head: Path, tuned: dict[str, Path], tiny_drafter: DrafterArtifacts, tmp_path: Path
+def test_a_trained_head_takes_the_stale_ones_place_until_a_rollback(
+    taken_head: Path, tuned: dict[str, Path], tiny_drafter: DrafterArtifacts, line: str, home: Path, tmp_path: Path
 ) -> None:
     """The gate asks for any measurable gain; 60 steps gave 49 % over a head that had lost half of its tau."""
+    store = Store(home / "store")
+
+    def stored(stage: str, folder: Path, key: str) -> Artifact:
+        return committed(store, stage, partial(shutil.copytree, folder, dirs_exist_ok=True), key)
+
+    first = registry().register(line, stored("sft", taken_head, "a"), {"kind": "mtp"})
+    registry().promote(first, expected=None, why="what serves today")
     serves = adopted(taken_head, tuned["target"], tmp_path)
     inputs = {"target": tuned["target"], "trajectories": tuned["train"], "drafter": serves}
     training = {"sequences_per_step": 8, "anchors_per_sequence": 16, "learning_rate": 1e-3, "compute_dtype": "float32"}
@@ -112,7 +131,21 @@ def test_a_trained_head_beats_the_stale_one_at_the_gate(
     measured = {"target": tuned["target"], "prompts": tiny_drafter.prompts, "trajectories": tuned["heldout"], **arms}
     evaluation = RecordingContext.under(tmp_path / "evaluation", measured)
     evaluation.run(EVALUATION, sampling={"max_new_tokens": 16}, rounds=1, speed_prompts=2, exactness_prompts=2)
-    decision = decide(EvaluationResult.read(evaluation.out), GateConfig(judge_speed=False))
+    gate = RecordingContext.under(tmp_path / "gate", {"evaluation": evaluation.out})
+    gate.run(GATE, judge_speed=False)
+    decision = GateDecision.read(gate.out)
     assert (decision.outcome, decision.challenger, decision.champion) == ("promoted", "sft", "champion"), (
         decision.sentence
     )
+    made = {
+        "sft": stored("sft", trained.out, "b"),
+        "evaluation": stored("evaluation", evaluation.out, "b"),
+        "gate": stored("gate", gate.out, "b"),
+    }
+    config = config_of(line, sft={"steps": 60, "drafter": {"kind": "mtp"}}, opd=None)
+    assert finished(config, made).name == "Promoted"
+    champion = registry().champion(line)
+    assert champion is not None and (champion.number, champion.tags["kind"]) == (2, "mtp")
+    assert starts_from_champion(resolve(config)), "the next refresh continues it"
+    registry_commands.rollback(Display(), line, "", dry_run=False)
+    assert serving(line) == 1
