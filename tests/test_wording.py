@@ -57,12 +57,16 @@ def paragraphs(file: Path) -> Iterator[str]:
     yield " ".join(block)
 
 
+@pytest.fixture(scope="module")
+def texts() -> list[tuple[Path, str]]:
+    return [(file, " ".join(paragraph.split())) for file in FILES for paragraph in paragraphs(file)]
+
+
 @pytest.mark.parametrize("construction", WRONG)
-def test_no_text_has_it(construction: str) -> None:
+def test_no_text_has_it(construction: str, texts: list[tuple[Path, str]]) -> None:
     hits = [
         f"{file.relative_to(ROOT)}: {text[max(0, hit.start() - 40) : hit.end() + 20]!r}: write {WRONG[construction]!r}"
-        for file in FILES
-        for text in (" ".join(paragraph.split()) for paragraph in paragraphs(file))
+        for file, text in texts
         for hit in re.finditer(construction, text)
     ]
     assert not hits, "\n".join(hits)
