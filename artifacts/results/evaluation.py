@@ -234,7 +234,10 @@ class TargetDifference(ResultFile, Record):
 
 
 class Look(Record):
-    """A look at the speeds: look `number` of at most `of`. Each adds prompts to those of the earlier looks."""
+    """One look at the speeds, which adds prompts to those of the looks before.
+
+    `number` counts from 1, and `of` is the most that are allowed.
+    """
 
     number: int = 1
     of: int = 1

@@ -56,7 +56,10 @@ class GateDecision(ResultFile, Record):
         return next((rules[name] for name in LOAD_RULES if name in rules), None)
 
     def with_version(self, version: int) -> GateDecision:
-        """Return the decision with the champion's version: two lines may serve the same drafter."""
+        """Return the decision with the champion's version number in place of "the champion".
+
+        A stored decision has no number, since two lines may serve the same drafter.
+        """
         if not self.champion:
             return self
         sentence = self.sentence.replace(THE_CHAMPION, f"version {version}", 1)

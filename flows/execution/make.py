@@ -327,8 +327,8 @@ def unchanged(store: Store, build: Build, attempt: Attempt) -> Iterator[None]:
     """
     if build.pipeline.code_digest(build.node.module) != build.code:
         raise OutdatedPlanError(
-            f"{build.name}: the code here differs from its key's: it changed while the stage waited, or this host has "
-            "another version. Run the same command again, with one version everywhere."
+            f"{build.name}: the code here is not the code of its cache key. It changed while the stage waited, or this "
+            "host has another version. Run the same command again, with one version everywhere."
         )
     _check_inputs(store, build, after=False)
     failed: Exception | None = None

@@ -259,7 +259,7 @@ def _export(display: Display, version: Version, folder: Path, layout: str, *, ca
 
 
 def _show_options(display: Display, engine: str, version: Version, folder: Path) -> None:
-    """Print the options by which a server drafts with an exported checkpoint, also by load if that was predicted."""
+    """Print a server's options for an exported checkpoint, and those for blocks by load if they were predicted."""
     algorithm = speculative_algorithm(folder)
     fastest = version.tags.get(FASTEST_BLOCK)  # empty if no speed was measured
     block = int(fastest) if fastest else served_block_size(folder, DraftingConfig(), algorithm)

@@ -102,11 +102,11 @@ def measure_times(
     runs: Sequence[Row],
     timed_seconds: float,
 ) -> tuple[StepSeconds, AverageAnswer]:
-    """Return the times of steps with and without each drafter at every number in flight, and of reading prompts.
+    """Return the times of a step, with and without each drafter at every number in flight, and of reading prompts.
 
     A pass times all of them once, so that a slowdown of seconds shows in the spread of the passes. Fewer numbers are
     measured if memory runs out, or the passes would take more than `SHARE` of `timed_seconds`, the time of the timed
-    runs. runs: at this setting.
+    runs. runs: the timed runs at this setting.
     """
     started = time.monotonic()
     trained = {arm: drafter.block_size for arm, drafter in drafters.items()}
@@ -208,7 +208,7 @@ class _Speed:
 
     @property
     def per_pass(self) -> np.ndarray:
-        """Return the engine's time for one answer, per pass."""
+        """Return the engine's time for one answer as each pass measured it, [passes]."""
         sums = self.committed.sum(), self.steps.sum()
         passes = zip(self.seconds, self.refill, strict=True)
         return np.array([self.answer_seconds(step, refill, *sums) for step, refill in passes])

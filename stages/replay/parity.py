@@ -158,9 +158,9 @@ def check_tau(
     served: [answers] verify steps that the engine counted; 0 where it drafted nothing.
     replayed: [answers] verify steps of replay.
 
-    Raises DraftsmithError if the served tau differs by more than `tolerance.allowed`, or if the engine accepted nothing
-    where replay accepts; with the same target also for a tau measurably lower than replay's, and in float32 with
-    greedy decoding if the counts of any answer differ.
+    Raises DraftsmithError if the served tau differs by more than the tolerance, or if the engine accepted nothing where
+    replay accepts. With the same target it also fails at a served tau that is measurably lower, and with greedy decoding
+    in float32 at any answer whose counts differ.
     """
     counted = np.where(served == 0, committed, served).astype(np.float64)
     tokens, steps = float(committed.sum()), float(replayed.sum())

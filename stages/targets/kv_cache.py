@@ -19,7 +19,7 @@ Rows = slice | torch.Tensor  # the rows of a call: a slice (no copy) or indices,
 
 
 class KeyValueSlots:
-    """Keys and values of one layer, each of shape [rows, kv_heads, capacity, head_dim], in the order of attention.
+    """Keys and values of one layer, each [rows, kv_heads, capacity, head_dim], the axes as attention takes them.
 
     Keys and values may differ in width.
     """

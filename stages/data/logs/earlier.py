@@ -63,7 +63,7 @@ def is_available(config: EarlierConfig) -> bool:
 
 
 def run(ctx: StageContext, config: EarlierConfig) -> None:
-    """Write the digests of the answers, their target and, to replay them, a verified copy of their table.
+    """Write the digests of the answers and of their target, and a verified copy of their table if it is replayed.
 
     Raises DraftsmithError if the table is missing or has changed.
     """

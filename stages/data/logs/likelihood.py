@@ -118,7 +118,10 @@ def _likeness(target: Target, config: LogsConfig, foreign: Sequence[ReadAnswer])
 def _other_prompts(
     target: Target, config: LogsConfig, foreign: Sequence[ReadAnswer]
 ) -> Iterator[tuple[str, list[list[int]]]]:
-    """Yield advice, and the prompts (another switch, plain text) after which answers must be likely for it to hold."""
+    """Yield pairs of advice and prompts; the advice is right if the answers are likely after these prompts.
+
+    They are the same messages under another switch of the chat template, or as plain text.
+    """
     inverter = TemplateInverter(target.tokenizer, config.chat_template_kwargs)
     messages = [inverter.messages(answer.prompt) for answer in foreign]
     for switch in SWITCHES:

@@ -151,7 +151,7 @@ def _stream_counts(
 def _interleaved(counts: list[tuple[PromptStream, int]]) -> list[PromptStream]:
     """Return every stream as often as its count says, spread evenly: any range of rows has about the same mixture.
 
-    Use j of n has position (j + 1/2) / n; streams with equal counts alternate.
+    The j-th of a stream's n places, from 0, is (j + 1/2) / n; streams with equal counts alternate.
     """
     positions = [
         (Fraction(2 * use + 1, 2 * count), index) for index, (_, count) in enumerate(counts) for use in range(count)

@@ -191,7 +191,7 @@ class DSparkDrafter(DFlashDrafter):
 
 
 class MarkovSampler(BlockSampler):
-    """Samples blocks after one backbone forward. Reads the head once for all offsets if `LOGITS_PER_CHUNK` allow."""
+    """Samples blocks after one backbone forward. Reads the head once for all offsets if `LOGITS_PER_CHUNK` allows."""
 
     head: BiasedHead
 

@@ -119,8 +119,8 @@ def family_of(config: Any) -> Family | None:
 def find_head(folder: Path, config: Any) -> HeadFiles | None:
     """Return the head in a checkpoint, or None if it has none. Reads headers only.
 
-    config: the target's text config. Raises DraftsmithError for the head of a family that is not supported, one of
-    several layers, and one that is quantised.
+    config: the target's text config. Raises DraftsmithError if the head's family is not supported, if it has
+    several layers, or if it is quantised.
     """
     family, files = family_of(config), _tensor_files(folder)
     if family is None:

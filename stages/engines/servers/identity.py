@@ -110,9 +110,9 @@ async def check_weights(
     if difference > allowed and not served.known:
         raise wrong_server(
             url,
-            f"serves {path} with other weights: its log-probs of {len(ours)} fixed tokens are {difference:.3g} nats "
-            f"from those of the target {target.source} in the mean (rounding is at most {allowed:g}). Serve revision "
-            f"{target.revision or target.digest[:12]}.",
+            f"serves {path} with other weights: its log-probs of {len(ours)} fixed tokens differ from those of the "
+            f"target {target.source} by {difference:.3g} nats on average (at most {allowed:g} is rounding). Serve "
+            f"revision {target.revision or target.digest[:12]}.",
         )
     if differs:
         largest = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))

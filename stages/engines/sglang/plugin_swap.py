@@ -243,7 +243,7 @@ def derived_tensors(worker: Any) -> Pairs:
 
 
 def bundled(bundle: Any) -> list[torch.Tensor]:
-    """Return the tensors of DSPARK's fused write: from 0.5.23 on, its function closes over the weights."""
+    """Return the tensors that DSPARK's fused write uses; from SGLang 0.5.23 on they are in a closure."""
     if isinstance(bundle, tuple):
         return [item for item in bundle if isinstance(item, torch.Tensor)]
     cells = [cell.cell_contents for cell in bundle.project.__closure__]

@@ -105,5 +105,5 @@ def read_steps(request: Request, tokens: Sequence[int], metrics: Json) -> Steps:
         steps.append((len(request.prompt_ids) + at - 1, min(accepted, committed), [], None))
         at += committed
     if at < len(tokens):
-        raise UnreadStepsError("they commit fewer tokens than the answer has, so it was preempted")
+        raise UnreadStepsError("they commit fewer tokens than the answer has, so the request was preempted")
     return recorded_steps(len(request.prompt_ids) + len(tokens), steps)

@@ -54,7 +54,7 @@ def test_code_edited_while_a_stage_waits_builds_nothing_under_the_old_key(
         return machine.lock_devices(*arguments, **keywords)
 
     monkeypatch.setattr("draftsmith.flows.execution.make.lock_devices", edits)
-    with pytest.raises(OutdatedPlanError, match="squares: the code here differs from its key's"):
+    with pytest.raises(OutdatedPlanError, match="squares: the code here is not the code of its cache key"):
         make(context, build)
     assert [each.stage for each in context.store.list()] == ["collect"]
     build = Build.of(pipeline, config, node, {"first": target})  # as the next command plans

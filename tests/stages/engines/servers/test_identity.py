@@ -69,7 +69,7 @@ def test_without_a_commit_a_server_is_identified_by_its_log_probs(
     assert f"serves {path}: log-probs of {len(ours)} fixed tokens are 0.0009 nats from the target's" in remark
     with (
         server_of(expected, **says, generate=scoring(others)) as server,
-        pytest.raises(DraftsmithError, match=rf"nats from those of the target org/model .*revision {COMMIT}"),
+        pytest.raises(DraftsmithError, match=rf"differ from those of the target org/model by .*revision {COMMIT}"),
     ):
         check(server, expected)
 
