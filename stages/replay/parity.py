@@ -159,8 +159,8 @@ def check_tau(
     replayed: [answers] verify steps of replay.
 
     Raises DraftsmithError if the served tau differs by more than the tolerance, or if the engine accepted nothing where
-    replay accepts. With the same target it also fails at a served tau that is measurably lower, and with greedy decoding
-    in float32 at any answer whose counts differ.
+    replay accepts. With the same target it also fails at a served tau that is measurably lower, and with greedy
+    decoding in float32 at any answer whose counts differ.
     """
     counted = np.where(served == 0, committed, served).astype(np.float64)
     tokens, steps = float(committed.sum()), float(replayed.sum())
