@@ -136,8 +136,8 @@ def _submit(
     with resources():
         tasks = [shard_task.with_options(name=shard.stage, task_run_name=str(shard)) for shard in shards]
         return [
-            runner.submit(each, {"shard": shard, "make_one": make_one})
-            for each, shard in zip(tasks, shards, strict=True)
+            runner.submit(task, {"shard": shard, "make_one": make_one})
+            for task, shard in zip(tasks, shards, strict=True)
         ]
 
 

@@ -135,7 +135,7 @@ def write_first_config(
         gpus = len(visible_gpus())
         size = "laptop" if not gpus else "gpu" if gpus < _GPUS else "node"
         if interactive:
-            size = _choose("Size", {name: each.about for name, each in SIZES.items()}, size)
+            size = _choose("Size", {name: choice.about for name, choice in SIZES.items()}, size)
     if training is None:
         training = _choose("Training", TRAININGS, "opd") if interactive else "opd"
     values = {}

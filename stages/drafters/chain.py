@@ -65,9 +65,11 @@ class Chain(BlockSampler):
         queries: [B, heads, A, D]; keys, values: [B, kv_heads, A, D].
         """
         self._keys, self._values = [*self._keys, keys], [*self._values, values]
-        own = torch.stack(self._keys, 3), torch.stack(self._values, 3)
+        entries = torch.stack(self._keys, 3), torch.stack(self._values, 3)
         prefix = self.context.keys, self.context.values
-        return block_attention(queries[..., None, :], prefix, own, self.context_mask)[:, :, 0]  # one query per chain
+        return block_attention(queries[..., None, :], prefix, entries, self.context_mask)[
+            :, :, 0
+        ]  # one query per chain
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return hidden states [B, A, H] that predict the token after each of `tokens` [B, A]."""

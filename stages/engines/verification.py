@@ -104,9 +104,9 @@ def verify(
     argmaxes = [row for row in range(len(requests)) if row not in drafted.distributions]
     if argmaxes:
         their_logits = logits[argmaxes] if drafted.distributions else logits
-        own = sample_target(their_logits, positions[argmaxes], [requests[row] for row in argmaxes])
-        equal = (drafted.tokens[argmaxes] == own[:, :-1]).long().cumprod(1).sum(1).tolist()
-        tokens[argmaxes] = own
+        sampled = sample_target(their_logits, positions[argmaxes], [requests[row] for row in argmaxes])
+        equal = (drafted.tokens[argmaxes] == sampled[:, :-1]).long().cumprod(1).sum(1).tolist()
+        tokens[argmaxes] = sampled
         for row, count in zip(argmaxes, equal, strict=True):
             accepted[row] = count
     first = positions[:, 0].tolist()

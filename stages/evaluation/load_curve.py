@@ -222,18 +222,18 @@ class _Speed:
         return self.tokens / float(self.per_pass.mean())
 
 
-def _log_ratio(own: _Speed, other: _Speed, strata: Sequence[Hashable]) -> Estimate:
+def _log_ratio(speed: _Speed, other: _Speed, strata: Sequence[Hashable]) -> Estimate:
     """Return the logarithm of the ratio of the two speeds, with the error of the passes and of tau.
 
     strata: [units].
     """
 
     def ratio(committed: np.ndarray, steps: np.ndarray, others: np.ndarray, other_steps: np.ndarray) -> np.ndarray:
-        return np.log(other.by_tau(others, other_steps) / own.by_tau(committed, steps))
+        return np.log(other.by_tau(others, other_steps) / speed.by_tau(committed, steps))
 
-    timed = mean_estimate(np.log(other.per_pass / own.per_pass))
+    timed = mean_estimate(np.log(other.per_pass / speed.per_pass))
     return combine_errors(
-        timed, jackknife(ratio, own.committed, own.steps, other.committed, other.steps, strata=strata)
+        timed, jackknife(ratio, speed.committed, speed.steps, other.committed, other.steps, strata=strata)
     )
 
 

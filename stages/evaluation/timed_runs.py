@@ -178,21 +178,21 @@ class LoadMeter:
     """Measures CPU time from its creation on."""
 
     def __init__(self) -> None:
-        self._began, self._machine, self._own = time.perf_counter(), psutil.cpu_times(), own_seconds()
+        self._began, self._machine, self._process = time.perf_counter(), psutil.cpu_times(), own_seconds()
 
     def others_share(self) -> float:
         """Return the share of all cores' CPU time that other processes, and other guests of the host, took since then.
 
         NaN if too little time has passed.
         """
-        machine, own = psutil.cpu_times(), own_seconds()
+        machine, process = psutil.cpu_times(), own_seconds()
         passed = {name: now - before for name, now, before in zip(machine._fields, machine, self._machine, strict=True)}
         # guests are counted as user time too; iowait is idle
         total = sum(seconds for name, seconds in passed.items() if not name.startswith("guest"))
         if time.perf_counter() - self._began < SHORTEST_S or total <= 0:
             return math.nan
         busy = total - passed["idle"] - passed.get("iowait", 0.0)
-        return max(0.0, busy - (own - self._own)) / total
+        return max(0.0, busy - (process - self._process)) / total
 
 
 def machine() -> Machine:

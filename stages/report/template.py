@@ -49,7 +49,7 @@ PAGE = """
 
 {%- macro bullets(sentences) %}
 {%- if sentences %}
-<ul>{% for each in sentences %}<li>{{ each }}</li>{% endfor %}</ul>
+<ul>{% for sentence in sentences %}<li>{{ sentence }}</li>{% endfor %}</ul>
 {%- endif %}
 {%- endmacro %}
 
@@ -74,18 +74,18 @@ PAGE = """
 {%- endif %}
 {%- endmacro %}
 
-{%- macro context(each) %}
+{%- macro context(example) %}
 <article class="context">
-<h3>{{ "Typical" if each.kind == "typical" else "Worst" }}: acceptance length {{ "%.2f" | format(each.tau) }} over
-{{ each.steps | length }} verify steps ({{ each.set }}, answer {{ each.trajectory_id[:16] }}, token
-{{ each.position }})</h3>
-<p><span class="around">{{ each.before }}</span>
-{%- for step in each.steps %}
+<h3>{{ "Typical" if example.kind == "typical" else "Worst" }}: acceptance length {{ "%.2f" | format(example.tau) }} over
+{{ example.steps | length }} verify steps ({{ example.set }}, answer {{ example.trajectory_id[:16] }}, token
+{{ example.position }})</h3>
+<p><span class="around">{{ example.before }}</span>
+{%- for step in example.steps %}
 {%- if step.accepted %}<span class="kept">{{ step.accepted }}</span>{% endif %}
 {%- if step.rejected %}<del title="proposed, rejected">{{ step.rejected | marked }}</del>{% endif %}
 {%- if step.dropped %}<del class="dropped" title="proposed after it">{{ step.dropped | marked }}</del>{% endif %}
 {%- if step.chosen %}<span class="chosen" title="the target's choice">{{ step.chosen | marked }}</span>{% endif %}
-{%- endfor %}<span class="around">{{ each.after }}</span></p>
+{%- endfor %}<span class="around">{{ example.after }}</span></p>
 </article>
 {%- endmacro -%}
 
@@ -182,14 +182,14 @@ the verify steps that servers counted on the same held-out prompts for all draft
 <p class="quiet">Stretches of held-out answers. <span class="kept">Accepted proposals</span> are underlined, a
 <del>rejected proposal</del> and the <del class="dropped">proposals after it</del> are struck out, and the
 <span class="chosen">target's choice</span> is boxed. ␣ is a space, ⏎ a line break.</p>
-{%- for each in contexts[:shown] %}
-{{ context(each) }}
+{%- for example in contexts[:shown] %}
+{{ context(example) }}
 {%- endfor %}
-{%- call fold("More contexts") %}{% for each in contexts[shown:] %}{{ context(each) }}{% endfor %}{% endcall %}
+{%- call fold("More contexts") %}{% for example in contexts[shown:] %}{{ context(example) }}{% endfor %}{% endcall %}
 {%- call fold("Worst contexts of each slice") %}
 {%- for name, worst in contexts_by_slice %}
 <h3>{{ name }}</h3>
-{%- for each in worst %}{{ context(each) }}{% endfor %}
+{%- for example in worst %}{{ context(example) }}{% endfor %}
 {%- endfor %}
 {%- endcall %}
 {%- endif %}

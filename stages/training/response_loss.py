@@ -109,8 +109,8 @@ class TargetSignal:
             assert self.hidden is not None, NO_HIDDEN
             with torch.autocast(self.hidden.device.type, enabled=False):  # the training loop's is only for the drafter
                 products = head.raw_logits(self.hidden[chunk])
-        columns, logprob, own = self.columns[chunk], self.token_logprob[chunk], context.proposal_temperature
-        return ChunkSignal(columns, logprob, products, head.logit_map, self.temperature, own)
+        columns, logprob, temperature = self.columns[chunk], self.token_logprob[chunk], context.proposal_temperature
+        return ChunkSignal(columns, logprob, products, head.logit_map, self.temperature, temperature)
 
 
 @dataclass(frozen=True)

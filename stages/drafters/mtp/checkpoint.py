@@ -133,7 +133,9 @@ def file_tensors(drafter: MtpDrafter) -> dict[str, torch.Tensor]:
             for index, expert in enumerate(value):
                 halves = expert.chunk(2) if last == "gate_up_proj" else (expert,)
                 maps = ("gate_proj", "up_proj") if last == "gate_up_proj" else (last,)
-                parts |= {f"{holder}.{index}.{each}.weight": half for each, half in zip(maps, halves, strict=True)}
+                parts |= {
+                    f"{holder}.{index}.{projection}.weight": half for projection, half in zip(maps, halves, strict=True)
+                }
         layers = drafter.config.num_hidden_layers
         tensors |= {drafter.family.file_name(part, layers): tensor for part, tensor in parts.items()}
     return tensors

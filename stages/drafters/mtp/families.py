@@ -132,20 +132,20 @@ def find_head(folder: Path, config: Any) -> HeadFiles | None:
         )
     prefix = family.prefix.format(layers=config.num_hidden_layers)
     copies = {prefix + name for name in family.copies}
-    own = {name: path for name, path in files.items() if name.startswith(prefix) and name not in copies}
-    if not own:
+    tensors = {name: path for name, path in files.items() if name.startswith(prefix) and name not in copies}
+    if not tensors:
         return None
     layers = next((count for name in family.fields if (count := getattr(config, name, None))), 1)
     if layers != 1:
         raise DraftsmithError(
             f"{folder / 'config.json'}: {family.fields[0]} is {layers}, and only heads of one layer are supported."
         )
-    if quantised := [name for name in own if _QUANTISED.search(name)]:
+    if quantised := [name for name in tensors if _QUANTISED.search(name)]:
         raise DraftsmithError(
-            f"{own[min(quantised)]}: {min(quantised)} shows that the MTP head is quantised, which is not supported. "
-            "Use the checkpoint that is not quantised."
+            f"{tensors[min(quantised)]}: {min(quantised)} shows that the MTP head is quantised, which is not "
+            "supported. Use the checkpoint that is not quantised."
         )
-    return HeadFiles(folder, family, prefix, own)
+    return HeadFiles(folder, family, prefix, tensors)
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:

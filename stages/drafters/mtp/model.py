@@ -97,7 +97,7 @@ class MtpDrafter(ChainDrafter):
             self.join = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         self.to_empty(device=torch.get_default_device())
         self.rotary = type(decoder.rotary_emb)(decoder.config)
-        self._maps = {name: (each.in_features, each.out_features) for name, each in self.linear_maps().items()}
+        self._maps = {name: (module.in_features, module.out_features) for name, module in self.linear_maps().items()}
 
     def _facts(self) -> Mapping[str, object]:
         return {**super()._facts(), "layers": 1}

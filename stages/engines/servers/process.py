@@ -40,13 +40,13 @@ def assign_gpus(launch: LaunchConfig, gpus: Sequence[str]) -> list[str | None]:
     """Return CUDA_VISIBLE_DEVICES of every server, None without GPUs. Raises DraftsmithError if there are too few."""
     if not gpus or launch.on_cpu:
         return [None] * launch.servers
-    each = launch.tensor_parallel
-    if launch.servers * each > len(gpus):
+    per_server = launch.tensor_parallel
+    if launch.servers * per_server > len(gpus):
         raise DraftsmithError(
-            f"engine.launch: {launch.servers} servers of tensor_parallel {each} need {launch.servers * each} GPUs, "
-            f"{len(gpus)} are visible. Lower one of these numbers."
+            f"engine.launch: {launch.servers} servers of tensor_parallel {per_server} need "
+            f"{launch.servers * per_server} GPUs, {len(gpus)} are visible. Lower one of these numbers."
         )
-    return [",".join(gpus[i * each : (i + 1) * each]) for i in range(launch.servers)]
+    return [",".join(gpus[i * per_server : (i + 1) * per_server]) for i in range(launch.servers)]
 
 
 class ServerProcess:

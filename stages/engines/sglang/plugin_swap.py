@@ -192,16 +192,16 @@ def load_aside(model: Any, tensors: Mapping[str, torch.Tensor], shared: set[int]
     """
     parameters = dict(model.named_parameters())
     served = {name: parameter.data for name, parameter in parameters.items()}
-    own = {name for name, data in served.items() if data.data_ptr() not in shared}
+    unshared = {name for name, data in served.items() if data.data_ptr() not in shared}
     if packed := next(
-        (name for name in own if not served[name].is_floating_point() or served[name].itemsize < 2), None
+        (name for name in unshared if not served[name].is_floating_point() or served[name].itemsize < 2), None
     ):
         raise RefusedSwapError(f"the served drafter is quantised ({packed} is {served[packed].dtype})")
     aside = {name: torch.empty(data.shape, dtype=data.dtype) for name, data in served.items()}
     tokens = getattr(model, "hot_token_id", None)  # an attribute that EAGLE-3's loader replaces
     try:
         for name, parameter in parameters.items():
-            parameter.data = aside[name].fill_(torch.nan) if name in own else aside[name]
+            parameter.data = aside[name].fill_(torch.nan) if name in unshared else aside[name]
         model.load_weights(tensors.items())
         now = getattr(model, "hot_token_id", None)
     except Exception as error:
@@ -213,9 +213,9 @@ def load_aside(model: Any, tensors: Mapping[str, torch.Tensor], shared: set[int]
             model.hot_token_id = tokens
     if tokens is not None and (now is None or not torch.equal(now.cpu(), tokens.cpu())):
         raise RefusedSwapError("the drafter proposes other tokens of the vocabulary. Start the server with it")
-    if missing := sorted(name for name in own if aside[name].isnan().any()):
+    if missing := sorted(name for name in unshared if aside[name].isnan().any()):
         raise RefusedSwapError(f"the drafter's weights lack {missing[0]}, or are NaN ({len(missing)} parameters)")
-    return {name: aside[name] for name in own}
+    return {name: aside[name] for name in unshared}
 
 
 def derived_tensors(worker: Any) -> Pairs:

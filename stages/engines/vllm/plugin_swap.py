@@ -68,24 +68,24 @@ class FolderBackend(WeightTransferEngine[NoInfo, Checkpoint]):
         """Write the drafter, or change nothing if its files are the wrong ones or do not fit on a rank."""
         served = dict(self.model.named_parameters())
         targets = {parameter.data_ptr() for parameter in self._default_model.parameters()}
-        own = {name: parameter for name, parameter in served.items() if parameter.data_ptr() not in targets}
-        before = {name: parameter.detach().to("cpu", copy=True) for name, parameter in own.items()}
+        unshared = {name: parameter for name, parameter in served.items() if parameter.data_ptr() not in targets}
+        before = {name: parameter.detach().to("cpu", copy=True) for name, parameter in unshared.items()}
         copies = {name: value for name, value in vars(self.model.model).items() if isinstance(value, torch.Tensor)}
         failed: Exception | None = None
         with torch.no_grad():
             try:
                 wanted = wanted_drafter(asdict(update_info))
                 if self._before is not None and self._before[0] == wanted.drafter:
-                    _put(self._before[1], own)
+                    _put(self._before[1], unshared)
                 elif wanted.drafter != self._written:
                     tensors = load(read_drafter(wanted)["model.safetensors"])
-                    shared = served.keys() - own.keys()
+                    shared = served.keys() - unshared.keys()
                     self._load({n: t for n, t in tensors.items() if not {n, f"model.{n}"} & shared})
             except Exception as error:  # any kind: a rank that raises would leave the others waiting
                 failed = error
             states = gather("" if failed is None else reason_of(failed), get_tp_group().cpu_group)
             if problem := next(filter(None, states), None):
-                _put(before, own)
+                _put(before, unshared)
             self._derive(copies)
         if problem:
             raise RuntimeError(problem) from None

@@ -136,9 +136,9 @@ class OpdStep:
 
         A single batch whose blocks are verified while they are trained has no such steps.
         """
-        if any(each.anchors.steps is None for each in micro_batches):
+        if any(micro_batch.anchors.steps is None for micro_batch in micro_batches):
             return
-        sampled = [(each.batch.trajectories, each.anchors) for each in micro_batches]
+        sampled = [(micro_batch.batch.trajectories, micro_batch.anchors) for micro_batch in micro_batches]
         tokens = self.options.config.tokens_per_target_forward
         kept, ranks = rank_slice.batch.kept, rank_slice.ranks
         offsets = self.objective.rejected.offsets
@@ -152,7 +152,9 @@ class OpdStep:
         """Return heads that also hold the proposals of every rank's verify steps."""
         needed = [rank_slice.step_tokens]
         if self.heads.is_reduced:
-            proposed = torch.cat([each.anchors.known_steps.proposed.unique() for each in micro_batches]).cpu()
+            proposed = torch.cat(
+                [micro_batch.anchors.known_steps.proposed.unique() for micro_batch in micro_batches]
+            ).cpu()
             needed += [ids.to(needed[0].device) for ids in rank_slice.ranks.gather(proposed)]
         return self.heads.sample(rng, needed)
 
@@ -161,7 +163,8 @@ class OpdStep:
     ) -> tuple[float, ...]:
         """Return the summed weights of each stream over the full step."""
         batch_weights = [
-            stream_weights(each.batch, each.anchors.known_steps, heads, self.objective) for each in micro_batches
+            stream_weights(micro_batch.batch, micro_batch.anchors.known_steps, heads, self.objective)
+            for micro_batch in micro_batches
         ]
         rank_weights = ranks.gather([sum(weights) for weights in zip(*batch_weights, strict=True)])
         totals = [sum(weights) for weights in zip(*rank_weights, strict=True)]

@@ -108,7 +108,7 @@ def _choice(hidden: torch.Tensor, before: torch.Tensor, head: Head, selector: Dr
     chunk = max(1, LOGITS_PER_CHUNK // (columns.shape[-1] * hidden.shape[-1]))
     flat = (x.split(chunk) for x in (hidden.flatten(0, -2), before.flatten(), columns.flatten(0, -2)))
     logits = torch.cat(
-        [selector.selector_logits(own, tokens, among, head) for own, tokens, among in zip(*flat, strict=True)]
+        [selector.selector_logits(states, tokens, among, head) for states, tokens, among in zip(*flat, strict=True)]
     )
     return logits.view(columns.shape), head.to_tokens(columns)
 
@@ -122,7 +122,7 @@ def _sampled_probability(
         return probability_among(*choice, answer, temperature)
     columns, present = head.to_columns(answer.clamp(min=0))
     flat = (x.flatten(0, 2).split(sampler.positions_per_chunk) for x in (hidden, columns))
-    chunks = [probability_of(head.logits(own), of_own, temperature) for own, of_own in zip(*flat, strict=True)]
+    chunks = [probability_of(head.logits(states), chosen, temperature) for states, chosen in zip(*flat, strict=True)]
     return torch.cat(chunks).view_as(answer) * (present & (answer >= 0))
 
 
@@ -154,12 +154,12 @@ def score_steps(
     than once is scored once. Ranks that share the target score all their steps together. offsets: same as in `score`.
     """
     traces, indices = [], []  # per row: trajectory and trace; index [A] of each anchor in the trace
-    for trajectories, found in sampled:
-        if found.unscored:
-            steps = found.known_steps
-            columns = found.anchors, steps.accepted, steps.proposed[..., :proposals]
+    for trajectories, step_anchors in sampled:
+        if step_anchors.unscored:
+            steps = step_anchors.known_steps
+            columns = step_anchors.anchors, steps.accepted, steps.proposed[..., :proposals]
             anchors, accepted, proposed = (x.cpu().numpy() for x in columns)
-            for row in found.unscored:
+            for row in step_anchors.unscored:
                 positions, first, index = np.unique(anchors[row], return_index=True, return_inverse=True)
                 length = len(trajectories[row].tokens)
                 traces.append((trajectories[row], Steps(length, positions, accepted[row][first], proposed[row][first])))
@@ -171,14 +171,14 @@ def score_steps(
     before = sum(map(len, of_ranks[: ranks.target_index]))
     own_scores = iter(zip(scores[before : before + len(traces)], indices, strict=True))
     scored = []
-    for _, found in sampled:
-        logprobs = found.known_steps.logprobs.clone()
-        of_rows = [of_row.logprobs[index] for of_row, index in islice(own_scores, len(found.unscored))]
+    for _, step_anchors in sampled:
+        logprobs = step_anchors.known_steps.logprobs.clone()
+        of_rows = [of_row.logprobs[index] for of_row, index in islice(own_scores, len(step_anchors.unscored))]
         if of_rows:
-            rows = to_device(list(found.unscored), logprobs.device)
+            rows = to_device(list(step_anchors.unscored), logprobs.device)
             logprobs[rows, :, :proposals] = to_device(np.stack(of_rows), logprobs.device)
-        steps = replace(found.known_steps, target_logprobs=logprobs)
-        scored.append(replace(found, steps=steps, unscored=()))
+        steps = replace(step_anchors.known_steps, target_logprobs=logprobs)
+        scored.append(replace(step_anchors, steps=steps, unscored=()))
     return scored
 
 
