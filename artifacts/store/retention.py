@@ -189,7 +189,7 @@ def _artifacts(root: Path) -> Iterator[tuple[ShortRef, Manifest]]:
 
 
 def _replaced(root: Path) -> Iterator[tuple[Path, Manifest]]:
-    """Yield replaced artifacts: a version of a line may be one."""
+    """Yield replaced artifacts, which may be versions of a line."""
     for folder in root.glob(f"[!.]*/{REPLACED}*/"):
         with suppress(DraftsmithError):
             yield folder, read_manifest(folder)

@@ -403,7 +403,7 @@ class Registry:
         )
 
     def _rivals(self, events: Mapping[str, LineEvent], version: Version, since: int | None) -> list[str]:
-        """Return the names of events of unfinished promotions of other versions against the same champion."""
+        """Return the event names of other versions' unfinished promotions against the same champion."""
         began = max((name for name, event in events.items() if event.version == since), default="")
         later = {name: event for name, event in events.items() if name > began and event.before == since}
         same = {name: event for name, event in later.items() if event.version != version.number}

@@ -188,7 +188,7 @@ def _table(folder: Path) -> tuple[int | None, list[dict[str, object]]]:
 
 
 def _name(node: str, folder: Path, rows: int, created_at: str) -> str:
-    """Return a data set's name: its node, what and how many its rows are, and its time.
+    """Return a data set's name: its node, how many rows of which kind it has, and its time.
 
     `heldout: 36 answers, 1 Dec`, `logs: 228 answers, week of 24 Nov`, or `prompts: 192 train, 4 validation, 36 heldout
     (gsm_symbolic + 2), 1 Dec`.

@@ -293,7 +293,7 @@ def _check_drafter(
 def _check_champion(
     findings: Findings, node: str, config: ChampionConfig, artifact: Path, sft: SftConfig | None
 ) -> tuple[DrafterPlan, DrafterPlan]:
-    """Check that the champion's checkpoint is there and fits the target. Return it as it serves and as it is trained.
+    """Check that the champion's checkpoint is there and fits the target. Return its plans for serving and training.
 
     sft: the training that continues it, if any.
     """

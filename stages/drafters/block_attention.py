@@ -35,7 +35,7 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 @dataclass(frozen=True)
 class ContextMask:
-    """The parts of the prefix, and of themselves, that the blocks of a batch see.
+    """What the blocks of a batch see of the prefix and of themselves.
 
     Entry i of a prefix is position i. Query s of a block is at position seen + s of its row: it sees entries below
     `seen`, and all keys of its own block.

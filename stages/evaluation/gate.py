@@ -243,7 +243,7 @@ def _slices(evaluation: EvaluationResult, challenger: str, config: GateConfig) -
 
 
 def _speed(evaluation: EvaluationResult, challenger: str, config: GateConfig) -> Iterator[RuleResult]:
-    """Check for more speed than without a drafter at the first setting, and none lost to the champion at any."""
+    """Check for a gain over the baseline at the first setting, and no loss to the champion at any."""
     over_plain, *_ = evaluation.compared("speed", challenger, PLAIN)
     look_level = level_of(evaluation.look)
     yield _speed_rule(evaluation, "speed-up", over_plain, config.min_speedup, look_level, [over_plain.concurrency])

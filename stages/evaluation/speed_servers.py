@@ -146,8 +146,8 @@ class ServerSpeedTest:
             wall, others = time.perf_counter() - started, meter.others_share()
             if engine.was_full:
                 raise DraftsmithError(
-                    f"evaluation.concurrency: the server refuses {setting.concurrency} concurrent requests, so the "
-                    "pauses before they are repeated would be measured. Lower it, or let the server queue more "
+                    f"evaluation.concurrency: the server refuses {setting.concurrency} concurrent requests, so "
+                    "pauses before retries would be measured. Lower it, or let the server queue more "
                     "(evaluation.engine.launch.options; max-queued-requests of SGLang)."
                 )
             if engine.retries == repeated:

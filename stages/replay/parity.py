@@ -229,7 +229,7 @@ def _decisive(steps: pa.Table, proposals: int) -> np.ndarray:
 def _largest_difference(served: pa.Table, replayed: pa.Table, *, exact: bool) -> float | None:
     """Return the largest difference of the target's log-probs, of the steps for which both tables have them.
 
-    The steps are the same by `_same`, with the same `exact`. None if there is no such step.
+    These steps passed `_same` with this `exact`. None if there is no such step.
     """
     both = pc.and_(pc.is_valid(served["target_logprobs"]), pc.is_valid(replayed["target_logprobs"]))
     tables = served.filter(both), replayed.filter(both)

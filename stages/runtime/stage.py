@@ -55,7 +55,7 @@ class Config(BaseModel):
     _listing: InputListing | None = PrivateAttr(default=None)
 
     def model_post_init(self, _context: Any, /) -> None:
-        """Count `kind` as given: without it a dumped section would fit several schemas of a deployment's form."""
+        """Mark `kind` as set: a section dumped without it would fit several schemas of a deployment's form."""
         self.model_fields_set.update({"kind"} & type(self).model_fields.keys())
 
     def with_pinned_files(self, listing: InputListing) -> Self:

@@ -49,7 +49,7 @@ class SamplingParams:
 
     @property
     def truncation(self) -> str:
-        """Return the cuts in the words of a config."""
+        """Return top_p and top_k as in a config."""
         return f"top_p {self.top_p:g}" + (f", top_k {self.top_k}" if self.top_k else "")
 
 

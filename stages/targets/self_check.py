@@ -83,7 +83,7 @@ def _cached_forwards(target: Any, ids: torch.Tensor, committed: int) -> torch.Te
 
 
 def _tree_forward(target: Any, ids: torch.Tensor, plain: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return hidden states of the text's last tokens and of another continuation, in one forward and in two."""
+    """Return hidden states of the text's end and of another continuation: by one forward, and by two."""
     device, length = ids.device, _TOKENS - _PREFIX
     other = ids.flip(1)[:, :length]  # after _COMMITTED tokens of the text
     cache = target.new_cache(1, _PREFIX + 2 * length)

@@ -264,7 +264,7 @@ class EarlierAnswers:
     of_other_sampling: int = 0  # rows that are not used because they were sampled differently
 
     def choose(self, count: int, seed: int, excluded: set[bytes]) -> np.ndarray:
-        """Return a mask [rows] of `count` random answers, or of all there are, without those in `excluded`."""
+        """Return a mask [rows] of at most `count` random answers that are not in `excluded`."""
         usable = [(content, row) for row, content in enumerate(self.contents) if content and content not in excluded]
         ranked = sorted((random_rank(seed, content), row) for content, row in usable)
         mask = np.zeros(len(self.contents), dtype=bool)

@@ -49,7 +49,7 @@ def wanted_drafter(fields: object) -> WantedDrafter:
 def read_drafter(wanted: WantedDrafter) -> dict[str, bytes]:
     """Return the files that a drafter's proposals depend on, by name; from its upload if its folder is not here.
 
-    Raises ValueError if the files are different or too large.
+    Raises ValueError if the files do not match the digest or are too large.
     """
     folder = Path(wanted.folder)
     with TemporaryDirectory() as scratch:

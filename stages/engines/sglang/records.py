@@ -123,7 +123,7 @@ def read_steps(request: Request, tokens: list[int], meta: Json) -> Steps:
         if index != at or anchor != len(request.prompt_ids) + index - 1:
             raise _incomplete(request, f"token {index} has a step with anchor {anchor}; a step at token {at} was due")
         if at >= len(tokens):
-            raise _incomplete(request, f"a step at token {at} of {len(tokens)}")
+            raise _incomplete(request, f"a step at token {at}, after the last of {len(tokens)}")
         committed = min(accepted + 1, len(tokens) - at)
         if [*block[:accepted], record["bonus"]][:committed] != tokens[at : at + committed]:
             raise _incomplete(request, f"the step at token {at} has other tokens than the answer")

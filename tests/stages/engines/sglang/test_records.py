@@ -107,7 +107,7 @@ def _short(new: int) -> Request:
         ([None, record(3, [21, 22, 99], 1, 22), None, None, GOOD[4], None], "a step at token 3 was due"),
         ([None, record(3, [21, 77, 99], 2, 23), None, None, GOOD[4], None], "other tokens"),
         ([None, record(3, [21, 22, 99], 2, 77), None, None, GOOD[4], None], "other tokens"),
-        ([*GOOD, record(8, [1, 2, 3], 0, 4)], "a step at token 6 was due|a step at token 6 of 6"),
+        ([*GOOD, record(8, [1, 2, 3], 0, 4)], "a step at token 6 was due|a step at token 6, after the last of 6"),
         ([None, {"v": "1", "drafter": "d", "refused": "a tree"}], "a tree"),
     ],
 )
