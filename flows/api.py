@@ -148,11 +148,11 @@ def read_answers(
     an address such as s3://bucket/logs/. A row has `messages` and `completion`, or `prompt_token_ids` and
     `completion_token_ids`.
     target: the target that gave the answers; needed for files, whose text its tokenizer reads.
-    splits: for an artifact, the splits whose answers are read (train, validation, heldout); by default all.
-    temperature, top_p, top_k: for files, the sampling of the answers (temperature 0: greedy). Rows with other values
+    splits: the splits of an artifact that are read (train, validation, heldout); by default all.
+    temperature, top_p, top_k: the sampling of a file's answers (temperature 0: greedy). Rows with other values
     are rejected.
-    chat_template_kwargs: for files, the arguments that the service passed to the chat template.
-    fields: for files, the rows' names of our fields, as in `logs.fields` of a config: {"completion": "answer"}.
+    chat_template_kwargs: the arguments that the service passed to the chat template.
+    fields: our field -> its name in a file's rows, as in `logs.fields` of a config: {"completion": "answer"}.
 
     Raises DraftsmithError if no answer is usable, or if more than 1 % of the rows are unreadable. `rejected` counts the
     unused rows by reason.

@@ -169,7 +169,7 @@ def _checksum(fields: Mapping[str, object]) -> str:
 def read_manifest(folder: Path, stage: str = "") -> Manifest:
     """Read the manifest of a folder. Raises DraftsmithError if it is missing, damaged or of another version.
 
-    stage: for the error, which says how to make it again; empty if it is unknown.
+    stage: its stage, so that the error can say how to make it again; empty if it is unknown.
     """
     path = folder / MANIFEST
     try:

@@ -310,7 +310,10 @@ class BufferedShards(TableShards):
         self.flush()
 
     def add(self, rows: Mapping[str, Rows], size: int) -> None:
-        """Add rows of each table, written after `most` or `LONGEST_WAIT_S` is reached. size: in the unit of `most`."""
+        """Add rows of each table, written after `most` or `LONGEST_WAIT_S` is reached.
+
+        size: their size in the unit of `most`.
+        """
         if not self._waiting:
             self._since = time.monotonic()
         self._waiting.append(rows)

@@ -340,7 +340,7 @@ def log_models(
 ) -> None:
     """Log each compared drafter as a model, unless it has this evaluation's metrics already.
 
-    run_id: of the refresh, for an evaluation without a run. drafters: name of a new model -> manifest of the drafter,
+    run_id: the refresh's run, if the evaluation has none. drafters: name of a new model -> manifest of the drafter,
     and its metrics.
     """
     from mlflow.entities import Metric  # here: importing mlflow takes seconds

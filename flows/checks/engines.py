@@ -57,7 +57,8 @@ def _check_sglang(findings: Findings, check: str, config: SGLangEngineConfig, in
 def check_served_targets(findings: Findings, nodes: Sequence[Node], artifact: Path, stored: Path | None) -> None:
     """Report servers that compute the target differently from transformers; for running ones, by how much.
 
-    artifact: the target's folder, perhaps without weights. stored: with its weights, None if the store has none.
+    artifact: the target's folder, perhaps without weights. stored: a folder with its weights; None if the store has
+    none.
     """
     from draftsmith.stages.engines.registry import differing_settings, open_servers  # import torch
     from draftsmith.stages.engines.servers.requirements import server_requirements

@@ -39,7 +39,8 @@ def check_hours(
 
     Another line has the nodes that the config skips, with the time that they took when they were last made.
 
-    uses: of nodes with an estimate. made: artifacts of earlier runs, oldest first. gpu: None without a known one.
+    uses: what the nodes with an estimate use. made: artifacts of earlier runs, oldest first. gpu: None if it is
+    unknown.
     """
     # `seconds` of a continued training covers the steps of all attempts
     last = {m.node: max(m.duration_s, m.metrics.get("seconds", 0.0)) for m in made if m.run == config.name}

@@ -191,7 +191,7 @@ def model_sizes(nodes: Sequence[Node], artifact: Path, plans: DrafterPlans, mach
 
 
 def stage_uses(nodes: Sequence[Node], sizes: Sizes) -> dict[str, StageUse]:
-    """Return what each node uses, if its stage has an estimate. nodes: in topological order."""
+    """Return what each node uses, if its stage has an estimate. nodes: all nodes, in topological order."""
     uses: dict[str, StageUse] = {}
     answers: dict[str, AnswerCounts | None] = {}
     by_name = {node.name: node for node in nodes}

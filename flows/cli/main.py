@@ -272,7 +272,7 @@ _AGAIN = "Run the same command again to continue."
 def main(arguments: Sequence[str] | None = None, pipeline: Pipeline | None = None) -> int:
     """Run the command and return its exit code.
 
-    arguments: the command line without the program's name, by default the process's. pipeline: by default the refresh.
+    arguments: the command line without the program's name, by default the process's. pipeline: the refresh by default.
     """
     options = parser().parse_args(arguments)
     relax_gc()

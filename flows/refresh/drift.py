@@ -74,7 +74,7 @@ def current(config: RefreshConfig, drift: Drift) -> Conclusion:
 
 
 def early_end(config: RefreshConfig, asked: Collection[str], folders: Mapping[str, Path]) -> EarlyEnd | None:
-    """Return the drift check, unless it is known to find a reason to continue. folders: of reused artifacts."""
+    """Return the drift check, unless it is known to find a reason to continue. folders: those of reused artifacts."""
     if config.champion is None:
         return None
     known = {"drift", "champion"} <= folders.keys()

@@ -115,7 +115,7 @@ def write_first_config(
 ) -> Size:
     """Write a new config for a target; on a terminal, ask for what is not given. Return its size.
 
-    beginning, size, training: of `BEGINNINGS`, `SIZES` and `TRAININGS`. given: option -> value, or None. Raises
+    beginning, size, training: keys of `BEGINNINGS`, `SIZES` and `TRAININGS`. given: option -> value, or None. Raises
     DraftsmithError without writing anything.
     """
     if path.exists():

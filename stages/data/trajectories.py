@@ -166,7 +166,7 @@ def load_trajectories(
 ) -> StoredTrajectories:
     """Load the trajectories of an artifact, or those of some splits.
 
-    reader: of `trajectories.parquet`; by default, one that decodes the row group of an answer on each access.
+    reader: a reader of `trajectories.parquet`; by default, one that decodes the row group of an answer on each access.
     Raises DraftsmithError if there is no usable answer, or if temperature, top_p or top_k differ between answers.
     """
     path = folder / "trajectories.parquet"

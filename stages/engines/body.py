@@ -122,7 +122,10 @@ class _Conversations:
             self.answers[name] = completion.response_ids
 
     def prompt(self, prompt_id: str, turn: int) -> list[int]:
-        """Return the tokens of a question with everything before it, rendered as a chat server does. turn: from 1."""
+        """Return the tokens of a question with everything before it, rendered as a chat server does.
+
+        turn: its number, from 1.
+        """
         texts = [
             self.tokenizer.decode(self.answers[f"{prompt_id}/{earlier}"], skip_special_tokens=True)
             for earlier in range(turn)

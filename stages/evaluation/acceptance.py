@@ -46,7 +46,7 @@ def acceptance_table(
 ) -> dict[str, Acceptance]:
     """Return the metrics of each drafter, with 95 % intervals over prompts; differences to others are paired.
 
-    looping: for each answer, whether it repeats itself. A single prompt has no interval.
+    looping: whether each answer repeats itself. A single prompt has no interval.
     """
     keep = ~np.asarray(looping)
     differences, table = {}, {}

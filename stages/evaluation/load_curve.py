@@ -242,7 +242,7 @@ def predict(
 ) -> list[LoadPoint]:
     """Return the speed of each drafter at every measured number of requests in flight, at its fastest width.
 
-    Compared with decoding without a drafter, and with the champion if there is one. units: of the trajectories.
+    Compared with decoding without a drafter, and with the champion if there is one. units: the trajectories' units.
     """
     sums = {
         (arm, width): [sum_by_key(units, values) for values in tally.at_width(width)]

@@ -307,8 +307,8 @@ def add_margins(
 ) -> None:
     """Fill `margin` of greedy answers that differ from those without a drafter.
 
-    The margin is the number of logits by which the worse of the two tokens lies below the target's best; a small
-    margin is a near-tie of the dtype. requests: with and without a drafter. check: called between forwards.
+    The margin is the number of logits by which the worse of the two tokens lies below the target's best; a small margin
+    is a near-tie of the dtype. requests: those with and without a drafter. check: a function called between forwards.
     """
     by_id = {prompt.prompt_id: prompt for prompt in prompts}
     plain = {pair_key(row): row for row in requests if row["arm"] == PLAIN}

@@ -99,7 +99,7 @@ class ServerSpeedTest:
     def server(
         self, drafter: Path | None, block_size: int, work: Path, share: str | None = None
     ) -> Iterator[ServerEngine]:
-        """Run a server of the target, alone or with a drafter. share: of `shares`."""
+        """Run a server of the target, alone or with a drafter. share: one of `shares`."""
         launch = self.engine.launch
         assert launch is not None
         environment = launch.environment | ({"CUDA_VISIBLE_DEVICES": share} if share is not None else {})

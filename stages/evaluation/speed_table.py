@@ -116,8 +116,8 @@ def speed_by_slice(
 ) -> dict[str, dict[str, SetMetrics]]:
     """Return slice -> drafter -> speed-up over decoding without a drafter, as seen by the slice's requests.
 
-    requests: at one setting. labels: per prompt, its set first. A request's speed is its tokens divided by its latency,
-    which requests in flight share. alternating: `alternates` of the runs.
+    requests: those at one setting. labels: those of each prompt, its set first. A request's speed is its tokens divided
+    by its latency, which requests in flight share. alternating: `alternates` of the runs.
     """
     speeds: dict[str, dict[str, SetMetrics]] = {}
     for name in dict.fromkeys(chain.from_iterable(labels.values())):
@@ -221,7 +221,7 @@ def error_over_prompts(
     """Return the bootstrap's standard error of the logarithm of the ratio of speeds.
 
     Units are resampled within their stratum, and within the rounds that decoded them: each look has its own prompts.
-    requests: of these two arms, in the order in which they were sent. keys: the unit of each request.
+    requests: those of the two arms, in the order in which they were sent. keys: the unit of each request.
     """
     first_sent = {row["prompt_id"]: index for index, row in reversed(list(enumerate(requests)))}
     order = {prompt: index for index, prompt in enumerate(sorted(first_sent, key=first_sent.__getitem__))}

@@ -63,8 +63,8 @@ class TimedRun:
     def row(self, answers: Sequence[Completion], wall_seconds: float, others_share: float, batches: int = 1) -> Row:
         """Return the row of table `turns`.
 
-        wall_seconds: for all answers. others_share: of the CPU, from `LoadMeter`. batches: the number of parts
-        that the prompts were split into; the arms took turns after each part.
+        wall_seconds: the time of all answers. others_share: the CPU share of other programs (`LoadMeter`). batches: the
+        number of parts that the prompts were split into; the arms took turns after each part.
         """
         return {
             "round": self.round,

@@ -34,8 +34,8 @@ def pairs(arms: Sequence[str]) -> list[Pair]:
 def verdicts(tau: Mapping[Pair, Estimate], speed: Mapping[Pair, Estimate], speed_prompts: int) -> list[Verdict]:
     """Return a verdict for each pair and kind: `tau`, a difference, and `speed`, a factor over timed runs.
 
-    speed: estimates of the factor's logarithm. speed_prompts: in each run. The intervals share one level (Bonferroni
-    over the comparisons with enough measurements).
+    speed: estimates of the factor's logarithm. speed_prompts: the number in each run. The intervals share one level
+    (Bonferroni over the comparisons with enough measurements).
     """
     enough = [estimate.units >= 2 for estimate in tau.values()]
     enough += [_enough_runs(estimate) for estimate in speed.values()]

@@ -46,10 +46,10 @@ def replay_chains(
 ) -> list[Steps]:
     """Return the traces of a batch of trajectories.
 
-    context: of the same trajectories, padded to one length.
+    context: that of the same trajectories, padded to one length.
     chains: starts per trajectory, spread evenly. None: one, and more while a round holds fewer than
     `BLOCKS_PER_ROUND` blocks and the text ahead of a chain is long enough for two to meet.
-    sampler: for the same trajectories, if proposals are sampled; None: they are argmaxes.
+    sampler: the sampler of their proposals; None: they are argmaxes.
     with_proposals: False leaves sampled proposals zero, because sampling them is expensive.
     """
     device = drafter.head.weight.device
@@ -90,7 +90,7 @@ def with_confidence(
 ) -> list[Steps]:
     """Return the traces with the drafter's confidence in their proposals: one more pass of its layers, without a head.
 
-    context: of the same trajectories, padded to one length.
+    context: that of the same trajectories, padded to one length.
     """
     device = drafter.head.weight.device
     tokens = committed_tokens(trajectories, drafter.block_size - 1, device).clamp(min=0)
@@ -120,7 +120,7 @@ def successors(
     """Return the anchors [R, A] that a verify step at each of `anchors` [R, A] leads to.
 
     After the end of a trajectory this is the first anchor, which every drafter visits.
-    context, sampler: for the same R trajectories; sampler None: proposals are argmaxes.
+    context, sampler: those of the same R trajectories; sampler None: proposals are argmaxes.
     """
     tokens = committed_tokens(trajectories, drafter.block_size - 1, anchors.device)
     first, last = (
@@ -250,7 +250,7 @@ def replay_sequentially(
 ) -> Steps:
     """Return the trace of a drafter, one block after the other: the reference that parallel replay must equal.
 
-    context: for only this trajectory (batch of one), over all its positions.
+    context: that of this trajectory alone (batch of one), over all its positions.
     """
     tokens, anchor = trajectory.tokens, trajectory.first_anchor
     device = head.weight.device

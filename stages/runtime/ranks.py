@@ -32,7 +32,7 @@ class Ranks:
 
     @classmethod
     def current(cls, target_parallel: int = 1) -> Ranks:
-        """Return the ranks as the launcher started them. target_parallel: from the training's config."""
+        """Return the ranks as the launcher started them. target_parallel: as in the training's config."""
         return cls(dist.get_rank(), dist.get_world_size(), target_parallel) if dist.is_initialized() else cls()
 
     @property

@@ -78,10 +78,9 @@ class Target(Facts):
     def load(cls, folder: Path, dtype: str | None = None, device: str | None = None, ranks: Ranks = ALONE) -> Target:
         """Load the target of an artifact of stage `target`.
 
-        dtype: in place of the serving dtype, e.g. float32 for exactness checks. ranks: those that share the target;
-        each must call everything that computes hidden states, with the same tokens.
-        Raises DraftsmithError if weights are missing or cannot be loaded, or if forwards here fail or differ from the
-        model's own.
+        dtype: used in place of the serving dtype, e.g. float32 for exactness checks. ranks: those that share the
+        target; each must call everything that computes hidden states, with the same tokens. Raises DraftsmithError if
+        weights are missing or cannot be loaded, or if forwards here fail or differ from the model's own.
         """
         info, path = read_target_info(folder), model_path(folder)
         try:

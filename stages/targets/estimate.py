@@ -45,7 +45,7 @@ class ModelSize:
     def from_config(
         cls, config: Any, parameters: int, divided: int = 0, map_sizes: tuple[int, int] = (0, 0)
     ) -> ModelSize:
-        """Return the sizes in a text model's config. divided: see the field. map_sizes: of a drafter."""
+        """Return the sizes in a text model's config. divided: see the field. map_sizes: a drafter's."""
         from draftsmith.stages.targets.layers import usual_layer  # imports torch, and planning imports this module
 
         usual = usual_layer(config)

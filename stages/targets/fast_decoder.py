@@ -70,7 +70,7 @@ class FastDecoder:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return hidden states [n, T, H] after the final norm, and those after layers `layer_ids` side by side.
 
-        ids, positions: [n, T]. masks: from `Layers.masks`. cache: with its address set.
+        ids, positions: [n, T]. masks: those of `Layers.masks`. cache: its address is set.
         """
         n, T = ids.shape
         N, all_heads, D = n * T, self.heads + self.kv_heads, self.head_dim

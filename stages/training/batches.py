@@ -123,7 +123,7 @@ class FeatureSource:
     ):
         """Keep features if `config.feature_memory_mb` holds those of all trajectories.
 
-        with_hidden: for losses that read the target's distribution; without it the target's last layers are not run.
+        with_hidden: whether losses read the target's distribution; if not, its last layers are not run.
         tree_tokens: free cache entries for proposals that the target scores in a step; 0: it scores none. If it scores
         some, a batch keeps the keys and values of its trajectories, if `config.feature_memory_mb` holds them.
         ahead: whether `prefetch` does anything; by default on CUDA, where it takes no time from other work.

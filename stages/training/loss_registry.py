@@ -240,7 +240,7 @@ class LossConfig(Config):
     def resolved(self, recipe: TrainingRecipe, sampled: bool, temperature: float) -> LossConfig:
         """Return this config with every unset field resolved; the evidence is in `tests/lab/README.md`.
 
-        recipe: the architecture's. sampled: whether the verification rule is sampled. temperature: of the sampling.
+        recipe: the architecture's. sampled: whether the verification rule is sampled. temperature: the sampling's.
         """
         loss, scope = self.response.loss, self.response.scope
         beyond, positions = self.response.beyond, self.response.positions

@@ -162,9 +162,9 @@ def loss_tile(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Compute a chunk's losses [N], differentiable; whether the drafter proposes the committed tokens, bool [N]; log q.
 
-    products: [N, V'] of the drafter's head. logit_map: from them to logits. with_log_q: whether log q [N] of the
-    committed tokens is read. Compiled, this reads the products once and once more for their gradient, and keeps none of
-    the float32 logits in between.
+    products: [N, V'], those of the drafter's head. logit_map: the map from them to logits. with_log_q: whether log q
+    [N] of the committed tokens is read. Compiled, this reads the products once and once more for their gradient, and
+    keeps none of the float32 logits in between.
     """
     logits = logit_map(products.float())
     with torch.no_grad():
@@ -206,9 +206,10 @@ def response_loss(
 ) -> StreamLoss:
     """Sum the loss over the stream's positions.
 
-    stream: resolved. temperature: of the target's distribution. committed: [B, A] number of tokens that each verify
-    step committed, which the scope `committed` reads. If all offsets have a weight, None is allowed: the number then
-    comes from these blocks, whose proposals are compared with the answer. proposals: of a served block; by default K.
+    stream: the resolved one. temperature: that of the target's distribution. committed: [B, A] number of tokens that
+    each verify step committed, which the scope `committed` reads. If all offsets have a weight, None is allowed: the
+    number then comes from these blocks, whose proposals are compared with the answer. proposals: the number in a served
+    block; by default K.
     """
     assert stream.loss != "auto", "resolve the loss first"
     assert stream.scope != "auto", "resolve the loss first"

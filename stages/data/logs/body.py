@@ -215,7 +215,10 @@ def _nothing_usable(config: LogsConfig, log_filter: LogFilter) -> str:
 
 
 def _window(config: LogsConfig, log_filter: LogFilter) -> LogWindow:
-    """Return absolute times. newest: of all rows read, used or not; the next `since: last` begins after this row."""
+    """Return absolute times.
+
+    newest: the time of the newest row read, used or not; the next `since: last` begins after it.
+    """
     return LogWindow(
         since=None if config.since_time is None else to_iso(config.since_time),
         after=config.after,

@@ -244,7 +244,7 @@ class LogFilter(RowFilter[AcceptedAnswer]):
         return AcceptedAnswer(prompt_ids, answer_ids, "stop" if stopped else "length", content)
 
     def is_held_out(self, prompt_ids: np.ndarray, messages: Sequence[Message] | None = None) -> bool:
-        """Return whether the prompt must not be trained on. messages: of the row; None: decode them from the ids."""
+        """Return whether the prompt must not be trained on. messages: the row's; None: decode them from the ids."""
         known = self._inverter.messages(prompt_ids) if messages is None else messages
         return self._held_out.is_held_out(known, prompt_ids)
 
@@ -288,7 +288,7 @@ def read_earlier_answers(
 ) -> EarlierAnswers:
     """Read the usable answers of an artifact of stage `earlier`.
 
-    sampling: of the new answers. progress: called with the number of answers read, as both arguments.
+    sampling: that of the new answers. progress: a function called with the number of answers read as both arguments.
 
     Raises DraftsmithError if the table is damaged or of another version.
     """

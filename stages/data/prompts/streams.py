@@ -72,8 +72,8 @@ class PromptStream:
     ):
         """Open the stream.
 
-        candidates: of all splits, or a function that returns those of one split. class_counts: counts of the candidates
-        that were seen already.
+        candidates: those of all splits, or a function that returns those of one split. class_counts: counts of the
+        candidates that were seen already.
         """
         self.label, self.heldout_share, self.rejects = label, heldout_share, rejects
         self._candidates = candidates

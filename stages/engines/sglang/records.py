@@ -65,7 +65,7 @@ def read_completion(
 ) -> Completion:
     """Return the completion of a finished /generate.
 
-    digests: of the drafter whose verify steps are read, as the plug-in may report it; empty: no steps are read.
+    digests: what the plug-in may report for the drafter whose verify steps are read; empty: no steps are read.
     Raises BadAnswerError, which names the request, if the answer does not fit it.
     """
     try:

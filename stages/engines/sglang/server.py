@@ -91,7 +91,8 @@ def write_schedule(folder: Path, schedule: Sequence[Sequence[int]]) -> list[str]
 def write_step_costs(folder: Path, drafting: Mapping[str, float], verifying: Mapping[str, float]) -> list[str]:
     """Write the step times by which DSPARK's ragged modes choose the number of verified proposals; return options.
 
-    drafting: seconds by requests in flight. verifying: by tokens of all requests. SGLang adds both to `bias_seconds`.
+    drafting: seconds by requests in flight. verifying: seconds by tokens of all requests. SGLang adds both to
+    `bias_seconds`.
     """
     path, least = folder.absolute() / "sglang-step-times.json", min(verifying.values())
     table = {

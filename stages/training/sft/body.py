@@ -98,7 +98,7 @@ def sft_loss(
 ) -> LossReport:
     """Compute the weighted mean over all offsets inside the trajectory.
 
-    stream: resolved, of scope `block`. temperature: of the target's distribution.
+    stream: the resolved one, with scope `block`. temperature: that of the target's distribution.
     """
     started = time.perf_counter()
     blocks = draft_blocks(drafter, encode_batch(drafter, batch), batch, anchors)
