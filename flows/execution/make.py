@@ -118,7 +118,7 @@ def make(context: RunContext, build: Build, *, force: bool = False) -> Artifact:
 
 
 def _make_node(context: RunContext, build: Build, attempt: Attempt, earlier: Path | None) -> Artifact:
-    """Run the node's stage, with its shards first, and commit its artifact. MLflow has a run of it, however it ends."""
+    """Run the node's stage, with its shards first, and commit its artifact. MLflow gets a run, however this ends."""
     node, options = build.node, context.config.stages
     tracked = context.tracking.stage_run(
         context.refresh_run(),

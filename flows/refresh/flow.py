@@ -171,7 +171,7 @@ def watch(config: RefreshConfig, minutes: float = 5, then: str | None = None) ->
 
     Args:
         config: The line's refresh, which names the servers.
-        minutes: Unless all servers trace requests, count those that finish within this many minutes.
+        minutes: How long to count finished requests, unless all servers trace theirs.
         then: If tau is measurably below: `rollback`, or a deployment to run, such as `refresh/my-model`.
     """
     redact_logs()

@@ -181,7 +181,7 @@ class LoadMeter:
         self._began, self._machine, self._process = time.perf_counter(), psutil.cpu_times(), own_seconds()
 
     def others_share(self) -> float:
-        """Return the share of all cores' CPU time that other processes, and other guests of the host, took since then.
+        """Return the share of all cores' CPU time that other processes and other guests of the host have taken since.
 
         NaN if too little time has passed.
         """

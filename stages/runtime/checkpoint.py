@@ -57,7 +57,7 @@ class CheckpointWriter:
             self.finish()
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Copy `state` to host memory and start to write it, as `save_checkpoint` does, after the previous one."""
+        """Wait for the previous write, copy `state` to host memory and start to write it, as `save_checkpoint` does."""
         self.finish()
         self._since, self._wait_s = time.monotonic(), math.inf
         self._writing = self._thread.submit(self._write, step, _copied(state))

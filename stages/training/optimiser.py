@@ -36,7 +36,7 @@ class Resumable(Protocol):
 
 
 class MicroBatches:
-    """The micro-batches of a training's steps, with as many tokens as fitted into memory so far."""
+    """The micro-batches of a training's steps; their limit of tokens is halved when memory runs out."""
 
     def __init__(self, make: Callable[[int, int], Iterable[LossReport]], limit: int, smallest: int, ctx: StageContext):
         """Start with `limit` tokens, or with a smaller limit that an earlier attempt noted in `ctx.work`.

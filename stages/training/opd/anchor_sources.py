@@ -274,6 +274,6 @@ _COLUMNS = ("anchors", "accepted", "proposed")  # of fresh steps in a checkpoint
 
 
 def _steps_gone(mined: Steps, fresh: Steps) -> int:
-    """Count the mined steps that the fresh trace lacks: same anchor, same number of accepted proposals."""
+    """Count the mined steps without a match (same anchor, same number accepted) in the fresh trace."""
     now = set(zip(fresh.anchors.tolist(), fresh.accepted.tolist(), strict=True))
     return sum(step not in now for step in zip(mined.anchors.tolist(), mined.accepted.tolist(), strict=True))
