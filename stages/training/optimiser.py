@@ -42,7 +42,7 @@ class MicroBatches:
         """Start with `limit` tokens, or with a smaller limit that an earlier attempt noted in `ctx.work`.
 
         make: returns the micro-batches of a step, given the step and a limit of tokens; each has at least one row.
-        limit: not above the tokens of a full step. smallest: not above the tokens of any row.
+        limit: at most the tokens of a full step. smallest: fewer tokens than any row has.
         """
         self._make, self._smallest, self._log, self._note = make, smallest, ctx.log, ctx.work / _FITTING
         self.limit = limit
