@@ -224,7 +224,7 @@ class Store:
         Commits the output of an earlier attempt whose commit failed. The kernel releases the lock of a dead process.
 
         force: make the artifact again even if it is complete. A forced attempt continues only an earlier forced one,
-        and logs its folder. run, wait: as in `locked`. node: the node to note.
+        and logs its folder. run, wait: as in `locked`. node: the node that the note names.
         """
         with ExitStack() as stack:
             with disk_errors(f"claiming {stage}"):

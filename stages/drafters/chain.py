@@ -67,9 +67,8 @@ class Chain(BlockSampler):
         self._keys, self._values = [*self._keys, keys], [*self._values, values]
         entries = torch.stack(self._keys, 3), torch.stack(self._values, 3)
         prefix = self.context.keys, self.context.values
-        return block_attention(queries[..., None, :], prefix, entries, self.context_mask)[
-            :, :, 0
-        ]  # one query per chain
+        attended = block_attention(queries[..., None, :], prefix, entries, self.context_mask)
+        return attended[:, :, 0]  # one query per chain
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return hidden states [B, A, H] that predict the token after each of `tokens` [B, A]."""

@@ -3,8 +3,8 @@
 Greedy requests, and drafters that propose argmaxes, accept a proposal that equals the target's token. Where a drafter
 samples its proposals from a distribution q, the rule is that of speculative sampling (arXiv 2211.17192): accept x with
 probability min(1, p(x) / q(x)), else sample from max(p - q, 0). Committed tokens follow p either way. A position is
-decided once: proposals after a rejection do not count, so the next block may use their
-random numbers again.
+decided once: proposals after a rejection do not count, so the next block may use their random
+numbers again.
 """
 
 from __future__ import annotations

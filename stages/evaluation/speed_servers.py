@@ -130,8 +130,8 @@ class ServerSpeedTest:
     ) -> tuple[list[Completion], float, float]:
         """Return answers in the order of the requests, the wall time in seconds, and the CPU share of other programs.
 
-        The prefix cache is empty first. If a request was lost and repeated, all are sent
-        again, because the repetition took time.
+        The prefix cache is empty first. If a request was lost and repeated, all are sent again, because the
+        repetition took time.
         trace: ask for the verify steps, which costs a little time. Raises RetryableError if some are lost each time.
         """
         engine.set_concurrency(setting.concurrency)

@@ -166,7 +166,7 @@ class _Proposals:
                     trace.proposed[step, column],
                 )
             )
-        return cls(*(np.concatenate([getattr(scores, f.name) for scores in by_trace]) for f in fields(cls)))
+        return cls(*(np.concatenate([getattr(proposals, f.name) for proposals in by_trace]) for f in fields(cls)))
 
     def select(self, which: slice | np.ndarray) -> _Proposals:
         return _Proposals(*(getattr(self, f.name)[which] for f in fields(self)))

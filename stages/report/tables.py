@@ -29,7 +29,7 @@ class Table:
 
 
 def drafters(review: Review, evaluation: EvaluationResult, *, short: bool = False) -> Table:
-    """Return acceptance length and speed of every variant, with adjusted significance. short: the form for a screen."""
+    """Return acceptance length and speed of every variant, with adjusted significance. short: for a screen."""
     digits = ".2f" if short else ".3f"
     others = [review.other] if short and review.other else _others(variant.differences for variant in review.variants)
     timed = [] if short else _others(variant.speed_over for variant in review.variants)

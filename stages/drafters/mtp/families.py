@@ -44,7 +44,7 @@ class Family:
         return self.vllm if engine == "vllm" else self.sglang
 
     def file_name(self, name: str, layers: int) -> str:
-        """Return the name in a checkpoint of a parameter of the model. layers: the target's number."""
+        """Return the name in a checkpoint of a parameter of the model. layers: how many the target has."""
         module = next(module for module in self.names if name.startswith(f"{module}."))
         renamed = f"{self.names[module]}.{name.removeprefix(module)[1:]}".lstrip(".")
         return self.prefix.format(layers=layers) + renamed

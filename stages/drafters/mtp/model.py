@@ -2,8 +2,8 @@
 
 The entry at position i is `join` of two normalised vectors, the embedding of the token at i + 1 and the target's hidden
 state of position i, or for proposals the head's own state. Its output, after the head's norm and the target's head,
-predicts the token at i + 2. A decoder layer of the target's class computes this output, with the keys
-and values of chains in place of a cache.
+predicts the token at i + 2. A decoder layer of the target's class computes this output, with the keys and
+values of chains in place of a cache.
 """
 
 from __future__ import annotations

@@ -66,8 +66,8 @@ def pack_steps(
 ) -> torch.Tensor:
     """Pack steps into one int32 tensor [len(rows), 3 + 2·(B - 1)]: anchor, accepted, bonus, proposals, log-probs.
 
-    The log-probs are packed as their float32 bits. rows: the rows of the batch to pack.
-    `logprobs` has only these rows, the other tensors have the whole batch.
+    The log-probs are packed as their float32 bits. rows: the rows of the batch to pack. `logprobs` has
+    only these, the other tensors have the whole batch.
     """
     at = _on_device(list(rows), candidates.device)
     counters = torch.stack([anchors[at].int(), accepted[at].int(), bonus[at].int()], dim=1)
