@@ -148,8 +148,8 @@ def _capabilities(folder: Path, config: PretrainedConfig) -> tuple[Layers, Logit
         ) from error
     except UnsupportedHeadError as error:
         raise DraftsmithError(
-            f"{folder}: the logits of {text.model_type} are not a linear head's, even scaled or soft-capped "
-            f"({one_line(error)}). Choose another target."
+            f"{folder}: the logits of {text.model_type} must be those of a linear head without bias, possibly scaled "
+            f"or soft-capped ({one_line(error)}). Choose another target."
         ) from error
     except Exception as error:  # model classes raise errors of any kind
         raise DraftsmithError(

@@ -282,7 +282,7 @@ def test_a_truncated_gguf_is_an_error_before_it_is_loaded(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("family", "fields", "said"),
     [
-        ("Phi", {}, "not a linear head's, scaled or soft-capped (its head is Linear("),
+        ("Phi", {}, "must be those of a linear head without bias, possibly scaled or soft-capped (its head is Linear("),
         ("DeepseekV4", {}, "layers of deepseek_v4 with heavily_compressed_attention are not supported"),
         ("Gemma3Text", {"use_bidirectional_attention": True}, "with attention in both directions are not supported"),
     ],
