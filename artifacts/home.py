@@ -7,19 +7,16 @@ inherit.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from urllib.parse import quote
 
 from draftsmith.artifacts.errors import DraftsmithError
 
 OWNER_ONLY, GROUP_READABLE = 0o077, 0o027  # umasks
 _start_umask: int | None = None  # the umask that the command was started with
-_MAX_NAME = 200  # bytes of a file name; file systems allow 255, and an extension and a temporary prefix are added
 UPLOADED = "uploaded"  # folder in the home: drafters and reports from MLflow; a drafter is touched at every use
 
 
@@ -39,14 +36,6 @@ def home() -> Path:
             "it."
         )
     return path
-
-
-def run_file_name(name: str) -> str:
-    """Return a valid file name, without extension, that is unique to the run of this name."""
-    quoted = quote(name, safe="")
-    if len(quoted) <= _MAX_NAME:
-        return quoted
-    return f"{quoted[: _MAX_NAME - 33]}-{hashlib.sha256(name.encode()).hexdigest()[:32]}"
 
 
 def open_0600(path: str, flags: int) -> int:

@@ -1,4 +1,5 @@
-"""Parsers of identifiers that come from elsewhere: a registry, a tag, a server, the content of a file, a command line.
+"""Parsers of identifiers that come from elsewhere: a registry, a tag, a server, the content of a file, a command line;
+and file names made from names.
 
 Such a value passes its parser where it enters, before it becomes part of a path, a request, a query or a page. A parser
 returns the value unchanged, or raises `IdentifierError`. Fields of configs and manifests use the annotated types.
@@ -7,12 +8,13 @@ Plug-ins in servers use them too, so this module needs no package that servers l
 
 from __future__ import annotations
 
+import hashlib
 import re
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, TypeAlias
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 from pydantic import AfterValidator
 
@@ -20,6 +22,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.redaction import MAX_SHOWN, describe_secret, redacted
 
 _LINE_BYTES = 200  # a line's name is part of a file's name
+_FILE_BYTES = 200  # file systems allow 255, and an extension and a temporary prefix are added
 _SHOWN_CHARS = 60  # characters of a foreign text in an error
 _HEX = re.compile(r"[0-9a-f]{64}")
 _LINE = re.compile(r"\w[\w.-]*")
@@ -138,6 +141,14 @@ def without_credentials(uri: str) -> str:
     elif not rest.startswith("/"):  # a database server: its password may hold a slash; a file's path may hold an @
         rest = rest.rpartition("@")[2]
     return redacted(f"{scheme}://{rest}")
+
+
+def run_file_name(name: str) -> str:
+    """Return a valid file name, without extension, that is unique to the run of this name."""
+    quoted = quote(name, safe="")
+    if len(quoted) <= _FILE_BYTES:
+        return quoted
+    return f"{quoted[: _FILE_BYTES - 33]}-{hashlib.sha256(name.encode()).hexdigest()[:32]}"
 
 
 Digest: TypeAlias = Annotated[str, AfterValidator(sha256_digest)]

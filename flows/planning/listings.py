@@ -11,7 +11,8 @@ from pathlib import Path
 
 from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.errors import EXIT_USER_ERROR, DraftsmithError, TimeLimitError
-from draftsmith.artifacts.home import home, run_file_name
+from draftsmith.artifacts.home import home
+from draftsmith.artifacts.identifiers import run_file_name
 from draftsmith.stages.runtime.stage import Config, InputListing
 
 _REUSE_S = 3 * 86400.0  # a listing is not reused after this time, so that next week's run makes a new one

@@ -55,7 +55,7 @@ from draftsmith.stages.evaluation.acceptance import (
 from draftsmith.stages.evaluation.config import DRAFTERS, PREFIX, EvaluationConfig, prompts_to_decode
 from draftsmith.stages.evaluation.load_curve import from_timed_runs, measure_times, predict, step_table
 from draftsmith.stages.evaluation.looks import Looks, needs_another, open_look
-from draftsmith.stages.evaluation.speed_embedded import EmbeddedSpeedTest, measure_embedded, one_thread
+from draftsmith.stages.evaluation.speed_embedded import EmbeddedSpeedTest, measure_embedded
 from draftsmith.stages.evaluation.speed_servers import ServerSpeedTest, measure_servers, shares_of
 from draftsmith.stages.evaluation.speed_table import (
     Units,
@@ -66,7 +66,7 @@ from draftsmith.stages.evaluation.speed_table import (
     speed_tables,
 )
 from draftsmith.stages.evaluation.speed_warnings import AGAIN, speed_warnings
-from draftsmith.stages.evaluation.timed_runs import Setting, SpeedMeasurement, machine, settings_of
+from draftsmith.stages.evaluation.timed_runs import Setting, SpeedMeasurement, machine, one_thread, settings_of
 from draftsmith.stages.evaluation.verdicts import Pair, comparison, pairs, verdicts
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Replayer

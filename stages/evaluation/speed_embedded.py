@@ -1,7 +1,6 @@
 """Decoding speed in this process: on one loaded target, all arms decode a prompt before the next one comes. Exactness.
 
-Other load on the machine then slows all arms alike, so their ratios hold on a busy machine. On a CPU one thread
-decodes: two share cores with other programs so unevenly that ratios differ by half.
+Other load on the machine then slows all arms alike, so their ratios hold on a busy machine.
 
 Exactness compares outputs with and without a drafter, and reports how sure the target was where they differ.
 """
@@ -11,8 +10,7 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -41,6 +39,7 @@ from draftsmith.stages.evaluation.timed_runs import (
     candidate_sizes,
     describe_block_sizes,
     fastest,
+    one_thread,
     requests_for,
     rounds_of,
     settings_of,
@@ -90,18 +89,6 @@ def measure_embedded(
     in_fp32 = exactness_in_fp32(test, checkpoints, heldout, setting)
     result = exactness(requests, target.info.dtype).model_copy(update=in_fp32)
     return SpeedMeasurement(ENGINE, requests, runs, candidates, len(validation), result)
-
-
-@contextmanager
-def one_thread(target: Target) -> Iterator[None]:
-    """Compute with one thread while the block runs, if the target is on a CPU."""
-    before = torch.get_num_threads()
-    if target.device.type == "cpu":
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class EmbeddedSpeedTest:

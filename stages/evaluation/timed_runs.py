@@ -7,10 +7,10 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import psutil
@@ -22,6 +22,9 @@ from draftsmith.stages.data.trajectories import request_seed
 from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.evaluation.config import EvaluationConfig
 from draftsmith.stages.runtime.stage import StageContext
+
+if TYPE_CHECKING:  # imports torch, and planning must not
+    from draftsmith.stages.targets.causal_lm import Target
 
 Row = dict[str, Any]  # of the table `requests` or `turns`
 
@@ -154,6 +157,23 @@ def accepted_lengths(answer: Completion) -> list[int]:
     if answer.steps:
         return answer.steps.accepted.tolist()
     return [accepted for accepted, count in enumerate(answer.accepted_counts) for _ in range(count)]
+
+
+@contextmanager
+def one_thread(target: Target) -> Iterator[None]:
+    """Compute with one thread while the block runs, if the target is on a CPU.
+
+    Two threads share cores with other programs so unevenly that ratios of speeds differ by half.
+    """
+    import torch  # planning must not import it
+
+    before = torch.get_num_threads()
+    if target.device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def candidate_sizes(config: EvaluationConfig, trained: int) -> list[int]:

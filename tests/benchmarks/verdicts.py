@@ -32,10 +32,10 @@ from draftsmith.stages.evaluation.config import DRAFTERS, EvaluationConfig
 from draftsmith.stages.evaluation.gate import GateConfig, decide
 from draftsmith.stages.evaluation.looks import open_look
 from draftsmith.stages.evaluation.repetitions import machine_errors, steady
-from draftsmith.stages.evaluation.speed_embedded import Decoder, EmbeddedSpeedTest, choose_block_sizes, one_thread
+from draftsmith.stages.evaluation.speed_embedded import Decoder, EmbeddedSpeedTest, choose_block_sizes
 from draftsmith.stages.evaluation.speed_table import log_ratios
 from draftsmith.stages.evaluation.speed_warnings import speed_warnings
-from draftsmith.stages.evaluation.timed_runs import Row, SpeedMeasurement, settings_of
+from draftsmith.stages.evaluation.timed_runs import Row, SpeedMeasurement, one_thread, settings_of
 from draftsmith.stages.evaluation.verdicts import verdicts
 from draftsmith.stages.runtime.statistics import Estimate
 from draftsmith.stages.targets.causal_lm import Target
