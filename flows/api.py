@@ -151,7 +151,7 @@ def read_answers(
     splits: the splits of an artifact that are read (train, validation, heldout); by default all.
     temperature, top_p, top_k: the sampling of a file's answers (temperature 0: greedy). Rows with other values
     are rejected.
-    chat_template_kwargs: the arguments that the service passed to the chat template.
+    chat_template_kwargs: for files, the arguments that the service passed to the chat template.
     fields: our field -> its name in a file's rows, as in `logs.fields` of a config: {"completion": "answer"}.
 
     Raises DraftsmithError if no answer is usable, or if more than 1 % of the rows are unreadable. `rejected` counts the

@@ -44,8 +44,8 @@ def describe_errors(
 ) -> str:
     """Return all errors in one line: the file, then each field with its problem, misspelt fields first.
 
-    overridden: the fields that `--set` has set. written: the config before validation. Errors of fields that only
-    validation has added are reported if there are no others.
+    overridden: the fields that `--set` has set. written: the config before validation. Errors of fields that validation
+    has added are reported only if there are no others.
     """
     details = error.errors(include_url=False)
     as_written = [detail for detail in details if detail["type"] == "missing" or _is_in(written, detail, model)]

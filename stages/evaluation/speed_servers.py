@@ -5,8 +5,8 @@ Arms are compared within a round, so GPUs need not be equally fast.
 
 All servers have the same settings except for the drafter. In every round each arm's server is started, warmed up and
 timed at every setting, with an empty prefix cache; the order of the arms rotates by round, so that a machine that slows
-down does so for all arms. Every timed run is stored, so an interrupted evaluation continues with the next one; on
-another machine with the next round, since runs within a round are compared.
+down does so for all arms. An arm's runs are stored when all settings are timed, so an interrupted evaluation
+continues with the next arm; on another machine with the next round, since runs within a round are compared.
 """
 
 from __future__ import annotations
