@@ -64,11 +64,11 @@ test-core: $(INSTALLED)
 	$(PYTEST) -m "not sglang" $(PYTEST_ARGS)
 
 # the numerics with other kernels, whose float32 sums have another order: torch's for processors without vector
-# instructions; without memory and compiled layers, which take half of the time and do not depend on them, and
-# without the compiled loss: torch writes C++ for it that does not compile under this variable
+# instructions; without memory, compiled layers, and reading targets, which take more than half of the time and do not
+# depend on them, and without the compiled loss: torch writes C++ for it that does not compile under this variable
 test-kernels: export ATEN_CPU_CAPABILITY = default
 test-kernels: $(INSTALLED)
-	$(PYTEST) -m "not smollm2" $(patsubst %,--ignore=tests/stages/%,training/test_memory.py training/test_loss_tile.py drafters/test_compiled.py) $(NUMERICAL) $(PYTEST_ARGS)
+	$(PYTEST) -m "not smollm2" $(patsubst %,--ignore=tests/stages/%,training/test_memory.py training/test_loss_tile.py drafters/test_compiled.py $(patsubst %,targets/test_%.py,families hub loading target)) $(NUMERICAL) $(PYTEST_ARGS)
 
 test-sglang: $(INSTALLED) sglang-cpu
 	$(TESTING) -m sglang $(PYTEST_ARGS)
