@@ -20,7 +20,7 @@ from draftsmith.stages.data.trajectories import group_by_length
 from draftsmith.stages.drafters.base import Drafter, PreparedDrafter
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.base import Completion, Request
-from draftsmith.stages.engines.verification import Drafted, propose_blocks, sample_target, verify
+from draftsmith.stages.engines.rejection_sampling import Drafted, propose_blocks, sample_target, verify
 from draftsmith.stages.replay.steps import recorded_steps
 from draftsmith.stages.runtime.memory import to_device
 from draftsmith.stages.targets.causal_lm import Target

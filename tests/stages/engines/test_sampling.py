@@ -18,7 +18,7 @@ from draftsmith.stages.drafters.sampling import (
     uniform,
 )
 from draftsmith.stages.engines.base import Request
-from draftsmith.stages.engines.verification import sample_target
+from draftsmith.stages.engines.rejection_sampling import sample_target
 from draftsmith.stages.targets.sampling import SamplingParams
 
 

@@ -1,4 +1,4 @@
-"""Drafting of blocks for requests in flight, and their verification by the target.
+"""Drafting of blocks for requests in flight, and their verification by the target: rejection sampling.
 
 Greedy requests, and drafters that propose argmaxes, accept a proposal that equals the target's token. Where a drafter
 samples its proposals from a distribution q, the rule is that of speculative sampling (arXiv 2211.17192): accept x with
