@@ -12,7 +12,7 @@ from scipy import stats
 
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.sampling import Purpose, sample_inverse_cdf, sampling_distribution, uniform
-from draftsmith.stages.engines import verification
+from draftsmith.stages.engines import rejection_sampling
 from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.targets.causal_lm import Target
@@ -117,8 +117,8 @@ def committed(sampling: SamplingParams) -> list[list[int]]:
             for seed in range(DRAWS)
         ]
     )
-    found = verification.verify(
-        verification.Drafted(proposed, dict.fromkeys(range(DRAWS), q)),
+    found = rejection_sampling.verify(
+        rejection_sampling.Drafted(proposed, dict.fromkeys(range(DRAWS), q)),
         p.log().expand(DRAWS, -1, -1),
         torch.arange(1, OFFSETS + 2).expand(DRAWS, -1),
         [Request("", [], 9, sampling, seed) for seed in range(DRAWS)],
@@ -173,5 +173,5 @@ def test_every_token_of_a_step_follows_the_target(sampling: SamplingParams) -> N
 
 @pytest.mark.parametrize("rule", WRONG)
 def test_wrong_rules_are_caught(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verification, "_verify_sampled", WRONG[rule])
+    monkeypatch.setattr(rejection_sampling, "_verify_sampled", WRONG[rule])
     assert least_p_value() < ALARM
