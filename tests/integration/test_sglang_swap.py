@@ -41,7 +41,7 @@ from tests.testbed.drafter import DrafterArtifacts
 
 pytestmark = [pytest.mark.sglang, pytest.mark.integration]
 
-LOADED, IN_FLIGHT = 24, 6
+LOADED, IN_FLIGHT, LONG = 24, 6, 2
 LINE = "swapped"
 
 
@@ -59,16 +59,24 @@ class Swapping:
 
     @contextmanager
     def load(self) -> Iterator[list[dict[str, Any]]]:
-        """Keep other requests in flight meanwhile. Yields the list of their answers, each compared at the end."""
+        """Keep other requests in flight meanwhile. Yields the list of their answers, each compared at the end.
+
+        Two of them go on past the answer's end for seconds, so that a swap finds them in flight however slow this is.
+        """
         bodies = requests(self.bench, PROMPTS, LOADED)
+        on = {"max_new_tokens": 500, "ignore_eos": True}
         expected = [self.bench.greedy[p.prompt_id] for p in self.bench.prompts[PROMPTS : PROMPTS + LOADED]]
         done, stop = [], threading.Event()
 
         def ask(worker: int) -> None:
             mine = slice(worker, None, IN_FLIGHT)
+            asked = bodies[mine]
+            if worker < LONG:
+                asked = [{**body, "sampling_params": {**body["sampling_params"], **on}} for body in asked]
             while not stop.is_set():  # several by one client, which takes as long to make as an answer
-                answers = generate(self.url, bodies[mine], concurrency=1)
-                assert [answer["output_ids"] for answer in answers] == expected[mine]
+                answers = generate(self.url, asked, concurrency=1)
+                begin = [answer["output_ids"][: len(ids)] for answer, ids in zip(answers, expected[mine], strict=True)]
+                assert begin == expected[mine] and (worker < LONG or begin == [a["output_ids"] for a in answers])
                 done.extend(answers)
 
         with ThreadPoolExecutor(IN_FLIGHT) as pool:
