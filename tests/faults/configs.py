@@ -41,7 +41,7 @@ def config_of(kind: str, folder: Path) -> dict[str, Any]:
         assisted={**_ROLLOUT, "skip": 10},
         opd={**_TRAINING, "steps": 12},
         heldout=_ROLLOUT,
-        evaluation={"speed_prompts": 4, "block_sizes": [4], "exactness_prompts": 1, "rounds": 2},
+        evaluation={"speed_prompts": 4, "block_sizes": [4], "exactness_prompts": 1, "rounds": 4},
     )  # fmt: skip
     if kind == SERVED:
         engine = {"kind": "sglang", "concurrency": 2, "request_timeout_s": 10, "urls": ["http://127.0.0.1:1"]}
