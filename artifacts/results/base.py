@@ -37,15 +37,15 @@ class ResultFile(BaseModel):
 
         Raises DraftsmithError if it is missing or is not such a file.
         """
-        path = folder / (name or cls.FILE)
+        path, again = folder / (name or cls.FILE), f"Make it again: add `--force {folder.parent.name}` to the command."
         try:
             return cls.model_validate_json(path.read_bytes())
         except FileNotFoundError:
-            raise DraftsmithError(f"{path}: missing. Run its stage again.") from None
+            raise DraftsmithError(f"{path}: missing. {again}") from None
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "content"
-            raise DraftsmithError(f"{path}: {where}: {first['msg']}. Run its stage again with --force.") from None
+            raise DraftsmithError(f"{path}: {where}: {first['msg']}. {again}") from None
 
     @classmethod
     def read_if_there(cls, folder: Path | None) -> Self | None:

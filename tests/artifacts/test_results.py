@@ -51,10 +51,12 @@ EARLIER = """{"promote": true, "outcome": "promoted", "challenger": "sft",
 
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"promote": "perhaps"}', EARLIER])
 def test_a_damaged_file_is_an_error_that_names_it(content: str | None, tmp_path: Path) -> None:
+    folder = tmp_path / "gate" / "0123456789abcdef"
+    folder.mkdir(parents=True)
     if content is not None:
-        (tmp_path / "decision.json").write_text(content)
-    with pytest.raises(DraftsmithError, match=r"decision\.json"):
-        GateDecision.read(tmp_path)
+        (folder / "decision.json").write_text(content)
+    with pytest.raises(DraftsmithError, match=r"decision\.json: .* `--force gate`"):
+        GateDecision.read(folder)
 
 
 def test_the_challenger_is_the_best_arm_on_the_validation_split() -> None:
@@ -71,5 +73,5 @@ def test_a_review_is_read_with_all_its_keys(tmp_path: Path) -> None:
     assert review.outcome is not None and review.metrics
     earlier = {"outcome": review.outcome.to_json(), "figures": dict(review.metrics)}
     (tmp_path / "review.json").write_text(json.dumps(earlier))
-    with pytest.raises(DraftsmithError, match=r"review\.json: metrics: Field required\. Run its stage again"):
+    with pytest.raises(DraftsmithError, match=r"review\.json: metrics: Field required\. Make it again: add `--force"):
         ReviewResult.read(tmp_path)
