@@ -147,6 +147,13 @@ class SlotCache(Cache):
         """Return True, so that layers pass all their inputs and do not overwrite a convolution's state in place."""
         return True
 
+    def get_recurrent_states_to_keep(self, layer_idx: int | None = None) -> int:  # noqa: ARG002
+        """Return 0: states are never rewound (transformers 5.25 and later ask)."""
+        return 0
+
+    def increase_count(self, layer_idx: int, state_idx: int) -> None:
+        """Do nothing: `Address` has the number of entries (transformers 5.25 and later count)."""
+
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:  # noqa: ARG002
         return not self._at.fresh
 
