@@ -164,8 +164,8 @@ class SlotCache(Cache):
         return self._read_state("recurrent", layer_idx, state_idx)
 
     def _read_state(self, which: str, layer: int, index: int) -> torch.Tensor | None:
-        """Return a copy: for one token, Mamba-2 and Kimi Linear's convolutions update states in place without calling
-        an update of the cache."""
+        """Return a copy: until transformers 5.24, Mamba-2 and Kimi Linear's convolutions update states in place for one
+        token, without calling an update of the cache."""
         state = self._state(which, layer, index)
         if state is None:
             return None

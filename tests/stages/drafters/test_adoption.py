@@ -39,12 +39,15 @@ def test_a_drafter_is_adopted_for_another_revision_but_not_for_another_shape(
 ) -> None:
     revision = Path(shutil.copytree(tiny_drafter.target, tmp_path / "revision"))
     set_fields("target.json", digest="0123456789abcdef" * 4)(revision)
-    old, info = tiny_drafter.drafter / "drafter", read_target_info(revision)
+    shipped, info = tiny_drafter.drafter / "drafter", read_target_info(revision)
+    # whose config names the installed transformers, which is part of the digest
+    old = adopt(tmp_path / "old", tiny_drafter.target, shipped, tiny_drafter.rollout)
     with pytest.raises(DraftsmithError, match="trained for the target"):
         check_drafter(old, info)
     new = adopt(tmp_path / "adopted", revision, old, tiny_drafter.rollout)
     check_drafter(new, info)
     assert drafter_digest(new) == drafter_digest(old)
+    assert (new / WEIGHTS_FILE).read_bytes() == (shipped / WEIGHTS_FILE).read_bytes()
     assert read_info(new).parents == (*read_info(old).parents, drafter_digest(old))
     assert read_info(new).training["steps"] == 0
 

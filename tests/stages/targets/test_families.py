@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+import transformers
 from transformers import AutoConfig
 
 from draftsmith.artifacts.errors import DraftsmithError
@@ -348,15 +349,21 @@ def test_layers_with_several_vectors_per_token_are_one_clear_error(
         Target.from_source(tmp_path, dtype="float32", device="cpu")
 
 
+until_5_24 = pytest.mark.skipif(
+    tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 25),
+    reason="since transformers 5.25 no layer updates a cache's states in place",
+)
+
+
 @pytest.mark.parametrize(
     ("family", "broken", "said"),
     [
         ("gpt-oss", "masks", "cached forwards differ"),
         ("GLM-5", "indexer", "cached forwards differ"),
         ("LFM2", "commit", "cached forwards differ"),
-        ("Granite 4 hybrid", "write_back", "cached forwards of one token differ"),
-        ("Granite 4 hybrid", "copy", "cached forwards of one token differ"),
-        ("Kimi Linear", "copy", "cached forwards of one token differ"),
+        pytest.param("Granite 4 hybrid", "write_back", "cached forwards of one token differ", marks=until_5_24),
+        pytest.param("Granite 4 hybrid", "copy", "cached forwards of one token differ", marks=until_5_24),
+        pytest.param("Kimi Linear", "copy", "cached forwards of one token differ", marks=until_5_24),
     ],
 )
 def test_forwards_that_differ_from_the_models_are_one_clear_error(
