@@ -59,7 +59,7 @@ def test_a_divided_target_computes_the_same_as_the_whole_one(
     """To 1e-5 of the largest entry, in float32; and a rank holds as many parameters as `check` counts."""
     whole = TargetOutputs.compute(Target.load(artifacts[family], device="cpu"))
     size = target_size(model_path(artifacts[family]))
-    assert 0.3 < size.divided / size.parameters < 1
+    assert 0.2 < size.divided / size.parameters < 1  # without experts, which transformers 5.25 keeps whole
     for rank in range(SHARING):
         part = load_outputs(family, rank, outputs)
         for name in ("features", "deepest_alone", "logprobs"):
