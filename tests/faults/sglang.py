@@ -9,7 +9,10 @@ _SPOILED_S = (0.5, 6.0)
 
 
 def spoiled_a_while(mood: Mood) -> Play:
-    """Spoil answers for a while, and check that the rollout sends those requests again and succeeds."""
+    """Spoil answers for a while, and check that the rollout sends those requests again and succeeds.
+
+    The third answer to one request with tokens that the model lacks ends it: then a rerun must complete it.
+    """
 
     def play(scene: Scene) -> None:
         between = proxy(scene.undisturbed.folder.parent)
@@ -22,10 +25,14 @@ def spoiled_a_while(mood: Mood) -> Play:
                 raise TooLate
         finally:
             between.mood = Mood.WELL
-        scene.check_end(ended := running.wait(), [0])
+        ended = scene.check_end(running.wait(), [0, 2] if mood is Mood.WRONG else [0])
         if between.spoiled == spoiled:
             raise TooLate
-        scene.finished(ended)
+        if ended.code == 0:
+            scene.finished(ended)
+        else:
+            scene.nothing_left()
+            scene.continues()
 
     return play
 
