@@ -182,7 +182,7 @@ def read_answers(
     rows.rejects.check()
     if not taken:
         raise DraftsmithError(
-            f"{source}: no row of {rows.rejects.rows} is usable ({rows.rejects.describe()}). Correct them."
+            f"{source}: none of {rows.rejects.rows} rows is usable ({rows.rejects.describe()}). Correct them."
         )
     prompts = [prompt_id(np.asarray(answer.tokens[: answer.prompt_length], np.int32)) for answer in taken]
     return Answers(taken, prompts, config.sampling, Counter(rows.rejects.reasons))

@@ -87,7 +87,7 @@ def early_end(config: RefreshConfig, asked: Collection[str], folders: Mapping[st
 
 
 def sticky_force(config: RefreshConfig, asked: Collection[str]) -> frozenset[str]:
-    """Return what a continued run must force again: without it the drift check would find nothing and stop."""
+    """Return the nodes that a continued run must force again, or its drift check would find nothing and end the run."""
     return frozenset({"drift"} if _asked_beyond(asked) and config.champion is not None else ())
 
 

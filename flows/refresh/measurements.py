@@ -43,7 +43,7 @@ class EvaluateConfig(RunOptions):
 
 
 def evaluate_nodes(config: EvaluateConfig) -> list[Node]:
-    """Return the nodes of target, held-out answers, every drafter untrained, and one evaluation against the first."""
+    """Return the nodes: target, held-out answers, each drafter as it is, one evaluation against the first drafter."""
     target = {"target": "target"}
     asked = {**target, "prompts": "prompts"}
     nodes = [

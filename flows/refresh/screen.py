@@ -189,9 +189,9 @@ def review(folders: Mapping[str, Path]) -> RunReview | None:
 
 
 def compared(folders: Mapping[str, Path]) -> dict[str, tuple[Manifest, Metrics]]:
-    """Return the manifest of each drafter that the evaluation compared, and its metrics by slice, by display name.
+    """Return display name -> manifest and metrics by slice, for each drafter that the evaluation compared.
 
-    folders: node -> folder, with an evaluation.
+    folders: node -> folder; one of the nodes is an evaluation.
     """
     when = day(datetime.fromisoformat(read_manifest(folders["evaluation"]).created_at))
     evaluation = EvaluationResult.read(folders["evaluation"])

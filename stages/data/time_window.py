@@ -70,7 +70,7 @@ def is_relative(window: str) -> bool:
 
 
 def window_start(window: str | None, listing: InputListing | None) -> datetime | None:
-    """Return when a window begins, by the run's listing or else seen from now; None without a window and for `last`."""
+    """Return a window's start, from the run's listing or else counted back from now; None for `last` or no window."""
     if window is None or window == LAST:
         return None
     listed = None if listing is None else listing.since.get(window)

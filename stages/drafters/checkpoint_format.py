@@ -144,7 +144,7 @@ def rope_checks(drafter: Any, target: Any) -> list[tuple[str, Any, Any]]:
 
 
 def refuse_other_rotations(path: Path, raw: RawConfig) -> None:
-    """Refuse drafters that rotate only a part of each head, or whose angles engines compute differently.
+    """Refuse drafters that rotate only a part of each head, or use angles that engines compute differently.
 
     raw: the content of a config.json that has rope_parameters.
     """

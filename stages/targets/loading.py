@@ -117,7 +117,7 @@ def check_divides(folder: Path, sharing: int) -> None:
     config, model = AutoConfig.from_pretrained(folder, local_files_only=True), model_without_weights(folder)
     name = type(model).__name__
     if getattr(config, "quantization_config", None):
-        raise DraftsmithError(f"{_FIELD}: {name} in {folder} is quantised, and cannot be divided. Set it to 1.")
+        raise DraftsmithError(f"{_FIELD}: {name} in {folder} is quantised, and cannot be divided. Set the field to 1.")
     if not divided_parameters(model):
         raise DraftsmithError(f"{_FIELD}: transformers has no plan to divide {name} by. Set it to 1.")
     for layer, heads in itertools.product(layer_configs(config.get_text_config()), _HEADS):

@@ -46,7 +46,7 @@ class LoopThread:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def run(self, work: Coroutine[Any, Any, T], check: Callable[[], None] = proceed) -> T:
-        """Run a coroutine to its end. An exception of `check`, called twice a second, or Ctrl-C cancels it."""
+        """Run a coroutine to its end. Cancel it on Ctrl-C, or if `check`, called twice a second, raises."""
         future = self.submit(work)
         try:
             while not future.done():
